@@ -1,0 +1,1 @@
+"""Memory-efficient optimizers for PyTorch."""

@@ -1,0 +1,76 @@
+"""Which implementation runs: Triton on CUDA, numba on the CPU, the reference everywhere else."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Impl = Literal["reference", "numba", "triton"]
+
+_MODULES = {"reference": "reference", "numba": "cpu", "triton": "gpu"}
+_REMEDY = {"numba": "pip install 'zoopt-torch[cpu]'", "triton": "pip install 'zoopt-torch[gpu]'"}
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, hence on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def available_impls() -> tuple[Impl, ...]:
+    """The implementations that can run in this process, best last.
+
+    `"triton"` needs the triton package and a GPU, or the environment variable TRITON_INTERPRET=1
+    (set before triton is first imported), which runs the kernels slowly on the CPU.
+    """
+    impls: list[Impl] = ["reference"]
+    if _installed("numba"):
+        impls.append("numba")
+    if _installed("triton") and (torch.cuda.is_available() or interpreting()):
+        impls.append("triton")
+    return tuple(impls)
+
+
+def choose(theta: Tensor, impl: str | None) -> ModuleType:
+    """The module whose functions run on `theta`.
+
+    Raises:
+        ValueError: `impl` is unknown, not available, or cannot take this tensor.
+    """
+    if impl is None:
+        impl = _best(theta)
+    elif impl not in get_args(Impl):
+        known = ", ".join(map(repr, get_args(Impl)))
+        raise ValueError(f"impl must be None or one of {known}, got {impl!r}")
+    elif impl not in available_impls():
+        remedy = _REMEDY[impl]
+        if _installed(impl):
+            remedy = "use a machine with a GPU, or set TRITON_INTERPRET=1 before importing triton"
+        raise ValueError(f"impl={impl!r} is not available here; remedy: {remedy}, or impl=None")
+    elif impl != "reference" and theta.dtype == torch.float64:
+        raise ValueError(f"impl={impl!r} has no float64 kernel; use impl='reference' or impl=None")
+    elif impl == "numba" and theta.device.type != "cpu":
+        raise ValueError(f"impl='numba' needs a CPU tensor, got one on {theta.device}")
+    elif impl == "triton" and not (theta.is_cuda or interpreting()):
+        raise ValueError(f"impl='triton' needs a CUDA tensor, got one on {theta.device}")
+    return importlib.import_module(f"zoopt.kernels.{_MODULES[impl]}")
+
+
+def _best(theta: Tensor) -> Impl:
+    if theta.dtype != torch.float64:
+        if theta.is_cuda and _installed("triton"):
+            return "triton"
+        if theta.device.type == "cpu" and _installed("numba"):
+            return "numba"
+    return "reference"

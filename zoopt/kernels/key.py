@@ -1,0 +1,53 @@
+"""Which noise: the arguments that name a tensor's directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+Distribution = Literal["normal", "rademacher"]
+Rounding = Literal["nearest", "stochastic"]
+
+#: Block numbers have 56 bits, and a block holds eight normals.
+MAX_INDEX = 1 << 59
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseKey:
+    """Names the noise of one tensor (or of a slice of one, `offset` elements in).
+
+    Args:
+        seed: 64 bits, the run's.
+        stream: 32 bits, the tensor's.
+        offset: position of the first element in the whole, unsharded tensor.
+        distribution: `"normal"` or `"rademacher"`.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    seed: int
+    stream: int
+    offset: int = 0
+    distribution: Distribution = "normal"
+
+    def __post_init__(self) -> None:
+        check_unsigned("seed", self.seed, 64)
+        check_unsigned("stream", self.stream, 32)
+        if not 0 <= self.offset < MAX_INDEX:
+            raise ValueError(f"offset must be an int in [0, 2^59), got {self.offset!r}")
+        if self.distribution not in get_args(Distribution):
+            raise ValueError(
+                f"distribution must be one of {', '.join(map(repr, get_args(Distribution)))}, "
+                f"got {self.distribution!r}"
+            )
+
+    def shifted(self, elements: int) -> NoiseKey:
+        """The key of the slice that begins `elements` further on."""
+        return dataclasses.replace(self, offset=self.offset + elements)
+
+
+def check_unsigned(name: str, value: int, bits: int) -> None:
+    """Raise unless `value` is an int of at most `bits` bits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << bits:
+        raise ValueError(f"{name} must be an int in [0, 2^{bits}), got {value!r}")
