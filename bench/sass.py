@@ -1,0 +1,95 @@
+"""What the compiler made of the Triton kernels: machine instructions, registers, spills, accesses.
+
+Needs no GPU: kernels are compiled ahead of time and, for NVIDIA targets, the cubin is
+disassembled by the nvdisasm that triton ships; for AMD targets the assembly is read as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from zoopt.kernels import aot, gpu
+
+#: Instructions that do nothing but fill the end of a program.
+PADDING = ("NOP", "BRA", "s_nop", "s_code_end")
+SASS_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+GCN_LINE = re.compile(r"^\s+([sv]_\w+|global_\w+|buffer_\w+|ds_\w+|flat_\w+|scratch_\w+)", re.M)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    kernel: str
+    dtype: str
+    distribution: str
+    rounding: str
+    target: str
+    instructions_per_element: float
+    registers: int
+    spills: int
+    access_bits: int
+
+
+def _sass(cubin: bytes) -> str:
+    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run(
+            [nvdisasm, "-c", file.name], capture_output=True, text=True, check=True
+        )
+    return listing.stdout
+
+
+def _nvidia(compiled: Any) -> tuple[list[str], int, int, list[int]]:
+    """Opcodes, registers, spills and the widths in bits of the accesses to global memory."""
+    opcodes = SASS_LINE.findall(_sass(compiled.asm["cubin"]))
+    spills = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
+    accesses = [opcode.split(".") for opcode in opcodes if opcode.startswith(("LDG", "STG"))]
+    widths = [next((int(p) for p in parts if p in ("64", "128")), 32) for parts in accesses]
+    numbers = re.findall(r"\bR(\d+)\b", _sass(compiled.asm["cubin"]))
+    return opcodes, max(map(int, numbers)) + 1, spills, widths
+
+
+def _amd(compiled: Any) -> tuple[list[str], int, int, list[int]]:
+    """As _nvidia, from the assembly of an AMD target."""
+    text = compiled.asm["amdgcn"]
+    opcodes = GCN_LINE.findall(text)
+    widths = [
+        32 * int(match or 1)
+        for match in re.findall(r"(?:global|buffer)_(?:load|store)_dword(?:x(\d))?", text)
+    ]
+    [registers] = re.findall(r"\.vgpr_count:\s+(\d+)", text)
+    [spills] = re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)
+    return opcodes, int(registers), int(spills), widths
+
+
+def report(variant: aot.Variant, target: str) -> Report:
+    """Compile one kernel for one target and count.
+
+    The instructions of a loop over directions are counted once: the figure is that of one
+    direction. `access_bits` is 128 if every load and store of theta (and of the buffer) is: loads
+    of coefficients, draws and row numbers are scalar by nature.
+    """
+    compiled = variant.compile(target)
+    read = _amd if target.startswith("gfx") else _nvidia
+    opcodes, registers, spills, widths = read(compiled)
+    threads = gpu.NUM_WARPS * aot.TARGETS[target].warp_size
+    work = [opcode for opcode in opcodes if not opcode.startswith(PADDING)]
+    item = 4 if variant.dtype == "fp32" else 2
+    moved = 2 * item + (8 if variant.kernel == "momentum" else 0)
+    full = moved * variant.block // (16 * threads)
+    return Report(
+        **dataclasses.asdict(variant),
+        target=target,
+        instructions_per_element=len(work) * threads / variant.block,
+        registers=registers,
+        spills=spills,
+        access_bits=128 if widths.count(128) >= full else min(widths, default=16),
+    )
