@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 Distribution = Literal["normal", "rademacher"]
 Rounding = Literal["nearest", "stochastic"]
 
 #: Block numbers have 56 bits, and a block holds eight normals.
 MAX_INDEX = 1 << 59
+
+
+class NoiseArguments(TypedDict):
+    """The keyword arguments by which every kernel names its noise."""
+
+    seed: int
+    stream: int
+    offset: int
+    distribution: Distribution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +50,16 @@ class NoiseKey:
                 f"distribution must be one of {', '.join(map(repr, get_args(Distribution)))}, "
                 f"got {self.distribution!r}"
             )
+
+    @property
+    def arguments(self) -> NoiseArguments:
+        """The key as keyword arguments of a kernel."""
+        return {
+            "seed": self.seed,
+            "stream": self.stream,
+            "offset": self.offset,
+            "distribution": self.distribution,
+        }
 
     def shifted(self, elements: int) -> NoiseKey:
         """The key of the slice that begins `elements` further on."""

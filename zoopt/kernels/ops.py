@@ -157,7 +157,7 @@ def momentum_(
     key = NoiseKey(seed, stream, offset, distribution)
     _check_tensor("theta", theta)
     _check_unshared("theta", theta)
-    _check_like("buffer", buffer, theta, _wide(theta.dtype))
+    _check_like("buffer", buffer, theta, accumulator_dtype(theta.dtype))
     if not buffer.is_contiguous():
         raise ValueError("buffer must be contiguous; pass buffer.contiguous()")
     rounding_draw = _check_directions(coefficients, draws, rounding, theta.dtype)
@@ -235,7 +235,7 @@ def perturb_rows(
     return out
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The accumulator's dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -244,7 +244,7 @@ def _scalars(values: Sequence[float], dtype: torch.dtype) -> list[float]:
     """The numbers as every implementation sees them: rounded to the accumulator's dtype."""
     if dtype == torch.float64:
         return [float(value) for value in values]
-    return torch.tensor(list(values), dtype=torch.float64).float().tolist()  # type: ignore[no-any-return]
+    return torch.tensor(list(values), dtype=torch.float64).float().tolist()
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -289,5 +289,5 @@ def _check_directions(
         raise ValueError(f"rounding must be one of {known}, got {rounding!r}")
     if rounding == "stochastic" and not draws:
         raise ValueError("rounding='stochastic' needs at least one draw, got none")
-    exact = dtype == _wide(dtype)
+    exact = dtype == accumulator_dtype(dtype)
     return None if rounding == "nearest" or exact else draws[-1]

@@ -1,0 +1,153 @@
+"""The base of every optimizer: state that is declared in one place and loads byte for byte."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: What torch.optim.Optimizer accepts as `params`.
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Group = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """The shape and dtype of one state tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class DeclaredStateOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose per-parameter state follows from `declared_state` alone.
+
+    Allocation, exact loading, the prediction of memory and the tests read that declaration. Where
+    torch.optim.Optimizer.load_state_dict casts state tensors to the parameter's dtype, this class
+    keeps their bits, and checks a checkpoint before it changes anything.
+    """
+
+    _incoming: dict[Tensor, dict[str, Any]] | None = None
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """The state tensors that `param` has, once stepped, under the group's hyperparameters."""
+        raise NotImplementedError
+
+    def declared_state_bytes(self) -> int:
+        """Bytes of state once every parameter that requires a gradient has been stepped."""
+        return sum(
+            spec.nbytes
+            for group in self.param_groups
+            for param in group["params"]
+            if param.requires_grad
+            for spec in self.declared_state(param, group).values()
+        )
+
+    def _state(self, param: Tensor, group: Group) -> dict[str, Any]:
+        """The parameter's state, allocated as zeros if it is not there yet."""
+        state: dict[str, Any] = self.state[param]
+        for name, spec in self.declared_state(param, group).items():
+            if name not in state:
+                state[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=param.device)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of the same class over parameters of the same shapes, bit for bit.
+
+        Raises:
+            ValueError: the dict belongs to another optimizer, or to parameters of other shapes.
+                Nothing has changed then.
+        """
+        state_dict = state_dict.copy()
+        hooks = self._optimizer_load_state_dict_pre_hooks
+        for hook in hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        self._check_groups(state_dict)
+        self._incoming = self._exact_state(state_dict)
+        # The hooks have run; torch gets no state to cast, and hands over in __setstate__.
+        self._optimizer_load_state_dict_pre_hooks = collections.OrderedDict()
+        try:
+            super().load_state_dict({**state_dict, "state": {}})
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = hooks
+            self._incoming = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if self._incoming is not None:
+            state = {**state, "state": collections.defaultdict(dict, self._incoming)}
+        super().__setstate__(state)
+
+    def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise unless the param groups are those of this class over as many parameters."""
+        name = type(self).__name__
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                f"state_dict must have the keys 'state' and 'param_groups', got "
+                f"{sorted(state_dict)}; pass what {name}.state_dict() returned"
+            )
+        saved = state_dict["param_groups"]
+        if [len(group["params"]) for group in saved] != [
+            len(group["params"]) for group in self.param_groups
+        ]:
+            raise ValueError(
+                f"state_dict must have as many parameters a group as the optimizer, "
+                f"{[len(group['params']) for group in self.param_groups]}, "
+                f"got {[len(group['params']) for group in saved]}; "
+                f"build {name} from the parameters it was saved with"
+            )
+        for group in saved:
+            missing = sorted(self.defaults.keys() - group.keys())
+            if missing:
+                raise ValueError(
+                    f"state_dict must be one of {name}, but its groups have no "
+                    f"{', '.join(map(repr, missing))}; load it into the class that saved it"
+                )
+
+    def _exact_state(self, state_dict: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """Copies of the saved state on the parameters' devices, checked against the declaration."""
+        exact: dict[Tensor, dict[str, Any]] = {}
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, index in zip(group["params"], saved["params"], strict=True):
+                entries = state_dict["state"].get(index, {})
+                declared = self.declared_state(param, saved)
+                for name, value in entries.items():
+                    self._check_entry(name, value, declared, index)
+                if entries:
+                    exact[param] = {
+                        name: value.to(param.device, copy=True) for name, value in entries.items()
+                    }
+        return exact
+
+    def _check_entry(
+        self, name: str, value: Any, declared: Mapping[str, TensorSpec], index: Any
+    ) -> None:
+        if name not in declared:
+            raise ValueError(
+                f"state of parameter {index} must have the entries {sorted(declared)} for "
+                f"{type(self).__name__}, got {name!r}; load it into the class that saved it"
+            )
+        spec = declared[name]
+        if (
+            not isinstance(value, Tensor)
+            or tuple(value.shape) != spec.shape
+            or value.dtype != spec.dtype
+        ):
+            got = (
+                f"{value.dtype} {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else type(value).__name__
+            )
+            raise ValueError(
+                f"state {name!r} of parameter {index} must be a {spec.dtype} tensor of shape "
+                f"{spec.shape}, got {got}; load the checkpoint over parameters of the same shapes"
+            )
