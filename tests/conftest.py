@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# The interpreter must be chosen before triton is imported, so its tests have a process of their own.
+# The interpreter must be chosen before triton is imported: its tests have their own process.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 if not torch.cuda.is_available():
     collect_ignore.append("test_gpu.py")

@@ -89,7 +89,7 @@ def test_golden_table() -> None:
 @pytest.mark.parametrize("offset", [0, 1, 127, 2**32 - 3, 2**35 - 50, 2**40 + 7])
 def test_any_slice_is_a_slice(generate, offset: int, impl: str) -> None:
     """Chunks, shards and tiles see the numbers of the whole tensor, beyond 2^32 too."""
-    key = dict(seed=2**63 + 11, stream=0xFFFFFFFF, draw=0xFFFFFFFE, impl=impl)
+    key = {"seed": 2**63 + 11, "stream": 0xFFFFFFFF, "draw": 0xFFFFFFFE, "impl": impl}
     whole = generate(700, offset=offset, **key)
     for start, stop in ((0, 1), (5, 6), (3, 300), (128, 700), (699, 700)):
         part = generate(stop - start, offset=offset + start, **key)
@@ -98,7 +98,7 @@ def test_any_slice_is_a_slice(generate, offset: int, impl: str) -> None:
 
 def test_far_blocks_do_not_repeat() -> None:
     """The upper half of the block number is part of the counter."""
-    key = dict(seed=1, stream=2, draw=3)
+    key = {"seed": 1, "stream": 2, "draw": 3}
     near = noise.normal(64, offset=0, **key)
     far = noise.normal(64, offset=8 * 2**32, **key)
     assert bits(near) != bits(far)
@@ -183,7 +183,7 @@ def test_no_correlation(generate, what: str) -> None:
         pairs = [(runs[0], run) for run in runs[1:]]
     else:
         runs = [generate(n, **{**key, what: key[what] + i}).double() for i in range(5)]
-        pairs = list(pairwise(runs)) + [(runs[0], runs[-1])]
+        pairs = [*list(pairwise(runs)), (runs[0], runs[-1])]
     for a, b in pairs:
         for f in (lambda x: x, lambda x: x**2 - 1, lambda x: x.abs() - x.abs().mean()):
             left, right = f(a), f(b)
@@ -193,7 +193,7 @@ def test_no_correlation(generate, what: str) -> None:
 
 def test_rounding_bits_are_not_the_direction() -> None:
     index = torch.arange(4096)
-    key = dict(seed=3, stream=4, draw=5)
+    key = {"seed": 3, "stream": 4, "draw": 5}
     direction = philox.halfwords(index, **key)
     rounding = philox.halfwords(index, purpose=philox.PURPOSE_ROUNDING, **key)
     assert (direction == rounding).sum() < 5

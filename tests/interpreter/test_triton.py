@@ -1,0 +1,80 @@
+"""The Triton kernels in Triton's interpreter: the reference's bits.
+
+Runs in a process of its own, with TRITON_INTERPRET=1 (tests/test_triton.py starts it).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoopt import kernels, noise
+from zoopt.kernels import philox
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DISTRIBUTIONS = ["normal", "rademacher"]
+GOLDEN = Path(__file__).parents[1] / "golden" / "noise_v1.json"
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    width = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.view(width), b.view(width))
+
+
+def test_golden_file() -> None:
+    for case in json.loads(GOLDEN.read_text())["cases"]:
+        key = {name: case[name] for name in ("seed", "stream", "draw", "offset")}
+        normals = noise.normal(len(case["normal_bits"]), impl="triton", **key)
+        assert normals.view(torch.int32).tolist() == case["normal_bits"]
+        signs = noise.rademacher(len(case["signs"]), impl="triton", **key)
+        assert signs.tolist() == case["signs"]
+
+
+def test_all_values_of_the_table_occur_and_agree() -> None:
+    """A million normals: all but e^-16 of the 65,536 values, each with the table's bits."""
+    key = {"seed": 1, "stream": 2, "draw": 3}
+    got = noise.normal(1 << 20, impl="triton", **key)
+    expected = noise.normal(1 << 20, impl="reference", **key)
+    assert same_bits(got, expected)
+    assert len(got.unique()) > 65_500
+    assert torch.isin(got, philox.normal_table(torch.device("cpu"))).all()
+
+
+@pytest.mark.parametrize(("numel", "offset"), [(1, 3), (4096 + 17, 0), (600, 2**32 - 5)])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits(dtype: torch.dtype, distribution: str, numel: int, offset: int) -> None:
+    key = {"seed": 2**63 + 5, "stream": 2**31 + 1, "offset": offset, "distribution": distribution}
+    theta = (torch.randn(numel) * 10.0 ** torch.randint(-9, 5, (numel,))).to(dtype)
+    results: dict[str, list[torch.Tensor]] = {"triton": [], "reference": []}
+    for impl, out in results.items():
+        out.append(kernels.perturb(theta, 1e-3, draw=9, impl=impl, **key))
+        for rounding in ("nearest", "stochastic"):
+            whole = {**key, "draws": [1, 2**32 - 1], "decay": 0.99, "rounding": rounding}
+            out.append(kernels.apply_(theta.clone(), [0.1, -0.2], impl=impl, **whole))
+            target, buffer = theta.clone(), torch.linspace(-1, 1, numel)
+            kernels.momentum_(
+                target,
+                buffer,
+                [0.1, 0.0],
+                [1.0, 2.0],
+                momentum=0.9,
+                step_size=-0.01,
+                impl=impl,
+                **whole,
+            )
+            out += [target, buffer]
+    for a, b in zip(*results.values(), strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows(dtype: torch.dtype, distribution: str) -> None:
+    weight, rows = torch.randn(20, 37).to(dtype), torch.tensor([[3, 19], [0, 3]])
+    key = {"seed": 7, "stream": 8, "draw": 4, "offset": 5, "distribution": distribution}
+    got = kernels.perturb_rows(weight, rows, 0.1, impl="triton", **key)
+    assert same_bits(got, kernels.perturb(weight, 0.1, impl="reference", **key)[rows])

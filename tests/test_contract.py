@@ -1,0 +1,178 @@
+"""What every optimizer in the table promises."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.optimizer_table import PERTURBATIONS, ROWS, Row, closure_of, mlp, regression
+from zoopt import noise
+
+STEPS = 50
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(
+        torch.equal(p.view(torch.uint8), q.view(torch.uint8))
+        for p, q in zip(a.parameters(), b.parameters(), strict=True)
+    )
+
+
+def run(row: Row, steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    model = mlp(dtype)
+    optimizer = row.build(model, **options)
+    closure = closure_of(model, dtype)
+    for _ in range(steps):
+        optimizer.step(closure)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_equals_the_float64_oracle(row: Row, perturbation: str) -> None:
+    """50 steps in float64 (1e-10: the losses agree to rounding) and in float32 (1e-5)."""
+    x, y = (t.numpy() for t in regression(torch.float64))
+
+    def loss(theta: dict[str, np.ndarray]) -> float:
+        h = np.tanh(x @ theta["0.weight"].T + theta["0.bias"])
+        h = (h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + 1e-5)
+        h = h * theta["2.weight"] + theta["2.bias"]
+        return float(((h @ theta["3.weight"].T + theta["3.bias"] - y) ** 2).mean())
+
+    theta = {name: p.detach().double().numpy().copy() for name, p in mlp().named_parameters()}
+    generate = noise.rademacher if row.options.get("distribution") == "rademacher" else noise.normal
+
+    def z(name: str, draw: int) -> np.ndarray:
+        shape = theta[name].shape
+        key = {"seed": row.options["seed"], "stream": noise.stream(name), "draw": draw}
+        return generate(int(np.prod(shape)), **key).double().numpy().reshape(shape)
+
+    oracle = row.oracle(z, row.options)
+    for _ in range(STEPS):
+        theta = oracle.step(loss, theta)
+    # float32: (L+ - L-) / (2 zo_eps) carries the forward's rounding, about 1e-7 / 1e-3 a step,
+    # times lr 1e-3, times sqrt(50) steps.
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model, _ = run(row, STEPS, dtype, perturbation=perturbation)
+        for name, param in model.named_parameters():
+            scale = 1.0 + np.abs(theta[name]).max()
+            difference = np.abs(param.detach().double().numpy() - theta[name]).max()
+            assert difference <= tolerance * scale, (dtype, name)
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_resume_is_exact(row: Row, dtype: torch.dtype, perturbation: str) -> None:
+    """Saved at step 4, loaded into a new model and optimizer, run on to 9: the same bits."""
+    whole, _ = run(row, 9, dtype, perturbation=perturbation)
+    model, optimizer = run(row, 4, dtype, perturbation=perturbation)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    resumed = mlp(dtype)
+    resumed.load_state_dict(weights)
+    # Other hyperparameters: the checkpoint's take their place.
+    optimizer = row.build(resumed, seed=999, lr=0.5, perturbation=perturbation)
+    optimizer.load_state_dict(state)
+    for _ in range(5):
+        optimizer.step(closure_of(resumed, dtype))
+    assert same(resumed, whole)
+    assert optimizer.last_step.step == 9
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_is_deterministic_and_leaves_the_rng_alone(row: Row) -> None:
+    first = mlp()
+    optimizer = row.build(first)
+    before = torch.get_rng_state()
+    for _ in range(5):
+        optimizer.step(closure_of(first))
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(3)
+    second, _ = run(row, 5)
+    assert same(first, second)
+    other, _ = run(row, 5, seed=8)
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_state_bytes(row: Row, dtype: torch.dtype) -> None:
+    model, optimizer = run(row, 2, dtype)
+    expected = sum(row.state_bytes(p.numel(), p.element_size()) for p in model.parameters())
+    assert state_bytes(optimizer) == optimizer.declared_state_bytes() == expected
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_order_of_named_parameters_does_not_matter(row: Row) -> None:
+    model, _ = run(row, 3)
+    shuffled = mlp()
+    named = list(shuffled.named_parameters())[::-1]
+    optimizer = row.cls(named, **row.options)  # type: ignore[call-arg]
+    for _ in range(3):
+        optimizer.step(closure_of(shuffled))
+    assert same(model, shuffled)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_step_without_anything_pending_changes_nothing(row: Row) -> None:
+    model, optimizer = run(row, 2)
+    weights = copy.deepcopy(model)
+    state = copy.deepcopy(optimizer.state_dict())
+    record = optimizer.last_step
+    assert optimizer.step() is None
+    assert same(model, weights)
+    assert str(optimizer.state_dict()) == str(state)
+    assert optimizer.last_step is record
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_refuses_foreign_checkpoints(row: Row) -> None:
+    model, optimizer = run(row, 2)
+    before = str(optimizer.state_dict())
+    foreign = torch.optim.AdamW(model.parameters())
+    smaller = torch.nn.Linear(2, 2)
+    wrong_version = copy.deepcopy(optimizer.state_dict())
+    wrong_version["param_groups"][0]["noise_version"] = 99
+    for state, message in (
+        (foreign.state_dict(), f"state_dict must be one of {row.cls.__name__}, but its groups"),
+        (row.build(smaller).state_dict(), "as many parameters a group as the optimizer"),
+        ({"state": {}}, "must have the keys 'state' and 'param_groups'"),
+        (wrong_version, "noise_version must be 1, got 99"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state)
+        assert str(optimizer.state_dict()) == before
+    if optimizer.declared_state_bytes():
+        other = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3)))
+        small = row.build(other)
+        small.step(lambda: other(torch.ones(1, 3)).sum())
+        with pytest.raises(ValueError, match=r"must be a torch.float32 tensor of shape \(10, 6\)"):
+            optimizer.load_state_dict(small.state_dict())
+        assert str(optimizer.state_dict()) == before
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_loss_falls(row: Row) -> None:
+    """Or rises, where it is maximised."""
+    model = mlp()
+    start = closure_of(model)().item()
+    trained, _ = run(row, 300)
+    end = closure_of(trained)().item()
+    assert end > start if row.options.get("maximize") else end < 0.9 * start

@@ -1,0 +1,44 @@
+"""The Triton kernels without a GPU: interpreted, and compiled ahead of time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zoopt.kernels import aot
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+from sass import report  # noqa: E402
+
+
+def test_interpreter() -> None:
+    """tests/interpreter passes in a process that interprets Triton kernels."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreter"]
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout or "100%" in run.stdout
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("variant", list(aot.variants()), ids=str)
+def test_compiles_ahead_of_time(variant: aot.Variant, target: str) -> None:
+    """Every kernel, for every target: no spills, and theta moves 128 bits at a time on NVIDIA."""
+    counted = report(variant, target)
+    assert counted.spills == 0
+    if target.startswith("sm") and variant.kernel != "perturb_rows":
+        assert counted.access_bits == 128
+    if (variant.kernel, variant.dtype, variant.distribution) == ("perturb", "bf16", "normal"):
+        assert counted.instructions_per_element <= (28 if target.startswith("sm") else 32)
