@@ -1,0 +1,53 @@
+# make demo   fine-tune a real language model at inference memory, on this machine's CPU
+# make test   lint, types, tests, and the GPU kernels compiled ahead of time
+# make bench  the benchmarks, with their JSON under bench/results/
+#
+# Each installs what it needs into .venv first; only Python (3.10 or later) and make are needed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+
+.PHONY: demo test lint types bench format clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/fetch_demo_assets.py
+	$(BIN)/python examples/finetune_sentiment.py
+
+test: lint types
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/test
+	$(BIN)/mypy
+
+bench: $(VENV)/test
+	$(BIN)/python bench/kernels.py --sass --json bench/results/sass.json
+	$(BIN)/python bench/kernels.py --json bench/results/kernels_cpu.json
+	$(BIN)/python bench/step.py --json bench/results/step_cpu.json
+
+format: $(VENV)/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first: with the pinned build in place, nothing else pulls one with gigabytes of CUDA.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) "pip>=23" "setuptools>=77" torch
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml
+	$(INSTALL) --editable ".[demo]"
+	touch $@
+
+$(VENV)/test: $(VENV)/torch pyproject.toml
+	$(INSTALL) --editable ".[test]"
+	touch $@ $(VENV)/demo
+
+clean:
+	rm -rf $(VENV) .data out build .mypy_cache .pytest_cache .ruff_cache .hypothesis
