@@ -182,7 +182,7 @@ def test_an_exception_is_the_users_own(perturbation: str, estimator: str, at_cal
             raise ZeroDivisionError("mine")
         return closure_of(model)()
 
-    with pytest.raises(ZeroDivisionError, match="^mine$"):
+    with pytest.raises(ZeroDivisionError, match=r"^mine$"):
         optimizer.step(closure)
     assert str(optimizer.state_dict()) == state
     if perturbation == "virtual":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import ctypes.util
 import json
@@ -15,6 +16,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+import zoopt
 from zoopt import noise
 from zoopt.kernels import available_impls, philox
 
@@ -197,6 +199,20 @@ def test_rounding_bits_are_not_the_direction() -> None:
     direction = philox.halfwords(index, **key)
     rounding = philox.halfwords(index, purpose=philox.PURPOSE_ROUNDING, **key)
     assert (direction == rounding).sum() < 5
+
+
+def test_the_package_has_no_generator() -> None:
+    """No call by which torch or numpy would draw from, or set, a stateful generator."""
+    stateful = {
+        *("manual_seed", "seed_all", "Generator", "default_rng", "RandomState", "normal_"),
+        *("uniform_", "bernoulli_", "bernoulli", "random_", "exponential_", "multinomial"),
+        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"),
+    }
+    for path in Path(zoopt.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        called = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        names = {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in called}
+        assert not names & stateful, path
 
 
 def test_stream() -> None:

@@ -1,0 +1,178 @@
+"""The examples do what they say they do."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+#: Unit roundoff of float32.
+U = 2.0**-24
+
+
+def main_of(name: str) -> Callable[..., dict[str, float]]:
+    main: Callable[..., dict[str, float]] = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+    return main
+
+
+def test_mlp_learns() -> None:
+    figures = main_of("mlp")(steps=500)
+    assert figures["loss"] < figures["loss_before"] / 3
+    assert figures["accuracy"] > 0.95 > figures["accuracy_before"]
+
+
+def test_mlp_changes_five_lines() -> None:
+    source = (EXAMPLES / "mlp.py").read_text(encoding="utf-8")
+    assert re.findall(r"# changed, (\d) of 5$", source, re.MULTILINE) == list("12345")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_lora_learns_and_leaves_the_base_alone() -> None:
+    figures = main_of("lora")(steps=300)
+    assert figures["loss"] < figures["loss_before"] - 1.0
+    assert figures["changed_base_weights"] == 0
+    assert 0 < figures["trained"] < figures["frozen"]
+
+
+def test_accuracy_rises_in_training_and_held_out() -> None:
+    figures = main_of("accuracy")(steps=200)
+    for part in ("train", "held_out"):
+        assert figures[part] > 0.9
+        assert figures[f"{part}_before"] < 0.5
+
+
+def test_accumulation_learns_like_whole_batches() -> None:
+    figures = main_of("accumulation")(steps=200)
+    assert figures["loss"] < figures["loss_before"] / 2
+    assert figures["loss"] == pytest.approx(figures["loss_whole"], rel=1e-3)
+    assert figures["difference"] < 1e-3 * figures["distance"]
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4, 64])
+def test_one_accumulated_step_is_the_step_of_the_whole_batch(micro_batches: int) -> None:
+    figures = main_of("accumulation")(steps=1, micro_batches=micro_batches)
+    # A loss near 1 is the mean of 64 squares of sums of 32 terms: taken in another order it is off
+    # by fewer than (64 + 2 * 32) roundings, relative to it. g divides the difference of two such
+    # losses by 2 zo_eps, lr g z moves a weight (|z| < 5 here), and the weight itself is rounded.
+    lr, zo_eps, batch_loss, largest_z, largest_weight = 5e-3, 1e-3, 1.5, 5.0, 1.0
+    off = (64 + 2 * 32) * U * batch_loss
+    tolerance = lr * largest_z * (2 * off / (2 * zo_eps)) + 2 * U * largest_weight
+    assert figures["difference"] <= tolerance
+    assert figures["distance"] > 10 * tolerance
+
+
+WORDS = ("great", "terrible", "Just", "the", "film", "plot", "cast", "was", "is", "and")
+WORDS += ("dull", "bright", "warm", "slow", "clever", "clumsy", "ending", "music")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA with random weights and a tokenizer that knows whole words."""
+    vocabulary = {word: i for i, word in enumerate(("[UNK]", *WORDS))}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    """Sixty labelled sentences."""
+    good, bad = ("bright", "warm", "clever"), ("dull", "slow", "clumsy")
+    lines = []
+    for noun in ("film", "plot", "cast", "ending", "music"):
+        for i in range(3):
+            for verb in ("was", "is"):
+                for rating, words in ((2.5, good), (-1.5, bad)):
+                    text = f"the {noun} {verb} {words[i]} and {words[i - 1]}"
+                    lines.append(f"{len(lines)}\t{rating}\t{text}")
+    path = tmp_path / "reviews.tsv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def finetune(*options: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / "finetune_sentiment.py"), *map(str, options)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """All numbers in a decoded JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from numbers(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield float(value)
+
+
+def test_sentiment_run_writes_a_chart_and_finite_figures(
+    model_dir: Path, reviews: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    done = finetune(
+        *("--model", model_dir, "--data", reviews, "--output", output),
+        *("--steps", "3", "--batch-size", "8", "--no-memory"),
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((output / "figures.json").read_text(encoding="utf-8"))
+    assert all(math.isfinite(number) for number in numbers(figures))
+    training = figures["training"]
+    assert len(training["losses"]) == len(training["projected_grads"]) == 3
+    assert all(loss > 0 for loss in training["losses"])
+    assert sum(figures["sentences"].values()) <= 60
+    assert figures["parameters"]["trained"] == figures["parameters"]["all"]
+    assert figures["memory"] is None
+    [chart] = output.glob("*.png")
+    assert chart.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize("missing", ["--data", "--model"])
+def test_sentiment_run_says_what_is_wrong_in_one_line(
+    missing: str, model_dir: Path, reviews: Path, tmp_path: Path
+) -> None:
+    paths = {"--model": model_dir, "--data": reviews, missing: tmp_path / "nowhere.tsv"}
+    (tmp_path / "nowhere.tsv").mkdir()  # a directory, but neither a model nor a file
+    options = [part for pair in paths.items() for part in pair]
+    done = finetune(*options, "--steps", "3", "--no-memory", "--output", tmp_path / "out")
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "nowhere.tsv" in line
+    assert not list((tmp_path / "out").glob("*"))

@@ -1,0 +1,61 @@
+"""On a GPU (collected only where there is one): the CPU's bits, and MeZO beside its CPU run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import zoopt
+from tests.optimizer_table import PERTURBATIONS, mlp
+from tests.test_kernels import DISTRIBUTIONS, DTYPES, KEY, same_bits, weights
+from zoopt import kernels, noise
+
+
+@pytest.mark.parametrize("offset", [0, 5, 2**32 - 3, 2**40 + 7])
+@pytest.mark.parametrize("generate", [noise.normal, noise.rademacher])
+def test_noise_has_the_bits_of_the_cpu(generate, offset: int) -> None:
+    key = {"seed": 2**63 + 5, "stream": 2**31 + 1, "draw": 3, "offset": offset}
+    assert same_bits(generate(1 << 20, device="cuda", **key).cpu(), generate(1 << 20, **key))
+
+
+@pytest.mark.parametrize(("numel", "offset"), [(1, 3), (100_003, 0), (70_000, 2**32 - 5)])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_have_the_bits_of_the_cpu(
+    dtype: torch.dtype, distribution: str, numel: int, offset: int
+) -> None:
+    theta = weights((numel,), dtype)
+    key = {**KEY, "offset": offset, "distribution": distribution}
+    results: dict[str, list[torch.Tensor]] = {"cuda": [], "cpu": []}
+    for device, out in results.items():
+        out.append(kernels.perturb(theta.to(device), 1e-3, draw=9, **key))
+        for rounding in ("nearest", "stochastic"):
+            whole = {**key, "draws": [1, 2**32 - 1], "decay": 0.99, "rounding": rounding}
+            out.append(kernels.apply_(theta.to(device, copy=True), [0.1, -0.2], **whole))
+            target = theta.to(device, copy=True)
+            buffer = torch.linspace(-1, 1, numel).to(device)
+            kernels.momentum_(
+                target, buffer, [0.1, 0.0], [1.0, 2.0], momentum=0.9, step_size=-0.01, **whole
+            )
+            out += [target, buffer]
+    for a, b in zip(*results.values(), strict=True):
+        assert same_bits(a.cpu(), b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows(dtype: torch.dtype) -> None:
+    weight, rows = weights((50, 37), dtype), torch.tensor([[3, 49], [0, 3]])
+    got = kernels.perturb_rows(weight.cuda(), rows.cuda(), 0.1, draw=4, **KEY)
+    assert same_bits(got.cpu(), kernels.perturb_rows(weight, rows, 0.1, draw=4, **KEY))
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mezo_trains(dtype: torch.dtype, perturbation: str) -> None:
+    model = mlp(dtype).cuda()
+    x = torch.randn(64, 6, dtype=dtype, device="cuda")
+    optimizer = zoopt.MeZO(model.named_parameters(), 1e-3, perturbation=perturbation, seed=1)
+    first = optimizer.step(lambda: model(x).square().double().mean())
+    for _ in range(100):
+        last = optimizer.step(lambda: model(x).square().double().mean())
+    assert last < first
