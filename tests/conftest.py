@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
-import pytest
-import torch
+# numba's cache notices a change of a function's own file only, not of the files it calls into:
+# a cache of its own for each version of the kernels. To be set before numba is imported.
+_kernels = Path(__file__).parents[1] / "zoopt" / "kernels"
+_version = hashlib.blake2b(digest_size=6)
+for _source in sorted(_kernels.glob("*.py")):
+    _version.update(_source.read_bytes())
+os.environ.setdefault(
+    "NUMBA_CACHE_DIR", f"{tempfile.gettempdir()}/zoopt-numba-{_version.hexdigest()}"
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # The interpreter must be chosen before triton is imported: its tests have their own process.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]

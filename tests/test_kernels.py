@@ -235,6 +235,11 @@ def test_gathered_rows_are_rows(dtype: torch.dtype, distribution: str, impl: str
     key = {**KEY, "draw": 2, "offset": 11, "distribution": distribution}
     got = kernels.perturb_rows(weight, rows, 0.1, impl=impl, **key)
     assert same_bits(got, kernels.perturb(weight, 0.1, impl="reference", **key)[rows])
+    strided = torch.arange(12)[::3]
+    assert same_bits(
+        kernels.perturb_rows(weight, strided, 0.1, impl=impl, **key),
+        kernels.perturb(weight, 0.1, impl="reference", **key)[strided],
+    )
     assert kernels.perturb_rows(weight, rows[:0], 0.1, impl=impl, **key).shape == (0, 3, 37)
 
 

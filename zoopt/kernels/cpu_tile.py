@@ -53,7 +53,14 @@ def _float(typing_context, x):
     return signature, lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
 
 
-jit = numba.njit(nogil=True, cache=True, error_model="numpy")
+def jit(function):
+    """Compile on first use, and keep the machine code on disk where there is a place for it."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        # Neither the package's directory nor the user's cache can be written to.
+        return numba.njit(**options)(function)
 
 
 @jit

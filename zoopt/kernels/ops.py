@@ -226,7 +226,7 @@ def perturb_rows(
         [coefficient] = _scalars([alpha], weight.dtype)
         backend.gather_rows(
             weight.detach().contiguous(),
-            rows.reshape(-1).long(),
+            rows.reshape(-1).long().contiguous(),
             out.view(-1, weight.shape[1]),
             coefficient,
             key,

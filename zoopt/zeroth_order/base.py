@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zoopt.checks import check_choice, check_number, check_positive_int
-from zoopt.kernels.key import Distribution, NoiseKey, Rounding
+from zoopt.kernels.key import Distribution, NoiseKey
 from zoopt.kernels.ops import DTYPES
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
 from zoopt.zeroth_order.closure import Closure, check_closure
-from zoopt.zeroth_order.perturbation import Perturbation, PerturbationMode, Slot
+from zoopt.zeroth_order.perturbation import Perturbation, PerturbationMode, RoundingMode, Slot
 from zoopt.zeroth_order.probe import Estimator, PendingProbe, StepRecord, evaluate
 
 #: Group keys that describe the run, hence are the same in every group.
@@ -29,16 +29,22 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
 
     A subclass implements `_update`, which receives each parameter's slot and the directions'
     projected gradients. Everything a run needs to go on is in the param groups, as numbers.
+
+    Attributes:
+        last_step: what the last step measured, or None before the first.
+        skipped_probes: how many probes this optimizer has left out for a non-finite loss.
     """
+
+    # torch copies and pickles an optimizer's state and groups only: a copy starts from these.
+    last_step: StepRecord | None = None
+    skipped_probes: int = 0
+    _pending: PendingProbe | None = None
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
         if seed is None:
             seed = torch.initial_seed() & 0xFFFFFFFFFFFFFFFF
         NoiseKey(seed, stream=0)
         run = {"seed": seed, "step": 0, "draw": 0, "noise_version": NOISE_VERSION}
-        self.last_step: StepRecord | None = None
-        self.skipped_probes = 0
-        self._pending: PendingProbe | None = None
         super().__init__(params, {**defaults, **run})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -216,7 +222,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         check_choice("estimator", group["estimator"], get_args(Estimator))
         check_choice("distribution", group["distribution"], get_args(Distribution))
         check_choice("perturbation", group["perturbation"], get_args(PerturbationMode))
-        check_choice("rounding", group["rounding"], ("auto", *get_args(Rounding)))
+        check_choice("rounding", group["rounding"], get_args(RoundingMode))
         for param in group["params"]:
             _check_param(param)
 

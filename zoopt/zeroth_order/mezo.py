@@ -9,11 +9,11 @@ from torch import Tensor
 
 from zoopt.checks import check_bool, check_number, check_positive_int
 from zoopt.kernels import apply_, momentum_
-from zoopt.kernels.key import Distribution, Rounding
+from zoopt.kernels.key import Distribution
 from zoopt.kernels.ops import accumulator_dtype
 from zoopt.optimizer import Group, Params, TensorSpec
 from zoopt.zeroth_order.base import ZerothOrderOptimizer
-from zoopt.zeroth_order.perturbation import PerturbationMode, Slot
+from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode, Slot
 from zoopt.zeroth_order.probe import Estimator, PendingProbe
 
 #: Past steps of a group, oldest first; each the (draw, weight) pairs of its directions.
@@ -96,7 +96,7 @@ class MeZO(ZerothOrderOptimizer):
         estimator: Estimator = "two-sided",
         distribution: Distribution = "normal",
         perturbation: PerturbationMode = "auto",
-        rounding: Rounding | str = "auto",
+        rounding: RoundingMode = "auto",
         max_projected_grad: float | None = None,
         maximize: bool = False,
         seed: int | None = None,

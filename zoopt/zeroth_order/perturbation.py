@@ -19,6 +19,7 @@ from zoopt.optimizer import Group
 from zoopt.zeroth_order.virtual import Substitution
 
 PerturbationMode = Literal["auto", "inplace", "virtual"]
+RoundingMode = Literal["auto", "nearest", "stochastic"]
 
 
 @dataclasses.dataclass(frozen=True)
