@@ -20,6 +20,8 @@ from zoopt.kernels import aot, gpu
 #: Instructions that do nothing but fill the end of a program.
 PADDING = ("NOP", "BRA", "s_nop", "s_code_end")
 SASS_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+SASS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+GCN_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 GCN_LINE = re.compile(r"^\s+([sv]_\w+|global_\w+|buffer_\w+|ds_\w+|flat_\w+|scratch_\w+)", re.M)
 
 
@@ -36,35 +38,38 @@ class Report:
     access_bits: int
 
 
-def _sass(cubin: bytes) -> str:
-    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+def _read_cubin(cubin: bytes, tool: str, option: str) -> str:
+    """What one of the programs that triton ships prints about a cubin."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        listing = subprocess.run(
-            [nvdisasm, "-c", file.name], capture_output=True, text=True, check=True
+        done = subprocess.run(
+            [program, option, file.name], capture_output=True, text=True, check=True
         )
-    return listing.stdout
+    return done.stdout
 
 
 def _nvidia(compiled: Any) -> tuple[list[str], int, int, list[int]]:
     """Opcodes, registers, spills and the widths in bits of the accesses to global memory."""
-    opcodes = SASS_LINE.findall(_sass(compiled.asm["cubin"]))
+    opcodes = SASS_LINE.findall(_read_cubin(compiled.asm["cubin"], "nvdisasm", "-c"))
     spills = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
     accesses = [opcode.split(".") for opcode in opcodes if opcode.startswith(("LDG", "STG"))]
-    widths = [next((int(p) for p in parts if p in ("64", "128")), 32) for parts in accesses]
-    numbers = re.findall(r"\bR(\d+)\b", _sass(compiled.asm["cubin"]))
-    return opcodes, max(map(int, numbers)) + 1, spills, widths
+    widths = [
+        next((SASS_BITS[part] for part in parts if part in SASS_BITS), 32) for parts in accesses
+    ]
+    # What a thread is given, which can be more than the listing names.
+    usage = _read_cubin(compiled.asm["cubin"], "cuobjdump", "-res-usage")
+    [registers] = re.findall(r"\bREG:(\d+)", usage)
+    return opcodes, int(registers), spills, widths
 
 
 def _amd(compiled: Any) -> tuple[list[str], int, int, list[int]]:
     """As _nvidia, from the assembly of an AMD target."""
     text = compiled.asm["amdgcn"]
     opcodes = GCN_LINE.findall(text)
-    widths = [
-        32 * int(match or 1)
-        for match in re.findall(r"(?:global|buffer)_(?:load|store)_dword(?:x(\d))?", text)
-    ]
+    accesses = re.findall(r"\s(?:global|buffer)_(?:load|store)_(\w+)", text)
+    widths = [GCN_BITS.get(access, 16) for access in accesses]
     [registers] = re.findall(r"\.vgpr_count:\s+(\d+)", text)
     [spills] = re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)
     return opcodes, int(registers), int(spills), widths

@@ -1,0 +1,218 @@
+"""Time of perturb, apply_ and momentum_ against the published way, a plain pass, and a copy.
+
+The published way seeds the generator, draws z by torch.normal and adds eps z out of place. The
+floor is theta.mul_(c), a plain pass that reads and writes theta in place; the copy, dst.copy_(src),
+moves as many bytes. All of a dtype's methods are timed in turn, round by round, and a ratio is the
+median of the rounds' own.
+
+With --sass nothing is timed: the Triton kernels are compiled ahead of time for each target, and
+their machine code is counted. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import common
+from zoopt.kernels import apply_, momentum_, perturb
+from zoopt.kernels.key import Distribution
+
+#: GPU calls are short: this many are queued and timed together.
+CUDA_CALLS = 20
+EPS = 1e-3
+DRAWS = 10
+
+TIME_COLUMNS = {
+    "method": "method",
+    "distribution": "distribution",
+    "dtype": "dtype",
+    "median_ns_per_element": "ns/element",
+    "min_ns_per_element": "min",
+    "max_ns_per_element": "max",
+    "gigabytes_per_second": "GB/s",
+    "times_as_fast_as_published": "x published",
+    "ratio_to_floor": "/ floor",
+    "fraction_of_copy_bandwidth": "of copy",
+}
+SASS_COLUMNS = {
+    "kernel": "kernel",
+    "dtype": "dtype",
+    "distribution": "distribution",
+    "rounding": "rounding",
+    "target": "target",
+    "instructions_per_element": "instructions/element",
+    "registers": "registers",
+    "spills": "spills",
+    "access_bits": "access bits",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One thing to time.
+
+    `published_passes` is how many passes of the published way do the same work: one a direction.
+    """
+
+    name: str
+    distribution: str
+    run: Callable[[], Any]
+    bytes_per_element: int
+    published_passes: int | None = 1
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.distribution}".rstrip(" -")
+
+
+def published(theta: Tensor) -> None:
+    """theta + eps z as published: z from the global generator, a new tensor for the result."""
+    torch.manual_seed(1)
+    z = torch.normal(mean=0.0, std=1.0, size=theta.size(), device=theta.device, dtype=theta.dtype)
+    theta.data = theta.data + EPS * z
+
+
+def methods(theta: Tensor) -> Iterator[Method]:
+    """What is timed on one tensor. theta drifts by a few eps, which no method's time depends on."""
+    # The published way rebinds its tensor's storage, so it gets a tensor of its own to rebind.
+    own, other = theta.clone(), torch.empty_like(theta)
+    buffer = torch.zeros_like(theta, dtype=torch.float32)
+    move = 2 * theta.element_size()
+    yield Method("copy_", "-", lambda: other.copy_(theta), move, None)
+    yield Method("mul_ (floor)", "-", lambda: theta.mul_(1.0), move, None)
+    yield Method("published", "normal", lambda: published(own), move)
+    narrow = theta.dtype != torch.float32
+    for distribution in get_args(Distribution):
+        key: dict[str, Any] = {"seed": 1, "stream": 2, "distribution": distribution}
+        one = {**key, "draws": [3]}
+
+        def in_place(key: dict[str, Any] = key) -> Tensor:
+            return perturb(theta, EPS, draw=3, out=theta, **key)
+
+        def out_of_place(key: dict[str, Any] = key) -> Tensor:
+            return perturb(theta, EPS, draw=3, out=other, **key)
+
+        def update(one: dict[str, Any] = one) -> Tensor:
+            return apply_(theta, [EPS], decay=0.9999, **one)
+
+        def stochastic(one: dict[str, Any] = one) -> Tensor:
+            return apply_(theta, [EPS], decay=0.9999, rounding="stochastic", **one)
+
+        def many(key: dict[str, Any] = key) -> Tensor:
+            return apply_(theta, [EPS] * DRAWS, draws=range(DRAWS), decay=0.9999, **key)
+
+        def momentum(one: dict[str, Any] = one) -> Tensor:
+            return momentum_(theta, buffer, [EPS], [1.0], momentum=0.9, step_size=-1e-6, **one)
+
+        yield Method("perturb in place", distribution, in_place, move)
+        yield Method("perturb to out", distribution, out_of_place, move)
+        yield Method("apply_ 1 draw", distribution, update, move)
+        if narrow:
+            yield Method("apply_ 1 draw, stochastic", distribution, stochastic, move)
+        yield Method(f"apply_ {DRAWS} draws", distribution, many, move, DRAWS)
+        yield Method("momentum_ 1 draw", distribution, momentum, move + 8)
+
+
+def measure(dtype: str, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
+    theta = torch.randn(options.numel, device=device).to(common.DTYPES[dtype])
+    chosen = {method.label: method for method in methods(theta)}
+    calls = CUDA_CALLS if device.type == "cuda" else 1
+    runs = {label: method.run for label, method in chosen.items()}
+    times = common.round_robin(runs, device, options.repeats, dtype, calls)
+    copy, floor, reference = (times[k] for k in ("copy_", "mul_ (floor)", "published normal"))
+    records = []
+    for label, method in chosen.items():
+        own, passes = times[label], method.published_passes
+        traffic = method.bytes_per_element * options.numel
+        moved = method.bytes_per_element / (2 * theta.element_size())
+        records.append(
+            {
+                "method": method.name,
+                "distribution": method.distribution,
+                "dtype": dtype,
+                "numel": options.numel,
+                **common.spread(own, "ns_per_element", 1e9 / options.numel),
+                "bytes_per_element": method.bytes_per_element,
+                "gigabytes_per_second": traffic / statistics.median(own) / 1e9,
+                "published_passes": passes,
+                "times_as_fast_as_published": 1 / common.ratio(own, reference, passes)
+                if passes
+                else None,
+                "ratio_to_floor": common.ratio(own, floor),
+                "fraction_of_copy_bandwidth": moved / common.ratio(own, copy),
+            }
+        )
+    return records
+
+
+def sass() -> list[dict[str, Any]]:
+    """A record for each kernel variant and target."""
+    from bench.sass import report
+    from zoopt.kernels import aot
+
+    records = []
+    for variant in aot.variants():
+        for target in aot.TARGETS:
+            common.progress(f"compiling {variant.kernel} {variant.dtype} for {target}")
+            records.append(dataclasses.asdict(report(variant, target)))
+    common.progress("")
+    return records
+
+
+def main() -> None:
+    parser = common.parser(
+        str(__doc__),
+        "python bench/kernels.py --numel 2**26 --dtypes float32 bfloat16 --json kernels.json",
+    )
+    parser.add_argument(
+        "--numel", type=common.positive, default=1 << 26, help="elements of theta, 2**26 say"
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        metavar="DTYPE",
+        choices=("float32", "bfloat16", "float16"),
+        default=["float32", "bfloat16", "float16"],
+        help="one or more of float32, bfloat16, float16",
+    )
+    common.add_common_arguments(parser, repeats=9)
+    parser.add_argument(
+        "--sass", action="store_true", help="count machine instructions instead of timing"
+    )
+    options = parser.parse_args()
+    common.check_json(parser, options.json)
+    if options.sass:
+        try:
+            records = sass()
+        except ImportError:
+            parser.error("--sass needs triton; pip install 'zoopt-torch[gpu]'")
+        print(common.table(SASS_COLUMNS, records))
+        common.write_json(options.json, records)
+        return
+    device = common.open_device(parser, options)
+    records = []
+    for dtype in options.dtypes:
+        records += measure(dtype, device, options)
+        print(common.table(TIME_COLUMNS, records[-sum(r["dtype"] == dtype for r in records) :]))
+        print(flush=True)
+    print(
+        "x published: how many times as fast as the published way (as many passes as directions); "
+        "/ floor: time\nover that of theta.mul_(c); of copy: bandwidth over that of dst.copy_(src)"
+    )
+    common.write_json(options.json, common.document(device, options, records=records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Fine-tune a language model on review sentences with forward passes only; see --help."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sentiment.errors import InputError
+from sentiment.options import parse
+
+
+def load(args: Namespace) -> tuple[Any, dict[str, list[Any]]]:
+    """Load the model and the three sets of prompted sentences."""
+    from sentiment.data import read_sentences, split
+    from sentiment.model import load_classifier
+
+    splits = split(read_sentences(args.data, args.max_words))
+    classifier = load_classifier(args.model, args.dtype, args.lora, args.prompt, args.verbalizers)
+    sets = {
+        "train": splits.train,
+        "validation": splits.validation[: max(1, args.eval_sentences // 2)],
+        "test": splits.test[: args.eval_sentences],
+    }
+    return classifier, {name: classifier.encode(members) for name, members in sets.items()}
+
+
+def measure(args: Namespace) -> None:
+    """Do one memory measurement in this process and print it."""
+    from sentiment import memory
+    from sentiment.model import balanced_batches
+
+    def load_batch() -> tuple[Any, Any]:
+        classifier, sets = load(args)
+        # The batch with the longest sentences, which is the one that needs the most memory.
+        longest = sorted(sets["train"], key=lambda e: len(e.token_ids))[-4 * args.batch_size :]
+        batch = next(balanced_batches(longest, args.batch_size, args.seed))
+        return classifier, classifier.collate(batch)
+
+    memory.print_measurement(memory.measure(args.measure, load_batch))
+
+
+def settings(args: Namespace) -> dict[str, Any]:
+    """Return the options of the run, as they go into the JSON file."""
+    skipped = ("measure", "output", "no_memory")
+    values = {name: value for name, value in vars(args).items() if name not in skipped}
+    values["data"] = args.data.name
+    values["model"] = Path(args.model).name if Path(args.model).is_dir() else args.model
+    return values
+
+
+def run(args: Namespace, argv: Sequence[str]) -> None:
+    """Train, evaluate, measure and report."""
+    started = time.perf_counter()
+    from sentiment import memory, report
+    from sentiment.evaluation import evaluate
+    from sentiment.training import make_optimizer, train
+
+    classifier, sets = load(args)
+    params = classifier.trainable()
+    counts = {name: len(members) for name, members in sets.items()}
+    trained = sum(p.numel() for _, p in params)
+    print(
+        f"{settings(args)['model']}: training {trained:,} parameters in {args.dtype} on "
+        f"{counts['train']} sentences with {args.optimizer}",
+        flush=True,
+    )
+    optimizer = make_optimizer(
+        args.optimizer,
+        params,
+        lr=args.lr,
+        zo_eps=args.zo_eps,
+        max_projected_grad=args.max_projected_grad,
+        seed=args.seed,
+    )
+    before = evaluate(classifier, sets["test"])
+    history = train(
+        classifier, optimizer, sets["train"], sets["validation"],
+        steps=args.steps, batch_size=args.batch_size, schedule=args.schedule,
+        evaluations=min(args.steps, 5), seed=args.seed,
+    )  # fmt: skip
+    after = evaluate(classifier, sets["test"])
+    measured = None
+    if not args.no_memory:
+        print("measuring memory in three processes ...", flush=True)
+        measured = memory.measure_all([sys.executable, __file__, *argv])
+
+    figures = {
+        "settings": settings(args),
+        "parameters": {
+            "all": sum(p.numel() for p in classifier.model.parameters()),
+            "trained": trained,
+        },
+        "sentences": counts,
+        "test": {"before": before.as_dict(), "after": after.as_dict()},
+        "training": {
+            "losses": history.losses,
+            "validation": history.validation,
+            "projected_grads": history.projected_grads,
+        },
+        "memory": measured,
+        "seconds": {
+            "training": history.seconds,
+            "per_step": history.seconds / args.steps,
+            "total": time.perf_counter() - started,
+        },
+        "environment": report.environment(),
+    }
+    report.print_summary(figures)
+    report.write_json(figures, args.output / "figures.json")
+    report.draw(figures, args.output / "finetune_sentiment.png")
+    print(f"written: {args.output}/figures.json and {args.output}/finetune_sentiment.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = parse(argv)
+        if args.measure:
+            measure(args)
+        else:
+            args.output.mkdir(parents=True, exist_ok=True)
+            run(args, argv)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
