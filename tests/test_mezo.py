@@ -428,9 +428,10 @@ def test_maximize_and_clipping() -> None:
     assert weight.sum() > 0
 
 
-def test_virtual_refuses_writes_and_silence() -> None:
+@pytest.mark.parametrize("estimator", ["two-sided", "one-sided"])
+def test_virtual_refuses_writes_and_silence(estimator: str) -> None:
     model = mlp()
-    optimizer = zoopt.MeZO(model.parameters(), perturbation="virtual", seed=1)
+    optimizer = zoopt.MeZO(model.parameters(), perturbation="virtual", estimator=estimator, seed=1)
     before = copy_of(model)
     for write in (
         lambda: model[0].weight.add_(1.0),

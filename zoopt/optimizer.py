@@ -86,6 +86,8 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         if self._incoming is not None:
             state = {**state, "state": collections.defaultdict(dict, self._incoming)}
         super().__setstate__(state)
+        # torch adds a default of its own here, which no param group of ours has.
+        self.defaults.pop("differentiable", None)
 
     def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
         """Raise unless the param groups are those of this class over as many parameters."""

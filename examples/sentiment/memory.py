@@ -91,7 +91,7 @@ def warm_up(classifier: Classifier, batch: Batch) -> None:
 
 
 def measure(method: str, load: Callable[[], tuple[Classifier, Batch]]) -> dict[str, Any]:
-    """Load the classifier, do three steps of ``method`` and return the figures, in MiB."""
+    """Load the classifier, do a few steps of ``method`` and return the figures, in MiB."""
     classifier, batch = load()
     _own_weights(classifier.model)
     warm_up(classifier, batch)

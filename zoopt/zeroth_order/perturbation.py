@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +33,14 @@ class Slot:
     virtual: bool
     rounding: Rounding
     zo_eps: float
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Let compiled functions run their Python code, where parameters can be replaced."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and the import is slow
+        return contextlib.nullcontext()
+    eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 class Perturbation:
@@ -61,20 +70,25 @@ class Perturbation:
             RuntimeError: there are virtual parameters, and the closure read none of them.
         """
         self._move({draw: scale} if scale else {})
-        if not self._virtual or not scale:
+        if not self._virtual:
             yield
             return
 
         def perturbed(param: Tensor) -> Tensor:
+            if not scale:
+                return param
             slot = self._virtual[param]
             return perturb(param, scale * slot.zo_eps, draw=draw, **slot.key.arguments)
 
         def perturbed_rows(weight: Tensor, rows: Tensor) -> Tensor:
+            if not scale:
+                return weight[rows]
             slot = self._virtual[weight]
             alpha = scale * slot.zo_eps
             return perturb_rows(weight, rows, alpha, draw=draw, **slot.key.arguments)
 
-        with Substitution(self._virtual, perturbed, perturbed_rows) as substitution:
+        # At theta itself too: modules take the path that they take at theta + a z.
+        with _uncompiled(), Substitution(self._virtual, perturbed, perturbed_rows) as substitution:
             yield
         if not substitution.read and not self._in_place:
             raise RuntimeError(

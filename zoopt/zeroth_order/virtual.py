@@ -85,6 +85,8 @@ class Substitution(TorchFunctionMode):
         if name == "__set__":
             return func(*args, **kwargs)
         self.read = True
+        if func in (torch.nn.functional.embedding, torch.nn.functional.embedding_bag):
+            self._refuse_max_norm(args[3] if len(args) > 3 else kwargs.get("max_norm"))
         if func in _EMBEDDINGS:
             rows = self._embedding(func, args, kwargs)
             if rows is not None:
@@ -116,15 +118,16 @@ class Substitution(TorchFunctionMode):
         names = ("input", "weight") if functional else ("weight", "indices")
         values = {**dict(zip(names, args, strict=False)), **kwargs}
         weight, rows = values["weight"], values[names[0] if functional else names[1]]
-        max_norm = args[3] if functional and len(args) > 3 else kwargs.get("max_norm")
-        if functional and max_norm is not None:
+        if id(weight) not in self._ids or id(rows) in self._ids:
+            return None
+        return self._perturb_rows(weight, rows)
+
+    def _refuse_max_norm(self, max_norm: float | None) -> None:
+        if max_norm is not None:
             raise ValueError(
                 f"an embedding with max_norm={max_norm!r} writes to its weight, which virtual "
                 f"perturbation cannot allow; use perturbation='inplace' or freeze the weight"
             )
-        if id(weight) not in self._ids or id(rows) in self._ids:
-            return None
-        return self._perturb_rows(weight, rows)
 
     def _refuse_writes(
         self,
