@@ -230,5 +230,7 @@ def write_json(path: Path | None, content: Any) -> None:
 
 def document(device: torch.device, options: argparse.Namespace, **content: Any) -> dict[str, Any]:
     """What a results file holds: the machine, the arguments, and the measurements."""
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    # Where the results go, and what only our own child processes are passed, say nothing of them.
+    hidden = ("json", "rss_of")
+    arguments = {key: value for key, value in vars(options).items() if key not in hidden}
     return {"machine": machine(device), "arguments": arguments, **content}

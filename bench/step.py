@@ -200,7 +200,10 @@ def spawn_rss(name: str, options: argparse.Namespace) -> dict[str, int]:
     command = [sys.executable, __file__, "--rss-of", name, "--model", options.model]
     for key in ("dtype", "batch", "seq", "threads"):
         command += [f"--{key}", str(getattr(options, key))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        sys.exit(f"step.py: error: --rss: the process for {name} failed: {reason}")
     peaks: dict[str, int] = json.loads(done.stdout)
     return peaks
 
@@ -264,8 +267,6 @@ def parse() -> tuple[argparse.Namespace, torch.device]:
     parser.add_argument("--rss-of", choices=METHODS, help=argparse.SUPPRESS)
     common.add_common_arguments(parser, repeats=7)
     options = parser.parse_args()
-    if options.model != "tiny" and options.seq > 1024:
-        parser.error(f"--seq must be at most 1024, got {options.seq}")
     if options.rss and options.device != "cpu":
         parser.error("--rss measures the CPU's memory; leave it out on a GPU")
     common.check_json(parser, options.json)
