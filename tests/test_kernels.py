@@ -40,10 +40,11 @@ def direction(numel: int, distribution: str, **key: int) -> Tensor:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_perturb_is_theta_plus_alpha_z(dtype: torch.dtype, distribution: str) -> None:
-    theta = weights((3, 500), dtype)
+@pytest.mark.parametrize("width", [500, 1024])
+def test_perturb_is_theta_plus_alpha_z(width: int, dtype: torch.dtype, distribution: str) -> None:
+    theta = weights((3, width), dtype)
     got = kernels.perturb(theta, 1e-3, draw=5, distribution=distribution, **KEY)
-    z = direction(1500, distribution, draw=5, **KEY).view(3, 500)
+    z = direction(3 * width, distribution, draw=5, **KEY).view(3, width)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     alpha = torch.tensor(1e-3, dtype=wide)
     expected = (theta.to(wide) + alpha * z.to(wide)).to(dtype)
@@ -81,8 +82,13 @@ def test_apply_rounds_once() -> None:
 @pytest.mark.parametrize("impl", FAST)
 @settings(max_examples=40, deadline=None)
 @given(
-    numel=st.integers(1, 9000),
-    offset=st.one_of(st.integers(0, 300), st.integers(2**32 - 9000, 2**32 + 9), st.just(2**40 + 5)),
+    numel=st.one_of(st.integers(1, 9000), st.sampled_from([32, 2048, 4096, 6176])),
+    offset=st.one_of(
+        st.integers(0, 300),
+        st.sampled_from([0, 128]),
+        st.integers(2**32 - 9000, 2**32 + 9),
+        st.just(2**40 + 5),
+    ),
     dtype=st.sampled_from(DTYPES),
     distribution=st.sampled_from(DISTRIBUTIONS),
     rounding=st.sampled_from(["nearest", "stochastic"]),

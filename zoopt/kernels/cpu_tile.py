@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba.extending import intrinsic
 
 from zoopt.kernels import philox
+from zoopt.kernels.cpu_intrinsics import (
+    add_signs,
+    add_signs_bfloat16,
+    bits_of,
+    float_of,
+    fma,
+)
 
 i32, u32, u64, f32 = np.int32, np.uint32, np.uint64, np.float32
 
@@ -31,26 +36,6 @@ _P1, _P2, _P3, _P4 = f32(philox.P1), f32(philox.P2), f32(philox.P3), f32(philox.
 _C0, _C1, _C2, _C3 = f32(philox.C0), f32(philox.C1), f32(philox.C2), f32(philox.C3)
 _U_SCALE, _U_SHIFT, _Q_SHIFT = f32(philox.U_SCALE), f32(philox.U_SHIFT), f32(philox.Q_SHIFT)
 _DIRECTION, _ROUNDING = philox.PURPOSE_DIRECTION, philox.PURPOSE_ROUNDING
-
-
-@intrinsic
-def _fma(typing_context, a, b, c):
-    signature = numba.float32(numba.float32, numba.float32, numba.float32)
-    return signature, lambda context, builder, sig, args: builder.fma(*args)
-
-
-@intrinsic
-def _bits(typing_context, x):
-    """The bit pattern of a float32 as an int32."""
-    signature = numba.int32(numba.float32)
-    return signature, lambda context, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-@intrinsic
-def _float(typing_context, x):
-    """The float32 of an int32 bit pattern."""
-    signature = numba.float32(numba.int32)
-    return signature, lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
 
 
 def jit(function):
@@ -91,12 +76,12 @@ def _normals(z, half):
     """z, float32 (m,), from the halfwords, int16 (m,)."""
     for j in range(len(z)):
         x = f32(f32(half[j]) + f32(0.5))
-        q = _bits(_fma(x, x, _Q_SHIFT))
-        u = _fma(f32(q), _U_SCALE, _U_SHIFT)
-        f = _float(i32((q & i32(0x7FFFFF)) | i32(0x3F800000)))
-        c = _fma(_fma(_fma(_C3, f, _C2), f, _C1), f, _C0)
-        p = _fma(_fma(_fma(_P4, u, _P3), u, _P2), u, _P1)
-        z[j] = f32(x * _fma(p, u, c))
+        q = bits_of(fma(x, x, _Q_SHIFT))
+        u = fma(f32(q), _U_SCALE, _U_SHIFT)
+        f = float_of(i32((q & i32(0x7FFFFF)) | i32(0x3F800000)))
+        c = fma(fma(fma(_C3, f, _C2), f, _C1), f, _C0)
+        p = fma(fma(fma(_P4, u, _P3), u, _P2), u, _P1)
+        z[j] = f32(x * fma(p, u, c))
 
 
 @jit
@@ -123,16 +108,26 @@ def accumulate(acc, a, z, words, lead, per_word):
         for j in range(len(acc)):
             acc[j] = f32(acc[j] + f32(a * direction[j]))
         return
-    # per_word, 32, arrives at run time: LLVM vectorises a loop of unknown length and merely
-    # unrolls one of 32 (0.08 against 0.25 ns an element).
-    bits = u32(_bits(a))
-    for k in range(lead // per_word, (lead + len(acc) + per_word - 1) // per_word):
-        word, start = words[k], per_word * k - lead
-        part = acc[max(start, 0) : min(start + per_word, len(acc))]
-        last = 31 + min(start, 0)
-        for j in range(len(part)):
-            sign = u32(u32(word << u32(last - j)) & u32(0x80000000))
-            part[j] = f32(part[j] + _float(i32(bits ^ sign)))
+    bits = u32(bits_of(a))
+    address = u64(acc.ctypes.data)
+    for k in range(lead // 32, (lead + len(acc) + 31) // 32):
+        word, start = words[k], 32 * k - lead
+        if start >= 0 and start + 32 <= len(acc):
+            add_signs(address + u64(4 * start), word, bits)
+        else:
+            for j in range(max(start, 0), min(start + 32, len(acc))):
+                sign = u32(u32(word << u32(31 + start - j)) & u32(0x80000000))
+                acc[j] = f32(acc[j] + float_of(i32(bits ^ sign)))
+
+
+@jit
+def signed_pass(out, theta, words, a):
+    """out <- theta + a signs, both the bits of bfloat16 (32 n,), words (n,), in registers."""
+    bits = u32(bits_of(a))
+    source, target = u64(theta.ctypes.data), u64(out.ctypes.data)
+    for k in range(len(theta) // 32):
+        at = u64(64 * k)
+        add_signs_bfloat16(source + at, target + at, words[k], bits)
 
 
 @jit
@@ -147,17 +142,17 @@ def _rounding_bits(words, index, count, stream, draw, k0, k1):
 @jit
 def _half_to_float(h):
     """float16 bits -> float32: scaling by 2^112 moves the exponent and normalises subnormals."""
-    magnitude = _float(i32((h & i32(0x7FFF)) << i32(13)))
-    scaled = _bits(f32(magnitude * f32(2.0**112)))
+    magnitude = float_of(i32((h & i32(0x7FFF)) << i32(13)))
+    scaled = bits_of(f32(magnitude * f32(2.0**112)))
     if (h & i32(0x7C00)) == i32(0x7C00):
         scaled = i32(scaled | i32(0x7F800000))
-    return _float(i32(scaled | i32((h & i32(0x8000)) << i32(16))))
+    return float_of(i32(scaled | i32((h & i32(0x8000)) << i32(16))))
 
 
 @jit
 def _float_to_half(x):
     """float32 -> float16 bits, to nearest, ties to even."""
-    pattern = _bits(x)
+    pattern = bits_of(x)
     sign = i32((pattern >> i32(16)) & i32(0x8000))
     magnitude = i32(pattern & i32(0x7FFFFFFF))
     if magnitude > i32(0x7F800000):
@@ -166,7 +161,7 @@ def _float_to_half(x):
         result = i32(0x7C00)
     elif magnitude < i32(0x38800000):
         # Adding 1/2 leaves the float16 subnormal, rounded, in the low bits.
-        result = i32(_bits(f32(_float(magnitude) + f32(0.5))) - i32(0x3F000000))
+        result = i32(bits_of(f32(float_of(magnitude) + f32(0.5))) - i32(0x3F000000))
     else:
         odd = i32((magnitude >> i32(13)) & i32(1))
         result = i32(i32(magnitude - i32(0x38000000) + i32(0xFFF) + odd) >> i32(13))
@@ -176,11 +171,11 @@ def _float_to_half(x):
 @jit
 def _float_to_half_stochastic(x, bits):
     """float32 -> float16 bits, by the formula of reference.round_stochastic."""
-    pattern = _bits(x)
-    magnitude = _float(i32(pattern & i32(0x7FFFFFFF)))
+    pattern = bits_of(x)
+    magnitude = float_of(i32(pattern & i32(0x7FFFFFFF)))
     exponent = max(i32((pattern >> i32(23)) & i32(0xFF)), i32(113))
-    ulp = _float(i32((exponent - i32(10)) << i32(23)))
-    inverse = _float(i32((i32(264) - exponent) << i32(23)))
+    ulp = float_of(i32((exponent - i32(10)) << i32(23)))
+    inverse = float_of(i32((i32(264) - exponent) << i32(23)))
     uniform = f32(f32(i32(bits & i32(0x1FFF))) * f32(2.0**-13))
     rounded = f32(f32(np.floor(f32(f32(magnitude * inverse) + uniform))) * ulp)
     if not magnitude < f32(65536.0):

@@ -1,0 +1,88 @@
+"""Machine operations that numba has no name for, written as LLVM."""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+import numba
+from llvmlite import ir
+from numba.extending import intrinsic
+
+
+@intrinsic
+def fma(typing_context, a, b, c):
+    """a b + c, rounded once."""
+    signature = numba.float32(numba.float32, numba.float32, numba.float32)
+    return signature, lambda context, builder, sig, args: builder.fma(*args)
+
+
+@intrinsic
+def bits_of(typing_context, x):
+    """The bit pattern of a float32 as an int32."""
+    signature = numba.int32(numba.float32)
+    return signature, lambda context, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def float_of(typing_context, x):
+    """The float32 of an int32 bit pattern."""
+    signature = numba.float32(numba.int32)
+    return signature, lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
+
+
+INT32 = ir.IntType(32)
+INT16S, INT32S, FLOAT32S = (
+    ir.VectorType(element, 32) for element in (ir.IntType(16), INT32, ir.FloatType())
+)
+
+
+def _signed_sum(builder, values, word, bits):
+    """LLVM: 32 float32 plus bits, a float32's pattern, with the signs of a word.
+
+    Written as one operation on vectors of 32, which LLVM cuts to the machine's width: from a loop
+    over a word's bits it makes scalar code (0.12 against 0.02 ns an element).
+    """
+
+    def splat(value):
+        undefined = ir.Constant(INT32S, ir.Undefined)
+        single = builder.insert_element(undefined, value, INT32(0))
+        return builder.shuffle_vector(single, undefined, INT32S([0] * 32))
+
+    shifts = INT32S([31 - lane for lane in range(32)])
+    signs = builder.and_(builder.shl(splat(word), shifts), INT32S([1 << 31] * 32))
+    terms = builder.bitcast(builder.xor(signs, splat(bits)), FLOAT32S)
+    return builder.fadd(values, terms)
+
+
+@intrinsic
+def add_signs(typing_context, address, word, bits):
+    """Add a word's signs times bits, a float32's pattern, to the 32 float32 at an address."""
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], FLOAT32S.as_pointer())
+        values = builder.load(pointer, align=4)
+        builder.store(_signed_sum(builder, values, args[1], args[2]), pointer, align=4)
+        return context.get_dummy_value()
+
+    return numba.void(numba.uint64, numba.uint32, numba.uint32), generate
+
+
+@intrinsic
+def add_signs_bfloat16(typing_context, source, target, word, bits):
+    """As add_signs, from the 32 bfloat16 at one address to another, rounded to nearest."""
+
+    def generate(context, builder, signature, args):
+        stored = builder.load(builder.inttoptr(args[0], INT16S.as_pointer()), align=2)
+        wide = builder.shl(builder.zext(stored, INT32S), INT32S([16] * 32))
+        total = _signed_sum(builder, builder.bitcast(wide, FLOAT32S), args[2], args[3])
+        pattern = builder.bitcast(total, INT32S)
+        odd = builder.and_(builder.lshr(pattern, INT32S([16] * 32)), INT32S([1] * 32))
+        carried = builder.add(builder.add(pattern, INT32S([0x7FFF] * 32)), odd)
+        number = builder.fcmp_ordered("ord", total, total)
+        shifted = builder.lshr(carried, INT32S([16] * 32))
+        rounded = builder.select(number, shifted, INT32S([0x7FC0] * 32))
+        target = builder.inttoptr(args[1], INT16S.as_pointer())
+        builder.store(builder.trunc(rounded, INT16S), target, align=2)
+        return context.get_dummy_value()
+
+    signature = numba.void(numba.uint64, numba.uint64, numba.uint32, numba.uint32)
+    return signature, generate
