@@ -23,15 +23,12 @@ import resource
 import statistics
 import subprocess
 import sys
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,6 +36,7 @@ if __name__ == "__main__":
 import zoopt
 from bench import common
 from bench.models import MODELS, build
+from tests.meter import LiveStorages
 from tests.reference.published_mezo import PublishedMeZO
 
 METHODS = ("forwards", "inplace", "virtual", "published", "adamw")
@@ -56,43 +54,6 @@ COLUMNS = {
     "peak_beyond_forward_bytes": "bytes beyond forward",
     "rss_beyond_forward_mebibytes": "RSS beyond, MiB",
 }
-
-
-class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive, and their peak.
-
-    Storages that exist beforehand are given as `known`: they count as nothing until they die, and
-    then as less than nothing.
-    """
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-        for tensor in known:
-            self._add(tensor)
-        self.live = self.peak = 0
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage not in self._seen:
-            self._seen.add(storage)
-            size = storage.nbytes()
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._drop, size).atexit = False
-
-    def _drop(self, size: int) -> None:
-        self.live -= size
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self._add(value)
-        return result
 
 
 class Bench:

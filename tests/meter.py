@@ -3,51 +3,53 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
-class StorageMeter(TorchDispatchMode):
-    """Counts storages that come to life while it is active."""
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, and their peak.
 
-    def __init__(self) -> None:
+    Storages that exist beforehand are given as `known`: they count as nothing until they die, and
+    then as less than nothing.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._known: set[int] = set()
+        self.live = self.peak = 0
+        self._seen: weakref.WeakSet[UntypedStorage] = weakref.WeakSet()
+        for tensor in known:
+            self._add(tensor)
+        self.live = self.peak = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {
-            x.untyped_storage()._cdata
-            for x in tree_iter((args, kwargs))
-            if isinstance(x, torch.Tensor)
-        }
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self._seen:
+            self._seen.add(storage)
+            size = storage.nbytes()
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, size).atexit = False
+
+    def _drop(self, size: int) -> None:
+        self.live -= size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for x in tree_iter(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in before:
-                self._add(x.untyped_storage())
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._add(value)
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, nbytes = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += nbytes
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._remove, key, nbytes)
 
-    def _remove(self, key: int, nbytes: int) -> None:
-        self._known.discard(key)
-        self.live -= nbytes
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """The largest sum of bytes of storages created during one call and alive together."""
-    with StorageMeter() as meter:
+def peak_bytes(function: Callable[[], Any], known: Iterable[Tensor] = ()) -> int:
+    """The most bytes alive at once during one call, above what `known` tensors take."""
+    with LiveStorages(known) as meter:
         function()
     return meter.peak
