@@ -85,7 +85,8 @@ def report(variant: aot.Variant, target: str) -> Report:
     compiled = variant.compile(target)
     read = _amd if target.startswith("gfx") else _nvidia
     opcodes, registers, spills, widths = read(compiled)
-    threads = gpu.NUM_WARPS * aot.TARGETS[target].warp_size
+    machine = aot.TARGETS[target]
+    threads = gpu.NUM_WARPS[machine.backend] * machine.warp_size
     work = [opcode for opcode in opcodes if not opcode.startswith(PADDING)]
     item = 4 if variant.dtype == "fp32" else 2
     moved = 2 * item + (8 if variant.kernel == "momentum" else 0)

@@ -68,7 +68,7 @@ class Variant:
             "NORMAL": self.distribution == "normal",
             "STOCHASTIC": self.rounding == "stochastic",
             "ALIGNED": True,
-            "INTERPRET": False,
+            "BACKEND": TARGETS[target].backend,
             "BLOCK": self.block,
         }
         constants = {name: constants[name] for name in function.arg_names if name in constants}
@@ -79,7 +79,7 @@ class Variant:
             if name in _DIVISIBLE
         }
         source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": gpu.NUM_WARPS, "enable_fp_fusion": False}
+        options = {"num_warps": gpu.NUM_WARPS[TARGETS[target].backend], "enable_fp_fusion": False}
         return triton.compile(source, target=TARGETS[target], options=options)
 
     def _type(self, name: str, constants: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ from zoopt.kernels.gpu_tile import direction, rounded
 from zoopt.kernels.key import NoiseKey
 
 #: Elements a program, and its warps: 32 elements a thread spread the key schedule's cost.
-BLOCK, NUM_WARPS = 4096, 4
+BLOCK = 4096
+NUM_WARPS = {"cuda": 4, "hip": 2, "interpreter": 1}
 #: Elements of one row that a program of the embedding kernel handles.
 ROW_BLOCK = 1024
 #: Blocks of 128 signs or 8 normals begin at multiples of this.
@@ -58,16 +59,16 @@ def perturb_kernel(
     k1,
     NORMAL: tl.constexpr,
     ALIGNED: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out <- theta + alpha z."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i, inside = _where(start, numel, skipped, ALIGNED, BLOCK)
-    step = direction(alpha, first + start, stream, draw, k0, k1, NORMAL, INTERPRET, BLOCK)
+    step = direction(alpha, first + start, stream, draw, k0, k1, NORMAL, BACKEND, BLOCK)
     x = tl.load(theta + i, mask=inside).to(tl.float32) + step
     dtype: tl.constexpr = out.dtype.element_ty
-    x = rounded(x, first, stream, draw, k0, k1, dtype, False, INTERPRET, BLOCK)
+    x = rounded(x, first, stream, draw, k0, k1, dtype, False, BACKEND, BLOCK)
     tl.store(out + i, x, mask=inside)
 
 
@@ -88,7 +89,7 @@ def apply_kernel(
     NORMAL: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """theta <- round(decay theta + sum_j coefficients[j] z(draws[j])), count directions."""
@@ -99,10 +100,10 @@ def apply_kernel(
     j = 0
     while j < count:
         a, draw = tl.load(coefficients + j), tl.load(draws + j)
-        x = x + direction(a, index, stream, draw, k0, k1, NORMAL, INTERPRET, BLOCK)
+        x = x + direction(a, index, stream, draw, k0, k1, NORMAL, BACKEND, BLOCK)
         j += 1
     dtype: tl.constexpr = theta.dtype.element_ty
-    x = rounded(x, index, stream, rounding_draw, k0, k1, dtype, STOCHASTIC, INTERPRET, BLOCK)
+    x = rounded(x, index, stream, rounding_draw, k0, k1, dtype, STOCHASTIC, BACKEND, BLOCK)
     tl.store(theta + i, x, mask=inside)
 
 
@@ -127,7 +128,7 @@ def momentum_kernel(
     NORMAL: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """buffer <- momentum buffer + sum_j gradients[j] z_j, and with the new buffer
@@ -141,14 +142,14 @@ def momentum_kernel(
     j = 0
     while j < count:
         a, g, draw = tl.load(coefficients + j), tl.load(gradients + j), tl.load(draws + j)
-        z = direction(one, index, stream, draw, k0, k1, NORMAL, INTERPRET, BLOCK)
+        z = direction(one, index, stream, draw, k0, k1, NORMAL, BACKEND, BLOCK)
         x = x + a * z
         buf = buf + g * z
         j += 1
     tl.store(buffer + i, buf, mask=inside)
     x = x + step_size * buf
     dtype: tl.constexpr = theta.dtype.element_ty
-    x = rounded(x, index, stream, rounding_draw, k0, k1, dtype, STOCHASTIC, INTERPRET, BLOCK)
+    x = rounded(x, index, stream, rounding_draw, k0, k1, dtype, STOCHASTIC, BACKEND, BLOCK)
     tl.store(theta + i, x, mask=inside)
 
 
@@ -165,7 +166,7 @@ def rows_kernel(
     k0,
     k1,
     NORMAL: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out[i] <- weight[rows[i]] + alpha z, a program for each i and block of the row's noise."""
@@ -175,10 +176,10 @@ def rows_kernel(
     start = tl.program_id(1) * BLOCK
     first = begin // PER_BLOCK * PER_BLOCK
     column, inside = _where(start, d + (begin - first), begin - first, False, BLOCK)
-    step = direction(alpha, first + start, stream, draw, k0, k1, NORMAL, INTERPRET, BLOCK)
+    step = direction(alpha, first + start, stream, draw, k0, k1, NORMAL, BACKEND, BLOCK)
     x = tl.load(weight + row * d + column, mask=inside).to(tl.float32) + step
     dtype: tl.constexpr = out.dtype.element_ty
-    x = rounded(x, first, stream, draw, k0, k1, dtype, False, INTERPRET, BLOCK)
+    x = rounded(x, first, stream, draw, k0, k1, dtype, False, BACKEND, BLOCK)
     tl.store(out + tl.program_id(0).to(tl.int64) * d + column, x, mask=inside)
 
 
@@ -210,14 +211,15 @@ def _spans(key: NoiseKey, numel: int) -> list[tuple[int, int, dict[str, Any]]]:
 
 
 def _noise(key: NoiseKey) -> dict[str, Any]:
+    backend = "interpreter" if interpreting() else "hip" if torch.version.hip else "cuda"
     return {
         "stream": _int32(key.stream),
         "k0": _int32(key.seed & 0xFFFFFFFF),
         "k1": _int32(key.seed >> 32),
         "NORMAL": key.distribution == "normal",
-        "INTERPRET": interpreting(),
+        "BACKEND": backend,
         "BLOCK": BLOCK,
-        "num_warps": NUM_WARPS,
+        "num_warps": NUM_WARPS[backend],
         "enable_fp_fusion": False,
     }
 

@@ -1,7 +1,8 @@
 """What the GPU kernels do in registers: generate a block of noise, round a block of results.
 
-INTERPRET (Triton's interpreter, numpy underneath) replaces two instructions by exact equivalents:
-a fused multiply-add goes through float64, and bfloat16 is rounded on its integer bits.
+BACKEND is "cuda", "hip" or "interpreter" (numpy underneath). Two instructions have exact
+equivalents where they are missing: in the interpreter a fused multiply-add goes through float64,
+and outside CUDA, which rounds to bfloat16 in one instruction, its integer bits are rounded.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -25,8 +26,8 @@ _ROUNDING = tl.constexpr(philox.PURPOSE_ROUNDING)
 
 
 @triton.jit
-def _fma(a, b, c, INTERPRET: tl.constexpr):
-    if INTERPRET:
+def _fma(a, b, c, BACKEND: tl.constexpr):
+    if BACKEND == "interpreter":
         return (a.to(tl.float64) * b + c).to(tl.float32)
     else:
         return tl.fma(a, b, c)
@@ -68,19 +69,19 @@ def _words(
 
 
 @triton.jit
-def _quantile(half, INTERPRET: tl.constexpr):
+def _quantile(half, BACKEND: tl.constexpr):
     """The normal of 16 bits, read as a signed integer (int32)."""
     x = half.to(tl.float32) + 0.5
-    q = _fma(x, x, _Q_SHIFT, INTERPRET).to(tl.int32, bitcast=True)
-    u = _fma(q.to(tl.float32), _U_SCALE, _U_SHIFT, INTERPRET)
+    q = _fma(x, x, _Q_SHIFT, BACKEND).to(tl.int32, bitcast=True)
+    u = _fma(q.to(tl.float32), _U_SCALE, _U_SHIFT, BACKEND)
     f = ((q & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    c = _fma(f, _C3, _C2, INTERPRET)
-    c = _fma(c, f, _C1, INTERPRET)
-    c = _fma(c, f, _C0, INTERPRET)
-    p = _fma(u, _P4, _P3, INTERPRET)
-    p = _fma(p, u, _P2, INTERPRET)
-    p = _fma(p, u, _P1, INTERPRET)
-    return x * _fma(p, u, c, INTERPRET)
+    c = _fma(f, _C3, _C2, BACKEND)
+    c = _fma(c, f, _C1, BACKEND)
+    c = _fma(c, f, _C0, BACKEND)
+    p = _fma(u, _P4, _P3, BACKEND)
+    p = _fma(p, u, _P2, BACKEND)
+    p = _fma(p, u, _P1, BACKEND)
+    return x * _fma(p, u, c, BACKEND)
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def direction(
     k0,
     k1,
     NORMAL: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """a z of BLOCK elements from index on: float32, (BLOCK,)."""
@@ -100,7 +101,7 @@ def direction(
         w = _words(index, stream, draw, k0, k1, _DIRECTION, 8, BLOCK)
         low = (w << 16).to(tl.int32, bitcast=True) >> 16
         high = w.to(tl.int32, bitcast=True) >> 16
-        z = tl.join(_quantile(low, INTERPRET), _quantile(high, INTERPRET))
+        z = tl.join(_quantile(low, BACKEND), _quantile(high, BACKEND))
         return a * tl.reshape(z, [BLOCK])
     else:
         w = _words(index, stream, draw, k0, k1, _DIRECTION, 128, BLOCK)
@@ -121,7 +122,7 @@ def rounded(
     k1,
     dtype: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """x, float32 (BLOCK,), in theta's dtype."""
@@ -144,9 +145,9 @@ def rounded(
             near = tl.where(magnitude < 65536.0, steps * ulp, magnitude)
             signed = near.to(tl.uint32, bitcast=True) | (pattern & 0x80000000)
             return signed.to(tl.float32, bitcast=True).to(tl.float16)
-    elif INTERPRET and dtype == tl.bfloat16:
+    elif BACKEND != "cuda" and dtype == tl.bfloat16:
+        # A NaN stays one: those that come from bfloat16 or from arithmetic do not carry over.
         near = (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16
-        near = tl.where(x == x, near, 0x7FC0)
         return near.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(dtype)
