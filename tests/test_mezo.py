@@ -97,6 +97,19 @@ def test_ten_thousand_virtual_steps_do_not_drift() -> None:
     assert optimizer.last_step.step == 10_000
 
 
+def test_in_place_walks_away_in_bfloat16() -> None:
+    """Why "auto" is virtual there: one step at lr 0 changes two fifths of the weights."""
+    changed = {}
+    for perturbation in PERTURBATIONS:
+        weight = nn.Parameter((torch.randn(100_000) * 0.02).bfloat16())
+        before = weight.detach().clone()
+        optimizer = zoopt.MeZO([weight], lr=0.0, perturbation=perturbation, seed=1)
+        optimizer.step(lambda weight=weight: weight.sum())
+        changed[perturbation] = float((weight.detach() != before).float().mean())
+    assert changed["virtual"] == 0.0
+    assert 0.35 < changed["inplace"] < 0.45
+
+
 def test_in_place_drift_is_rounding() -> None:
     """lr 0 in float32: 50 times three passes move a weight by at most 150 half spacings."""
     model = mlp()

@@ -29,8 +29,9 @@ class MeZO(ZerothOrderOptimizer):
         g      = [L(theta + zo_eps z) - L(theta)] / zo_eps                    (one-sided)
         theta <- (1 - lr weight_decay) theta - lr mean_j(g_j z_j)             over num_probes
 
-    A step costs 2 num_probes forward passes (one-sided: 1 + num_probes) and num_probes + 2 passes
-    over the weights at most, and needs the memory of inference: the closure runs without autograd.
+    A step costs 2 num_probes forward passes (one-sided: 1 + num_probes) and, in place, as many
+    passes over the weights and one more. It needs the memory of inference: the closure runs
+    without autograd.
 
     State, in bytes a parameter element: 0; with `momentum` and no `momentum_window`, 4 (8 for
     float64). The run's position (seed, step, draw, and the window's pairs) is in the param groups.
@@ -49,9 +50,10 @@ class MeZO(ZerothOrderOptimizer):
         distribution: `"normal"` (paper) or `"rademacher"`.
         perturbation: `"inplace"` (paper): three passes over the weights a step, restored and
             updated in one. `"virtual"`: weights are never written; each operator reads a temporary
-            theta + zo_eps z, at most one parameter at a time. `"auto"`: in place for float32 and
+            theta + zo_eps z, which dies with the operator (an LSTM, which takes all of its weights
+            at once, has temporaries of all of them). `"auto"`: in place for float32 and
             float64; virtual for bfloat16 and float16, where +zo_eps, -2 zo_eps, +zo_eps would
-            change half of the weights with nothing learned.
+            change two fifths of the weights with nothing learned.
         rounding: of the update; `"nearest"`, `"stochastic"`, or `"auto"`: stochastic for bfloat16
             and float16, where rounding to nearest loses most of a small update.
         max_projected_grad: clip each g to this magnitude; default None (paper).
