@@ -159,12 +159,17 @@ def test_refuses_foreign_checkpoints(row: Row) -> None:
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(state)
         assert str(optimizer.state_dict()) == before
+    other = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3)))
+    small = row.build(other)
+    small.step(lambda: other(torch.ones(1, 3)).sum())
+    with pytest.raises(ValueError, match=r"parameters of the same shapes, \[\[10, 6\]"):
+        optimizer.load_state_dict(small.state_dict())
+    assert str(optimizer.state_dict()) == before
     if optimizer.declared_state_bytes():
-        other = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3)))
-        small = row.build(other)
-        small.step(lambda: other(torch.ones(1, 3)).sum())
+        cast = copy.deepcopy(optimizer.state_dict())
+        cast["state"][0]["momentum_buffer"] = cast["state"][0]["momentum_buffer"].half()
         with pytest.raises(ValueError, match=r"must be a torch.float32 tensor of shape \(10, 6\)"):
-            optimizer.load_state_dict(small.state_dict())
+            optimizer.load_state_dict(cast)
         assert str(optimizer.state_dict()) == before
 
 

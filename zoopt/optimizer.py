@@ -61,6 +61,13 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=param.device)
         return state
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the parameters' shapes in each group: a load checks them."""
+        state_dict = super().state_dict()
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            saved["shapes"] = [list(param.shape) for param in group["params"]]
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of the same class over parameters of the same shapes, bit for bit.
 
@@ -76,8 +83,12 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         self._incoming = self._exact_state(state_dict)
         # The hooks have run; torch gets no state to cast, and hands over in __setstate__.
         self._optimizer_load_state_dict_pre_hooks = collections.OrderedDict()
+        groups = [
+            {key: value for key, value in group.items() if key != "shapes"}
+            for group in state_dict["param_groups"]
+        ]
         try:
-            super().load_state_dict({**state_dict, "state": {}})
+            super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
         finally:
             self._optimizer_load_state_dict_pre_hooks = hooks
             self._incoming = None
@@ -107,7 +118,13 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                 f"got {[len(group['params']) for group in saved]}; "
                 f"build {name} from the parameters it was saved with"
             )
-        for group in saved:
+        for group, own in zip(saved, self.param_groups, strict=True):
+            shapes = [list(param.shape) for param in own["params"]]
+            if group.get("shapes", shapes) != shapes:
+                raise ValueError(
+                    f"state_dict must be of parameters of the same shapes, {shapes}, got "
+                    f"{group['shapes']}; build {name} from the parameters it was saved with"
+                )
             missing = sorted(self.defaults.keys() - group.keys())
             if missing:
                 raise ValueError(
