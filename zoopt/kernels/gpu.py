@@ -254,12 +254,12 @@ def weighted_sum(
                 )
             return
         scalars = torch.tensor(coefficients, dtype=torch.float32).to(theta.device)
-        numbers = torch.tensor([_int32(draw) for draw in draws], dtype=torch.int32)
+        numbers = torch.tensor([_int32(d) for d in draws], dtype=torch.int32).to(theta.device)
         for start, stop, place in _spans(key, theta.numel()):
             apply_kernel[_grid(place)](
                 theta[start:stop],
                 scalars,
-                numbers.to(theta.device),
+                numbers,
                 len(draws),
                 decay,
                 rounding_draw=_int32(rounding_draw or 0),
@@ -284,14 +284,14 @@ def momentum_sum(
     """See reference.momentum_sum."""
     with torch.cuda.device_of(theta):
         scalars = torch.tensor([coefficients, gradients], dtype=torch.float32).to(theta.device)
-        numbers = torch.tensor([_int32(draw) for draw in draws], dtype=torch.int32)
+        numbers = torch.tensor([_int32(d) for d in draws], dtype=torch.int32).to(theta.device)
         for start, stop, place in _spans(key, theta.numel()):
             momentum_kernel[_grid(place)](
                 theta[start:stop],
                 buffer[start:stop],
                 scalars[0],
                 scalars[1],
-                numbers.to(theta.device),
+                numbers,
                 len(draws),
                 decay,
                 momentum,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import torch
@@ -144,8 +144,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         kept = pending.kept
         with torch.no_grad():
             for slot in pending.slots:
-                offset = {} if slot.virtual else perturbation.offset
-                self._update(slot, pending, offset)
+                self._update(slot, pending, {} if slot.virtual else perturbation.offset)
         perturbation.forget()
         for group in self.param_groups:
             group["step"] += 1
@@ -172,7 +171,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             )
         self.skipped_probes += pending.skipped
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Any) -> None:
+    def _update(self, slot: Slot, pending: PendingProbe, offset: Mapping[int, float]) -> None:
         """Update one parameter from the probe, and take `offset` (draw -> scale) away from it."""
         raise NotImplementedError
 

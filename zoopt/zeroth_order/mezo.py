@@ -145,16 +145,8 @@ class MeZO(ZerothOrderOptimizer):
         decay = 1.0 - lr * float(group["weight_decay"]) if present else 1.0
         # draw -> what theta receives along it; the last draw's bits round.
         along = {draw: -decay * scale * slot.zo_eps for draw, scale in offset.items()}
-        stored = _stores_buffer(group) and bool(present)
-        if stored:
+        if present and _stores_buffer(group):
             weights = dict(present)
-        elif present:
-            weights = _windowed(self._window(group, pending), float(group["momentum"]))
-            for draw, weight in weights.items():
-                along[draw] = along.get(draw, 0.0) - lr * weight
-        else:
-            weights = {}
-        if stored:
             draws = sorted(along.keys() | weights.keys())
             momentum_(
                 slot.param,
@@ -169,6 +161,10 @@ class MeZO(ZerothOrderOptimizer):
                 **slot.key.arguments,
             )
             return
+        if present:
+            window = self._window(group, pending)
+            for draw, weight in _windowed(window, float(group["momentum"])).items():
+                along[draw] = along.get(draw, 0.0) - lr * weight
         draws = sorted(draw for draw, coefficient in along.items() if coefficient)
         if draws or decay != 1.0:
             apply_(
