@@ -47,6 +47,14 @@ def check_positive_int(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
 
 
+def check_nonnegative_int(name: str, value: Any) -> None:
+    """Raise unless `value` is an int of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= 0, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be an int >= 0, got {value!r}")
+
+
 def check_bool(name: str, value: Any) -> None:
     """Raise unless `value` is a bool."""
     if not isinstance(value, bool):

@@ -17,7 +17,7 @@ from zoopt.kernels import perturb
 from zoopt.kernels.key import Distribution, check_unsigned
 from zoopt.kernels.philox import NOISE_VERSION, philox4x32
 
-__all__ = ["NOISE_VERSION", "normal", "philox4x32", "rademacher", "stream"]
+__all__ = ["NOISE_VERSION", "mask", "normal", "philox4x32", "rademacher", "stream"]
 
 
 def stream(name_or_position: str | int) -> int:
@@ -80,6 +80,31 @@ def rademacher(
     return _fill(numel, "rademacher", seed, stream, draw, offset, device, impl)
 
 
+def mask(
+    numel: int,
+    *,
+    seed: int,
+    stream: int,
+    draw: int,
+    density: float,
+    offset: int = 0,
+    device: torch.device | str | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Which elements a direction of that density moves, True for those: bool, (numel,).
+
+    Independent of the direction's numbers; each element is True with probability `density`.
+
+    Args:
+        density: in [2^-17, 1], rounded to a multiple of 2^-16.
+        numel, seed, stream, draw, offset, device, impl: as for `normal`.
+
+    Raises:
+        TypeError, ValueError: an argument out of range.
+    """
+    return _fill(numel, "rademacher", seed, stream, draw, offset, device, impl, density) != 0
+
+
 def _fill(
     numel: int,
     distribution: Distribution,
@@ -89,6 +114,7 @@ def _fill(
     offset: int,
     device: torch.device | str | None,
     impl: str | None,
+    density: float = 1.0,
 ) -> Tensor:
     if numel != 0:
         check_positive_int("numel", numel)
@@ -102,6 +128,7 @@ def _fill(
         draw=draw,
         offset=offset,
         distribution=distribution,
+        density=density,
         out=zeros,
         impl=impl,
     )

@@ -16,6 +16,12 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 Group = dict[str, Any]
 
 
+def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A param group's defaults: the arguments of an `__init__` (its `locals()`) but for these."""
+    others = ("self", "params", "seed", "__class__")
+    return {name: value for name, value in arguments.items() if name not in others}
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
     """The shape and dtype of one state tensor."""

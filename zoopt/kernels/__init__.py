@@ -1,6 +1,15 @@
 """Fused kernels: the PyTorch reference, numba on the CPU and Triton on the GPU, with equal bits."""
 
 from zoopt.kernels.dispatch import available_impls
-from zoopt.kernels.ops import apply_, momentum_, perturb, perturb_rows
+from zoopt.kernels.ops import perturb, perturb_rows
+from zoopt.kernels.ops_update import adam_window_, add_, apply_, momentum_
 
-__all__ = ["apply_", "available_impls", "momentum_", "perturb", "perturb_rows"]
+__all__ = [
+    "adam_window_",
+    "add_",
+    "apply_",
+    "available_impls",
+    "momentum_",
+    "perturb",
+    "perturb_rows",
+]

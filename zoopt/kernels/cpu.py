@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoopt.kernels import cpu_kernels
 from zoopt.kernels.cpu_tile import (
     BFLOAT16,
     FLOAT16,
@@ -26,15 +27,8 @@ from zoopt.kernels.cpu_tile import (
     NORMALS_PER_WORD,
     SIGNS_PER_WORD,
     TILE,
-    accumulate,
     f32,
-    generate,
-    jit,
-    load,
-    scale,
-    scratch,
-    signed_pass,
-    store,
+    u16,
     u32,
 )
 from zoopt.kernels.key import NoiseKey
@@ -43,90 +37,6 @@ from zoopt.kernels.key import NoiseKey
 MIN_PER_THREAD = 1 << 15
 
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-
-
-@jit
-def _weighted_sum(
-    theta, out, kind, coefficients, draws, decay, per_word, stream, k0, k1, offset, rounding, span
-):
-    """weighted_sum on elements span[0] ... span[1] - 1; rounding < 0 means to nearest."""
-    tile, z, words = scratch()
-    # One sign an element costs so little that passes through a tile would double it.
-    plain_signs = kind == BFLOAT16 and per_word == SIGNS_PER_WORD and len(draws) == 1
-    plain_signs = plain_signs and decay == f32(1.0) and rounding < 0
-    for start in range(span[0], span[1], TILE):
-        stop = min(start + TILE, span[1])
-        index, count = offset + start, stop - start
-        if plain_signs and index % 128 == 0 and count % 32 == 0:
-            generate(z, words, index, count, per_word, stream, draws[0], k0, k1)
-            signed_pass(out[start:stop], theta[start:stop], words, coefficients[0])
-            continue
-        acc = load(tile, theta[start:stop], out[start:stop], kind, decay)
-        for j in range(len(draws)):
-            lead = generate(z, words, index, count, per_word, stream, draws[j], k0, k1)
-            accumulate(acc, coefficients[j], z, words, lead, per_word)
-        store(out[start:stop], acc, words, index, kind, stream, rounding, k0, k1)
-
-
-@jit
-def _momentum_sum(
-    theta,
-    buffer,
-    kind,
-    coefficients,
-    gradients,
-    draws,
-    decay,
-    momentum,
-    step_size,
-    per_word,
-    stream,
-    k0,
-    k1,
-    offset,
-    rounding,
-    span,
-):
-    """momentum_sum on elements span[0] ... span[1] - 1; rounding < 0 means to nearest."""
-    tile, z, words = scratch()
-    for start in range(span[0], span[1], TILE):
-        stop = min(start + TILE, span[1])
-        index, count = offset + start, stop - start
-        acc = load(tile, theta[start:stop], theta[start:stop], kind, decay)
-        buf = buffer[start:stop]
-        scale(buf, momentum)
-        for j in range(len(draws)):
-            lead = generate(z, words, index, count, per_word, stream, draws[j], k0, k1)
-            accumulate(acc, coefficients[j], z, words, lead, per_word)
-            accumulate(buf, gradients[j], z, words, lead, per_word)
-        for j in range(count):
-            acc[j] = f32(acc[j] + f32(step_size * buf[j]))
-        store(theta[start:stop], acc, words, index, kind, stream, rounding, k0, k1)
-
-
-@jit
-def _gather_rows(weight, rows, out, kind, alpha, draw, per_word, stream, k0, k1, offset, span):
-    """gather_rows on output rows span[0] ... span[1] - 1; weight (V d,), out (n d,)."""
-    d = len(out) // len(rows)
-    alphas, draws = np.full(1, alpha, np.float32), np.full(1, draw, np.uint32)
-    for i in range(span[0], span[1]):
-        start = rows[i] * d
-        source, target = weight[start : start + d], out[i * d : i * d + d]
-        _weighted_sum(
-            source,
-            target,
-            kind,
-            alphas,
-            draws,
-            f32(1.0),
-            per_word,
-            stream,
-            k0,
-            k1,
-            offset + start,
-            -1,
-            (0, d),
-        )
 
 
 _pool: tuple[tuple[int, int], ThreadPoolExecutor] | None = None
@@ -159,10 +69,20 @@ def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
     return array.view(np.uint32 if tensor.dtype == torch.float32 else np.uint16)
 
 
-def _noise(key: NoiseKey) -> tuple[int, np.uint32, np.uint32, np.uint32, int]:
-    """per_word, stream, k0, k1, offset: the arguments of every kernel that name its noise."""
-    per_word = NORMALS_PER_WORD if key.distribution == "normal" else SIGNS_PER_WORD
-    return per_word, u32(key.stream), u32(key.seed & 0xFFFFFFFF), u32(key.seed >> 32), key.offset
+def _noise(key: NoiseKey) -> tuple[int, np.uint32, np.uint32, np.uint32, int, np.uint16 | None]:
+    """per_word, stream, k0, k1, offset, threshold: what names the noise of every kernel."""
+    return (
+        NORMALS_PER_WORD if key.distribution == "normal" else SIGNS_PER_WORD,
+        u32(key.stream),
+        u32(key.seed & 0xFFFFFFFF),
+        u32(key.seed >> 32),
+        key.offset,
+        None if key.threshold is None else u16(key.threshold),
+    )
+
+
+def _rounding(draw: int | None) -> int:
+    return -1 if draw is None else draw
 
 
 def weighted_sum(
@@ -173,21 +93,23 @@ def weighted_sum(
     decay: float,
     key: NoiseKey,
     rounding_draw: int | None,
+    addend: Tensor | None = None,
 ) -> None:
     """See reference.weighted_sum."""
     _parallel(
-        _weighted_sum,
+        cpu_kernels.weighted_sum,
         theta.numel(),
         TILE,
         MIN_PER_THREAD,
         _array(theta),
         _array(out),
+        None if addend is None else addend.numpy(),
         _KINDS[theta.dtype],
         np.array(coefficients, np.float32),
         np.array(draws, np.uint32),
         f32(decay),
         *_noise(key),
-        -1 if rounding_draw is None else rounding_draw,
+        _rounding(rounding_draw),
     )
 
 
@@ -205,7 +127,7 @@ def momentum_sum(
 ) -> None:
     """See reference.momentum_sum."""
     _parallel(
-        _momentum_sum,
+        cpu_kernels.momentum_sum,
         theta.numel(),
         TILE,
         MIN_PER_THREAD,
@@ -219,7 +141,40 @@ def momentum_sum(
         f32(momentum),
         f32(step_size),
         *_noise(key),
-        -1 if rounding_draw is None else rounding_draw,
+        _rounding(rounding_draw),
+    )
+
+
+def adam_window(
+    theta: Tensor,
+    coefficients: Sequence[float],
+    gradients: Sequence[float],
+    first: Sequence[float],
+    second: Sequence[float],
+    closes: Sequence[bool],
+    draws: Sequence[int],
+    decay: float,
+    step_size: float,
+    eps: float,
+    key: NoiseKey,
+    rounding_draw: int | None,
+) -> None:
+    """See reference.adam_window."""
+    _parallel(
+        cpu_kernels.adam_window,
+        theta.numel(),
+        TILE,
+        MIN_PER_THREAD,
+        _array(theta),
+        _KINDS[theta.dtype],
+        *(np.array(numbers, np.float32) for numbers in (coefficients, gradients, first, second)),
+        np.array(closes, np.bool_),
+        np.array(draws, np.uint32),
+        f32(decay),
+        f32(step_size),
+        f32(eps),
+        *_noise(key),
+        _rounding(rounding_draw),
     )
 
 
@@ -229,7 +184,7 @@ def gather_rows(
     """See reference.gather_rows."""
     d = weight.shape[1]
     _parallel(
-        _gather_rows,
+        cpu_kernels.gather_rows,
         rows.numel(),
         1,
         -(-MIN_PER_THREAD // d),

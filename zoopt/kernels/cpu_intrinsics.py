@@ -67,6 +67,26 @@ def add_signs(typing_context, address, word, bits):
 
 
 @intrinsic
+def add_signs_below(typing_context, address, word, bits, randoms, threshold):
+    """As add_signs, where the 32 uint16 at the address randoms are below the threshold."""
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], FLOAT32S.as_pointer())
+        values = builder.load(pointer, align=4)
+        random = builder.load(builder.inttoptr(args[3], INT16S.as_pointer()), align=2)
+        undefined = ir.Constant(INT16S, ir.Undefined)
+        single = builder.insert_element(undefined, args[4], INT32(0))
+        limit = builder.shuffle_vector(single, undefined, INT32S([0] * 32))
+        kept = builder.icmp_unsigned("<", random, limit)
+        total = _signed_sum(builder, values, args[1], args[2])
+        builder.store(builder.select(kept, total, values), pointer, align=4)
+        return context.get_dummy_value()
+
+    signature = numba.void(numba.uint64, numba.uint32, numba.uint32, numba.uint64, numba.uint16)
+    return signature, generate
+
+
+@intrinsic
 def add_signs_bfloat16(typing_context, source, target, word, bits):
     """As add_signs, from the 32 bfloat16 at one address to another, rounded to nearest."""
 

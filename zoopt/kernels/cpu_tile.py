@@ -2,6 +2,9 @@
 
 Loops are written over slices that begin at 0 (numba then needs no wrap-around test and LLVM
 vectorises them), and every integer result is cast back to 32 bits (numba widens them to 64).
+
+A `threshold` is None at density 1, which is a type of its own: numba compiles kernels for it in
+which nothing of a mask is left, and `random`, the mask's 16 bits an element, is empty.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -13,13 +16,14 @@ import numpy as np
 from zoopt.kernels import philox
 from zoopt.kernels.cpu_intrinsics import (
     add_signs,
+    add_signs_below,
     add_signs_bfloat16,
     bits_of,
     float_of,
     fma,
 )
 
-i32, u32, u64, f32 = np.int32, np.uint32, np.uint64, np.float32
+i32, u16, u32, u64, f32 = np.int32, np.uint16, np.uint32, np.uint64, np.float32
 
 #: Elements a tile: a multiple of SIGNS_PER_BLOCK.
 TILE = 2048
@@ -36,6 +40,7 @@ _P1, _P2, _P3, _P4 = f32(philox.P1), f32(philox.P2), f32(philox.P3), f32(philox.
 _C0, _C1, _C2, _C3 = f32(philox.C0), f32(philox.C1), f32(philox.C2), f32(philox.C3)
 _U_SCALE, _U_SHIFT, _Q_SHIFT = f32(philox.U_SCALE), f32(philox.U_SHIFT), f32(philox.Q_SHIFT)
 _DIRECTION, _ROUNDING = philox.PURPOSE_DIRECTION, philox.PURPOSE_ROUNDING
+_MASK = philox.PURPOSE_MASK
 
 
 def jit(function):
@@ -85,8 +90,17 @@ def _normals(z, half):
 
 
 @jit
-def generate(z, words, index, count, per_word, stream, draw, k0, k1):
-    """One direction's words, and its normals, for elements index ... index + count - 1.
+def spread_signs(z, words):
+    """z, float32 (32 n,) <- +1 and -1, the signs of words (n,)."""
+    address = u64(z.ctypes.data)
+    z[:] = f32(0.0)
+    for k in range(len(words)):
+        add_signs(address + u64(128 * k), words[k], u32(bits_of(f32(1.0))))
+
+
+@jit
+def generate(z, words, random, index, count, per_word, stream, draw, k0, k1, threshold):
+    """One direction's words, normals and mask, for elements index ... index + count - 1.
 
     Returns how many elements of the scratch arrays precede the first of them.
     """
@@ -97,27 +111,44 @@ def generate(z, words, index, count, per_word, stream, draw, k0, k1):
     _words(words, first, blocks, stream, draw, _DIRECTION, k0, k1)
     if per_word == NORMALS_PER_WORD:
         _normals(z[: 8 * blocks], words.view(np.int16)[: 8 * blocks])
+    if threshold is not None:
+        # From the same element on, so that both have the same lead.
+        eighths = per_block // 8
+        _words(random, first * eighths, blocks * eighths, stream, draw, _MASK, k0, k1)
     return lead
 
 
 @jit
-def accumulate(acc, a, z, words, lead, per_word):
-    """acc <- acc + a direction, float32 (m,), product and sum each rounded."""
+def accumulate(acc, a, z, words, random, lead, per_word, threshold):
+    """acc <- acc + a direction, float32 (m,), product and sum each rounded, where the mask is 1."""
     if per_word == NORMALS_PER_WORD:
         direction = z[lead : lead + len(acc)]
-        for j in range(len(acc)):
-            acc[j] = f32(acc[j] + f32(a * direction[j]))
+        if threshold is None:
+            for j in range(len(acc)):
+                acc[j] = f32(acc[j] + f32(a * direction[j]))
+        else:
+            halves = random.view(np.uint16)[lead : lead + len(acc)]
+            for j in range(len(acc)):
+                total = f32(acc[j] + f32(a * direction[j]))
+                acc[j] = total if halves[j] < threshold else acc[j]
         return
     bits = u32(bits_of(a))
     address = u64(acc.ctypes.data)
     for k in range(lead // 32, (lead + len(acc) + 31) // 32):
         word, start = words[k], 32 * k - lead
         if start >= 0 and start + 32 <= len(acc):
-            add_signs(address + u64(4 * start), word, bits)
+            target = address + u64(4 * start)
+            if threshold is None:
+                add_signs(target, word, bits)
+            else:
+                add_signs_below(
+                    target, word, bits, u64(random.ctypes.data) + u64(64 * k), threshold
+                )
         else:
             for j in range(max(start, 0), min(start + 32, len(acc))):
-                sign = u32(u32(word << u32(31 + start - j)) & u32(0x80000000))
-                acc[j] = f32(acc[j] + float_of(i32(bits ^ sign)))
+                if threshold is None or random.view(np.uint16)[lead + j] < threshold:
+                    sign = u32(u32(word << u32(31 + start - j)) & u32(0x80000000))
+                    acc[j] = f32(acc[j] + float_of(i32(bits ^ sign)))
 
 
 @jit
@@ -232,6 +263,43 @@ def scale(y, a):
 
 
 @jit
+def add(y, x):
+    """y <- y + x, float32 (m,)."""
+    for j in range(len(y)):
+        y[j] = f32(y[j] + x[j])
+
+
+@jit
+def estimate(acc, ghat, z, random, a, g, threshold):
+    """acc <- acc + a z, ghat <- ghat + g z, all float32 (m,), where the mask is 1."""
+    for j in range(len(acc)):
+        x, y = f32(acc[j] + f32(a * z[j])), f32(ghat[j] + f32(g * z[j]))
+        if threshold is not None:
+            x, y = (x, y) if random[j] < threshold else (acc[j], ghat[j])
+        acc[j], ghat[j] = x, y
+
+
+@jit
+def close(acc, ghat, m, v, z, random, a, g, first, second, threshold):
+    """As estimate, then m <- m + first ghat, v <- v + second (ghat ghat), ghat <- 0, in one pass."""
+    for j in range(len(acc)):
+        x, y = f32(acc[j] + f32(a * z[j])), f32(ghat[j] + f32(g * z[j]))
+        if threshold is not None:
+            x, y = (x, y) if random[j] < threshold else (acc[j], ghat[j])
+        acc[j], ghat[j] = x, f32(0.0)
+        m[j] = f32(m[j] + f32(first * y))
+        v[j] = f32(v[j] + f32(second * f32(y * y)))
+
+
+@jit
+def adam(acc, m, v, step_size, eps):
+    """acc <- acc + (step_size m) / (sqrt(v) + eps), float32 (m,), each operation rounded."""
+    for j in range(len(acc)):
+        denominator = f32(f32(np.sqrt(v[j])) + eps)
+        acc[j] = f32(acc[j] + f32(f32(step_size * m[j]) / denominator))
+
+
+@jit
 def load(tile, theta, out, kind, decay):
     """decay theta as float32 (m,): in the scratch tile, or in out itself if that is float32."""
     if kind == FLOAT32:
@@ -259,7 +327,10 @@ def store(out, acc, words, index, kind, stream, rounding, k0, k1):
 
 
 @jit
-def scratch():
-    """tile, z and words, with room for the blocks that a tile only grazes."""
-    tile, z = np.empty(TILE, np.float32), np.empty(TILE + 8, np.float32)
-    return tile, z, np.empty(TILE // 2 + 4, np.uint32)
+def scratch(threshold):
+    """tile, z, words and random, with room for the blocks that a tile only grazes."""
+    tile, z = np.empty(TILE, np.float32), np.empty(TILE + 128, np.float32)
+    words = np.empty(TILE // 2 + 4, np.uint32)
+    # A mask covers whole blocks of signs, at most one more than fill the tile.
+    random = np.empty(0 if threshold is None else (TILE + 128) // 2, np.uint32)
+    return tile, z, words, random

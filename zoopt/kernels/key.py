@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from numbers import Real
 from typing import Literal, TypedDict, get_args
 
 Distribution = Literal["normal", "rademacher"]
@@ -10,6 +11,8 @@ Rounding = Literal["nearest", "stochastic"]
 
 #: Block numbers have 56 bits, and a block holds eight normals.
 MAX_INDEX = 1 << 59
+#: Densities are multiples of 1 / DENSITY_STEPS: a mask has 16 bits an element.
+DENSITY_STEPS = 1 << 16
 
 
 class NoiseArguments(TypedDict):
@@ -19,6 +22,7 @@ class NoiseArguments(TypedDict):
     stream: int
     offset: int
     distribution: Distribution
+    density: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,8 @@ class NoiseKey:
         stream: 32 bits, the tensor's.
         offset: position of the first element in the whole, unsharded tensor.
         distribution: `"normal"` or `"rademacher"`.
+        density: the fraction of elements that a direction moves, each draw's own at random; in
+            [2^-17, 1] and rounded to a multiple of 2^-16 (up to 2^-16 at least).
 
     Raises:
         ValueError: an argument out of range.
@@ -39,6 +45,7 @@ class NoiseKey:
     stream: int
     offset: int = 0
     distribution: Distribution = "normal"
+    density: float = 1.0
 
     def __post_init__(self) -> None:
         check_unsigned("seed", self.seed, 64)
@@ -50,6 +57,19 @@ class NoiseKey:
                 f"distribution must be one of {', '.join(map(repr, get_args(Distribution)))}, "
                 f"got {self.distribution!r}"
             )
+        number = isinstance(self.density, Real) and not isinstance(self.density, bool)
+        if not number or not 0.5 <= self.density * DENSITY_STEPS <= DENSITY_STEPS:
+            raise ValueError(
+                f"density must be a number in [2^-17, 1], got {self.density!r}; it is rounded to a "
+                f"multiple of 2^-16 = {1 / DENSITY_STEPS:.2e}, the smallest that can be had"
+            )
+        steps = max(1, round(self.density * DENSITY_STEPS))
+        object.__setattr__(self, "density", steps / DENSITY_STEPS)
+
+    @property
+    def threshold(self) -> int | None:
+        """An element moves if the mask's 16 bits are below this; None if all do."""
+        return None if self.density == 1.0 else int(self.density * DENSITY_STEPS)
 
     @property
     def arguments(self) -> NoiseArguments:
@@ -59,6 +79,7 @@ class NoiseKey:
             "stream": self.stream,
             "offset": self.offset,
             "distribution": self.distribution,
+            "density": self.density,
         }
 
     def shifted(self, elements: int) -> NoiseKey:

@@ -1,15 +1,17 @@
-"""The public operations: check the arguments, choose an implementation, run it."""
+"""The operations that leave theta alone, and the checks of arguments that all operations share.
+
+An operation checks its arguments, chooses an implementation and runs it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from zoopt.kernels import dispatch
-from zoopt.kernels.key import Distribution, NoiseKey, Rounding, check_unsigned
+from zoopt.kernels.key import Distribution, NoiseKey, check_unsigned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -23,6 +25,7 @@ def perturb(
     draw: int,
     offset: int = 0,
     distribution: Distribution = "normal",
+    density: float = 1.0,
     out: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -34,6 +37,8 @@ def perturb(
         seed, stream, draw: 64, 32 and 32 bits: the run, the tensor, the direction.
         offset: position of theta's first element in the whole, unsharded tensor.
         distribution: `"normal"` or `"rademacher"`.
+        density: the fraction of elements that the direction moves, at random and anew for each
+            draw; in [2^-17, 1], rounded to a multiple of 2^-16. The others keep their bits.
         out: where the result goes: `theta` itself for in place, or a tensor of its shape, dtype
             and device that shares no memory with it. Default: a new contiguous tensor.
         impl: `"reference"`, `"numba"`, `"triton"`, or None for the fastest that can run.
@@ -48,138 +53,23 @@ def perturb(
 
     A tensor that is not contiguous is worked on through a contiguous copy.
     """
-    key = NoiseKey(seed, stream, offset, distribution)
-    _check_tensor("theta", theta)
+    key = NoiseKey(seed, stream, offset, distribution, density)
+    check_tensor("theta", theta)
     check_unsigned("draw", draw, 32)
     backend = dispatch.choose(theta, impl)
     if out is None:
         out = torch.empty_like(theta, memory_format=torch.contiguous_format)
     elif out is not theta:
-        _check_tensor("out", out)
-        _check_like("out", out, theta, theta.dtype)
+        check_tensor("out", out)
+        check_like("out", out, theta, theta.dtype)
     if theta.numel():
-        [coefficient] = _scalars([alpha], theta.dtype)
+        [coefficient] = scalars([alpha], theta.dtype)
         source, target = theta.detach().contiguous(), out.detach()
         dense = target if target.is_contiguous() else torch.empty_like(source)
         backend.weighted_sum(source.view(-1), dense.view(-1), [coefficient], [draw], 1.0, key, None)
         if dense is not target:
             target.copy_(dense)
     return out
-
-
-def apply_(
-    theta: Tensor,
-    coefficients: Sequence[float],
-    *,
-    seed: int,
-    stream: int,
-    draws: Sequence[int],
-    decay: float = 1.0,
-    offset: int = 0,
-    distribution: Distribution = "normal",
-    rounding: Rounding = "nearest",
-    impl: str | None = None,
-) -> Tensor:
-    """theta <- round(decay theta + sum_j coefficients[j] z(draws[j])), in place.
-
-    One read and one write of theta however many directions are added; the sum runs in float32
-    (float64 for float64) in the order of `draws` and is rounded once.
-
-    Args:
-        theta: a dense float32, bfloat16, float16 or float64 tensor of any shape.
-        coefficients: one number a direction (rounded to float32, or float64 for float64).
-        draws: the directions' numbers, 32 bits each.
-        decay: multiplies theta, 1 - lr weight_decay say.
-        rounding: `"nearest"`, or `"stochastic"`: up or down with the probability that makes the
-            expectation exact, by random bits that belong to the last of `draws`. Without effect on
-            float32 and float64, which are the accumulator's own type.
-        seed, stream, offset, distribution, impl: as for `perturb`.
-
-    Returns:
-        theta.
-
-    Raises:
-        TypeError, ValueError: as for `perturb`; also coefficients and draws of unequal length,
-            stochastic rounding without a direction, or a theta whose elements share memory.
-    """
-    key = NoiseKey(seed, stream, offset, distribution)
-    _check_tensor("theta", theta)
-    _check_unshared("theta", theta)
-    rounding_draw = _check_directions(coefficients, draws, rounding, theta.dtype)
-    backend = dispatch.choose(theta, impl)
-    if theta.numel():
-        numbers = _scalars([*coefficients, decay], theta.dtype)
-        target = theta.detach()
-        dense = target.contiguous()
-        flat = dense.view(-1)
-        backend.weighted_sum(flat, flat, numbers[:-1], list(draws), numbers[-1], key, rounding_draw)
-        if dense is not target:
-            target.copy_(dense)
-    return theta
-
-
-def momentum_(
-    theta: Tensor,
-    buffer: Tensor,
-    coefficients: Sequence[float],
-    gradients: Sequence[float],
-    *,
-    momentum: float,
-    step_size: float,
-    seed: int,
-    stream: int,
-    draws: Sequence[int],
-    decay: float = 1.0,
-    offset: int = 0,
-    distribution: Distribution = "normal",
-    rounding: Rounding = "nearest",
-    impl: str | None = None,
-) -> Tensor:
-    """One pass over theta and a momentum buffer, in place:
-
-        buffer <- momentum buffer + sum_j gradients[j] z(draws[j])
-        theta  <- round(decay theta + sum_j coefficients[j] z(draws[j]) + step_size buffer)
-
-    Args:
-        theta: a dense tensor, as for `apply_`.
-        buffer: contiguous, of theta's shape and device; float32 (float64 for float64).
-        coefficients: one number a direction: what theta itself receives (a restored perturbation).
-        gradients: one number a direction: its projected gradient.
-        momentum, step_size: numbers, as in the formula.
-        seed, stream, draws, decay, offset, distribution, rounding, impl: as for `apply_`.
-
-    Returns:
-        theta.
-
-    Raises:
-        TypeError, ValueError: as for `apply_`, or a buffer that does not match.
-    """
-    key = NoiseKey(seed, stream, offset, distribution)
-    _check_tensor("theta", theta)
-    _check_unshared("theta", theta)
-    _check_like("buffer", buffer, theta, accumulator_dtype(theta.dtype))
-    if not buffer.is_contiguous():
-        raise ValueError("buffer must be contiguous; pass buffer.contiguous()")
-    rounding_draw = _check_directions(coefficients, draws, rounding, theta.dtype)
-    _check_directions(gradients, draws, rounding, theta.dtype)
-    backend = dispatch.choose(theta, impl)
-    if theta.numel():
-        numbers = _scalars([decay, momentum, step_size], theta.dtype)
-        target = theta.detach()
-        dense = target.contiguous()
-        backend.momentum_sum(
-            dense.view(-1),
-            buffer.detach().view(-1),
-            _scalars(coefficients, theta.dtype),
-            _scalars(gradients, theta.dtype),
-            list(draws),
-            *numbers,
-            key,
-            rounding_draw,
-        )
-        if dense is not target:
-            target.copy_(dense)
-    return theta
 
 
 def perturb_rows(
@@ -192,6 +82,7 @@ def perturb_rows(
     draw: int,
     offset: int = 0,
     distribution: Distribution = "normal",
+    density: float = 1.0,
     impl: str | None = None,
 ) -> Tensor:
     """The rows of `perturb(weight, alpha, ...)` that an embedding gathers, and no others.
@@ -199,7 +90,7 @@ def perturb_rows(
     Args:
         weight: a dense tensor, (V, d), as for `perturb`.
         rows: integers in [0, V), any shape.
-        alpha, seed, stream, draw, offset, distribution, impl: as for `perturb`.
+        alpha, seed, stream, draw, offset, distribution, density, impl: as for `perturb`.
 
     Returns:
         A new tensor, (*rows.shape, d), with the bits of `perturb(weight, ...)[rows]`.
@@ -208,8 +99,8 @@ def perturb_rows(
         TypeError, ValueError: as for `perturb`, or a weight that is not a matrix.
         IndexError: a row outside [0, V).
     """
-    key = NoiseKey(seed, stream, offset, distribution)
-    _check_tensor("weight", weight)
+    key = NoiseKey(seed, stream, offset, distribution, density)
+    check_tensor("weight", weight)
     check_unsigned("draw", draw, 32)
     if weight.dim() != 2:
         raise ValueError(f"weight must be a matrix, got shape {tuple(weight.shape)}")
@@ -223,7 +114,7 @@ def perturb_rows(
             raise IndexError(
                 f"rows must lie in [0, {weight.shape[0]}), got values from {low} to {high}"
             )
-        [coefficient] = _scalars([alpha], weight.dtype)
+        [coefficient] = scalars([alpha], weight.dtype)
         backend.gather_rows(
             weight.detach().contiguous(),
             rows.reshape(-1).long().contiguous(),
@@ -240,14 +131,15 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scalars(values: Sequence[float], dtype: torch.dtype) -> list[float]:
+def scalars(values: Sequence[float], dtype: torch.dtype) -> list[float]:
     """The numbers as every implementation sees them: rounded to the accumulator's dtype."""
     if dtype == torch.float64:
         return [float(value) for value in values]
     return torch.tensor(list(values), dtype=torch.float64).float().tolist()
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raise unless it is a dense tensor of a dtype that the kernels have."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
@@ -257,37 +149,19 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must have one of the dtypes {known}, got {tensor.dtype}")
 
 
-def _check_unshared(name: str, tensor: Tensor) -> None:
+def check_unshared(name: str, tensor: Tensor) -> None:
+    """Raise if elements of the tensor share memory."""
     if any(stride == 0 < size - 1 for size, stride in zip(tensor.shape, tensor.stride())):  # noqa: B905
         raise ValueError(
             f"{name} is expanded, so that several of its elements share memory; pass {name}.clone()"
         )
 
 
-def _check_like(name: str, tensor: Tensor, theta: Tensor, dtype: torch.dtype) -> None:
+def check_like(name: str, tensor: Tensor, theta: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless the tensor has theta's shape and device and the dtype."""
     if tensor.shape != theta.shape or tensor.dtype != dtype or tensor.device != theta.device:
         raise ValueError(
             f"{name} must be a {dtype} tensor of shape {tuple(theta.shape)} on {theta.device}, "
             f"got {tensor.dtype}, {tuple(tensor.shape)} on {tensor.device}"
         )
-    _check_unshared(name, tensor)
-
-
-def _check_directions(
-    coefficients: Sequence[float], draws: Sequence[int], rounding: str, dtype: torch.dtype
-) -> int | None:
-    """The draw whose bits round, or None where rounding is to nearest or not needed."""
-    if len(coefficients) != len(draws):
-        raise ValueError(
-            f"coefficients and draws must have equal lengths, "
-            f"got {len(coefficients)} and {len(draws)}"
-        )
-    for draw in draws:
-        check_unsigned("draw", draw, 32)
-    if rounding not in get_args(Rounding):
-        known = ", ".join(map(repr, get_args(Rounding)))
-        raise ValueError(f"rounding must be one of {known}, got {rounding!r}")
-    if rounding == "stochastic" and not draws:
-        raise ValueError("rounding='stochastic' needs at least one draw, got none")
-    exact = dtype == accumulator_dtype(dtype)
-    return None if rounding == "nearest" or exact else draws[-1]
+    check_unshared(name, tensor)

@@ -10,8 +10,8 @@ Every other implementation must return the bits that this file returns.
    so tensors (`stream`), directions (`draw`) and uses (`purpose`) never share a word.
 2. *Bits.* The words of blocks 0, 1, 2, ... laid end to end, least significant bit first, are one
    long string of bits. Element `index` owns bits 16 index ... 16 index + 15 where 16 bits are
-   needed (normals, stochastic rounding: eight elements a block) and bit `index` where one is
-   (Rademacher signs: 128 elements a block).
+   needed (normals, stochastic rounding, masks: eight elements a block) and bit `index` where one
+   is (Rademacher signs: 128 elements a block).
 3. *Signs.* A set bit is -1, a clear bit +1.
 4. *Normals.* The 16 bits, read as a signed integer h, are mapped through an approximation of the
    normal quantile Phi^-1((h + 32768.5) / 65536). With X = h + 1/2 and q = X^2 - 2^30,
@@ -24,6 +24,8 @@ Every other implementation must return the bits that this file returns.
    multiplications, and fused multiply-adds that are fused on every backend: hence equal bits.
    The 65,536 values have mean 0, variance 1 to 2e-8, excess kurtosis -9e-4, and reach 4.35;
    their distribution function is nowhere further than 8e-5 from Phi.
+5. *Masks.* At a density below 1, z is 0 wherever the 16 bits of the purpose "mask" are not below
+   density * 2^16. A zero of a mask is not added at all: what it is added to keeps its bits.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ NOISE_VERSION = 1
 #: Uses of the noise, kept apart by the top byte of the counter's second word.
 PURPOSE_DIRECTION = 0
 PURPOSE_ROUNDING = 1
+PURPOSE_MASK = 2
 
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -168,3 +171,12 @@ def rademacher(index: Tensor, *, seed: int, stream: int, draw: int) -> Tensor:
     w = words(blocks, seed=seed, stream=stream, draw=draw)  # (b, 4)
     bits = w.unsqueeze(-1) >> torch.arange(32, device=index.device) & 1  # (b, 4, 32)
     return (1 - 2 * bits.flatten()[first - block * SIGNS_PER_BLOCK :][: index.numel()]).float()
+
+
+def mask(index: Tensor, *, seed: int, stream: int, draw: int, threshold: int) -> Tensor:
+    """Which of consecutive indices a direction moves: int64 (n,) -> bool (n,).
+
+    `threshold` is density * 2^16, an int.
+    """
+    bits = halfwords(index, seed=seed, stream=stream, draw=draw, purpose=PURPOSE_MASK)
+    return bits < threshold

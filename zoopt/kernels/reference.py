@@ -19,11 +19,30 @@ from zoopt.kernels.key import NoiseKey
 CHUNK = 1 << 13
 
 
-def direction(start: int, numel: int, key: NoiseKey, draw: int, device: torch.device) -> Tensor:
-    """z of elements start ... start + numel - 1 of the tensor: float32, (numel,)."""
-    index = torch.arange(key.offset + start, key.offset + start + numel, device=device)
-    generate = philox.normal if key.distribution == "normal" else philox.rademacher
-    return generate(index, seed=key.seed, stream=key.stream, draw=draw)
+class Direction:
+    """z of elements start ... start + numel - 1 of the tensor, and which of them its mask keeps.
+
+    Attributes:
+        z: float32, (numel,), before it is masked.
+        kept: bool, (numel,), or None for all.
+    """
+
+    def __init__(
+        self, start: int, numel: int, key: NoiseKey, draw: int, device: torch.device
+    ) -> None:
+        index = torch.arange(key.offset + start, key.offset + start + numel, device=device)
+        generate = philox.normal if key.distribution == "normal" else philox.rademacher
+        self.z = generate(index, seed=key.seed, stream=key.stream, draw=draw)
+        self.kept: Tensor | None = None
+        if key.threshold is not None:
+            self.kept = philox.mask(
+                index, seed=key.seed, stream=key.stream, draw=draw, threshold=key.threshold
+            )
+
+    def added(self, acc: Tensor, coefficient: float) -> Tensor:
+        """acc + coefficient z, (numel,): the very bits of acc where the mask is 0."""
+        total = acc + self.z.to(acc.dtype) * coefficient
+        return total if self.kept is None else torch.where(self.kept, total, acc)
 
 
 def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,13 +114,20 @@ def weighted_sum(
     decay: float,
     key: NoiseKey,
     rounding_draw: int | None,
+    addend: Tensor | None = None,
 ) -> None:
-    """out <- round(decay theta + sum_j coefficients[j] z(draws[j])), theta and out (n,)."""
+    """out <- round(decay theta + sum_j coefficients[j] z(draws[j]) + addend), all tensors (n,).
+
+    The addend has the accumulator's dtype; without one nothing is added last.
+    """
     for part in _chunks(theta.numel()):
         acc = theta[part].to(_accumulator_dtype(theta.dtype)) * decay
         for coefficient, draw in zip(coefficients, draws, strict=True):
-            z = direction(part.start, acc.numel(), key, draw, theta.device).to(acc.dtype)
-            acc = acc + z * coefficient
+            acc = Direction(part.start, acc.numel(), key, draw, theta.device).added(
+                acc, coefficient
+            )
+        if addend is not None:
+            acc = acc + addend[part]
         _store(out, acc, part, key, rounding_draw)
 
 
@@ -123,11 +149,49 @@ def momentum_sum(
         acc = theta[part].to(buffer.dtype) * decay
         buf = buffer[part] * momentum
         for coefficient, gradient, draw in zip(coefficients, gradients, draws, strict=True):
-            z = direction(part.start, acc.numel(), key, draw, theta.device).to(acc.dtype)
-            acc = acc + z * coefficient
-            buf = buf + z * gradient
+            direction = Direction(part.start, acc.numel(), key, draw, theta.device)
+            acc = direction.added(acc, coefficient)
+            buf = direction.added(buf, gradient)
         buffer[part] = buf
         _store(theta, acc + buf * step_size, part, key, rounding_draw)
+
+
+def adam_window(
+    theta: Tensor,
+    coefficients: Sequence[float],
+    gradients: Sequence[float],
+    first: Sequence[float],
+    second: Sequence[float],
+    closes: Sequence[bool],
+    draws: Sequence[int],
+    decay: float,
+    step_size: float,
+    eps: float,
+    key: NoiseKey,
+    rounding_draw: int | None,
+) -> None:
+    """theta (n,) <- round(decay theta + sum_j coefficients[j] z_j + step_size m / (sqrt(v) + eps)).
+
+    ghat, m and v begin as 0. Direction j adds gradients[j] z_j to ghat; where closes[j], then
+
+        m <- m + first[j] ghat,    v <- v + second[j] (ghat ghat),    ghat <- 0
+    """
+    for part in _chunks(theta.numel()):
+        acc = theta[part].to(_accumulator_dtype(theta.dtype)) * decay
+        ghat, m, v = (torch.zeros_like(acc) for _ in range(3))
+        for j, draw in enumerate(draws):
+            direction = Direction(part.start, acc.numel(), key, draw, theta.device)
+            acc = direction.added(acc, coefficients[j])
+            ghat = direction.added(ghat, gradients[j])
+            if closes[j]:
+                m = m + ghat * first[j]
+                v = v + ghat * ghat * second[j]
+                ghat = torch.zeros_like(ghat)
+        # torch's float32 square roots are off by one here and there. From float64 they are right,
+        # even if those are: no root of a float32 is within 2^-50 of a tie, relative to it.
+        root = v.double().sqrt().to(v.dtype)
+        acc = acc + m * step_size / (root + eps)
+        _store(theta, acc, part, key, rounding_draw)
 
 
 def gather_rows(

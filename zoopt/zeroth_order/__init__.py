@@ -1,6 +1,29 @@
 """Zeroth-order optimizers: gradients estimated from forward passes, directions from seeds."""
 
+from zoopt.zeroth_order.adam import ZOAdam
+from zoopt.zeroth_order.conmezo import ConMeZO
+from zoopt.zeroth_order.conservative import ZOConservativeSGD
+from zoopt.zeroth_order.forward_grad import ForwardGrad
+from zoopt.zeroth_order.fzoo import FZOO
+from zoopt.zeroth_order.hizoo import HiZOO
+from zoopt.zeroth_order.lozo import LOZO
 from zoopt.zeroth_order.mezo import MeZO
+from zoopt.zeroth_order.muon import ZOMuon
 from zoopt.zeroth_order.probe import StepRecord
+from zoopt.zeroth_order.sign import ZOSignSGD
+from zoopt.zeroth_order.subzero import SubZero
 
-__all__ = ["MeZO", "StepRecord"]
+__all__ = [
+    "FZOO",
+    "LOZO",
+    "ConMeZO",
+    "ForwardGrad",
+    "HiZOO",
+    "MeZO",
+    "StepRecord",
+    "SubZero",
+    "ZOAdam",
+    "ZOConservativeSGD",
+    "ZOMuon",
+    "ZOSignSGD",
+]

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zoopt.checks import check_choice, check_number, check_positive_int
+from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
 from zoopt.kernels.key import Distribution, NoiseKey
 from zoopt.kernels.ops import DTYPES
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
+from zoopt.zeroth_order.blocks import block_due, block_of, check_blocks
 from zoopt.zeroth_order.closure import Closure, check_closure
+from zoopt.zeroth_order.direction import Coefficients, Direction, Noise
 from zoopt.zeroth_order.perturbation import Perturbation, PerturbationMode, RoundingMode, Slot
-from zoopt.zeroth_order.probe import Estimator, PendingProbe, StepRecord, evaluate
+from zoopt.zeroth_order.probe import (
+    Estimator,
+    Evaluation,
+    Measurement,
+    PendingProbe,
+    StepRecord,
+    mean_loss,
+    one_sided,
+    two_sided,
+)
 
 #: Group keys that describe the run, hence are the same in every group.
-_RUN_KEYS = ("seed", "step", "draw", "noise_version", "num_probes", "estimator")
+_RUN_KEYS = (
+    *("seed", "step", "draw", "noise_version", "num_probes", "estimator"),
+    *("blocks", "block_order"),
+)
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -28,7 +42,9 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     """Probes the loss along directions that are regenerated from the seed.
 
     A subclass implements `_update`, which receives each parameter's slot and the directions'
-    projected gradients. Everything a run needs to go on is in the param groups, as numbers.
+    projected gradients; it may choose the directions (`_direction`), what is evaluated along them
+    (`_evaluate`) and what they weigh (`_weights`). Everything that a run needs to go on is in the
+    param groups, as numbers, and in the declared state.
 
     Attributes:
         last_step: what the last step measured, or None before the first.
@@ -55,13 +71,16 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
                 be perturbed, or two parameters with the same stream. Nothing has changed then.
         """
         if self.param_groups:
-            run = {key: self.param_groups[0][key] for key in _RUN_KEYS}
+            first = self.param_groups[0]
+            run = {key: first[key] for key in _RUN_KEYS if key in first}
             param_group = {**run, **param_group}
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
             self._check_run(self.param_groups)
             self._check_streams()
+            for group_index, group, _, name in self._named_params():
+                block_of(group.get("blocks"), group_index, name)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -85,8 +104,8 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             RuntimeError: a virtual perturbation did not reach the closure, the closure writes to a
                 parameter, or no parameter requires a gradient.
         """
-        perturbation, loss = self._probe(closure, "probe")
-        perturbation.restore()
+        evaluation, loss = self._probe(closure, "probe")
+        evaluation.perturbation.restore()
         return loss
 
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
@@ -100,52 +119,64 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             The mean of the closure's losses (without a closure: of all the pending ones), or None
             if there was nothing to do, in which case nothing at all has changed.
         """
-        perturbation: Perturbation | None = None
+        evaluation: Evaluation | None = None
         loss: float | None = None
         if closure is not None:
-            perturbation, loss = self._probe(closure, "step")
+            evaluation, loss = self._probe(closure, "step")
         pending = self._pending
         if pending is None:
             return None
+        if evaluation is not None:
+            self._refine(evaluation, pending)
         if loss is None:
-            loss = sum(sum(pair) for pair in pending.losses) / (2 * len(pending.losses))
+            loss = mean_loss(pending.losses)
         self._pending = None
-        self._finish(pending, perturbation or Perturbation(pending.slots))
+        self._finish(pending, evaluation.perturbation if evaluation else None)
         return loss
 
-    def _probe(self, closure: Closure, caller: str) -> tuple[Perturbation, float]:
+    def _probe(self, closure: Closure, caller: str) -> tuple[Evaluation, float]:
         """Evaluate and record; parameters perturbed in place are left at their last point."""
         check_closure(closure, caller)
         pending = self._pending or self._new_pending()
-        perturbation = Perturbation(pending.slots)
-        estimator = self.param_groups[0]["estimator"]
-        pairs = evaluate(closure, perturbation, pending.draws, estimator)
-        pending.add(pairs, estimator)
+        evaluation = Evaluation(closure, Perturbation(pending.slots))
+        measurements = self._evaluate(evaluation, pending)
+        pending.add(measurements)
         self._pending = pending
-        return perturbation, sum(sum(pair) for pair in pairs) / (2 * len(pairs))
+        return evaluation, mean_loss([measurement.losses for measurement in measurements])
+
+    def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Measurement]:
+        """Measure the loss along the pending directions, a measurement each."""
+        one = self.param_groups[0]["estimator"] == "one-sided"
+        return (one_sided if one else two_sided)(evaluation, pending.draws)
+
+    def _refine(self, evaluation: Evaluation, pending: PendingProbe) -> None:
+        """Evaluate what the update still wants to know, at the closure that the step was given."""
 
     def _new_pending(self) -> PendingProbe:
-        slots = list(self._slots())
-        if not slots:
-            raise RuntimeError(
-                "no parameter of the optimizer requires a gradient, so there is nothing to "
-                "perturb; unfreeze one with .requires_grad_()"
-            )
         run = self.param_groups[0]
         draws = tuple(range(run["draw"], run["draw"] + run["num_probes"]))
         if draws[-1] >= 1 << 32:
             raise RuntimeError("the run has used all of its 2^32 draws; begin one with a new seed")
-        return PendingProbe(slots, draws)
+        block = self._block_due()
+        slots = list(self._slots(block))
+        if not slots:
+            where = "" if block is None else f" in block {block}, whose turn it is"
+            raise RuntimeError(
+                f"no parameter of the optimizer{where} requires a gradient, so there is nothing to "
+                f"perturb; unfreeze one with .requires_grad_()"
+            )
+        return PendingProbe(slots, draws, block)
 
-    def _finish(self, pending: PendingProbe, perturbation: Perturbation) -> None:
+    def _finish(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
         """Update every parameter, count the step and record it."""
         if pending.skipped:
             self._report_skipped(pending)
         kept = pending.kept
         with torch.no_grad():
             for slot in pending.slots:
-                self._update(slot, pending, {} if slot.virtual else perturbation.offset)
-        perturbation.forget()
+                self._update(slot, pending, perturbation.offset(slot) if perturbation else {})
+        if perturbation:
+            perturbation.forget()
         for group in self.param_groups:
             group["step"] += 1
             group["draw"] = pending.draws[-1] + 1
@@ -171,43 +202,94 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             )
         self.skipped_probes += pending.skipped
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Mapping[int, float]) -> None:
-        """Update one parameter from the probe, and take `offset` (draw -> scale) away from it."""
+    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+        """Update one parameter from the probe, and take the displacement `offset` away from it."""
         raise NotImplementedError
+
+    def _descend(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, weights: Coefficients
+    ) -> None:
+        """theta <- decay (theta - offset) - lr sum_d weights[d] z(d), in one pass."""
+        lr, decay = float(slot.group["lr"]), self._decay(slot.group, pending)
+        along = {draw: -decay * coefficient for draw, coefficient in offset.items()}
+        for draw, weight in weights.items():
+            along[draw] = along.get(draw, 0.0) - lr * weight
+        along = {draw: along[draw] for draw in sorted(along) if along[draw]}
+        if along or decay != 1.0:
+            slot.direction.add_(slot.param, along, decay=decay, rounding=slot.rounding)
 
     def _close_group(self, group: Group, pending: PendingProbe) -> None:
         """Update what a group keeps besides its parameters' state."""
 
+    def _decay(self, group: Group, pending: PendingProbe) -> float:
+        """What the update multiplies theta by: 1 if there is nothing to update from."""
+        return 1.0 - float(group["lr"]) * float(group["weight_decay"]) if pending.kept else 1.0
+
+    def _weights(self, group: Group, pending: PendingProbe) -> dict[int, float]:
+        """draw -> weight of the gradient estimate sum_j weight_j z_j, in descent's sign."""
+        grads = self._projected_grads(pending, group)
+        sign = -1.0 if group["maximize"] else 1.0
+        return {
+            pending.draws[j]: sign * g / len(grads)
+            for j, g in zip(pending.kept, grads, strict=True)
+        }
+
     def _projected_grads(self, pending: PendingProbe, group: Group) -> list[float]:
         """The projected gradients of the kept directions in the group's zo_eps, clipped."""
         grads = [pending.deltas[j] / float(group["zo_eps"]) for j in pending.kept]
-        bound = group["max_projected_grad"]
+        bound = group.get("max_projected_grad")
         return grads if bound is None else [max(-bound, min(bound, g)) for g in grads]
 
-    def _slots(self) -> Iterator[Slot]:
-        """The parameters that take part now, with their streams."""
-        for group, param, name in self._named_params():
-            if param.requires_grad:
-                narrow = param.dtype in _NARROW
-                mode, rounding = group["perturbation"], group["rounding"]
-                yield Slot(
-                    param,
-                    group,
-                    NoiseKey(group["seed"], stream(name), distribution=group["distribution"]),
-                    virtual=narrow if mode == "auto" else mode == "virtual",
-                    rounding=("stochastic" if narrow else "nearest")
-                    if rounding == "auto"
-                    else rounding,
-                    zo_eps=float(group["zo_eps"]),
-                )
+    def _slots(self, block: int | None = None) -> Iterator[Slot]:
+        """The parameters that take part now (of one block, or of all), with their directions."""
+        run = self.param_groups[0]
+        blocks = run.get("blocks")
+        for group_index, group, param, name in self._named_params():
+            if not param.requires_grad:
+                continue
+            if block is not None and block_of(blocks, group_index, name) != block:
+                continue
+            rounding: RoundingMode = group["rounding"]
+            if rounding == "auto":
+                rounding = "stochastic" if param.dtype in _NARROW else "nearest"
+            virtual = self._virtual(param, group)
+            direction = self._direction(param, group, stream(name), virtual=virtual)
+            if direction is not None:
+                yield Slot(param, group, direction, virtual, rounding, float(group["zo_eps"]))
 
-    def _named_params(self) -> Iterator[tuple[Group, Tensor, str | int]]:
+    def _virtual(self, param: Tensor, group: Group) -> bool:
+        """Whether the parameter is perturbed virtually."""
+        mode: PerturbationMode = group["perturbation"]
+        return param.dtype in _NARROW if mode == "auto" else mode == "virtual"
+
+    def _direction(
+        self, param: Tensor, group: Group, number: int, *, virtual: bool
+    ) -> Direction | None:
+        """What the parameter is perturbed along, or None if it does not take part.
+
+        Args:
+            param, group: the parameter and its group.
+            number: its stream.
+            virtual: whether it is perturbed virtually.
+        """
+        return Noise(NoiseKey(group["seed"], number, distribution=group["distribution"]))
+
+    def _block_due(self) -> int | None:
+        """The block that this step is about, or None for all parameters."""
+        run = self.param_groups[0]
+        blocks = run.get("blocks")
+        if blocks is None:
+            return None
+        count = len(self.param_groups) if blocks == "groups" else len(blocks)
+        return block_due(count, run["block_order"], run["seed"], run["step"])
+
+    def _named_params(self) -> Iterator[tuple[int, Group, Tensor, str | int]]:
         """Every parameter with its group and its name, or position where names are not known."""
         position = 0
-        for group in self.param_groups:
+        for group_index, group in enumerate(self.param_groups):
             names = group.get("param_names")
             for i, param in enumerate(group["params"]):
-                yield group, param, position if names is None else names[i]
+                yield group_index, group, param, position if names is None else names[i]
                 position += 1
 
     def _check_group(self, group: Group) -> None:
@@ -216,10 +298,15 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         check_number("zo_eps", group["zo_eps"], low=0.0, open_low=True)
         check_number("weight_decay", group["weight_decay"], low=0.0)
         check_positive_int("num_probes", group["num_probes"])
-        if group["max_projected_grad"] is not None:
+        if group.get("max_projected_grad") is not None:
             check_number("max_projected_grad", group["max_projected_grad"], low=0.0, open_low=True)
-        check_choice("estimator", group["estimator"], get_args(Estimator))
-        check_choice("distribution", group["distribution"], get_args(Distribution))
+        if "estimator" in group:
+            check_choice("estimator", group["estimator"], get_args(Estimator))
+        if "blocks" in group:
+            check_blocks(group["blocks"], group["block_order"])
+        check_bool("maximize", group["maximize"])
+        if "distribution" in group:
+            check_choice("distribution", group["distribution"], get_args(Distribution))
         check_choice("perturbation", group["perturbation"], get_args(PerturbationMode))
         check_choice("rounding", group["rounding"], get_args(RoundingMode))
         for param in group["params"]:
@@ -227,13 +314,13 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
 
     def _check_run(self, groups: list[Group]) -> None:
         for key in _RUN_KEYS:
-            values = [group[key] for group in groups]
+            values = [group.get(key) for group in groups]
             if any(value != values[0] for value in values):
                 raise ValueError(f"{key} must be the same in every param group, got {values}")
 
     def _check_streams(self) -> None:
         seen: dict[int, str | int] = {}
-        for _, _, name in self._named_params():
+        for *_, name in self._named_params():
             number = stream(name)
             if number in seen:
                 raise ValueError(

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 
-from zoopt.checks import check_bool, check_number, check_positive_int
-from zoopt.kernels import apply_, momentum_
 from zoopt.kernels.key import Distribution
-from zoopt.kernels.ops import accumulator_dtype
-from zoopt.optimizer import Group, Params, TensorSpec
-from zoopt.zeroth_order.base import ZerothOrderOptimizer
-from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode, Slot
-from zoopt.zeroth_order.probe import Estimator, PendingProbe
-
-#: Past steps of a group, oldest first; each the (draw, weight) pairs of its directions.
-Window = tuple[tuple[tuple[int, float], ...], ...]
+from zoopt.optimizer import Params, hyperparameters
+from zoopt.zeroth_order.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.mask import Mask
+from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode
+from zoopt.zeroth_order.probe import Estimator
+from zoopt.zeroth_order.sgd import MomentumSGD
 
 
-class MeZO(ZerothOrderOptimizer):
+class MeZO(MomentumSGD):
     r"""SGD on a gradient estimated from forward passes; its directions are never stored.
 
     With a direction z ~ N(0, I) that is regenerated from the seed wherever it is needed,
@@ -34,7 +27,8 @@ class MeZO(ZerothOrderOptimizer):
     without autograd.
 
     State, in bytes a parameter element: 0; with `momentum` and no `momentum_window`, 4 (8 for
-    float64). The run's position (seed, step, draw, and the window's pairs) is in the param groups.
+    float64); with `mask="magnitude"`, 4 a parameter. The run's position (seed, step, draw, and the
+    window's pairs) is in the param groups.
 
     Args:
         params: parameters, param groups, or `model.named_parameters()`. With names, a parameter's
@@ -57,11 +51,24 @@ class MeZO(ZerothOrderOptimizer):
         rounding: of the update; `"nearest"`, `"stochastic"`, or `"auto"`: stochastic for bfloat16
             and float16, where rounding to nearest loses most of a small update.
         max_projected_grad: clip each g to this magnitude; default None (paper).
+        mask: which elements move. None: all (paper). `"random"`: each with probability `density`,
+            anew for each direction; never stored. `"magnitude"`: those with |theta| at or below
+            the parameter's `density` quantile when the run began (Sparse MeZO, arXiv:2402.15751);
+            in place, a bool a parameter element lives for the duration of a step. A dict of
+            flat int64 indices by parameter name (without names, by position in the group): those;
+            parameters that it does not name rest, and state has the indices' shape.
+        density: the fraction of elements that move, with `"random"` (a multiple of 2^-16) and
+            `"magnitude"`; default 1.
+        blocks: block-wise descent: a step perturbs and updates one block, and the others cost
+            nothing. `"groups"`: each param group is a block; a list of name patterns as in the
+            shell (`"model.layers.0.*"`): the first one that matches is a parameter's block.
+        block_order: `"cyclic"`, `"random"` (from the seed), or `"all"` at once; default cyclic.
         maximize: ascend instead of descend.
         seed: 64 bits; default, that of torch (`torch.initial_seed()`, which is read, not changed).
 
-    lr, zo_eps, weight_decay, momentum, max_projected_grad, distribution, perturbation and rounding
-    can differ between param groups. With different zo_eps, each group's g is in its own.
+    lr, zo_eps, weight_decay, momentum, max_projected_grad, distribution, perturbation, rounding,
+    mask and density can differ between param groups. With different zo_eps, each group's g is in
+    its own.
 
     Raises:
         TypeError, ValueError: an argument out of range; a parameter that is complex, integer,
@@ -100,109 +107,11 @@ class MeZO(ZerothOrderOptimizer):
         perturbation: PerturbationMode = "auto",
         rounding: RoundingMode = "auto",
         max_projected_grad: float | None = None,
+        mask: Mask | None = None,
+        density: float = 1.0,
+        blocks: Blocks = None,
+        block_order: BlockOrder = "cyclic",
         maximize: bool = False,
         seed: int | None = None,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "zo_eps": zo_eps,
-            "momentum": momentum,
-            "momentum_window": momentum_window,
-            "weight_decay": weight_decay,
-            "num_probes": num_probes,
-            "estimator": estimator,
-            "distribution": distribution,
-            "perturbation": perturbation,
-            "rounding": rounding,
-            "max_projected_grad": max_projected_grad,
-            "maximize": maximize,
-            "window": (),
-        }
-        super().__init__(params, defaults, seed=seed)
-
-    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
-        """`momentum_buffer` if it is stored, in the accumulator's dtype."""
-        if not _stores_buffer(group):
-            return {}
-        return {"momentum_buffer": TensorSpec(tuple(param.shape), accumulator_dtype(param.dtype))}
-
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
-        check_number("momentum", group["momentum"], low=0.0, high=1.0, open_high=True)
-        check_bool("maximize", group["maximize"])
-        if group["momentum_window"] is not None:
-            check_positive_int("momentum_window", group["momentum_window"])
-            if not group["momentum"]:
-                raise ValueError(
-                    f"momentum_window must be None without momentum, got "
-                    f"{group['momentum_window']!r}; set momentum, 0.9 say"
-                )
-
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Mapping[int, float]) -> None:
-        group = slot.group
-        lr = float(group["lr"])
-        present = self._weights(group, pending)
-        decay = 1.0 - lr * float(group["weight_decay"]) if present else 1.0
-        # draw -> what theta receives along it; the last draw's bits round.
-        along = {draw: -decay * scale * slot.zo_eps for draw, scale in offset.items()}
-        if present and _stores_buffer(group):
-            weights = dict(present)
-            draws = sorted(along.keys() | weights.keys())
-            momentum_(
-                slot.param,
-                self._state(slot.param, group)["momentum_buffer"],
-                [along.get(draw, 0.0) for draw in draws],
-                [weights.get(draw, 0.0) for draw in draws],
-                momentum=float(group["momentum"]),
-                step_size=-lr,
-                draws=draws,
-                decay=decay,
-                rounding=slot.rounding,
-                **slot.key.arguments,
-            )
-            return
-        if present:
-            window = self._window(group, pending)
-            for draw, weight in _windowed(window, float(group["momentum"])).items():
-                along[draw] = along.get(draw, 0.0) - lr * weight
-        draws = sorted(draw for draw, coefficient in along.items() if coefficient)
-        if draws or decay != 1.0:
-            apply_(
-                slot.param,
-                [along[draw] for draw in draws],
-                draws=draws,
-                decay=decay,
-                rounding=slot.rounding if draws else "nearest",
-                **slot.key.arguments,
-            )
-
-    def _close_group(self, group: Group, pending: PendingProbe) -> None:
-        if group["momentum_window"] is not None:
-            group["window"] = self._window(group, pending)
-
-    def _weights(self, group: Group, pending: PendingProbe) -> list[tuple[int, float]]:
-        """(draw, weight) of the present gradient estimate, sum_j weight_j z_j."""
-        grads = self._projected_grads(pending, group)
-        sign = -1.0 if group["maximize"] else 1.0
-        return [
-            (pending.draws[j], sign * g / len(grads))
-            for j, g in zip(pending.kept, grads, strict=True)
-        ]
-
-    def _window(self, group: Group, pending: PendingProbe) -> Window:
-        """The group's window with the present step in it."""
-        window: Window = (*group["window"], tuple(self._weights(group, pending)))
-        return window[-(group["momentum_window"] or 1) :]
-
-
-def _windowed(window: Window, momentum: float) -> dict[int, float]:
-    """draw -> weight of the momentum that a window spans, oldest first."""
-    return {
-        draw: momentum**age * weight
-        for age, step in reversed(list(enumerate(reversed(window))))
-        for draw, weight in step
-    }
-
-
-def _stores_buffer(group: Group) -> bool:
-    return bool(group["momentum"]) and group["momentum_window"] is None
+        super().__init__(params, {**hyperparameters(locals()), "window": ()}, seed=seed)

@@ -1,4 +1,4 @@
-"""Where the closure sees its parameters: at theta + scale zo_eps z, in place or virtually.
+"""Where the closure sees its parameters: at a displacement from theta, in place or virtually.
 
 Both kinds can hold at once: each parameter's `Slot` says which is its own.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from zoopt.kernels import apply_, perturb, perturb_rows
-from zoopt.kernels.key import NoiseKey, Rounding
+from zoopt.kernels.key import Rounding
 from zoopt.optimizer import Group
+from zoopt.zeroth_order.direction import Coefficients, Direction
 from zoopt.zeroth_order.virtual import Substitution
 
 PerturbationMode = Literal["auto", "inplace", "virtual"]
@@ -29,10 +29,19 @@ class Slot:
 
     param: Tensor
     group: Group
-    key: NoiseKey
+    direction: Direction
     virtual: bool
     rounding: Rounding
     zo_eps: float
+
+
+#: Where each parameter is to stand, relative to theta.
+Displacement = Callable[[Slot], Coefficients]
+
+
+def along(draw: int, scale: float) -> Displacement:
+    """The displacement scale zo_eps z(draw)."""
+    return lambda slot: {draw: scale * slot.zo_eps} if scale else {}
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
@@ -46,49 +55,68 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 class Perturbation:
     """Moves the parameters of a probe from point to point around theta.
 
-    In place, the parameters hold theta + sum_d offset[d] zo_eps z(d), and one pass leads from one
-    offset to the next. The last offset is left to the update, which takes it away in its own pass
-    (three passes a step instead of four); `restore` takes it away alone.
+    In place, the parameters hold theta + sum_d offset[d] z(d), and one pass leads from one offset
+    to the next. The last offset is left to the update, which takes it away in its own pass (three
+    passes a step instead of four); `restore` takes it away alone.
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = slots
         self._virtual = {slot.param: slot for slot in slots if slot.virtual}
         self._in_place = [slot for slot in slots if not slot.virtual]
-        self._offset: dict[int, float] = {}
+        self._offset: dict[Tensor, Coefficients] = {}
 
-    @property
-    def offset(self) -> Mapping[int, float]:
-        """draw -> scale: by how much parameters perturbed in place stand off theta."""
-        return self._offset
+    def offset(self, slot: Slot) -> Coefficients:
+        """By how much the parameter stands off theta."""
+        return self._offset.get(slot.param, {})
 
     @contextlib.contextmanager
-    def at(self, draw: int, scale: float) -> Iterator[None]:
-        """Let parameters read as theta + scale zo_eps z(draw).
+    def at(self, displacement: Displacement) -> Iterator[None]:
+        """Let parameters read as theta plus the displacement.
 
         Raises:
             RuntimeError: there are virtual parameters, and the closure read none of them.
         """
-        self._move({draw: scale} if scale else {})
+        self._move(displacement)
         if not self._virtual:
             yield
             return
 
         def perturbed(param: Tensor) -> Tensor:
-            if not scale:
-                return param
             slot = self._virtual[param]
-            return perturb(param, scale * slot.zo_eps, draw=draw, **slot.key.arguments)
+            coefficients = displacement(slot)
+            return slot.direction.perturbed(param, coefficients) if coefficients else param
 
         def perturbed_rows(weight: Tensor, rows: Tensor) -> Tensor:
-            if not scale:
-                return weight[rows]
             slot = self._virtual[weight]
-            alpha = scale * slot.zo_eps
-            return perturb_rows(weight, rows, alpha, draw=draw, **slot.key.arguments)
+            coefficients = displacement(slot)
+            if not coefficients:
+                return weight[rows]
+            return slot.direction.perturbed_rows(weight, rows, coefficients)
+
+        def factors(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+            slot = self._virtual[weight]
+            coefficients = displacement(slot)
+            return slot.direction.factors(coefficients) if coefficients else None
 
         # At theta itself too: modules take the path that they take at theta + a z.
-        with _uncompiled(), Substitution(self._virtual, perturbed, perturbed_rows) as substitution:
+        with self.substituted(perturbed, perturbed_rows, factors):
+            yield
+
+    @contextlib.contextmanager
+    def substituted(
+        self,
+        perturbed: Callable[[Tensor], Tensor],
+        perturbed_rows: Callable[[Tensor, Tensor], Tensor],
+        factors: Callable[[Tensor], tuple[Tensor, Tensor] | None],
+    ) -> Iterator[None]:
+        """Let operators read the virtual parameters as the functions say (see `Substitution`).
+
+        Raises:
+            RuntimeError: the closure read none of them.
+        """
+        substitution = Substitution(self._virtual, perturbed, perturbed_rows, factors)
+        with _uncompiled(), substitution:
             yield
         if not substitution.read and not self._in_place:
             raise RuntimeError(
@@ -99,22 +127,21 @@ class Perturbation:
 
     def restore(self) -> None:
         """Bring parameters perturbed in place back to theta."""
-        self._move({})
+        self._move(lambda slot: {})
 
     def forget(self) -> None:
         """The caller has taken the offset away itself."""
         self._offset = {}
 
-    def _move(self, target: dict[int, float]) -> None:
-        """Add the difference of two offsets to the parameters perturbed in place."""
-        change = {draw: -scale for draw, scale in self._offset.items()}
-        for draw, scale in target.items():
-            change[draw] = change.get(draw, 0.0) + scale
-        self._offset = target
-        draws = [draw for draw, scale in change.items() if scale]
-        if not draws:
-            return
+    def _move(self, displacement: Displacement) -> None:
+        """Add the difference of two displacements to the parameters perturbed in place."""
         with torch.no_grad():
             for slot in self._in_place:
-                coefficients = [change[draw] * slot.zo_eps for draw in draws]
-                apply_(slot.param, coefficients, draws=draws, **slot.key.arguments)
+                target = displacement(slot)
+                change = {draw: -c for draw, c in self.offset(slot).items()}
+                for draw, c in target.items():
+                    change[draw] = change.get(draw, 0.0) + c
+                change = {draw: c for draw, c in change.items() if c}
+                if change:
+                    slot.direction.add_(slot.param, change)
+                self._offset[slot.param] = target

@@ -2,8 +2,9 @@
 
 A direction z(draw) is worth the number
 
-    two-sided   delta = [L(theta + zo_eps z) - L(theta - zo_eps z)] / 2
-    one-sided   delta =  L(theta + zo_eps z) - L(theta)
+    two-sided     delta = [L(theta + zo_eps z) - L(theta - zo_eps z)] / 2
+    one-sided     delta =  L(theta + zo_eps z) - L(theta)
+    three-point   as two-sided, with L(theta) for the curvature L+ + L- - 2 L0
 
 and delta / zo_eps is its projected gradient, an estimate of <grad L, z>.
 """
@@ -16,9 +17,23 @@ from collections.abc import Sequence
 from typing import Literal
 
 from zoopt.zeroth_order.closure import Closure, PinnedRNG
-from zoopt.zeroth_order.perturbation import Perturbation, Slot
+from zoopt.zeroth_order.perturbation import Displacement, Perturbation, Slot, along
 
 Estimator = Literal["two-sided", "one-sided"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What the evaluations along one direction gave."""
+
+    losses: tuple[float, ...]
+    delta: float
+    curvature: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        """Whether the direction can be used."""
+        return all(map(math.isfinite, (*self.losses, self.delta, self.curvature)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +45,14 @@ class StepRecord:
         draws: the directions.
         projected_grads: per direction, the projected gradient in the first param group's zo_eps,
             summed over micro-batches, clipped if the optimizer clips; NaN if it was skipped.
-        losses: per micro-batch and direction, the two losses (at theta + zo_eps z first).
-        skipped: how many evaluated pairs were left out because a loss was not finite.
+        losses: per micro-batch and direction, the losses (at theta + zo_eps z first).
+        skipped: how many evaluated directions were left out because a loss was not finite.
     """
 
     step: int
     draws: tuple[int, ...]
     projected_grads: tuple[float, ...]
-    losses: tuple[tuple[float, float], ...]
+    losses: tuple[tuple[float, ...], ...]
     skipped: int
 
 
@@ -47,13 +62,16 @@ class PendingProbe:
 
     slots: Sequence[Slot]
     draws: tuple[int, ...]
+    block: int | None = None
     deltas: list[float] = dataclasses.field(default_factory=list)
+    curvatures: list[float] = dataclasses.field(default_factory=list)
     finite: list[bool] = dataclasses.field(default_factory=list)
-    losses: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    losses: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
     skipped: int = 0
 
     def __post_init__(self) -> None:
         self.deltas = [0.0] * len(self.draws)
+        self.curvatures = [0.0] * len(self.draws)
         self.finite = [False] * len(self.draws)
 
     @property
@@ -61,41 +79,74 @@ class PendingProbe:
         """Positions of the directions that have been measured."""
         return [j for j, finite in enumerate(self.finite) if finite]
 
-    def add(self, pairs: Sequence[tuple[float, float]], estimator: Estimator) -> None:
-        """Add the losses of one micro-batch, a pair a direction."""
-        half = 0.5 if estimator == "two-sided" else 1.0
-        for j, (first, second) in enumerate(pairs):
-            if math.isfinite(first) and math.isfinite(second):
-                self.deltas[j] += half * (first - second)
+    def add(self, measurements: Sequence[Measurement]) -> None:
+        """Add one micro-batch, a measurement a direction."""
+        for j, measurement in enumerate(measurements):
+            if measurement.finite:
+                self.deltas[j] += measurement.delta
+                self.curvatures[j] += measurement.curvature
                 self.finite[j] = True
             else:
                 self.skipped += 1
-        self.losses += pairs
+            self.losses.append(measurement.losses)
 
 
-def evaluate(
-    closure: Closure,
-    perturbation: Perturbation,
-    draws: Sequence[int],
-    estimator: Estimator,
-) -> list[tuple[float, float]]:
-    """The pair of losses of each direction, all under the same torch RNG state.
+class Evaluation:
+    """The user's closure at points around theta, each time under the same torch RNG state.
 
     If the closure raises, parameters perturbed in place are back at theta, up to rounding, when
     its exception arrives.
     """
-    slots = perturbation.slots
-    rng = PinnedRNG(slot.param.device for slot in slots)
 
-    def loss(draw: int, scale: float) -> float:
-        with perturbation.at(draw, scale):
-            return rng.evaluate(closure)
+    def __init__(self, closure: Closure, perturbation: Perturbation) -> None:
+        self.closure = closure
+        self.perturbation = perturbation
+        self.rng = PinnedRNG(slot.param.device for slot in perturbation.slots)
 
-    try:
-        if estimator == "one-sided":
-            base = loss(draws[0], 0.0)
-            return [(loss(draw, 1.0), base) for draw in draws]
-        return [(loss(draw, 1.0), loss(draw, -1.0)) for draw in draws]
-    except BaseException:
-        perturbation.restore()
-        raise
+    def at(self, displacement: Displacement) -> float:
+        """The loss at theta plus the displacement."""
+        try:
+            with self.perturbation.at(displacement):
+                return self.rng.evaluate(self.closure)
+        except BaseException:
+            self.perturbation.restore()
+            raise
+
+    def along(self, draw: int, scale: float) -> float:
+        """The loss at theta + scale zo_eps z(draw)."""
+        return self.at(along(draw, scale))
+
+
+def two_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Measurement]:
+    """Two evaluations a direction."""
+    measurements = []
+    for draw in draws:
+        plus, minus = evaluation.along(draw, 1.0), evaluation.along(draw, -1.0)
+        measurements.append(Measurement((plus, minus), 0.5 * (plus - minus)))
+    return measurements
+
+
+def one_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Measurement]:
+    """One evaluation a direction, and one at theta for all."""
+    base = evaluation.along(draws[0], 0.0)
+    measurements = []
+    for draw in draws:
+        plus = evaluation.along(draw, 1.0)
+        measurements.append(Measurement((plus, base), plus - base))
+    return measurements
+
+
+def three_point(evaluation: Evaluation, draws: Sequence[int]) -> list[Measurement]:
+    """Two evaluations a direction, and one at theta for all."""
+    base = evaluation.along(draws[0], 0.0)
+    measurements = []
+    for draw in draws:
+        plus, minus = evaluation.along(draw, 1.0), evaluation.along(draw, -1.0)
+        curvature = plus + minus - 2.0 * base
+        measurements.append(Measurement((plus, minus, base), 0.5 * (plus - minus), curvature))
+    return measurements
+
+
+def mean_loss(losses: Sequence[Sequence[float]]) -> float:
+    """The mean over directions of the mean of each one's losses."""
+    return sum(sum(each) / len(each) for each in losses) / len(losses)

@@ -2,7 +2,8 @@
 
 While the mode is active, each registered parameter that an operator reads is replaced by a
 temporary theta + a z (in theta's dtype), which dies with the operator. Reads of metadata pass
-through; an embedding perturbs the rows it gathers.
+through; an embedding perturbs the rows it gathers; a product with a matrix whose displacement is
+itself a product of thin factors makes no temporary at all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from zoopt.zeroth_order.product import displaced_product
 
 #: Attributes whose values are made of the tensor's elements; all others are metadata.
 _ELEMENT_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
@@ -45,6 +48,7 @@ class Substitution(TorchFunctionMode):
         parameters: those to be replaced.
         perturb: parameter -> its perturbed copy.
         perturb_rows: parameter, row numbers -> the perturbed copies of those rows.
+        factors: parameter -> the thin factors of its displacement, or None if it has none.
 
     Attributes:
         read: whether any of the parameters has been replaced so far.
@@ -55,6 +59,7 @@ class Substitution(TorchFunctionMode):
         parameters: Iterable[Tensor],
         perturb: Callable[[Tensor], Tensor],
         perturb_rows: Callable[[Tensor, Tensor], Tensor],
+        factors: Callable[[Tensor], tuple[Tensor, Tensor] | None],
     ) -> None:
         super().__init__()
         # By identity for the duration of one evaluation; the list keeps the ids valid.
@@ -62,6 +67,7 @@ class Substitution(TorchFunctionMode):
         self._ids = {id(parameter) for parameter in self._parameters}
         self._perturb = perturb
         self._perturb_rows = perturb_rows
+        self._factors = factors
         self.read = False
 
     def __torch_function__(
@@ -91,6 +97,11 @@ class Substitution(TorchFunctionMode):
             rows = self._embedding(func, args, kwargs)
             if rows is not None:
                 return rows
+        product = displaced_product(
+            func, args, kwargs, self._is_registered, self._factors, self._replace
+        )
+        if product is not None:
+            return product
         return func(*self._replace(args), **{k: self._replace(v) for k, v in kwargs.items()})
 
     def _mentioned(self, values: Iterable[Any]) -> bool:
@@ -101,6 +112,9 @@ class Substitution(TorchFunctionMode):
             elif isinstance(value, list | tuple) and self._mentioned(value):
                 return True
         return False
+
+    def _is_registered(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and id(value) in self._ids
 
     def _replace(self, value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -1,0 +1,228 @@
+"""Adam on a zeroth-order estimate: with stored moments, with none, or with one number."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_choice, check_number, check_positive_int
+from zoopt.kernels import adam_window_
+from zoopt.kernels.key import Distribution
+from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.zeroth_order.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.direction import Coefficients, Noise
+from zoopt.zeroth_order.mask import Mask
+from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode, Slot
+from zoopt.zeroth_order.probe import Estimator, PendingProbe
+from zoopt.zeroth_order.sgd import SparseZerothOrder, check_window, extended, window_steps
+
+AdamState = Literal["dense", "window", "scalar"]
+
+
+def adam_(
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor:
+    """Update both moments in place and return what theta receives; all of one shape.
+
+    exp_avg <- b1 exp_avg + (1 - b1) g, exp_avg_sq <- b2 exp_avg_sq + (1 - b2) g^2, and
+    -lr [exp_avg / (1 - b1^step)] / (sqrt(exp_avg_sq / (1 - b2^step)) + eps).
+    """
+    beta1, beta2 = betas
+    exp_avg.mul_(beta1).add_(gradient * (1.0 - beta1))
+    exp_avg_sq.mul_(beta2).add_((gradient * gradient).mul_(1.0 - beta2))
+    denominator = exp_avg_sq.div(1.0 - beta2**step).sqrt_().add_(eps)
+    return exp_avg.mul(-lr / (1.0 - beta1**step)).div_(denominator)
+
+
+class ZOAdam(SparseZerothOrder):
+    r"""Adam (Kingma & Ba, 2015) on the estimate ghat = mean_j(g_j z_j), with decoupled decay.
+
+    `state="dense"`: torch's AdamW with ghat in the place of the gradient,
+
+        m <- b1 m + (1 - b1) ghat,  v <- b2 v + (1 - b2) ghat^2
+        theta <- (1 - lr weight_decay) theta - lr mhat / (sqrt(vhat) + eps)
+
+    `state="window"`: both moments rebuilt from the last h steps' directions in the one pass over
+    the weights that updates them, nothing stored (proposed by Malladi et al., 2023, appendix B.2):
+
+        m = sum_{i<h} (1 - b1) b1^i ghat_{t-i} / (1 - b1^min(t,h)),   v alike with b2 and ghat^2
+        theta <- (1 - lr weight_decay) theta - lr m / (sqrt(v) + eps)
+
+    `state="scalar"`: one number a param group (MEAZO), no first moment,
+
+        v <- b2 v + (1 - b2) mean_j(g_j^2)
+        theta <- (1 - lr weight_decay) theta - lr ghat / (sqrt(vhat) + eps)
+
+    State, in bytes a parameter element: dense 8 (16 for float64) and 4 a parameter (`step`);
+    window and scalar 0; with `mask="magnitude"`, 4 a parameter.
+
+    Args:
+        params, zo_eps, weight_decay, num_probes, estimator, distribution, perturbation, rounding,
+            max_projected_grad, mask, density, blocks, block_order, maximize, seed: as for `MeZO`.
+        lr: learning rate; default 1e-5 (a hundredth of Adam's own: the estimate's noise makes each
+            step as long as Adam's, and nearly random in direction). Scalar: as for `MeZO`.
+        betas: decay of the moments; default by state, (0.9, 0.999), or (0.7, 0.9) for a window,
+            which can only hold averages that are as short as itself.
+        eps: added to the denominator; default 1e-8 (Adam).
+        state: `"dense"`, `"window"` or `"scalar"`.
+        window: the h of `state="window"`; default 10. A step costs about h times the noise of one
+            direction.
+
+    Raises:
+        TypeError, ValueError: as for `MeZO`; a window with `mask="magnitude"`.
+
+    Example:
+        >>> opt = zoopt.ZOAdam(model.parameters(), lr=1e-5, state="window")
+        >>> for batch in loader:
+        ...     loss = opt.step(lambda: model(**batch).loss)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-5,
+        *,
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        state: AdamState = "dense",
+        window: int = 10,
+        zo_eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        num_probes: int = 1,
+        estimator: Estimator = "two-sided",
+        distribution: Distribution = "normal",
+        perturbation: PerturbationMode = "auto",
+        rounding: RoundingMode = "auto",
+        max_projected_grad: float | None = None,
+        mask: Mask | None = None,
+        density: float = 1.0,
+        blocks: Blocks = None,
+        block_order: BlockOrder = "cyclic",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        defaults = hyperparameters(locals())
+        check_choice("state", state, get_args(AdamState))
+        if betas is None:
+            defaults["betas"] = (0.7, 0.9) if state == "window" else (0.9, 0.999)
+        defaults |= {"past": (), "updates": 0, "exp_avg_sq": 0.0}
+        super().__init__(params, defaults, seed=seed)
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """Dense: `exp_avg` and `exp_avg_sq` in the accumulator's dtype, and `step`."""
+        declared = super().declared_state(param, group)
+        moving = self._moving(param, group)
+        if group["state"] == "dense" and moving is not None:
+            declared |= {
+                "step": TensorSpec((), torch.float32),
+                "exp_avg": moving,
+                "exp_avg_sq": moving,
+            }
+        return declared
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
+            raise TypeError(f"betas must be a pair of numbers, got {group['betas']!r}")
+        for i, beta in enumerate(group["betas"]):
+            check_number(f"betas[{i}]", beta, low=0.0, high=1.0, open_high=True)
+        check_number("eps", group["eps"], low=0.0)
+        check_choice("state", group["state"], get_args(AdamState))
+        check_positive_int("window", group["window"])
+        if group["state"] == "window":
+            check_window("window", group)
+
+    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+        group = slot.group
+        if not pending.kept:
+            self._descend(slot, pending, offset, {})
+        elif group["state"] == "dense":
+            self._update_dense(slot, pending, offset)
+        elif group["state"] == "window":
+            self._update_window(slot, pending, offset)
+        else:
+            rms = (
+                self._mean_square(group, pending)
+                / (1.0 - float(group["betas"][1]) ** (group["updates"] + 1))
+            ) ** 0.5
+            weights = self._weights(group, pending)
+            scale = 1.0 / (rms + float(group["eps"])) if rms or group["eps"] else 0.0
+            self._descend(slot, pending, offset, {d: scale * w for d, w in weights.items()})
+
+    def _update_dense(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+        group = slot.group
+        state = self._state(slot.param, group)
+        state["step"] += 1
+        exp_avg, exp_avg_sq = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+        step, (beta1, beta2) = int(state["step"]), group["betas"]
+
+        def rule(gradient: Tensor, chunk: slice) -> Tensor:
+            return adam_(
+                gradient,
+                exp_avg[chunk],
+                exp_avg_sq[chunk],
+                step=step,
+                lr=float(group["lr"]),
+                betas=(float(beta1), float(beta2)),
+                eps=float(group["eps"]),
+            )
+
+        self._update_elements(slot, pending, offset, rule)
+
+    def _update_window(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+        group, direction = slot.group, slot.direction
+        assert isinstance(direction, Noise)
+        decay = self._decay(group, pending)
+        steps = window_steps(
+            group["past"], pending.block, self._weights(group, pending), group["window"]
+        )
+        first, second = (_window_weights(float(beta), len(steps)) for beta in group["betas"])
+        draws = [draw for step in steps for draw, _ in step]
+        last = [i == len(step) - 1 for step in steps for i in range(len(step))]
+        # Directions that were evaluated and left out still stand in the offset: a step of weight 0.
+        absent = [draw for draw in offset if draw not in draws]
+        with direction.elements(slot.param) as elements:
+            adam_window_(
+                elements,
+                [-decay * offset.get(draw, 0.0) for draw in absent + draws],
+                [0.0] * len(absent) + [weight for step in steps for _, weight in step],
+                [0.0] * len(absent) + [first[i] for i, step in enumerate(steps) for _ in step],
+                [0.0] * len(absent) + [second[i] for i, step in enumerate(steps) for _ in step],
+                [False] * len(absent) + last,
+                eps=float(group["eps"]),
+                step_size=-float(group["lr"]),
+                draws=absent + draws,
+                decay=decay,
+                rounding=slot.rounding,
+                **direction.key.arguments,
+            )
+
+    def _close_group(self, group: Group, pending: PendingProbe) -> None:
+        if group["state"] == "window":
+            weights = self._weights(group, pending)
+            group["past"] = extended(group["past"], pending.block, weights, group["window"])
+        elif group["state"] == "scalar":
+            group["exp_avg_sq"] = self._mean_square(group, pending)
+            group["updates"] += 1
+
+    def _mean_square(self, group: Group, pending: PendingProbe) -> float:
+        """The group's v with the present step in it."""
+        grads = self._projected_grads(pending, group)
+        beta2 = float(group["betas"][1])
+        present = sum(g * g for g in grads) / len(grads)
+        return beta2 * float(group["exp_avg_sq"]) + (1.0 - beta2) * present
+
+
+def _window_weights(beta: float, steps: int) -> list[float]:
+    """(1 - beta) beta^age / (1 - beta^steps), oldest first."""
+    total = 1.0 - beta**steps
+    return [(1.0 - beta) * beta**age / total for age in reversed(range(steps))]

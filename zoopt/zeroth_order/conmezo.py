@@ -1,0 +1,140 @@
+"""ConMeZO: directions from a cone around the momentum."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from zoopt.checks import check_nonnegative_int, check_number
+from zoopt.kernels.key import NoiseKey
+from zoopt.kernels.ops import accumulator_dtype
+from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.zeroth_order.base import ZerothOrderOptimizer
+from zoopt.zeroth_order.direction import Coefficients, Direction, Elementwise, chunks
+from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode, Slot
+from zoopt.zeroth_order.probe import Estimator, PendingProbe
+
+
+class Cone(Elementwise):
+    """z = radial m + lateral u with u independent normals: a cone around m.
+
+    Args:
+        key: the noise of u.
+        momentum: m, of the parameter's shape.
+        radial, lateral: the two coefficients.
+    """
+
+    def __init__(self, key: NoiseKey, momentum: Tensor, radial: float, lateral: float) -> None:
+        super().__init__(key)
+        self.momentum = momentum.view(-1)
+        self.radial = radial
+        self.lateral = lateral
+
+    def combine(self, theta: Tensor, coefficients: Coefficients, start: int) -> Tensor:
+        """As in `Elementwise`."""
+        lateral = {draw: self.lateral * c for draw, c in coefficients.items()}
+        total = super().combine(theta, lateral, start)
+        along = self.radial * sum(coefficients.values())
+        return total.add_(self.momentum[start : start + theta.numel()] * along)
+
+
+class ConMeZO(ZerothOrderOptimizer):
+    r"""MeZO with directions near the momentum (2025).
+
+    With d elements in all, ||.|| over all of them, u_j ~ N(0, I), and z_j = u_j while m = 0,
+
+        z_j    = cos(t) sqrt(d) m / ||m|| + sin(t) u_j
+        theta <- (1 - lr weight_decay) theta - lr mean_j(g_j z_j)
+        m     <- b m + (1 - b) mean_j(g_j z_j)
+
+    b rises from beta_start to beta over the first warmup_steps, so that m forgets its first, blind
+    directions quickly. A step costs 2 num_probes forward passes (one-sided: 1 + num_probes).
+
+    State, in bytes a parameter element: 4 (8 for float64): `momentum_buffer`.
+
+    Args:
+        params, lr, zo_eps, weight_decay, num_probes, estimator, perturbation, rounding,
+            max_projected_grad, maximize, seed: as for `MeZO`.
+        cone_angle: t in radians, in (0, pi/2]; default 1.35 (paper). pi/2 is MeZO.
+        beta: decay of m; default 0.95 (paper).
+        beta_start: what b starts from; default 0.1 (paper).
+        warmup_steps: steps until b is beta; default 1000. 0 for none.
+
+    Raises:
+        TypeError, ValueError: as for `MeZO`.
+
+    Directions depend on the whole of m, so masks and blocks are not offered, and u is normal.
+
+    Example:
+        >>> opt = zoopt.ConMeZO(model.parameters(), lr=1e-6)
+        >>> loss = opt.step(lambda: model(**batch).loss)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-6,
+        *,
+        cone_angle: float = 1.35,
+        beta: float = 0.95,
+        beta_start: float = 0.1,
+        warmup_steps: int = 1000,
+        zo_eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        num_probes: int = 1,
+        estimator: Estimator = "two-sided",
+        perturbation: PerturbationMode = "auto",
+        rounding: RoundingMode = "auto",
+        max_projected_grad: float | None = None,
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(params, hyperparameters(locals()), seed=seed)
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """`momentum_buffer`, in the accumulator's dtype."""
+        return {"momentum_buffer": TensorSpec(tuple(param.shape), accumulator_dtype(param.dtype))}
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_number("cone_angle", group["cone_angle"], low=0.0, high=math.pi / 2, open_low=True)
+        for name in ("beta", "beta_start"):
+            check_number(name, group[name], low=0.0, high=1.0, open_high=True)
+        check_nonnegative_int("warmup_steps", group["warmup_steps"])
+
+    def _new_pending(self) -> PendingProbe:
+        taking_part = [
+            (param, group) for _, group, param, _ in self._named_params() if param.requires_grad
+        ]
+        # Exactly rounded, hence the same in any order of the parameters.
+        square = math.fsum(
+            float(self._state(param, group)["momentum_buffer"].double().square().sum())
+            for param, group in taking_part
+        )
+        self._norm, self._numel = math.sqrt(square), sum(p.numel() for p, _ in taking_part)
+        return super()._new_pending()
+
+    def _direction(self, param: Tensor, group: Group, number: int, *, virtual: bool) -> Direction:
+        angle = float(group["cone_angle"])
+        radial, lateral = 0.0, 1.0
+        if self._norm:
+            radial = math.cos(angle) * math.sqrt(self._numel) / self._norm
+            lateral = math.sin(angle)
+        momentum = self._state(param, group)["momentum_buffer"]
+        return Cone(NoiseKey(group["seed"], number), momentum, radial, lateral)
+
+    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+        group, direction = slot.group, slot.direction
+        weights = self._weights(group, pending)
+        self._descend(slot, pending, offset, weights)
+        if not pending.kept:
+            return
+        assert isinstance(direction, Cone)
+        step, warmup = group["step"], group["warmup_steps"]
+        start, end = float(group["beta_start"]), float(group["beta"])
+        beta = start + (end - start) * (min(1.0, step / warmup) if warmup else 1.0)
+        for chunk in chunks(direction.momentum):
+            momentum = direction.momentum[chunk]
+            estimate = direction.combine(momentum, weights, chunk.start)
+            momentum.mul_(beta).add_(estimate.mul_(1.0 - beta))

@@ -1,0 +1,173 @@
+"""Conservative zeroth-order SGD: a step is tried, and taken only if the loss agrees."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from zoopt.checks import check_choice
+from zoopt.kernels.key import Distribution
+from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.zeroth_order.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.closure import Closure
+from zoopt.zeroth_order.direction import Coefficients
+from zoopt.zeroth_order.mask import Mask
+from zoopt.zeroth_order.perturbation import (
+    Displacement,
+    PerturbationMode,
+    RoundingMode,
+    Slot,
+    along,
+)
+from zoopt.zeroth_order.probe import Estimator, Evaluation, PendingProbe
+from zoopt.zeroth_order.sgd import SparseZerothOrder
+
+Candidates = Literal["three", "reused"]
+
+
+class ZOConservativeSGD(SparseZerothOrder):
+    r"""SGD that keeps the best of several points (Zhang et al., 2024, arXiv:2402.11592).
+
+    With u = lr mean_j(g_j z_j),
+
+        candidates="three"    theta <- the best of theta, theta - u, theta + u
+        candidates="reused"   theta <- the best of theta, theta - u and the probed
+                              theta + zo_eps z_j, whose losses are known already
+
+    and then theta <- (1 - lr weight_decay) theta. Ties go to the earlier candidate. "three" costs
+    3 forward passes beside the probe's (2 of them if the probe is one-sided, whose loss at theta
+    counts): 5 in all for one two-sided probe. "reused" costs 1 beside a one-sided probe's: 3.
+
+    The candidates are compared on the closure that the step is given, so the closure must evaluate
+    the same function each time, and `probe` is refused: accumulate inside the closure.
+
+    State, in bytes a parameter element: 0; with `mask="magnitude"`, 4 a parameter.
+
+    Args:
+        params, lr, zo_eps, weight_decay, num_probes, distribution, rounding, max_projected_grad,
+            mask, density, blocks, block_order, maximize, seed: as for `MeZO`.
+        candidates: `"three"` or `"reused"`.
+        estimator: `"two-sided"` or `"one-sided"`; default by candidates, `"reused"` is one-sided.
+        perturbation: as for `MeZO`, but `"auto"` is virtual for all dtypes: a step that is not
+            taken then leaves every bit as it was (in place, up to rounding).
+
+    Raises:
+        TypeError, ValueError: as for `MeZO`; `"reused"` with two-sided probes.
+        RuntimeError: `probe`.
+
+    Differs from the benchmark's code, which by default takes and undoes its steps with AdamW, so
+    that undoing does not lead back.
+
+    Example:
+        >>> opt = zoopt.ZOConservativeSGD(model.parameters(), lr=1e-5)
+        >>> loss = opt.step(lambda: model(**batch).loss)
+    """
+
+    _chosen: Displacement | None = None
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-6,
+        *,
+        candidates: Candidates = "three",
+        zo_eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        num_probes: int = 1,
+        estimator: Estimator | None = None,
+        distribution: Distribution = "normal",
+        perturbation: PerturbationMode = "auto",
+        rounding: RoundingMode = "auto",
+        max_projected_grad: float | None = None,
+        mask: Mask | None = None,
+        density: float = 1.0,
+        blocks: Blocks = None,
+        block_order: BlockOrder = "cyclic",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        defaults = hyperparameters(locals())
+        if estimator is None:
+            defaults["estimator"] = "one-sided" if candidates == "reused" else "two-sided"
+        super().__init__(params, defaults, seed=seed)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_choice("candidates", group["candidates"], get_args(Candidates))
+        if group["candidates"] == "reused" and group["estimator"] != "one-sided":
+            raise ValueError(
+                f"estimator must be 'one-sided' with candidates='reused', got "
+                f"{group['estimator']!r}: a two-sided probe does not evaluate theta"
+            )
+
+    def _check_run(self, groups: list[Group]) -> None:
+        super()._check_run(groups)
+        values = [(group["candidates"], group["maximize"]) for group in groups]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"candidates and maximize must be the same in every param group, got {values}: "
+                f"one loss decides for all of them"
+            )
+
+    def _virtual(self, param: Tensor, group: Group) -> bool:
+        return bool(group["perturbation"] != "inplace")
+
+    def probe(self, closure: Closure) -> float:
+        """Refused: candidates can be compared on one closure only."""
+        raise RuntimeError(
+            "ZOConservativeSGD compares candidates on the closure of its step, so it cannot add up "
+            "probes of several; call step(closure) with one that loops over the micro-batches"
+        )
+
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
+        """As for every zeroth-order optimizer; see the class."""
+        try:
+            return super().step(closure)
+        finally:
+            self._chosen = None
+
+    def _refine(self, evaluation: Evaluation, pending: PendingProbe) -> None:
+        if not pending.kept:
+            return
+        run = self.param_groups[0]
+        known: list[tuple[float, Displacement]] = []
+        one_sided = run["estimator"] == "one-sided"
+        base = pending.losses[0][1] if one_sided else evaluation.at(_stay)
+        known.append((base, _stay))
+        steps = (-1.0,) if run["candidates"] == "reused" else (-1.0, 1.0)
+        for scale in steps:
+            move = self._step_along(pending, scale)
+            known.append((evaluation.at(move), move))
+        if run["candidates"] == "reused":
+            known += [(pending.losses[j][0], along(pending.draws[j], 1.0)) for j in pending.kept]
+        finite = [(loss, move) for loss, move in known if math.isfinite(loss)]
+        best = max if run["maximize"] else min
+        self._chosen = best(finite, key=_loss)[1] if finite else _stay
+
+    def _step_along(self, pending: PendingProbe, scale: float) -> Displacement:
+        """scale times u, by each group's own lr."""
+
+        def displacement(slot: Slot) -> Coefficients:
+            weights = self._weights(slot.group, pending)
+            return {draw: scale * float(slot.group["lr"]) * w for draw, w in weights.items()}
+
+        return displacement
+
+    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+        decay = self._decay(slot.group, pending)
+        target = dict(self._chosen(slot)) if self._chosen else {}
+        for draw, coefficient in offset.items():
+            target[draw] = target.get(draw, 0.0) - coefficient
+        target = {draw: decay * target[draw] for draw in sorted(target) if target[draw]}
+        if target or decay != 1.0:
+            slot.direction.add_(slot.param, target, decay=decay, rounding=slot.rounding)
+
+
+def _stay(slot: Slot) -> Coefficients:
+    return {}
+
+
+def _loss(candidate: tuple[float, Any]) -> float:
+    return candidate[0]

@@ -1,0 +1,139 @@
+"""Forward gradients: the exact derivative along a random direction, from one dual forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from zoopt.kernels.key import Distribution
+from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.zeroth_order.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.mask import Mask
+from zoopt.zeroth_order.perturbation import RoundingMode
+from zoopt.zeroth_order.probe import Evaluation, Measurement, PendingProbe
+from zoopt.zeroth_order.sgd import MomentumSGD
+
+
+class ForwardGrad(MomentumSGD):
+    r"""SGD along random directions by the exact slope (Baydin et al., 2022, arXiv:2202.08587).
+
+        s_j    = <grad L(theta), z_j>
+        theta <- (1 - lr weight_decay) theta - lr mean_j(s_j z_j)           over num_probes
+
+    s_j is the tangent of the loss in one forward pass in dual numbers. Each parameter's tangent
+    z_j is made at the operator that reads the parameter, and dies with the operator: no tangent of
+    the whole model exists, and activations have one for as long as they live themselves. The
+    estimate has no bias from a finite zo_eps and no cancellation of two losses; a step costs
+    num_probes dual passes, some two to three forward passes each.
+
+    State, in bytes a parameter element: 0; with `momentum` and no `momentum_window`, 4 (8 for
+    float64); with `mask="magnitude"`, 4 a parameter.
+
+    Args:
+        params, lr, momentum, momentum_window, weight_decay, num_probes, distribution, rounding,
+            max_projected_grad, mask, density, blocks, block_order, maximize, seed: as for `MeZO`
+            (the projected gradient is s_j).
+
+    The closure must return the loss as a tensor, computed from the parameters by operators that
+    have a forward derivative; attention takes torch's own plain implementation meanwhile.
+
+    Raises:
+        TypeError, ValueError: as for `MeZO`.
+        TypeError, RuntimeError: in a step, if the closure returns a number, or a loss without a
+            derivative (as accuracy); nothing has changed then.
+
+    Example:
+        >>> opt = zoopt.ForwardGrad(model.parameters(), lr=1e-5)
+        >>> loss = opt.step(lambda: model(**batch).loss)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-6,
+        *,
+        momentum: float = 0.0,
+        momentum_window: int | None = None,
+        weight_decay: float = 0.0,
+        num_probes: int = 1,
+        distribution: Distribution = "normal",
+        rounding: RoundingMode = "auto",
+        max_projected_grad: float | None = None,
+        mask: Mask | None = None,
+        density: float = 1.0,
+        blocks: Blocks = None,
+        block_order: BlockOrder = "cyclic",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        defaults = hyperparameters(locals())
+        # A slope is measured in no zo_eps.
+        defaults |= {"zo_eps": 1.0, "perturbation": "virtual", "window": ()}
+        super().__init__(params, defaults, seed=seed)
+
+    def _virtual(self, param: Tensor, group: Group) -> bool:
+        return True
+
+    def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Measurement]:
+        return [self._slope(evaluation, pending, draw) for draw in pending.draws]
+
+    def _slope(self, evaluation: Evaluation, pending: PendingProbe, draw: int) -> Measurement:
+        """The loss and its derivative along z(draw)."""
+        directions = {slot.param: slot.direction for slot in pending.slots}
+
+        def dual(param: Tensor) -> Tensor:
+            primal = param.detach()
+            return _dual(primal, directions[param].tangent(primal, draw))
+
+        def dual_rows(weight: Tensor, rows: Tensor) -> Tensor:
+            return dual(weight)[rows]
+
+        slopes: list[float] = []
+
+        def closure() -> Tensor:
+            result = evaluation.closure()
+            slopes.append(_tangent(result))
+            return _parts(result)[0]
+
+        with (
+            forward_ad.dual_level(),
+            sdpa_kernel(SDPBackend.MATH),
+            evaluation.perturbation.substituted(dual, dual_rows, lambda weight: None),
+        ):
+            loss = evaluation.rng.evaluate(closure)
+        return Measurement((loss,), slopes[0])
+
+
+def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    dual: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
+    return dual
+
+
+def _parts(dual: Tensor) -> tuple[Tensor, Tensor | None]:
+    primal, tangent = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
+    return primal, tangent
+
+
+def _tangent(result: Any) -> float:
+    """The derivative that a loss carries."""
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"the closure must return the loss as a tensor, which carries the derivative, got "
+            f"{type(result).__name__}; return loss, not loss.item()"
+        )
+    tangent = _parts(result)[1]
+    if tangent is None:
+        raise RuntimeError(
+            "the closure must return a loss that depends on the parameters differentiably, got one "
+            "without a derivative; take a differentiable loss, or MeZO, which needs none"
+        )
+    if tangent.numel() != 1:
+        raise ValueError(
+            f"the closure must return one number, got a tensor of shape {tuple(result.shape)}; "
+            f"reduce it first, with .mean() say"
+        )
+    return float(tangent.item())

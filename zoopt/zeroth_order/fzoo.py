@@ -1,0 +1,87 @@
+"""FZOO: many one-sided probes, and a step that their spread normalises."""
+
+from __future__ import annotations
+
+import statistics
+
+from torch import Tensor
+
+from zoopt.kernels.key import Distribution
+from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.zeroth_order.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.mask import Mask
+from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode
+from zoopt.zeroth_order.probe import PendingProbe
+from zoopt.zeroth_order.sgd import MomentumSGD
+
+
+class FZOO(MomentumSGD):
+    r"""Normalised SGD from N one-sided probes along signs (Dang et al., 2025, arXiv:2506.09034).
+
+        L_i   = L(theta + zo_eps u_i),  L_0 = L(theta),  u_i Rademacher
+        theta <- (1 - lr weight_decay) theta - lr sum_i (L_i - L_0) u_i / (N std_i(L_i))
+
+    std (with N - 1) estimates zo_eps times the gradient's norm, so that steps have about one
+    length whatever the loss's scale; a step whose losses are all equal changes nothing but the
+    decay. A step costs N + 1 forward passes.
+
+    State, in bytes a parameter element: 0; with `momentum` and no `momentum_window`, 4 (8 for
+    float64); with `mask="magnitude"`, 4 a parameter.
+
+    Args:
+        params, weight_decay, momentum, momentum_window, perturbation, rounding, mask, density,
+            blocks, block_order, maximize, seed: as for `MeZO`.
+        lr: learning rate; default 5e-5 (paper).
+        zo_eps: perturbation scale; default 1e-4 (paper).
+        num_probes: the N, at least 2; default 8 (paper).
+        distribution: default `"rademacher"` (paper).
+
+    Raises:
+        TypeError, ValueError: as for `MeZO`; fewer than two probes.
+
+    Differs from the paper: its batched forward, which evaluates the N signs in one pass, is not
+    used; `zoopt.EvolutionStrategy` has one for low-rank directions.
+
+    Example:
+        >>> opt = zoopt.FZOO(model.parameters(), lr=5e-5)
+        >>> loss = opt.step(lambda: model(**batch).loss)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 5e-5,
+        *,
+        zo_eps: float = 1e-4,
+        momentum: float = 0.0,
+        momentum_window: int | None = None,
+        weight_decay: float = 0.0,
+        num_probes: int = 8,
+        distribution: Distribution = "rademacher",
+        perturbation: PerturbationMode = "auto",
+        rounding: RoundingMode = "auto",
+        mask: Mask | None = None,
+        density: float = 1.0,
+        blocks: Blocks = None,
+        block_order: BlockOrder = "cyclic",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        defaults = {**hyperparameters(locals()), "estimator": "one-sided", "window": ()}
+        super().__init__(params, defaults, seed=seed)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        if group["num_probes"] < 2:
+            raise ValueError(
+                f"num_probes must be at least 2, got {group['num_probes']}: one loss has no spread"
+            )
+
+    def _weights(self, group: Group, pending: PendingProbe) -> dict[int, float]:
+        deltas = {pending.draws[j]: pending.deltas[j] for j in pending.kept}
+        # L_i and L_i - L_0 spread alike.
+        spread = statistics.stdev(deltas.values()) if len(deltas) > 1 else 0.0
+        if not spread:
+            return dict.fromkeys(deltas, 0.0)
+        sign = -1.0 if group["maximize"] else 1.0
+        return {draw: sign * delta / (len(deltas) * spread) for draw, delta in deltas.items()}

@@ -1,0 +1,168 @@
+"""LOZO: zeroth-order descent along low-rank directions whose right factor rests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_number
+from zoopt.kernels.key import NoiseKey
+from zoopt.kernels.ops import accumulator_dtype
+from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.zeroth_order.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.direction import Coefficients, Noise
+from zoopt.zeroth_order.lowrank import LowRank, LowRankZerothOrder, matrix_shape
+from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode, Slot
+from zoopt.zeroth_order.probe import Estimator, PendingProbe
+
+
+class LazyPair(LowRank):
+    """z(d) = U(d) V^T, with V of the draw `basis_draw`."""
+
+    def __init__(self, key: NoiseKey, param: Tensor, rank: int, basis_draw: int) -> None:
+        super().__init__(key, param, rank)
+        self.right = self.basis(basis_draw)
+
+    def basis(self, draw: int) -> Tensor:
+        """V of a draw: (n, r), behind that draw's U."""
+        return self.normals(draw, self.rows * self.rank, (self.columns, self.rank))
+
+    def left(self, coefficients: Coefficients) -> Tensor:
+        """sum_d coefficients[d] U(d): (m, r)."""
+        total = torch.zeros(self.rows, self.rank, dtype=self.dtype, device=self.device)
+        for draw, coefficient in coefficients.items():
+            total += coefficient * self.normals(draw, 0, (self.rows, self.rank))
+        return total
+
+    def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
+        """As in `LowRank`; all draws share V."""
+        return self.left(coefficients), self.right
+
+
+class LOZO(LowRankZerothOrder):
+    r"""Low-rank zeroth-order SGD (Chen et al., 2024, arXiv:2410.07698), with or without momentum.
+
+    A parameter of two or more dimensions, seen as (m, n), is perturbed along Z_j = U_j V^T, with
+    U_j (m, r) normal and new in every probe, V (n, r) normal and new every basis_update_gap steps;
+    others along normals z_j.
+
+        theta <- (1 - lr weight_decay) theta - lr mean_j(g_j U_j) V^T / r        matrices
+        theta <- (1 - lr weight_decay) theta - lr mean_j(g_j z_j)                others
+
+    With `momentum` b (LOZO-M), in the factor's r dimensions,
+
+        N     <- b N + (1 - b) mean_j(g_j U_j),   theta <- ... - lr N V^T / r
+        N     <- N V_old^T V_new / n              when V changes
+
+    and for the others buf <- b buf + (1 - b) mean_j(g_j z_j), theta <- ... - lr buf.
+
+    A step costs 2 num_probes forward passes (one-sided: 1 + num_probes). Perturbed virtually, a
+    matrix's part is added to its operator's output, x W^T + zo_eps (x V) U^T, so that probing
+    costs no pass over the weights.
+
+    State, in bytes: 0; with momentum 4 m min(r, m, n) a matrix and 4 an element of the others
+    (8 for float64): `momentum_buffer`.
+
+    Args:
+        params, lr, zo_eps, weight_decay, num_probes, estimator, rounding, max_projected_grad,
+            blocks, block_order, maximize, seed: as for `MeZO`.
+        rank: r; default 2 (paper: 1 or 2 for OPT, 4 for RoBERTa).
+        basis_update_gap: steps between new V; default 50 (paper: 50 or 100).
+        momentum: b; default 0 (paper's LOZO-M: 0.7).
+        perturbation: as for `MeZO`, but `"auto"` is virtual for all dtypes.
+
+    Raises:
+        TypeError, ValueError: as for `MeZO`; momentum with blocks.
+
+    Differs from the authors' code, which at a refresh updates along another U than it probed.
+
+    Example:
+        >>> opt = zoopt.LOZO(model.parameters(), lr=1e-6, rank=2)
+        >>> loss = opt.step(lambda: model(**batch).loss)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-6,
+        *,
+        rank: int = 2,
+        basis_update_gap: int = 50,
+        momentum: float = 0.0,
+        zo_eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        num_probes: int = 1,
+        estimator: Estimator = "two-sided",
+        perturbation: PerturbationMode = "auto",
+        rounding: RoundingMode = "auto",
+        max_projected_grad: float | None = None,
+        blocks: Blocks = None,
+        block_order: BlockOrder = "cyclic",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(params, hyperparameters(locals()), seed=seed)
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """With momentum: `momentum_buffer`, (m, r) for a matrix, in the accumulator's dtype."""
+        if not group["momentum"]:
+            return {}
+        shape = tuple(param.shape)
+        if param.dim() > 1:
+            rows, columns = matrix_shape(param)
+            shape = (rows, min(group["rank"], rows, columns))
+        return {"momentum_buffer": TensorSpec(shape, accumulator_dtype(param.dtype))}
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_number("momentum", group["momentum"], low=0.0, high=1.0, open_high=True)
+        if group["momentum"] and group["blocks"] is not None:
+            raise ValueError(
+                f"blocks must be None with momentum, got {group['blocks']!r}: the factors of "
+                f"resting blocks would outlive their basis; set momentum to 0"
+            )
+
+    def _matrix_direction(self, param: Tensor, group: Group, key: NoiseKey) -> LazyPair:
+        return LazyPair(key, param, group["rank"], group["basis_draw"])
+
+    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+        group, direction = slot.group, slot.direction
+        weights = self._weights(group, pending)
+        if not group["momentum"] or not pending.kept:
+            scale = 1.0 / direction.rank if isinstance(direction, LazyPair) else 1.0
+            self._descend(slot, pending, offset, {d: scale * w for d, w in weights.items()})
+            return
+        beta, lr = float(group["momentum"]), float(group["lr"])
+        decay = self._decay(group, pending)
+        along = {draw: -decay * coefficient for draw, coefficient in offset.items()}
+        buffer = self._state(slot.param, group)["momentum_buffer"]
+        if isinstance(direction, LazyPair):
+            buffer.mul_(beta).add_(direction.left(weights) * (1.0 - beta))
+            left = direction.left(along) - buffer * (lr / direction.rank)
+            direction.add_product_(
+                slot.param,
+                left,
+                direction.right,
+                decay=decay,
+                rounding=slot.rounding,
+                rounding_draw=pending.draws[-1],
+            )
+            return
+        assert isinstance(direction, Noise)
+        direction.momentum_(
+            slot.param,
+            buffer,
+            along,
+            {draw: (1.0 - beta) * weight for draw, weight in weights.items()},
+            momentum=beta,
+            step_size=-lr,
+            decay=decay,
+            rounding=slot.rounding,
+        )
+
+    def _change_basis(self, param: Tensor, group: Group, number: int, new: int) -> None:
+        if "momentum_buffer" not in self.state[param] or param.dim() == 1:
+            return
+        old = self._matrix_direction(param, group, NoiseKey(group["seed"], number))
+        buffer = self.state[param]["momentum_buffer"]
+        buffer.copy_(buffer @ (old.right.T @ old.basis(new)) / old.columns)

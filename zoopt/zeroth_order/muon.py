@@ -1,0 +1,162 @@
+"""ZO-Muon: orthogonalised zeroth-order descent in a random subspace."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoopt.kernels.key import NoiseKey
+from zoopt.kernels.ops import accumulator_dtype
+from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.zeroth_order.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.direction import Coefficients, Noise
+from zoopt.zeroth_order.lowrank import LowRank, LowRankZerothOrder, haar, matrix_shape
+from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode, Slot
+from zoopt.zeroth_order.probe import Estimator, PendingProbe
+
+
+class LeftSubspace(LowRank):
+    """z(d) = P u(d), u(d) an (r, n) matrix of normals.
+
+    Args:
+        key, param, rank: as for `LowRank`.
+        basis: P (m, r), orthonormal columns.
+    """
+
+    def __init__(self, key: NoiseKey, param: Tensor, rank: int, basis: Tensor) -> None:
+        super().__init__(key, param, rank)
+        self.basis = basis
+
+    def draw_basis(self, draw: int) -> None:
+        """Fill P from the draw's sequence, behind that draw's u."""
+        start = self.rank * self.columns
+        self.basis.copy_(haar(self.normals(draw, start, (self.rows, self.rank))))
+
+    def inner(self, coefficients: Coefficients) -> Tensor:
+        """sum_d coefficients[d] u(d): (r, n)."""
+        total = torch.zeros(self.rank, self.columns, dtype=self.dtype, device=self.device)
+        for draw, coefficient in coefficients.items():
+            total += coefficient * self.normals(draw, 0, (self.rank, self.columns))
+        return total
+
+    def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
+        """As in `LowRank`; all draws share P."""
+        return self.basis, self.inner(coefficients).T
+
+
+def msign(matrix: Tensor) -> Tensor:
+    """U V^T of the singular value decomposition U S V^T, by the Gram matrix of its short side.
+
+    Args:
+        matrix: (r, n) with r <= n; directions whose singular value is zero stay zero.
+    """
+    wide = matrix.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.T)  # (r,), (r, r)
+    # The Gram matrix squares the singular values: below this they are rounding.
+    rank = values > values[-1] * 1e-14
+    inverse_root = torch.where(rank, values.clamp(min=1e-300).rsqrt(), 0.0)
+    sign: Tensor = (vectors * inverse_root) @ (vectors.T @ wide)
+    return sign.to(matrix.dtype)
+
+
+class ZOMuon(LowRankZerothOrder):
+    r"""Muon on a zeroth-order estimate in a random subspace (2026).
+
+    A parameter of two or more dimensions, seen as (m, n), is perturbed along P u_i, with u_i
+    (r, n) normal and new in every probe, P (m, r) uniformly distributed with orthonormal columns,
+    new every basis_update_gap steps; others along normals z_i.
+
+        ghat   = mean_i(g_i u_i)                                                (r, n)
+        theta <- (1 - lr weight_decay) theta - lr P msign(ghat)                 matrices
+        theta <- (1 - lr weight_decay) theta - lr mean_i(g_i z_i) / ||mean_i(g_i z_i)||   others
+
+    msign(A) = (A A^T)^(-1/2) A has all singular values 1; a vector's is the vector over its norm,
+    so the same lr moves vectors as it moves matrices. A step costs 1 + num_probes forward passes
+    (two-sided: 2 num_probes); perturbed virtually, a matrix's part is added to its operator's
+    output, without a pass over the weights.
+
+    State, in bytes: 4 m min(r, m, n) a matrix (8 for float64): `basis`.
+
+    Args:
+        params, zo_eps, weight_decay, rounding, max_projected_grad, blocks, block_order, maximize,
+            seed: as for `MeZO`.
+        lr: learning rate, the spectral norm of a step; default 1e-2 (paper).
+        rank: r; default 64 (paper).
+        basis_update_gap: steps between new P; default 100 (paper).
+        num_probes: default 4 (paper).
+        estimator: default `"one-sided"` (paper).
+        perturbation: as for `MeZO`, but `"auto"` is virtual for all dtypes.
+
+    Raises:
+        TypeError, ValueError: as for `MeZO`.
+
+    Differs from the authors' code, which draws another P for each probe and moves vectors by a
+    learning rate of their own, fixed in the code: put them in a param group for that.
+
+    Example:
+        >>> opt = zoopt.ZOMuon(model.parameters(), lr=1e-2)
+        >>> loss = opt.step(lambda: model(**batch).loss)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        *,
+        rank: int = 64,
+        basis_update_gap: int = 100,
+        zo_eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        num_probes: int = 4,
+        estimator: Estimator = "one-sided",
+        perturbation: PerturbationMode = "auto",
+        rounding: RoundingMode = "auto",
+        max_projected_grad: float | None = None,
+        blocks: Blocks = None,
+        block_order: BlockOrder = "cyclic",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(params, hyperparameters(locals()), seed=seed)
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """`basis` (m, r) of a matrix, in the accumulator's dtype."""
+        if param.dim() < 2:
+            return {}
+        rows, columns = matrix_shape(param)
+        shape = (rows, min(group["rank"], rows, columns))
+        return {"basis": TensorSpec(shape, accumulator_dtype(param.dtype))}
+
+    def _matrix_direction(self, param: Tensor, group: Group, key: NoiseKey) -> LeftSubspace:
+        fresh = "basis" not in self.state[param]
+        direction = LeftSubspace(key, param, group["rank"], self._state(param, group)["basis"])
+        if fresh:
+            direction.draw_basis(group["basis_draw"])
+        return direction
+
+    def _change_basis(self, param: Tensor, group: Group, number: int, new: int) -> None:
+        self._matrix_direction(param, group, NoiseKey(group["seed"], number)).draw_basis(new)
+
+    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+        group, direction = slot.group, slot.direction
+        weights = self._weights(group, pending)
+        if not weights:
+            self._descend(slot, pending, offset, {})
+        elif isinstance(direction, LeftSubspace):
+            lr, decay = float(group["lr"]), self._decay(group, pending)
+            inner = direction.inner({draw: -decay * c for draw, c in offset.items()})
+            inner -= lr * msign(direction.inner(weights))
+            direction.add_product_(
+                slot.param,
+                direction.basis,
+                inner.T,
+                decay=decay,
+                rounding=slot.rounding,
+                rounding_draw=pending.draws[-1],
+            )
+        else:
+            assert isinstance(direction, Noise)
+            estimate = direction.combine(slot.param.detach().flatten(), weights, 0)
+            norm = float(estimate.double().square().sum().sqrt())
+            scale = 1.0 / norm if norm else 0.0
+            self._descend(slot, pending, offset, {d: scale * w for d, w in weights.items()})

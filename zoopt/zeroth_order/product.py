@@ -1,0 +1,63 @@
+"""Products with a matrix that stands off by a low-rank displacement, which is never added to it.
+
+x (W + L R^T)^T = x W^T + (x R) L^T        torch.nn.functional.linear: L (m, k), R (n, k)
+x (W + L R^T)   = x W + (x L) R^T          torch.matmul, torch.mm, torch.addmm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+
+
+def displaced_product(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_parameter: Callable[[Any], bool],
+    factors: Callable[[Tensor], tuple[Tensor, Tensor] | None],
+    replace: Callable[[Any], Any],
+) -> Tensor | None:
+    """The result of a product whose matrix is a displaced parameter, or None for other calls.
+
+    Args:
+        func, args, kwargs: the call.
+        is_parameter: whether a value is a parameter that is to be displaced.
+        factors: parameter -> L and R, or None if its displacement is no product.
+        replace: any other argument -> the value that it is to have.
+    """
+    bias: Any = None
+    if func is torch.nn.functional.linear:
+        values = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+        x, weight, bias = values["input"], values["weight"], values.get("bias")
+    elif func is torch.addmm and len(args) == 3 and not kwargs:
+        bias, x, weight = args
+    elif func in _MATMULS and len(args) == 2 and not kwargs:
+        x, weight = args
+    else:
+        return None
+    if is_parameter(x) or not is_parameter(weight) or weight.dim() != 2:
+        return None
+    pair = factors(weight)
+    if pair is None:
+        return None
+    left, right = pair
+    bias = replace(bias)
+    if func is torch.nn.functional.linear:
+        return _plus_product(func(x, weight, bias), x, right, left)
+    y = func(x, weight) if bias is None else func(bias, x, weight)
+    return _plus_product(y, x, left, right)
+
+
+def _plus_product(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+    """y + (x inner) outer^T: y (..., m), x (..., n), inner (n, k), outer (m, k); y is reused."""
+    thin = torch.matmul(x, inner.to(x.dtype))  # (..., k)
+    if y.dtype != thin.dtype or torch.is_autocast_enabled(y.device.type):
+        return y + torch.matmul(thin, outer.to(thin.dtype).T)
+    y.view(-1, y.shape[-1]).addmm_(thin.reshape(-1, thin.shape[-1]), outer.to(y.dtype).T)
+    return y

@@ -1,0 +1,89 @@
+"""Sign descent on a zeroth-order estimate."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_choice
+from zoopt.kernels.key import Distribution
+from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.zeroth_order.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.direction import Coefficients
+from zoopt.zeroth_order.mask import Mask
+from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode, Slot
+from zoopt.zeroth_order.probe import Estimator, PendingProbe
+from zoopt.zeroth_order.sgd import SparseZerothOrder
+
+SignForm = Literal["elementwise", "projected"]
+
+
+class ZOSignSGD(SparseZerothOrder):
+    r"""Steps of one length along signs (Liu et al., 2019, "signSGD via zeroth-order oracle").
+
+        form="elementwise"   theta <- (1 - lr weight_decay) theta - lr sign(mean_j g_j z_j)
+        form="projected"     theta <- (1 - lr weight_decay) theta - lr mean_j sign(g_j) z_j
+
+    The first is the paper's: every element moves by lr. The second is what the code of the
+    zeroth-order benchmark (Zhang et al., 2024) does: the projected gradient's size is dropped, the
+    direction stays.
+
+    State, in bytes a parameter element: 0; with `mask="magnitude"`, 4 a parameter.
+
+    Args:
+        params, zo_eps, weight_decay, num_probes, estimator, distribution, perturbation, rounding,
+            max_projected_grad, mask, density, blocks, block_order, maximize, seed: as for `MeZO`.
+        lr: learning rate, by which each element moves a step; default 1e-6 (as for `MeZO`).
+        form: `"elementwise"` or `"projected"`.
+
+    Raises:
+        TypeError, ValueError: as for `MeZO`.
+
+    Example:
+        >>> opt = zoopt.ZOSignSGD(model.parameters(), lr=1e-6)
+        >>> loss = opt.step(lambda: model(**batch).loss)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-6,
+        *,
+        form: SignForm = "elementwise",
+        zo_eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        num_probes: int = 1,
+        estimator: Estimator = "two-sided",
+        distribution: Distribution = "normal",
+        perturbation: PerturbationMode = "auto",
+        rounding: RoundingMode = "auto",
+        max_projected_grad: float | None = None,
+        mask: Mask | None = None,
+        density: float = 1.0,
+        blocks: Blocks = None,
+        block_order: BlockOrder = "cyclic",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(params, hyperparameters(locals()), seed=seed)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_choice("form", group["form"], get_args(SignForm))
+
+    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+        group = slot.group
+        if group["form"] == "projected" or not pending.kept:
+            weights = self._weights(group, pending)
+            count = len(weights)
+            signs = {d: (w > 0) / count - (w < 0) / count for d, w in weights.items()}
+            self._descend(slot, pending, offset, signs)
+            return
+        lr = float(group["lr"])
+
+        def rule(gradient: Tensor, chunk: slice) -> Tensor:
+            return torch.sign(gradient).mul_(-lr)
+
+        self._update_elements(slot, pending, offset, rule)
