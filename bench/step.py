@@ -7,6 +7,12 @@ The model has random weights and is never downloaded. Methods:
   virtual    zoopt.MeZO, parameters perturbed as they are read, and never written but to update
   published  the algorithm as published (tests/reference/published_mezo.py)
   adamw      forward, backward and torch.optim.AdamW
+  lozo       zoopt.LOZO: low-rank directions added at the operators
+  lozo-m     zoopt.LOZO with momentum in the factors
+  subzero    zoopt.SubZero, rank 24
+  window     zoopt.ZOAdam, moments rebuilt from ten steps' directions in one pass
+  dense      zoopt.ZOAdam with stored moments
+  forward    zoopt.ForwardGrad: one pass in dual numbers
 
 All are timed in turn, round by round; a ratio is the median of the rounds' own. Memory is measured
 apart from time: the peak of one step less the peak of one forward, both above the model itself. On
@@ -39,8 +45,20 @@ from bench.models import MODELS, build
 from tests.meter import LiveStorages
 from tests.reference.published_mezo import PublishedMeZO
 
-METHODS = ("forwards", "inplace", "virtual", "published", "adamw")
 LR, EPS = 1e-6, 1e-3
+#: Zeroth-order methods: class and options.
+ZEROTH_ORDER: dict[str, tuple[Any, dict[str, Any]]] = {
+    "inplace": (zoopt.MeZO, {"zo_eps": EPS, "perturbation": "inplace"}),
+    "virtual": (zoopt.MeZO, {"zo_eps": EPS, "perturbation": "virtual"}),
+    "lozo": (zoopt.LOZO, {"zo_eps": EPS}),
+    "lozo-m": (zoopt.LOZO, {"zo_eps": EPS, "momentum": 0.7}),
+    "subzero": (zoopt.SubZero, {"zo_eps": EPS}),
+    "window": (zoopt.ZOAdam, {"zo_eps": EPS, "state": "window"}),
+    "dense": (zoopt.ZOAdam, {"zo_eps": EPS}),
+    "forward": (zoopt.ForwardGrad, {}),
+}
+METHODS = ("forwards", "published", "adamw", *ZEROTH_ORDER)
+DEFAULT_METHODS = ("forwards", "inplace", "virtual", "published", "adamw")
 MIB = 1 << 20
 
 COLUMNS = {
@@ -94,8 +112,9 @@ class Bench:
             return lambda: plain.step(self.loss)
         if name == "adamw":
             return self._adamw(torch.optim.AdamW(self.parameters, lr=LR))
-        mezo = zoopt.MeZO(self.parameters, lr=LR, zo_eps=EPS, perturbation=name, seed=0)  # type: ignore[arg-type]
-        return lambda: mezo.step(self.loss)
+        cls, options = ZEROTH_ORDER[name]
+        optimizer = cls(self.parameters, lr=LR, seed=0, **options)
+        return lambda: optimizer.step(self.loss)
 
     def _adamw(self, optimizer: torch.optim.AdamW) -> Callable[[], Any]:
         def step() -> None:
@@ -221,7 +240,7 @@ def parse() -> tuple[argparse.Namespace, torch.device]:
         nargs="+",
         metavar="METHOD",
         choices=METHODS,
-        default=list(METHODS),
+        default=list(DEFAULT_METHODS),
         help=f"which to measure, of {', '.join(METHODS)}; forwards always are",
     )
     parser.add_argument("--rss", action="store_true", help="also measure resident sets (CPU)")

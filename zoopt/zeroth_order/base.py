@@ -56,6 +56,12 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     skipped_probes: int = 0
     _pending: PendingProbe | None = None
 
+    #: Group keys: how far from theta the loss is evaluated, in how many directions, and what
+    #: describes the run as a whole.
+    _scale_key = "zo_eps"
+    _count_key = "num_probes"
+    _run_keys: tuple[str, ...] = _RUN_KEYS
+
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
         if seed is None:
             seed = torch.initial_seed() & 0xFFFFFFFFFFFFFFFF
@@ -72,7 +78,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         """
         if self.param_groups:
             first = self.param_groups[0]
-            run = {key: first[key] for key in _RUN_KEYS if key in first}
+            run = {key: first[key] for key in self._run_keys if key in first}
             param_group = {**run, **param_group}
         super().add_param_group(param_group)
         try:
@@ -94,7 +100,9 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         Args:
             closure: evaluates the loss and returns it: a float, an int or a tensor of one element.
                 It runs without autograd, 2 num_probes times (one-sided: 1 + num_probes), each time
-                under the same torch RNG state, and must compute the same function each time.
+                under the same random state, and must compute the same function each time: the
+                run's first probe calls it once more, and warns if it does not. What it cannot see
+                is a closure that begins to draw new data later.
 
         Returns:
             The mean of the probe's losses.
@@ -138,7 +146,8 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         """Evaluate and record; parameters perturbed in place are left at their last point."""
         check_closure(closure, caller)
         pending = self._pending or self._new_pending()
-        evaluation = Evaluation(closure, Perturbation(pending.slots))
+        verify = self._pending is None and not self.param_groups[0]["step"]
+        evaluation = Evaluation(closure, Perturbation(pending.slots), verify=verify)
         measurements = self._evaluate(evaluation, pending)
         pending.add(measurements)
         self._pending = pending
@@ -153,8 +162,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         """Evaluate what the update still wants to know, at the closure that the step was given."""
 
     def _new_pending(self) -> PendingProbe:
-        run = self.param_groups[0]
-        draws = tuple(range(run["draw"], run["draw"] + run["num_probes"]))
+        draws = self._draws()
         if draws[-1] >= 1 << 32:
             raise RuntimeError("the run has used all of its 2^32 draws; begin one with a new seed")
         block = self._block_due()
@@ -166,6 +174,11 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
                 f"perturb; unfreeze one with .requires_grad_()"
             )
         return PendingProbe(slots, draws, block)
+
+    def _draws(self) -> tuple[int, ...]:
+        """The numbers of this step's directions."""
+        run = self.param_groups[0]
+        return tuple(range(run["draw"], run["draw"] + run[self._count_key]))
 
     def _finish(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
         """Update every parameter, count the step and record it."""
@@ -236,7 +249,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
 
     def _projected_grads(self, pending: PendingProbe, group: Group) -> list[float]:
         """The projected gradients of the kept directions in the group's zo_eps, clipped."""
-        grads = [pending.deltas[j] / float(group["zo_eps"]) for j in pending.kept]
+        grads = [pending.deltas[j] / float(group[self._scale_key]) for j in pending.kept]
         bound = group.get("max_projected_grad")
         return grads if bound is None else [max(-bound, min(bound, g)) for g in grads]
 
@@ -255,7 +268,8 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             virtual = self._virtual(param, group)
             direction = self._direction(param, group, stream(name), virtual=virtual)
             if direction is not None:
-                yield Slot(param, group, direction, virtual, rounding, float(group["zo_eps"]))
+                scale = float(group[self._scale_key])
+                yield Slot(param, group, direction, virtual, rounding, scale)
 
     def _virtual(self, param: Tensor, group: Group) -> bool:
         """Whether the parameter is perturbed virtually."""
@@ -295,9 +309,9 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     def _check_group(self, group: Group) -> None:
         """Raise unless the group's hyperparameters and parameters can be worked with."""
         check_number("lr", group["lr"], low=0.0)
-        check_number("zo_eps", group["zo_eps"], low=0.0, open_low=True)
+        check_number(self._scale_key, group[self._scale_key], low=0.0, open_low=True)
         check_number("weight_decay", group["weight_decay"], low=0.0)
-        check_positive_int("num_probes", group["num_probes"])
+        check_positive_int(self._count_key, group[self._count_key])
         if group.get("max_projected_grad") is not None:
             check_number("max_projected_grad", group["max_projected_grad"], low=0.0, open_low=True)
         if "estimator" in group:
@@ -313,7 +327,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             _check_param(param)
 
     def _check_run(self, groups: list[Group]) -> None:
-        for key in _RUN_KEYS:
+        for key in self._run_keys:
             values = [group.get(key) for group in groups]
             if any(value != values[0] for value in values):
                 raise ValueError(f"{key} must be the same in every param group, got {values}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import random
+import sys
 from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
@@ -45,24 +48,34 @@ def loss_value(result: Any) -> float:
 
 
 class PinnedRNG:
-    """All evaluations of one probe see the torch RNG state that the first one saw.
+    """All evaluations of one probe see the random state that the first one saw.
 
-    Afterwards the state is the one that a single evaluation would have left behind. Covers the
-    CPU's generator and that of each CUDA device in `devices`.
+    Afterwards the state is the one that a single evaluation would have left behind. Covers torch's
+    generators, that of the CPU and that of each CUDA device in `devices`, and the global ones of
+    Python's `random` and of numpy, from which data augmentation draws.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+        self._generators: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
+            (torch.get_rng_state, torch.set_rng_state),
+            (random.getstate, random.setstate),
+        ]
+        for index in sorted({device.index or 0 for device in devices if device.type == "cuda"}):
+            get = functools.partial(torch.cuda.get_rng_state, index)
+            put = functools.partial(torch.cuda.set_rng_state, device=index)
+            self._generators.append((get, put))
+        if "numpy" in sys.modules:
+            numpy = sys.modules["numpy"]
+            self._generators.append((numpy.random.get_state, numpy.random.set_state))
         self._before = self._get()
-        self._after: list[Tensor] | None = None
+        self._after: list[Any] | None = None
 
-    def _get(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in self._cuda)]
+    def _get(self) -> list[Any]:
+        return [get() for get, _ in self._generators]
 
-    def _set(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for index, state in zip(self._cuda, states[1:], strict=True):
-            torch.cuda.set_rng_state(state, index)
+    def _set(self, states: list[Any]) -> None:
+        for (_, put), state in zip(self._generators, states, strict=True):
+            put(state)
 
     def evaluate(self, closure: Closure) -> float:
         """The closure's loss, under the pinned state and without autograd."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -20,6 +21,9 @@ from zoopt.zeroth_order.closure import Closure, PinnedRNG
 from zoopt.zeroth_order.perturbation import Displacement, Perturbation, Slot, along
 
 Estimator = Literal["two-sided", "one-sided"]
+
+#: Losses that differ by less, relative to their size, differ by rounding.
+_SAME = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,25 +96,44 @@ class PendingProbe:
 
 
 class Evaluation:
-    """The user's closure at points around theta, each time under the same torch RNG state.
+    """The user's closure at points around theta, each time under the same random state.
 
     If the closure raises, parameters perturbed in place are back at theta, up to rounding, when
     its exception arrives.
+
+    Args:
+        closure, perturbation: what is evaluated, and how parameters move.
+        verify: evaluate the first point twice, and warn if the losses are not the same.
     """
 
-    def __init__(self, closure: Closure, perturbation: Perturbation) -> None:
+    def __init__(self, closure: Closure, perturbation: Perturbation, *, verify: bool) -> None:
         self.closure = closure
         self.perturbation = perturbation
+        self.verify = verify
         self.rng = PinnedRNG(slot.param.device for slot in perturbation.slots)
 
     def at(self, displacement: Displacement) -> float:
         """The loss at theta plus the displacement."""
         try:
             with self.perturbation.at(displacement):
-                return self.rng.evaluate(self.closure)
+                loss = self.rng.evaluate(self.closure)
+                if self.verify:
+                    self._compare(loss, self.rng.evaluate(self.closure))
+                return loss
         except BaseException:
             self.perturbation.restore()
             raise
+
+    def _compare(self, loss: float, again: float) -> None:
+        """Warn unless two evaluations at one point agree, up to the order of a device's sums."""
+        self.verify = False
+        if abs(loss - again) > _SAME * max(abs(loss), abs(again)):
+            warnings.warn(
+                f"the closure must compute the same function each time, got {loss!r} and then "
+                f"{again!r} at the same parameters: the estimate will be mostly noise; draw the "
+                f"batch outside the closure, and make its random choices with torch's generator",
+                stacklevel=9,  # the caller of step
+            )
 
     def along(self, draw: int, scale: float) -> float:
         """The loss at theta + scale zo_eps z(draw)."""
