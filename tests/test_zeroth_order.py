@@ -483,6 +483,39 @@ def test_random_choices_of_python_and_numpy_are_pinned() -> None:
     assert len(set(seen)) == 2
 
 
+# --- parameters that change --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda params: zoopt.MeZO(params, momentum=0.9, perturbation="inplace", seed=1),
+        lambda params: zoopt.ZOAdam(params, seed=1),
+        lambda params: zoopt.LOZO(params, momentum=0.9, seed=1),
+        lambda params: zoopt.SubZero(params, seed=1),
+        lambda params: zoopt.HiZOO(params, seed=1),
+        lambda params: zoopt.ConMeZO(params, seed=1),
+    ],
+    ids=["MeZO", "ZOAdam", "LOZO", "SubZero", "HiZOO", "ConMeZO"],
+)
+def test_a_parameter_of_a_new_shape_is_refused_and_dropping_its_state_helps(
+    build: Callable[..., Any],
+) -> None:
+    layer = nn.Linear(3, 40, bias=False)
+    optimizer = build(layer.named_parameters())
+    closure: Callable[[], Tensor] = lambda: layer.weight.square().sum()  # noqa: E731
+    optimizer.step(closure)
+    layer.weight.data = torch.ones(50, 3)
+    with pytest.raises(RuntimeError, match=r"the parameter has changed since; drop its state"):
+        optimizer.step(closure)
+    assert torch.equal(layer.weight.data, torch.ones(50, 3))
+    assert optimizer.param_groups[0]["step"] == 1
+    optimizer.state.pop(layer.weight)
+    optimizer.step(closure)
+    assert optimizer.param_groups[0]["step"] == 2
+    assert not torch.equal(layer.weight.data, torch.ones(50, 3))
+
+
 # --- bad input ------------------------------------------------------------------------------
 
 NAMED = list(mlp().named_parameters())

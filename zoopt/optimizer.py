@@ -67,6 +67,24 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=param.device)
         return state
 
+    def _check_state(self) -> None:
+        """Raise if a parameter no longer has the shape or dtype that its state was made for."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param)
+                for name, spec in self.declared_state(param, group).items() if state else ():
+                    value = state.get(name)
+                    if value is not None and (tuple(value.shape), value.dtype) != (
+                        spec.shape,
+                        spec.dtype,
+                    ):
+                        raise RuntimeError(
+                            f"state {name!r} of a parameter of shape {tuple(param.shape)} must be "
+                            f"a {spec.dtype} tensor of shape {spec.shape}, got {value.dtype} "
+                            f"{tuple(value.shape)}: the parameter has changed since; drop its "
+                            f"state by optimizer.state.pop(param), or build a new optimizer"
+                        )
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the parameters' shapes in each group: a load checks them."""
         state_dict = super().state_dict()

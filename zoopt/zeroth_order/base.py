@@ -8,16 +8,15 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
 from zoopt.kernels.key import Distribution, NoiseKey
-from zoopt.kernels.ops import DTYPES
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
 from zoopt.zeroth_order.blocks import block_due, block_of, check_blocks
 from zoopt.zeroth_order.closure import Closure, check_closure
 from zoopt.zeroth_order.direction import Coefficients, Direction, Noise
+from zoopt.zeroth_order.parameters import check_param, check_streams, named_params
 from zoopt.zeroth_order.perturbation import Perturbation, PerturbationMode, RoundingMode, Slot
 from zoopt.zeroth_order.probe import (
     Estimator,
@@ -84,8 +83,8 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         try:
             self._check_group(self.param_groups[-1])
             self._check_run(self.param_groups)
-            self._check_streams()
-            for group_index, group, _, name in self._named_params():
+            check_streams(self.param_groups)
+            for group_index, group, _, name in named_params(self.param_groups):
                 block_of(group.get("blocks"), group_index, name)
         except BaseException:
             self.param_groups.pop()
@@ -165,6 +164,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         draws = self._draws()
         if draws[-1] >= 1 << 32:
             raise RuntimeError("the run has used all of its 2^32 draws; begin one with a new seed")
+        self._check_state()
         block = self._block_due()
         slots = list(self._slots(block))
         if not slots:
@@ -257,7 +257,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         """The parameters that take part now (of one block, or of all), with their directions."""
         run = self.param_groups[0]
         blocks = run.get("blocks")
-        for group_index, group, param, name in self._named_params():
+        for group_index, group, param, name in named_params(self.param_groups):
             if not param.requires_grad:
                 continue
             if block is not None and block_of(blocks, group_index, name) != block:
@@ -297,15 +297,6 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         count = len(self.param_groups) if blocks == "groups" else len(blocks)
         return block_due(count, run["block_order"], run["seed"], run["step"])
 
-    def _named_params(self) -> Iterator[tuple[int, Group, Tensor, str | int]]:
-        """Every parameter with its group and its name, or position where names are not known."""
-        position = 0
-        for group_index, group in enumerate(self.param_groups):
-            names = group.get("param_names")
-            for i, param in enumerate(group["params"]):
-                yield group_index, group, param, position if names is None else names[i]
-                position += 1
-
     def _check_group(self, group: Group) -> None:
         """Raise unless the group's hyperparameters and parameters can be worked with."""
         check_number("lr", group["lr"], low=0.0)
@@ -324,24 +315,13 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         check_choice("perturbation", group["perturbation"], get_args(PerturbationMode))
         check_choice("rounding", group["rounding"], get_args(RoundingMode))
         for param in group["params"]:
-            _check_param(param)
+            check_param(param)
 
     def _check_run(self, groups: list[Group]) -> None:
         for key in self._run_keys:
             values = [group.get(key) for group in groups]
             if any(value != values[0] for value in values):
                 raise ValueError(f"{key} must be the same in every param group, got {values}")
-
-    def _check_streams(self) -> None:
-        seen: dict[int, str | int] = {}
-        for *_, name in self._named_params():
-            number = stream(name)
-            if number in seen:
-                raise ValueError(
-                    f"parameters {seen[number]!r} and {name!r} must have different noise streams, "
-                    f"got {number} for both; rename one, or pass parameters without names"
-                )
-            seen[number] = name
 
     def _check_groups(self, state_dict: Any) -> None:
         super()._check_groups(state_dict)
@@ -363,25 +343,3 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         """
         super().load_state_dict(state_dict)
         self._pending = None
-
-
-def _check_param(param: Tensor) -> None:
-    """Raise unless the parameter is a plain dense floating-point tensor."""
-    remedy = (
-        "pass only parameters to be trained, [p for p in model.parameters() if p.requires_grad]"
-    )
-    wrapper: bool = is_traceable_wrapper_subclass(param)
-    if wrapper:
-        raise TypeError(
-            f"a parameter must be a plain tensor, got the subclass {type(param).__name__}, whose "
-            f"elements zoopt cannot perturb; {remedy}"
-        )
-    if param.layout != torch.strided:
-        raise TypeError(f"a parameter must be dense, got layout {param.layout}; {remedy}")
-    if param.dtype not in DTYPES:
-        kind = "complex" if param.dtype.is_complex else "of this dtype"
-        hint = "use torch.view_as_real" if param.dtype.is_complex else remedy
-        raise TypeError(
-            f"a parameter must be float32, bfloat16, float16 or float64, got {param.dtype}; "
-            f"parameters {kind} have no perturbation: {hint}"
-        )

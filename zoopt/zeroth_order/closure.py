@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import random
+import random  # noqa: TID251 - the user's own state, which is put back where it was
 import sys
 from collections.abc import Callable, Iterable
 from numbers import Real

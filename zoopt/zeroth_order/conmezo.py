@@ -12,6 +12,7 @@ from zoopt.kernels.ops import accumulator_dtype
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.zeroth_order.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.direction import Coefficients, Direction, Elementwise, chunks
+from zoopt.zeroth_order.parameters import named_params
 from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode, Slot
 from zoopt.zeroth_order.probe import Estimator, PendingProbe
 
@@ -105,7 +106,9 @@ class ConMeZO(ZerothOrderOptimizer):
 
     def _new_pending(self) -> PendingProbe:
         taking_part = [
-            (param, group) for _, group, param, _ in self._named_params() if param.requires_grad
+            (param, group)
+            for _, group, param, _ in named_params(self.param_groups)
+            if param.requires_grad
         ]
         # Exactly rounded, hence the same in any order of the parameters.
         square = math.fsum(

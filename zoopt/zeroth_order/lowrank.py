@@ -21,6 +21,7 @@ from zoopt.noise import normal, stream
 from zoopt.optimizer import Group, Params
 from zoopt.zeroth_order.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.direction import Coefficients, Direction, Noise
+from zoopt.zeroth_order.parameters import named_params
 from zoopt.zeroth_order.perturbation import Perturbation
 from zoopt.zeroth_order.probe import PendingProbe
 
@@ -125,6 +126,15 @@ class LowRank(Direction):
         return (weight[rows] + left[rows] @ right.T).to(weight.dtype)
 
 
+class OuterProduct(LowRank):
+    """z(d) = A(d) B(d)^T / sqrt(r), A (m, r) and B (n, r) of normals, both new in every draw."""
+
+    def pair(self, draw: int) -> tuple[Tensor, Tensor]:
+        """As in `LowRank`."""
+        both = self.normals(draw, 0, (self.rows + self.columns, self.rank))
+        return both[: self.rows] / math.sqrt(self.rank), both[self.rows :]
+
+
 class LowRankZerothOrder(ZerothOrderOptimizer):
     """Matrices move along low-rank directions, other parameters along independent normals.
 
@@ -172,7 +182,7 @@ class LowRankZerothOrder(ZerothOrderOptimizer):
         if run["step"] % run["basis_update_gap"]:
             return
         with torch.no_grad():
-            for _, group, param, name in self._named_params():
+            for _, group, param, name in named_params(self.param_groups):
                 if param in self.state and param.dim() > 1:
                     self._change_basis(param, group, stream(name), run["draw"])
         for group in self.param_groups:

@@ -1,0 +1,62 @@
+"""The parameters of a zeroth-order optimizer: names, streams, and which ones are accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from zoopt.kernels.ops import DTYPES
+from zoopt.noise import stream
+from zoopt.optimizer import Group
+
+
+def named_params(groups: Sequence[Group]) -> Iterator[tuple[int, Group, Tensor, str | int]]:
+    """Every parameter with its group and its name, or position where names are not known.
+
+    Yields:
+        number of the group, group, parameter, name or position over all groups.
+    """
+    position = 0
+    for group_index, group in enumerate(groups):
+        names = group.get("param_names")
+        for i, param in enumerate(group["params"]):
+            yield group_index, group, param, position if names is None else names[i]
+            position += 1
+
+
+def check_streams(groups: Sequence[Group]) -> None:
+    """Raise if two parameters would have the same noise."""
+    seen: dict[int, str | int] = {}
+    for *_, name in named_params(groups):
+        number = stream(name)
+        if number in seen:
+            raise ValueError(
+                f"parameters {seen[number]!r} and {name!r} must have different noise streams, "
+                f"got {number} for both; rename one, or pass parameters without names"
+            )
+        seen[number] = name
+
+
+def check_param(param: Tensor) -> None:
+    """Raise unless the parameter is a plain dense floating-point tensor."""
+    remedy = (
+        "pass only parameters to be trained, [p for p in model.parameters() if p.requires_grad]"
+    )
+    wrapper: bool = is_traceable_wrapper_subclass(param)
+    if wrapper:
+        raise TypeError(
+            f"a parameter must be a plain tensor, got the subclass {type(param).__name__}, whose "
+            f"elements zoopt cannot perturb; {remedy}"
+        )
+    if param.layout != torch.strided:
+        raise TypeError(f"a parameter must be dense, got layout {param.layout}; {remedy}")
+    if param.dtype not in DTYPES:
+        kind = "complex" if param.dtype.is_complex else "of this dtype"
+        hint = "use torch.view_as_real" if param.dtype.is_complex else remedy
+        raise TypeError(
+            f"a parameter must be float32, bfloat16, float16 or float64, got {param.dtype}; "
+            f"parameters {kind} have no perturbation: {hint}"
+        )
