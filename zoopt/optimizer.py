@@ -71,7 +71,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         """Raise if a parameter no longer has the shape or dtype that its state was made for."""
         for group in self.param_groups:
             for param in group["params"]:
-                state = self.state.get(param)
+                state = self.state.get(param, {})
                 for name, spec in self.declared_state(param, group).items() if state else ():
                     value = state.get(name)
                     if value is not None and (tuple(value.shape), value.dtype) != (
