@@ -7,6 +7,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -73,6 +74,15 @@ def test_one_accumulated_step_is_the_step_of_the_whole_batch(micro_batches: int)
     tolerance = lr * largest_z * (2 * off / (2 * zo_eps)) + 2 * U * largest_weight
     assert figures["difference"] <= tolerance
     assert figures["distance"] > 10 * tolerance
+
+
+def test_hybrid_learns_more_than_its_halves_at_a_third_of_backprops_memory() -> None:
+    figures = main_of("hybrid")(steps=500)
+    assert figures["loss_hybrid"] < 0.3 * min(figures["loss_mezo"], figures["loss_head"])
+    # Beside MeZO's: the head's gradient, Adam's two moments, the logits with theirs.
+    head, logits = (32 * 2 + 2) * 4, 256 * 2 * 4
+    assert figures["bytes_hybrid"] <= figures["bytes_mezo"] + 3 * head + 2 * logits
+    assert figures["bytes_hybrid"] < figures["bytes_backprop"] / 3
 
 
 WORDS = ("great", "terrible", "Just", "the", "film", "plot", "cast", "was", "is", "and")
@@ -176,3 +186,37 @@ def test_sentiment_run_says_what_is_wrong_in_one_line(
     assert line.startswith("error: ")
     assert "nowhere.tsv" in line
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_trainer_resumes_to_the_same_model_and_figures(
+    model_dir: Path,
+    reviews: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    main = main_of("trainer")
+    output = tmp_path / "out"
+    options = ["--model", str(model_dir), "--data", str(reviews), "--output", str(output)]
+    options += ["--steps", "5", "--batch-size", "8", "--micro-batches", "2", "--every", "3"]
+    assert main([*options, "--resume"]) == 2
+    expected = f"error: there is no checkpoint in {output}; leave out --resume\n"
+    assert capsys.readouterr().err == expected
+
+    runs = []
+    for resume in ([], ["--resume"]):
+        assert main([*options, *resume]) == 0
+        weights = (output / "checkpoint-5" / "model.safetensors").read_bytes()
+        figures = json.loads((output / "figures.json").read_text(encoding="utf-8"))
+        assert all(math.isfinite(number) for number in numbers(figures))
+        keys = ("step", "loss", "grad_norm", "eval_loss")
+        log = [{key: entry[key] for key in keys if key in entry} for entry in figures["log"]]
+        log = [entry for entry in log if len(entry) > 1]
+        runs.append((weights, figures["after"]["test_loss"], log))
+        shutil.rmtree(output / "checkpoint-5")
+    assert runs[0] == runs[1]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 3, 4, 5, 5]
+    # An untrained model tosses a coin; micro-batches each have their share of that.
+    assert all(0.5 < entry.get("loss", 0.7) < 1.0 for entry in log)

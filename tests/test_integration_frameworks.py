@@ -179,7 +179,16 @@ def accelerator() -> Iterator[accelerate.Accelerator]:
     accelerate.state.GradientState._reset_state()
 
 
-@pytest.mark.parametrize("options", [{}, {"lr": 1e-3, "momentum": 0.9}], ids=["plain", "momentum"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lr": 1e-3, "momentum": 0.9},
+        {"lr": 1e-3, "momentum": 0.9, "num_probes": 3, "perturbation": "inplace"},
+        {"lr": 1e-3, "momentum": 0.9, "momentum_window": 2, "num_probes": 2},
+    ],
+    ids=["plain", "momentum", "probes", "window"],
+)
 def test_accelerate_changes_no_bit(
     accelerator: accelerate.Accelerator, options: dict[str, Any]
 ) -> None:
@@ -193,20 +202,25 @@ def test_accelerate_changes_no_bit(
     plain.load_state_dict(opt.state_dict())
 
     before = copy.deepcopy(opt.state_dict())
-    prepared, wrapped = accelerator.prepare(model, opt)
+    loader = torch.utils.data.DataLoader(ids, batch_size=2)  # type: ignore[arg-type]
+    prepared, wrapped, loader = accelerator.prepare(model, opt, loader)
     assert wrapped.optimizer is opt
     after = opt.state_dict()
     assert after["param_groups"] == before["param_groups"]
     assert after["state"].keys() == before["state"].keys()
-    assert bool(after["state"]) == bool(options)
+    assert bool(after["state"]) == bool(opt.declared_state_bytes())
     for index, entries in before["state"].items():
         for name, value in entries.items():
             assert after["state"][index][name].dtype == torch.float32
             assert torch.equal(bits(after["state"][index][name]), bits(value))
 
-    train(prepared, wrapped, ids, 3)
+    for _ in range(3):
+        for batch in loader:
+            train(prepared, wrapped, batch, 1)
     train(twin, plain, ids, 3)
     assert opt.last_step == plain.last_step
+    assert opt.last_step is not None
+    assert opt.last_step.step == 6
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(bits(p), bits(q))
 

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from zoopt import kernels, noise
 from zoopt.kernels import philox, reference
+from zoopt.kernels.key import NoiseKey
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DISTRIBUTIONS = ["normal", "rademacher"]
 KEY = {"seed": 0xFEDCBA9876543210, "stream": 0x89ABCDEF}
 FAST = [impl for impl in kernels.available_impls() if impl != "reference"]
+#: Only the reference has float64.
+CASES = [(impl, dtype) for impl in kernels.available_impls() for dtype in DTYPES]
+CASES.append(("reference", torch.float64))
 
 
 def weights(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -36,6 +40,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def direction(numel: int, distribution: str, **key: int) -> Tensor:
     generate = noise.normal if distribution == "normal" else noise.rademacher
     return generate(numel, impl="reference", **key)
+
+
+def mask(numel: int, density: float, **key: int) -> Tensor:
+    return noise.mask(numel, density=density, impl="reference", **key)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -79,6 +87,15 @@ def test_apply_rounds_once() -> None:
     assert (got[z < 0] < 1 - 2.0**-7).all()
 
 
+def adam_window(theta: Tensor, coefficients: list[float], gradients: list[float], **key) -> Tensor:
+    """Steps of two directions each, the last of one or two."""
+    count = len(gradients)
+    first, second = ([0.1 * (j + 1) for j in range(count)] for _ in range(2))
+    closes = [j % 2 == 1 or j == count - 1 for j in range(count)]
+    args = (coefficients, gradients, first, second, closes)
+    return kernels.adam_window_(theta, *args, eps=1e-8, step_size=-0.1, **key)
+
+
 @pytest.mark.parametrize("impl", FAST)
 @settings(max_examples=40, deadline=None)
 @given(
@@ -94,6 +111,7 @@ def test_apply_rounds_once() -> None:
     rounding=st.sampled_from(["nearest", "stochastic"]),
     draws=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3),
     decay=st.sampled_from([1.0, 0.99, 0.0]),
+    density=st.sampled_from([1.0, 0.5, 0.01]),
 )
 def test_implementations_return_the_same_bits(
     impl: str,
@@ -104,11 +122,13 @@ def test_implementations_return_the_same_bits(
     rounding: str,
     draws: list[int],
     decay: float,
+    density: float,
 ) -> None:
     theta = weights((numel,), dtype)
-    key = {**KEY, "offset": offset, "distribution": distribution}
+    key = {**KEY, "offset": offset, "distribution": distribution, "density": density}
     coefficients = [0.3 / (j + 1) for j in range(len(draws))]
-    got, expected, buffers = [], [], []
+    update = torch.linspace(1, -1, numel)
+    got, expected = [], []
     for name, out in ((impl, got), ("reference", expected)):
         out.append(kernels.perturb(theta, -0.37, draw=draws[0], impl=name, **key))
         whole = {**key, "draws": draws, "decay": decay, "rounding": rounding, "impl": name}
@@ -120,11 +140,63 @@ def test_implementations_return_the_same_bits(
             target, buffer, coefficients, gradients, momentum=0.9, step_size=-0.1, **whole
         )
         out += [target, buffer]
-        buffers.append(buffer)
+        out.append(kernels.add_(theta.clone(), update, coefficients, **whole))
+        alone = {**whole, "draws": [], "rounding_draw": draws[0]}
+        out.append(kernels.add_(theta.clone(), update, [], **alone))
+        out.append(kernels.apply_(theta.clone(), [], **alone))
+        out.append(adam_window(theta.clone(), coefficients, gradients, **whole))
     # Infinities times a decay of 0 make NaNs, whose payloads are nobody's business.
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a.isnan(), b.isnan())
         assert same_bits(a.nan_to_num(0.0), b.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("offset", [0, 3, 2**32 - 5])
+def test_masked_elements_are_moved_as_without_a_mask_and_no_others(
+    offset: int, distribution: str, dtype: torch.dtype, impl: str
+) -> None:
+    theta = weights((3000,), dtype)
+    key = {**KEY, "offset": offset}
+    kind = {**key, "distribution": distribution, "impl": impl}
+    kept = mask(3000, 0.25, draw=5, **key)
+    dense = kernels.perturb(theta, 0.1, draw=5, **kind)
+    got = kernels.perturb(theta, 0.1, draw=5, density=0.25, **kind)
+    assert same_bits(got, torch.where(kept, dense, theta))
+    # Two directions, each with a mask of its own: where both are 0, theta's very bits, -0 too.
+    theta[8:16] = -0.0
+    draws, coefficients = [5, 6], [0.1, -0.2]
+    neither = ~(kept | mask(3000, 0.25, draw=6, **key))
+    got = kernels.apply_(theta.clone(), coefficients, draws=draws, density=0.25, **kind)
+    assert same_bits(got[neither], theta[neither])
+    one = kernels.apply_(theta.clone(), coefficients[:1], draws=draws[:1], density=0.25, **kind)
+    alone = kept & ~mask(3000, 0.25, draw=6, **key)
+    assert same_bits(got[alone], one[alone])
+
+
+@pytest.mark.parametrize("impl", kernels.available_impls())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_elements_that_no_mask_keeps_are_rounded(dtype: torch.dtype, impl: str) -> None:
+    """Stochastically, by the bits of the last draw, as if the coefficients were 0."""
+    theta = torch.randn(3000).to(dtype)
+    whole = {"draws": [1, 2], "decay": 0.99, "rounding": "stochastic", "impl": impl, **KEY}
+    neither = ~(mask(3000, 0.1, draw=1, **KEY) | mask(3000, 0.1, draw=2, **KEY))
+    got = kernels.apply_(theta.clone(), [0.1, 0.2], density=0.1, **whole)
+    expected = kernels.apply_(theta.clone(), [0.0, 0.0], **whole)
+    assert same_bits(got[neither], expected[neither])
+
+
+def test_key_of_a_density() -> None:
+    """Rounded once to a multiple of 2^-16, and handed on with the key's other arguments."""
+    key = NoiseKey(1, 2, 3, "rademacher", 0.1)
+    assert key.density == 6554 / 65536
+    assert key.threshold == 6554
+    assert NoiseKey(**key.arguments) == key
+    assert key.shifted(8) == NoiseKey(1, 2, 11, "rademacher", 0.1)
+    assert NoiseKey(1, 2).density == 1.0
+    assert NoiseKey(1, 2, density=1 - 2**-20).threshold is None
+    assert NoiseKey(1, 2, density=2**-17).threshold == 1
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -232,13 +304,115 @@ def test_momentum_is_two_weighted_sums(dtype: torch.dtype) -> None:
     assert ((theta.double() - expected).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_add_is_a_weighted_sum_and_an_update(dtype: torch.dtype, density: float) -> None:
+    theta, wide = torch.randn(777).to(dtype), torch.float64
+    update = torch.randn(777, dtype=wide if dtype == wide else torch.float32)
+    before, draws, coefficients = update.clone(), [4, 8], [0.25, -1.5]
+    expected = 0.99 * theta.double() + update.double()
+    for coefficient, draw in zip(coefficients, draws, strict=True):
+        z = direction(777, "normal", draw=draw, **KEY).double()
+        expected += coefficient * z * mask(777, density, draw=draw, **KEY)
+    got = theta.clone()
+    args = {"draws": draws, "decay": 0.99, "density": density}
+    assert kernels.add_(got, update, coefficients, **args, **KEY) is got
+    assert same_bits(update, before)
+    # Six roundings of numbers below 2^4, and one to the parameter's own dtype.
+    bound = 6 * 2**4 * torch.finfo(update.dtype).eps / 2
+    bound = bound + expected.abs() * torch.finfo(dtype).eps
+    assert ((got.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("impl", kernels.available_impls())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_draw_names_the_bits(dtype: torch.dtype, impl: str) -> None:
+    """Those of the last of the draws, or of the one that is given, with draws or without."""
+    theta, update = torch.randn(3000).to(dtype), torch.randn(3000) * 1e-3
+    whole = {"decay": 0.9, "rounding": "stochastic", "impl": impl, **KEY}
+    # A direction of weight 0 brings its rounding bits and nothing else.
+    by_seven = kernels.add_(theta.clone(), update, [0.0], draws=[7], **whole)
+    got = kernels.add_(theta.clone(), update, [], draws=[], rounding_draw=7, **whole)
+    assert same_bits(got, by_seven)
+    got = kernels.add_(theta.clone(), update, [0.0], draws=[8], rounding_draw=7, **whole)
+    assert same_bits(got, by_seven)
+    by_eight = kernels.add_(theta.clone(), update, [0.0], draws=[8], **whole)
+    assert not same_bits(by_eight, by_seven)
+    decayed = kernels.apply_(theta.clone(), [], draws=[], rounding_draw=7, **whole)
+    assert same_bits(decayed, kernels.apply_(theta.clone(), [0.0], draws=[7], **whole))
+    # To nearest there is nothing to name.
+    plain = {"draws": [], "decay": 0.9, "impl": impl, **KEY}
+    got = kernels.add_(theta.clone(), update, [], rounding_draw=7, **plain)
+    assert same_bits(got, kernels.add_(theta.clone(), update, [], **plain))
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_adam_window_is_adam_over_past_steps(
+    dtype: torch.dtype, distribution: str, density: float
+) -> None:
+    """Two steps of two directions and one of one, two directions that only restore, in float64."""
+    n, theta = 777, torch.randn(777).to(dtype)
+    draws, closes = [9, 4, 0, 2, 7, 3, 1], [False, True, False, True, True, False, False]
+    coefficients = [0.0, 0.0, 0.0, 0.0, 0.5, 0.0, -0.25]
+    gradients = [1.5, -2.0, 0.5, 0.25, 3.0, 0.0, 0.0]
+    first, second = [0.0, 0.25, 0.0, 0.5, 1.0, 0.0, 0.0], [-1.0, 0.125, -1.0, 0.5, 1.0, -1.0, -1.0]
+    expected = 0.99 * theta.double()
+    ghat, m, v = torch.zeros(3, n, dtype=torch.float64)
+    for j, draw in enumerate(draws):
+        z = direction(n, distribution, draw=draw, **KEY).double()
+        z = z * mask(n, density, draw=draw, **KEY)
+        expected += coefficients[j] * z
+        ghat = ghat + gradients[j] * z
+        if closes[j]:
+            m, v, ghat = m + first[j] * ghat, v + second[j] * ghat**2, torch.zeros_like(ghat)
+    ratio = m / (v.sqrt() + 1e-3)
+    expected += -0.1 * ratio
+    got = theta.clone()
+    args = (coefficients, gradients, first, second, closes)
+    numbers = {"eps": 1e-3, "step_size": -0.1, "decay": 0.99}
+    noise_of = {"draws": draws, "distribution": distribution, "density": density, **KEY}
+    assert kernels.adam_window_(got, *args, **numbers, **noise_of) is got
+    # With u half the accumulator's spacing at 1, and every |ghat| below 2^5 (|z| < 4.36, |g| sums
+    # to 3.5): m errs by 8 roundings of numbers below 2^6, v by 9 of numbers below 2^9 (a ghat that
+    # errs by 3 2^5 u squares to 2^5 times that and more), and its root by that over 2 sqrt(v),
+    # sqrt(v) by no more than the root of the error. The quotient errs by both over its denominator,
+    # and by 3 roundings of its own; theta by 6 roundings of numbers below 2^4.
+    u = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
+    error_m, error_v = 8 * 2**6 * u, 2**4 * 2**9 * u
+    error_root = torch.minimum(error_v / v.sqrt(), torch.tensor(error_v).sqrt())
+    denominator = (v.sqrt() + 1e-3 - error_root).clamp(min=1e-3)
+    error = 0.1 * (error_m + ratio.abs() * error_root) / denominator + 0.3 * ratio.abs() * u
+    bound = error + 6 * 2**4 * u + expected.abs() * torch.finfo(dtype).eps
+    assert ((got.double() - expected).abs() <= bound).all()
+
+
+def test_adam_window_of_nothing_is_decay() -> None:
+    theta = torch.randn(100)
+    for args in (([], [], [], [], []), ([0.0], [2.0], [1.0], [1.0], [False])):
+        got = kernels.adam_window_(
+            theta.clone(),
+            *args,
+            eps=1e-8,
+            step_size=-1.0,
+            draws=[3][: len(args[0])],
+            decay=0.5,
+            **KEY,
+        )
+        assert same_bits(got, theta * 0.5)
+
+
 @pytest.mark.parametrize("impl", kernels.available_impls())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_gathered_rows_are_rows(dtype: torch.dtype, distribution: str, impl: str) -> None:
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_gathered_rows_are_rows(
+    density: float, dtype: torch.dtype, distribution: str, impl: str
+) -> None:
     weight = weights((40, 37), dtype)
     rows = torch.tensor([[0, 39, 7], [7, 7, 1]])
-    key = {**KEY, "draw": 2, "offset": 11, "distribution": distribution}
+    key = {**KEY, "draw": 2, "offset": 11, "distribution": distribution, "density": density}
     got = kernels.perturb_rows(weight, rows, 0.1, impl=impl, **key)
     assert same_bits(got, kernels.perturb(weight, 0.1, impl="reference", **key)[rows])
     strided = torch.arange(12)[::3]
@@ -287,6 +461,12 @@ def test_autograd_is_left_alone() -> None:
 
 
 THETA = torch.zeros(4)
+UPDATE = torch.zeros(4)
+
+
+def adam_one(theta: Tensor, second=(1.0,), closes=(True,), eps: float = 1e-8) -> Tensor:
+    args = ([0.0], [1.0], [1.0], list(second), closes)
+    return kernels.adam_window_(theta, *args, eps=eps, step_size=-0.1, draws=[0], **KEY)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +511,52 @@ THETA = torch.zeros(4)
         (
             lambda: kernels.apply_(THETA, [], draws=[], rounding="stochastic", **KEY),
             ValueError,
-            "rounding='stochastic' needs at least one draw",
+            "rounding='stochastic' needs at least one draw or a rounding_draw, got none",
+        ),
+        (
+            lambda: kernels.add_(THETA, UPDATE, [], draws=[], rounding="stochastic", **KEY),
+            ValueError,
+            "rounding='stochastic' needs at least one draw or a rounding_draw, got none",
+        ),
+        (
+            lambda: kernels.add_(THETA, UPDATE, [], draws=[], rounding_draw=2**32, **KEY),
+            ValueError,
+            r"rounding_draw must be an int in \[0, 2\^32\), got 4294967296",
+        ),
+        (
+            lambda: kernels.add_(THETA, UPDATE.double(), [], draws=[], **KEY),
+            ValueError,
+            "update must be a torch.float32 tensor",
+        ),
+        (
+            lambda: kernels.add_(THETA.half(), UPDATE.half(), [], draws=[], **KEY),
+            ValueError,
+            "update must be a torch.float32 tensor",
+        ),
+        (
+            lambda: kernels.add_(THETA, [0.0] * 4, [], draws=[], **KEY),
+            TypeError,
+            "update must be a tensor, got list",
+        ),
+        (
+            lambda: kernels.add_(torch.zeros(2, 2), UPDATE.view(2, 2).t(), [], draws=[], **KEY),
+            ValueError,
+            r"update must be contiguous; pass update.contiguous\(\)",
+        ),
+        (
+            lambda: adam_one(THETA, closes=[]),
+            ValueError,
+            "closes and draws must have equal lengths, got 0 and 1",
+        ),
+        (
+            lambda: adam_one(THETA, second=[-1.0]),
+            ValueError,
+            r"second must be at least 0 where closes, got \[-1.0\]",
+        ),
+        (
+            lambda: adam_one(THETA, eps=1e-50),
+            ValueError,
+            "eps must be positive in torch.float32, got 1e-50; use 1e-8",
         ),
         (
             lambda: kernels.apply_(THETA, [1.0], draws=[0], rounding="up", **KEY),

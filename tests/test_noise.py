@@ -7,7 +7,7 @@ import ctypes
 import ctypes.util
 import json
 import math
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,10 @@ def test_philox_broadcasts_the_key_over_counters() -> None:
     assert got[1, 0].tolist() == list(KNOWN_ANSWERS[0][2])
 
 
+def half_mask(numel: int, **key) -> Tensor:
+    return noise.mask(numel, density=0.5, **key).float()
+
+
 def bits(x: Tensor) -> list[int]:
     return x.view(torch.int32).tolist()
 
@@ -70,6 +74,20 @@ def test_golden_file(case: dict, impl: str) -> None:
     assert bits(normals) == case["normal_bits"]
     signs = noise.rademacher(len(case["signs"]), impl=impl, **key)
     assert signs.tolist() == case["signs"]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", GOLDEN["masks"], ids=lambda case: case["name"])
+def test_golden_masks(case: dict, impl: str) -> None:
+    """The mask's 16 bits an element, made by an implementation in Python's integers."""
+    key = {name: case[name] for name in ("seed", "stream", "draw")}
+    index = case["offset"] + torch.arange(len(case["mask"]))
+    halves = philox.halfwords(index, purpose=philox.PURPOSE_MASK, **key)
+    assert halves.tolist() == case["halfwords"]
+    place = {"offset": case["offset"], "density": case["density"], "impl": impl}
+    mask = noise.mask(len(case["mask"]), **place, **key)
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [bool(kept) for kept in case["mask"]]
 
 
 def test_golden_words() -> None:
@@ -87,7 +105,7 @@ def test_golden_table() -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("generate", [noise.normal, noise.rademacher])
+@pytest.mark.parametrize("generate", [noise.normal, noise.rademacher, half_mask])
 @pytest.mark.parametrize("offset", [0, 1, 127, 2**32 - 3, 2**35 - 50, 2**40 + 7])
 def test_any_slice_is_a_slice(generate, offset: int, impl: str) -> None:
     """Chunks, shards and tiles see the numbers of the whole tensor, beyond 2^32 too."""
@@ -173,6 +191,44 @@ def test_rademacher_is_fair() -> None:
     assert abs(float(signs.double().mean())) < 4 / math.sqrt(2**24)
 
 
+@pytest.mark.parametrize("density", [0.5, 0.1, 0.01, 0.001])
+def test_rate_of_the_mask(density: float) -> None:
+    """Within 3 standard errors of the density, which is a multiple of 2^-16."""
+    n = 2**24
+    rate = float(noise.mask(n, seed=42, stream=7, draw=0, density=density).double().mean())
+    density = round(density * 65536) / 65536
+    assert abs(rate - density) <= 3 * math.sqrt(density * (1 - density) / n)
+
+
+def test_extreme_densities() -> None:
+    """From the least, a step of 2^-16, to what rounds to 1 and masks nothing."""
+    n, key = 2**20, {"seed": 42, "stream": 7, "draw": 0}
+    index = torch.arange(n)
+    bits = philox.halfwords(index, purpose=philox.PURPOSE_MASK, **key)
+    for density in (2**-16, 2**-17):
+        assert torch.equal(noise.mask(n, density=density, **key), bits == 0)
+    assert torch.equal(noise.mask(n, density=1 - 2**-16, **key), bits != 65535)
+    for density in (1, 1.0, 1 - 2**-18):
+        assert noise.mask(n, density=density, **key).all()
+    assert noise.mask(0, density=0.5, **key).shape == (0,)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.1])
+def test_mask_is_independent(density: float) -> None:
+    """Of the numbers that it masks, their magnitudes, and other masks: within 4 sigma of none."""
+    n = 2**20
+    key = {"seed": 1000, "stream": 500, "draw": 70}
+    whole = noise.mask(n + 8, density=density, **key).double()
+    mask, z = whole[:n], noise.normal(n, **key).double()
+    others = [z, z.abs(), z**2, noise.rademacher(n, **key).double(), whole[1 : n + 1], whole[8:]]
+    for what in ("seed", "stream", "draw"):
+        others.append(noise.mask(n, density=density, **{**key, what: key[what] + 1}).double())
+    for other in others:
+        left, right = mask - mask.mean(), other - other.mean()
+        sigma = math.sqrt(float((left**2).mean() * (right**2).mean()) / n)
+        assert abs(float((left * right).mean())) <= 4 * sigma
+
+
 @pytest.mark.parametrize("generate", [noise.normal, noise.rademacher])
 @pytest.mark.parametrize("what", ["seed", "stream", "draw", "index"])
 def test_no_correlation(generate, what: str) -> None:
@@ -193,12 +249,13 @@ def test_no_correlation(generate, what: str) -> None:
             assert abs(float((left * right).mean())) <= 4 * sigma
 
 
-def test_rounding_bits_are_not_the_direction() -> None:
+def test_purposes_do_not_share_bits() -> None:
     index = torch.arange(4096)
     key = {"seed": 3, "stream": 4, "draw": 5}
-    direction = philox.halfwords(index, **key)
-    rounding = philox.halfwords(index, purpose=philox.PURPOSE_ROUNDING, **key)
-    assert (direction == rounding).sum() < 5
+    purposes = (philox.PURPOSE_DIRECTION, philox.PURPOSE_ROUNDING, philox.PURPOSE_MASK)
+    halves = [philox.halfwords(index, purpose=purpose, **key) for purpose in purposes]
+    for a, b in combinations(halves, 2):
+        assert (a == b).sum() < 5
 
 
 def test_the_package_has_no_generator() -> None:
@@ -240,6 +297,25 @@ def test_errors(arguments: dict, error: type[Exception], message: str) -> None:
     valid = {"numel": 4, "seed": 0, "stream": 0, "draw": 0}
     with pytest.raises(error, match=message):
         noise.normal(**{**valid, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("density", "error", "message"),
+    [
+        (0.0, ValueError, "density must be a finite number > 0 and <= 1, got 0.0"),
+        (1.01, ValueError, "density must be a finite number > 0 and <= 1, got 1.01"),
+        (math.nan, ValueError, "density must be a finite number > 0 and <= 1, got nan"),
+        (True, TypeError, "density must be a finite number > 0 and <= 1, got True"),
+        (
+            2**-18,
+            ValueError,
+            r"density must be at least 2\^-17, got .*; pass 1.53e-05 for the least",
+        ),
+    ],
+)
+def test_density_errors(density: float, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        noise.mask(4, seed=0, stream=0, draw=0, density=density)
 
 
 @pytest.mark.parametrize("name", [1.5, None, True])

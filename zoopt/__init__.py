@@ -2,6 +2,7 @@
 
 Zeroth order (the memory of inference): `MeZO`, `ZOAdam`, `ZOSignSGD`, `ZOConservativeSGD`,
 `ForwardGrad`, `FZOO`, `LOZO`, `SubZero`, `ZOMuon`, `HiZOO`, `ConMeZO`.
+With backprop on the late layers: `Hybrid`.
 """
 
 from zoopt import kernels, noise
@@ -9,8 +10,10 @@ from zoopt.zeroth_order import (
     FZOO,
     LOZO,
     ConMeZO,
+    EvolutionStrategy,
     ForwardGrad,
     HiZOO,
+    Hybrid,
     MeZO,
     SubZero,
     ZOAdam,
@@ -23,8 +26,10 @@ __all__ = [
     "FZOO",
     "LOZO",
     "ConMeZO",
+    "EvolutionStrategy",
     "ForwardGrad",
     "HiZOO",
+    "Hybrid",
     "MeZO",
     "SubZero",
     "ZOAdam",

@@ -33,6 +33,13 @@ def test_golden_file() -> None:
         assert signs.tolist() == case["signs"]
 
 
+def test_golden_masks() -> None:
+    for case in json.loads(GOLDEN.read_text())["masks"]:
+        key = {name: case[name] for name in ("seed", "stream", "draw", "offset", "density")}
+        mask = noise.mask(len(case["mask"]), impl="triton", **key)
+        assert mask.tolist() == [bool(kept) for kept in case["mask"]]
+
+
 def test_all_values_of_the_table_occur_and_agree() -> None:
     """A million normals: all but e^-16 of the 65,536 values, each with the table's bits."""
     key = {"seed": 1, "stream": 2, "draw": 3}
@@ -43,12 +50,27 @@ def test_all_values_of_the_table_occur_and_agree() -> None:
     assert torch.isin(got, philox.normal_table(torch.device("cpu"))).all()
 
 
+def adam_window(theta: torch.Tensor, **key) -> torch.Tensor:
+    """A step of two directions, one of one, and a direction after the last step."""
+    coefficients, gradients = [0.1, 0.0, 0.0, -0.2], [1.0, -2.0, 0.5, 1.0]
+    first, second, closes = [0.0, 0.3, 1.0, 0.0], [0.0, 0.4, 1.0, 0.0], [False, True, True, False]
+    args = (coefficients, gradients, first, second, closes)
+    return kernels.adam_window_(theta, *args, eps=1e-8, step_size=-0.1, **key)
+
+
 @pytest.mark.parametrize(("numel", "offset"), [(1, 3), (4096 + 17, 0), (600, 2**32 - 5)])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits(dtype: torch.dtype, distribution: str, numel: int, offset: int) -> None:
-    key = {"seed": 2**63 + 5, "stream": 2**31 + 1, "offset": offset, "distribution": distribution}
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_same_bits(
+    density: float, dtype: torch.dtype, distribution: str, numel: int, offset: int
+) -> None:
+    key = {"seed": 2**63 + 5, "stream": 2**31 + 1, "offset": offset}
+    key = {**key, "distribution": distribution, "density": density}
     theta = (torch.randn(numel) * 10.0 ** torch.randint(-9, 5, (numel,))).to(dtype)
+    # A zero keeps its sign where the mask is 0.
+    theta[:1] = -0.0
+    update = torch.linspace(1, -1, numel)
     results: dict[str, list[torch.Tensor]] = {"triton": [], "reference": []}
     for impl, out in results.items():
         out.append(kernels.perturb(theta, 1e-3, draw=9, impl=impl, **key))
@@ -67,14 +89,20 @@ def test_same_bits(dtype: torch.dtype, distribution: str, numel: int, offset: in
                 **whole,
             )
             out += [target, buffer]
+            out.append(kernels.add_(theta.clone(), update, [0.1, -0.2], impl=impl, **whole))
+            alone = {**whole, "draws": [], "rounding_draw": 7}
+            out.append(kernels.add_(theta.clone(), update, [], impl=impl, **alone))
+            out.append(adam_window(theta.clone(), impl=impl, **{**whole, "draws": [1, 3, 5, 9]}))
     for a, b in zip(*results.values(), strict=True):
         assert same_bits(a, b)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows(dtype: torch.dtype, distribution: str) -> None:
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_rows(density: float, dtype: torch.dtype, distribution: str) -> None:
     weight, rows = torch.randn(20, 37).to(dtype), torch.tensor([[3, 19], [0, 3]])
-    key = {"seed": 7, "stream": 8, "draw": 4, "offset": 5, "distribution": distribution}
+    key = {"seed": 7, "stream": 8, "draw": 4, "offset": 5}
+    key = {**key, "distribution": distribution, "density": density}
     got = kernels.perturb_rows(weight, rows, 0.1, impl="triton", **key)
     assert same_bits(got, kernels.perturb(weight, 0.1, impl="reference", **key)[rows])

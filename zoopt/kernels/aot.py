@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoopt.kernels import gpu
+from zoopt.kernels import gpu, gpu_kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -20,32 +20,46 @@ TARGETS = {
 }
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _KERNELS = {
-    "perturb": gpu.perturb_kernel,
-    "apply": gpu.apply_kernel,
-    "momentum": gpu.momentum_kernel,
-    "perturb_rows": gpu.rows_kernel,
+    "perturb": gpu_kernels.perturb_kernel,
+    "apply": gpu_kernels.apply_kernel,
+    "add": gpu_kernels.apply_kernel,
+    "momentum": gpu_kernels.momentum_kernel,
+    "adam_window": gpu_kernels.adam_kernel,
+    "perturb_rows": gpu_kernels.rows_kernel,
 }
 _TYPES = {
     "buffer": "*fp32",
+    "addend": "*fp32",
     "coefficients": "*fp32",
     "gradients": "*fp32",
+    "first_weights": "*fp32",
+    "second_weights": "*fp32",
+    "closes": "*i32",
     "draws": "*i32",
     "rows": "*i64",
     "alpha": "fp32",
     "decay": "fp32",
     "momentum": "fp32",
     "step_size": "fp32",
+    "eps": "fp32",
     "numel": "i64",
     "first": "i64",
     "offset": "i64",
 }
 #: What a launch on a whole tensor specialises: pointers, and the size of all but the last blocks.
-_DIVISIBLE = {"theta", "out", "weight", "buffer", "coefficients", "gradients", "draws", "numel"}
+_DIVISIBLE = {"theta", "out", "weight", "buffer", "addend", "numel"}
+_DIVISIBLE |= {"coefficients", "gradients", "draws"}
+_DISTRIBUTIONS = ("normal", "rademacher", "masked normal", "masked rademacher")
+#: Kernels that can round stochastically.
+_ROUNDED = ("apply", "add", "momentum", "adam_window")
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One kernel as it is launched: its name, theta's dtype, and the constants that shape it."""
+    """One kernel as it is launched: its name, theta's dtype, and the constants that shape it.
+
+    `distribution` begins with "masked" where the density is below 1.
+    """
 
     kernel: str
     dtype: str
@@ -55,7 +69,13 @@ class Variant:
     @property
     def block(self) -> int:
         """Elements a program."""
-        return gpu.ROW_BLOCK if self.kernel == "perturb_rows" else gpu.BLOCK
+        adam = gpu.ADAM_BLOCK[self.masked]
+        return {"perturb_rows": gpu.ROW_BLOCK, "adam_window": adam}.get(self.kernel, gpu.BLOCK)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the density is below 1."""
+        return self.distribution.startswith("masked")
 
     def compile(self, target: str) -> Any:
         """The compiled kernel, with its `asm`, `metadata` and (on CUDA) cubin.
@@ -65,12 +85,15 @@ class Variant:
         """
         function = _KERNELS[self.kernel]
         constants = {
-            "NORMAL": self.distribution == "normal",
+            "NORMAL": self.distribution.endswith("normal"),
+            "MASKED": self.masked,
             "STOCHASTIC": self.rounding == "stochastic",
             "ALIGNED": True,
             "BACKEND": TARGETS[target].backend,
             "BLOCK": self.block,
         }
+        if self.kernel == "apply":
+            constants["addend"] = None
         constants = {name: constants[name] for name in function.arg_names if name in constants}
         signature = {name: self._type(name, constants) for name in function.arg_names}
         attributes = {
@@ -94,7 +117,7 @@ def variants() -> Iterator[Variant]:
     """Every variant of every kernel that a launch can ask for on a whole tensor."""
     for kernel in _KERNELS:
         for dtype in _DTYPES:
-            for distribution in ("normal", "rademacher"):
+            for distribution in _DISTRIBUTIONS:
                 yield Variant(kernel, dtype, distribution, "nearest")
-                if kernel in ("apply", "momentum") and dtype != "fp32":
+                if kernel in _ROUNDED and dtype != "fp32":
                     yield Variant(kernel, dtype, distribution, "stochastic")

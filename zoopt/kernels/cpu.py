@@ -20,17 +20,9 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels import cpu_kernels
-from zoopt.kernels.cpu_tile import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    NORMALS_PER_WORD,
-    SIGNS_PER_WORD,
-    TILE,
-    f32,
-    u16,
-    u32,
-)
+from zoopt.kernels.cpu_convert import BFLOAT16, FLOAT16, FLOAT32
+from zoopt.kernels.cpu_intrinsics import f32, u16, u32
+from zoopt.kernels.cpu_tile import NORMALS_PER_WORD, SIGNS_PER_WORD, TILE
 from zoopt.kernels.key import NoiseKey
 
 #: Below this many elements a thread costs more than it saves.

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from zoopt.kernels.cpu_convert import BFLOAT16
+from zoopt.kernels.cpu_intrinsics import f32, jit
 from zoopt.kernels.cpu_tile import (
-    BFLOAT16,
     SIGNS_PER_WORD,
     TILE,
     accumulate,
@@ -18,9 +19,7 @@ from zoopt.kernels.cpu_tile import (
     add,
     close,
     estimate,
-    f32,
     generate,
-    jit,
     load,
     scale,
     scratch,
@@ -29,7 +28,6 @@ from zoopt.kernels.cpu_tile import (
     store,
 )
 
-ADAM_TILE = 1024
 
 @jit
 def weighted_sum(
@@ -136,9 +134,9 @@ def adam_window(
 ):
     """reference.adam_window; a tile's moments stay in the cache and are never written to memory."""
     tile, z, words, random = scratch(threshold)
-    moments = np.empty((3, ADAM_TILE), np.float32)
-    for start in range(span[0], span[1], ADAM_TILE):
-        stop = min(start + ADAM_TILE, span[1])
+    moments = np.empty((3, TILE), np.float32)
+    for start in range(span[0], span[1], TILE):
+        stop = min(start + TILE, span[1])
         index, count = offset + start, stop - start
         acc = load(tile, theta[start:stop], theta[start:stop], kind, decay)
         moments[:] = f32(0.0)
@@ -153,10 +151,12 @@ def adam_window(
             direction = z[lead : lead + count]
             halves = random.view(np.uint16)[lead : lead + count]
             a, g = coefficients[j], gradients[j]
-            if closes[j]:
-                close(acc, ghat, m, v, direction, halves, a, g, first[j], second[j], threshold)
-            else:
+            if not closes[j]:
                 estimate(acc, ghat, direction, halves, a, g, threshold)
+            elif j == 0 or closes[j - 1]:
+                close(acc, None, m, v, direction, halves, a, g, first[j], second[j], threshold)
+            else:
+                close(acc, ghat, m, v, direction, halves, a, g, first[j], second[j], threshold)
         adam(acc, m, v, step_size, eps)
         store(theta[start:stop], acc, words, index, kind, stream, rounding, k0, k1)
 

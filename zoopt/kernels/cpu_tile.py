@@ -10,28 +10,29 @@ which nothing of a mask is left, and `random`, the mask's 16 bits an element, is
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from zoopt.kernels import philox
+from zoopt.kernels.cpu_convert import FLOAT32, decode, encode, encode_stochastic
 from zoopt.kernels.cpu_intrinsics import (
     add_signs,
     add_signs_below,
     add_signs_bfloat16,
     bits_of,
+    f32,
     float_of,
     fma,
+    i32,
+    jit,
+    store_signs,
+    u32,
+    u64,
 )
-
-i32, u16, u32, u64, f32 = np.int32, np.uint16, np.uint32, np.uint64, np.float32
 
 #: Elements a tile: a multiple of SIGNS_PER_BLOCK.
 TILE = 2048
 #: Elements a word of noise, by distribution.
 NORMALS_PER_WORD, SIGNS_PER_WORD = 2, 32
-
-#: How theta is stored.
-FLOAT32, BFLOAT16, FLOAT16 = range(3)
 
 _M0, _M1 = u64(philox.MULTIPLIER_0), u64(philox.MULTIPLIER_1)
 _W0, _W1 = u32(philox.WEYL_0), u32(philox.WEYL_1)
@@ -41,16 +42,6 @@ _C0, _C1, _C2, _C3 = f32(philox.C0), f32(philox.C1), f32(philox.C2), f32(philox.
 _U_SCALE, _U_SHIFT, _Q_SHIFT = f32(philox.U_SCALE), f32(philox.U_SHIFT), f32(philox.Q_SHIFT)
 _DIRECTION, _ROUNDING = philox.PURPOSE_DIRECTION, philox.PURPOSE_ROUNDING
 _MASK = philox.PURPOSE_MASK
-
-
-def jit(function):
-    """Compile on first use, and keep the machine code on disk where there is a place for it."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:
-        # Neither the package's directory nor the user's cache can be written to.
-        return numba.njit(**options)(function)
 
 
 @jit
@@ -93,9 +84,8 @@ def _normals(z, half):
 def spread_signs(z, words):
     """z, float32 (32 n,) <- +1 and -1, the signs of words (n,)."""
     address = u64(z.ctypes.data)
-    z[:] = f32(0.0)
     for k in range(len(words)):
-        add_signs(address + u64(128 * k), words[k], u32(bits_of(f32(1.0))))
+        store_signs(address + u64(128 * k), words[k])
 
 
 @jit
@@ -171,91 +161,6 @@ def _rounding_bits(words, index, count, stream, draw, k0, k1):
 
 
 @jit
-def _half_to_float(h):
-    """float16 bits -> float32: scaling by 2^112 moves the exponent and normalises subnormals."""
-    magnitude = float_of(i32((h & i32(0x7FFF)) << i32(13)))
-    scaled = bits_of(f32(magnitude * f32(2.0**112)))
-    if (h & i32(0x7C00)) == i32(0x7C00):
-        scaled = i32(scaled | i32(0x7F800000))
-    return float_of(i32(scaled | i32((h & i32(0x8000)) << i32(16))))
-
-
-@jit
-def _float_to_half(x):
-    """float32 -> float16 bits, to nearest, ties to even."""
-    pattern = bits_of(x)
-    sign = i32((pattern >> i32(16)) & i32(0x8000))
-    magnitude = i32(pattern & i32(0x7FFFFFFF))
-    if magnitude > i32(0x7F800000):
-        result = i32(0x7E00)
-    elif magnitude >= i32(0x477FF000):
-        result = i32(0x7C00)
-    elif magnitude < i32(0x38800000):
-        # Adding 1/2 leaves the float16 subnormal, rounded, in the low bits.
-        result = i32(bits_of(f32(float_of(magnitude) + f32(0.5))) - i32(0x3F000000))
-    else:
-        odd = i32((magnitude >> i32(13)) & i32(1))
-        result = i32(i32(magnitude - i32(0x38000000) + i32(0xFFF) + odd) >> i32(13))
-    return i32(result | sign)
-
-
-@jit
-def _float_to_half_stochastic(x, bits):
-    """float32 -> float16 bits, by the formula of reference.round_stochastic."""
-    pattern = bits_of(x)
-    magnitude = float_of(i32(pattern & i32(0x7FFFFFFF)))
-    exponent = max(i32((pattern >> i32(23)) & i32(0xFF)), i32(113))
-    ulp = float_of(i32((exponent - i32(10)) << i32(23)))
-    inverse = float_of(i32((i32(264) - exponent) << i32(23)))
-    uniform = f32(f32(i32(bits & i32(0x1FFF))) * f32(2.0**-13))
-    rounded = f32(f32(np.floor(f32(f32(magnitude * inverse) + uniform))) * ulp)
-    if not magnitude < f32(65536.0):
-        rounded = magnitude
-    return i32(_float_to_half(rounded) | i32((pattern >> i32(16)) & i32(0x8000)))
-
-
-@jit
-def _decode(tile, source, kind):
-    """tile, float32 (m,) <- source, the bits of theta (m,)."""
-    bits = tile.view(np.int32)
-    if kind == FLOAT16:
-        for j in range(len(tile)):
-            tile[j] = _half_to_float(i32(source[j]))
-    else:
-        for j in range(len(tile)):
-            bits[j] = i32(i32(source[j]) << i32(16))
-
-
-@jit
-def _encode(target, tile, kind):
-    """target, the bits of theta (m,) <- tile, float32 (m,), to nearest."""
-    bits = tile.view(np.int32)
-    if kind == FLOAT16:
-        for j in range(len(tile)):
-            target[j] = _float_to_half(tile[j])
-    else:
-        for j in range(len(tile)):
-            b = u32(bits[j])
-            odd = u32((b >> u32(16)) & u32(1))
-            rounded = u32(u32(b + u32(0x7FFF) + odd) >> u32(16))
-            target[j] = rounded if tile[j] == tile[j] else u32(0x7FC0)
-
-
-@jit
-def _encode_stochastic(target, tile, random, kind):
-    """As _encode, rounding by the random bits, uint16 (m,)."""
-    bits = tile.view(np.int32)
-    if kind == FLOAT16:
-        for j in range(len(tile)):
-            target[j] = _float_to_half_stochastic(tile[j], i32(random[j]))
-    else:
-        for j in range(len(tile)):
-            b = u32(bits[j])
-            finite = u32(b & u32(0x7F800000)) != u32(0x7F800000)
-            target[j] = u32(u32(b + (u32(random[j]) if finite else u32(0))) >> u32(16))
-
-
-@jit
 def scale(y, a):
     """y <- a y, float32 (m,)."""
     for j in range(len(y)):
@@ -281,14 +186,20 @@ def estimate(acc, ghat, z, random, a, g, threshold):
 
 @jit
 def close(acc, ghat, m, v, z, random, a, g, first, second, threshold):
-    """As estimate, then m <- m + first ghat, v <- v + second (ghat ghat), ghat <- 0, in one pass."""
+    """As estimate; then m <- m + first ghat, v <- v + second (ghat ghat), ghat <- 0.
+
+    A ghat that is 0 already can be None, and is spared the pass.
+    """
     for j in range(len(acc)):
-        x, y = f32(acc[j] + f32(a * z[j])), f32(ghat[j] + f32(g * z[j]))
+        before = f32(0.0) if ghat is None else ghat[j]
+        x, y = f32(acc[j] + f32(a * z[j])), f32(before + f32(g * z[j]))
         if threshold is not None:
-            x, y = (x, y) if random[j] < threshold else (acc[j], ghat[j])
-        acc[j], ghat[j] = x, f32(0.0)
+            x, y = (x, y) if random[j] < threshold else (acc[j], before)
+        acc[j] = x
         m[j] = f32(m[j] + f32(first * y))
         v[j] = f32(v[j] + f32(second * f32(y * y)))
+        if ghat is not None:
+            ghat[j] = f32(0.0)
 
 
 @jit
@@ -308,7 +219,7 @@ def load(tile, theta, out, kind, decay):
             out[:] = theta
     else:
         acc = tile[: len(theta)]
-        _decode(acc, theta, kind)
+        decode(acc, theta, kind)
     if decay != f32(1.0):
         scale(acc, decay)
     return acc
@@ -320,10 +231,10 @@ def store(out, acc, words, index, kind, stream, rounding, k0, k1):
     if kind == FLOAT32:
         return
     if rounding < 0:
-        _encode(out, acc, kind)
+        encode(out, acc, kind)
     else:
         random = _rounding_bits(words, index, len(acc), stream, rounding, k0, k1)
-        _encode_stochastic(out, acc, random, kind)
+        encode_stochastic(out, acc, random, kind)
 
 
 @jit

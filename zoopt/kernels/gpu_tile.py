@@ -23,6 +23,7 @@ _U_SCALE, _U_SHIFT = tl.constexpr(philox.U_SCALE), tl.constexpr(philox.U_SHIFT)
 _Q_SHIFT = tl.constexpr(philox.Q_SHIFT)
 _DIRECTION = tl.constexpr(philox.PURPOSE_DIRECTION)
 _ROUNDING = tl.constexpr(philox.PURPOSE_ROUNDING)
+_MASK = tl.constexpr(philox.PURPOSE_MASK)
 
 
 @triton.jit
@@ -85,6 +86,31 @@ def _quantile(half, BACKEND: tl.constexpr):
 
 
 @triton.jit
+def _halfwords(index, stream, draw, k0, k1, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
+    """16 bits for each of BLOCK elements from index on: uint32, (BLOCK,)."""
+    w = _words(index, stream, draw, k0, k1, PURPOSE, 8, BLOCK)
+    return tl.reshape(tl.join(w & 0xFFFF, w >> 16), [BLOCK])
+
+
+@triton.jit
+def kept(index, stream, draw, k0, k1, threshold, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of BLOCK elements a direction moves: (BLOCK,), or a scalar that nothing reads."""
+    if MASKED:
+        return _halfwords(index, stream, draw, k0, k1, _MASK, BLOCK).to(tl.int32) < threshold
+    else:
+        return True
+
+
+@triton.jit
+def added(x, step, keep, MASKED: tl.constexpr):
+    """x + step, or x's own bits where the step is not kept."""
+    if MASKED:
+        return tl.where(keep, x + step, x)
+    else:
+        return x + step
+
+
+@triton.jit
 def direction(
     a,
     index,
@@ -128,8 +154,7 @@ def rounded(
     """x, float32 (BLOCK,), in theta's dtype."""
     pattern = x.to(tl.uint32, bitcast=True)
     if STOCHASTIC:
-        w = _words(index, stream, draw, k0, k1, _ROUNDING, 8, BLOCK)
-        bits = tl.reshape(tl.join(w & 0xFFFF, w >> 16), [BLOCK])
+        bits = _halfwords(index, stream, draw, k0, k1, _ROUNDING, BLOCK)
         if dtype == tl.bfloat16:
             finite = (pattern & 0x7F800000) != 0x7F800000
             carried = pattern + tl.where(finite, bits, 0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from numbers import Real
 from typing import Literal, TypedDict, get_args
+
+from zoopt.checks import check_number
 
 Distribution = Literal["normal", "rademacher"]
 Rounding = Literal["nearest", "stochastic"]
@@ -38,7 +39,7 @@ class NoiseKey:
             [2^-17, 1] and rounded to a multiple of 2^-16 (up to 2^-16 at least).
 
     Raises:
-        ValueError: an argument out of range.
+        TypeError, ValueError: an argument out of range.
     """
 
     seed: int
@@ -57,14 +58,14 @@ class NoiseKey:
                 f"distribution must be one of {', '.join(map(repr, get_args(Distribution)))}, "
                 f"got {self.distribution!r}"
             )
-        number = isinstance(self.density, Real) and not isinstance(self.density, bool)
-        if not number or not 0.5 <= self.density * DENSITY_STEPS <= DENSITY_STEPS:
+        check_number("density", self.density, low=0.0, high=1.0, open_low=True)
+        scaled = float(self.density) * DENSITY_STEPS
+        if scaled < 0.5:
             raise ValueError(
-                f"density must be a number in [2^-17, 1], got {self.density!r}; it is rounded to a "
-                f"multiple of 2^-16 = {1 / DENSITY_STEPS:.2e}, the smallest that can be had"
+                f"density must be at least 2^-17, got {self.density!r}, which rounds to nothing; "
+                f"pass {1 / DENSITY_STEPS:.2e} for the least that there is"
             )
-        steps = max(1, round(self.density * DENSITY_STEPS))
-        object.__setattr__(self, "density", steps / DENSITY_STEPS)
+        object.__setattr__(self, "density", max(1, round(scaled)) / DENSITY_STEPS)
 
     @property
     def threshold(self) -> int | None:

@@ -187,8 +187,8 @@ def adam_window(
                 m = m + ghat * first[j]
                 v = v + ghat * ghat * second[j]
                 ghat = torch.zeros_like(ghat)
-        # torch's float32 square roots are off by one here and there. From float64 they are right,
-        # even if those are: no root of a float32 is within 2^-50 of a tie, relative to it.
+        # torch's float32 square roots are off by one here and there. Those of float64, rounded, are
+        # exact even if off: the root of a float32 is 4 of its units or more from every tie.
         root = v.double().sqrt().to(v.dtype)
         acc = acc + m * step_size / (root + eps)
         _store(theta, acc, part, key, rounding_draw)

@@ -3,9 +3,11 @@
 from zoopt.zeroth_order.adam import ZOAdam
 from zoopt.zeroth_order.conmezo import ConMeZO
 from zoopt.zeroth_order.conservative import ZOConservativeSGD
+from zoopt.zeroth_order.evolution import EvolutionStrategy
 from zoopt.zeroth_order.forward_grad import ForwardGrad
 from zoopt.zeroth_order.fzoo import FZOO
 from zoopt.zeroth_order.hizoo import HiZOO
+from zoopt.zeroth_order.hybrid import Hybrid
 from zoopt.zeroth_order.lozo import LOZO
 from zoopt.zeroth_order.mezo import MeZO
 from zoopt.zeroth_order.muon import ZOMuon
@@ -17,8 +19,10 @@ __all__ = [
     "FZOO",
     "LOZO",
     "ConMeZO",
+    "EvolutionStrategy",
     "ForwardGrad",
     "HiZOO",
+    "Hybrid",
     "MeZO",
     "StepRecord",
     "SubZero",

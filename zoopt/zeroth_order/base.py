@@ -145,12 +145,16 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         """Evaluate and record; parameters perturbed in place are left at their last point."""
         check_closure(closure, caller)
         pending = self._pending or self._new_pending()
-        verify = self._pending is None and not self.param_groups[0]["step"]
-        evaluation = Evaluation(closure, Perturbation(pending.slots), verify=verify)
+        evaluation = Evaluation(closure, Perturbation(pending.slots), verify=self._verifies)
         measurements = self._evaluate(evaluation, pending)
         pending.add(measurements)
         self._pending = pending
         return evaluation, mean_loss([measurement.losses for measurement in measurements])
+
+    @property
+    def _verifies(self) -> bool:
+        """Whether the next evaluation is the run's first, which is repeated to be compared."""
+        return self._pending is None and not self.param_groups[0]["step"]
 
     def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Measurement]:
         """Measure the loss along the pending directions, a measurement each."""

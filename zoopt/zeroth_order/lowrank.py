@@ -131,8 +131,12 @@ class OuterProduct(LowRank):
 
     def pair(self, draw: int) -> tuple[Tensor, Tensor]:
         """As in `LowRank`."""
-        both = self.normals(draw, 0, (self.rows + self.columns, self.rank))
-        return both[: self.rows] / math.sqrt(self.rank), both[self.rows :]
+        return self.split(self.normals(draw, 0, (self.rows + self.columns, self.rank)))
+
+    def split(self, normals: Tensor) -> tuple[Tensor, Tensor]:
+        """A / sqrt(r) (..., m, r) and B (..., n, r) of normals (..., m + n, r)."""
+        left, right = normals[..., : self.rows, :], normals[..., self.rows :, :]
+        return left / math.sqrt(self.rank), right
 
 
 class LowRankZerothOrder(ZerothOrderOptimizer):

@@ -17,7 +17,7 @@ from torch import Tensor
 from zoopt.kernels.key import Rounding
 from zoopt.optimizer import Group
 from zoopt.zeroth_order.direction import Coefficients, Direction
-from zoopt.zeroth_order.virtual import Substitution
+from zoopt.zeroth_order.virtual import Interception, Substitution
 
 PerturbationMode = Literal["auto", "inplace", "virtual"]
 RoundingMode = Literal["auto", "nearest", "stochastic"]
@@ -115,10 +115,19 @@ class Perturbation:
         Raises:
             RuntimeError: the closure read none of them.
         """
-        substitution = Substitution(self._virtual, perturbed, perturbed_rows, factors)
-        with _uncompiled(), substitution:
+        with self.intercepted(Substitution(self._virtual, perturbed, perturbed_rows, factors)):
             yield
-        if not substitution.read and not self._in_place:
+
+    @contextlib.contextmanager
+    def intercepted(self, interception: Interception) -> Iterator[None]:
+        """Let operators read parameters as the interception does.
+
+        Raises:
+            RuntimeError: the closure read none of them, and none is perturbed in place.
+        """
+        with _uncompiled(), interception:
+            yield
+        if not interception.read and not self._in_place:
             raise RuntimeError(
                 "the closure read none of the optimizer's parameters, so a virtual perturbation "
                 "cannot reach it (a compiled or scripted graph, another thread or another copy of "

@@ -41,34 +41,26 @@ _WRITES = frozenset(
 _EMBEDDINGS = (torch.nn.functional.embedding, torch.embedding)
 
 
-class Substitution(TorchFunctionMode):
-    """Replaces parameters in the arguments of torch functions.
+class Interception(TorchFunctionMode):
+    """Hands every torch function that reads elements of a registered parameter to `_run`.
 
     Args:
-        parameters: those to be replaced.
-        perturb: parameter -> its perturbed copy.
-        perturb_rows: parameter, row numbers -> the perturbed copies of those rows.
-        factors: parameter -> the thin factors of its displacement, or None if it has none.
+        parameters: those to be registered.
 
     Attributes:
-        read: whether any of the parameters has been replaced so far.
+        read: whether any of the parameters has been read so far.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[Tensor],
-        perturb: Callable[[Tensor], Tensor],
-        perturb_rows: Callable[[Tensor, Tensor], Tensor],
-        factors: Callable[[Tensor], tuple[Tensor, Tensor] | None],
-    ) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()
         # By identity for the duration of one evaluation; the list keeps the ids valid.
         self._parameters = list(parameters)
         self._ids = {id(parameter) for parameter in self._parameters}
-        self._perturb = perturb
-        self._perturb_rows = perturb_rows
-        self._factors = factors
         self.read = False
+
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function returns that reads registered parameters."""
+        raise NotImplementedError
 
     def __torch_function__(
         self,
@@ -77,7 +69,7 @@ class Substitution(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run `func` with the registered parameters among its arguments replaced."""
+        """Run `func`, by `_run` if elements of registered parameters are among its arguments."""
         kwargs = kwargs or {}
         if not self._mentioned(args) and not self._mentioned(kwargs.values()):
             return func(*args, **kwargs)
@@ -93,16 +85,7 @@ class Substitution(TorchFunctionMode):
         self.read = True
         if func in (torch.nn.functional.embedding, torch.nn.functional.embedding_bag):
             self._refuse_max_norm(args[3] if len(args) > 3 else kwargs.get("max_norm"))
-        if func in _EMBEDDINGS:
-            rows = self._embedding(func, args, kwargs)
-            if rows is not None:
-                return rows
-        product = displaced_product(
-            func, args, kwargs, self._is_registered, self._factors, self._replace
-        )
-        if product is not None:
-            return product
-        return func(*self._replace(args), **{k: self._replace(v) for k, v in kwargs.items()})
+        return self._run(func, args, kwargs)
 
     def _mentioned(self, values: Iterable[Any]) -> bool:
         for value in values:
@@ -116,25 +99,19 @@ class Substitution(TorchFunctionMode):
     def _is_registered(self, value: Any) -> bool:
         return isinstance(value, Tensor) and id(value) in self._ids
 
-    def _replace(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._perturb(value) if id(value) in self._ids else value
-        if isinstance(value, list | tuple):
-            items = [self._replace(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return value
-
     def _embedding(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor | None:
-        """The perturbed rows that an embedding gathers, if it is a registered weight's."""
+    ) -> tuple[Tensor, Tensor] | None:
+        """The weight and the row numbers of an embedding, if the weight is a registered one."""
+        if func not in _EMBEDDINGS:
+            return None
         functional = func is torch.nn.functional.embedding
         names = ("input", "weight") if functional else ("weight", "indices")
         values = {**dict(zip(names, args, strict=False)), **kwargs}
         weight, rows = values["weight"], values[names[0] if functional else names[1]]
-        if id(weight) not in self._ids or id(rows) in self._ids:
+        if not self._is_registered(weight) or self._is_registered(rows):
             return None
-        return self._perturb_rows(weight, rows)
+        return weight, rows
 
     def _refuse_max_norm(self, max_norm: float | None) -> None:
         if max_norm is not None:
@@ -158,3 +135,46 @@ class Substitution(TorchFunctionMode):
                 f"the closure writes to a parameter (by {name!r}), which virtual perturbation "
                 f"cannot allow; use perturbation='inplace', or take the write out of the closure"
             )
+
+
+class Substitution(Interception):
+    """Replaces parameters in the arguments of torch functions.
+
+    Args:
+        parameters: those to be replaced.
+        perturb: parameter -> its perturbed copy.
+        perturb_rows: parameter, row numbers -> the perturbed copies of those rows.
+        factors: parameter -> the thin factors of its displacement, or None if it has none.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        perturb: Callable[[Tensor], Tensor],
+        perturb_rows: Callable[[Tensor, Tensor], Tensor],
+        factors: Callable[[Tensor], tuple[Tensor, Tensor] | None],
+    ) -> None:
+        super().__init__(parameters)
+        self._perturb = perturb
+        self._perturb_rows = perturb_rows
+        self._factors = factors
+
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The function with the registered parameters among its arguments replaced."""
+        lookup = self._embedding(func, args, kwargs)
+        if lookup is not None:
+            return self._perturb_rows(*lookup)
+        product = displaced_product(
+            func, args, kwargs, self._is_registered, self._factors, self._replace
+        )
+        if product is not None:
+            return product
+        return func(*self._replace(args), **{k: self._replace(v) for k, v in kwargs.items()})
+
+    def _replace(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._perturb(value) if id(value) in self._ids else value
+        if isinstance(value, list | tuple):
+            items = [self._replace(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value

@@ -1,0 +1,1 @@
+"""Frameworks that own the training loop: one module each, which alone imports the framework."""

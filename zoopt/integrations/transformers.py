@@ -1,0 +1,136 @@
+"""transformers: a Trainer that probes the loss where the original calls backward."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from zoopt.zeroth_order.base import ZerothOrderOptimizer
+
+
+class ZOTrainer(transformers.Trainer):
+    """transformers.Trainer for zeroth-order optimizers; its arguments, loop and checkpoints.
+
+    Select the optimizer by either of
+
+        ZOTrainer(..., optimizer_cls_and_kwargs=(zoopt.MeZO, {"lr": 1e-6, "zo_eps": 1e-3}))
+        ZOTrainer(..., optimizers=(zoopt.MeZO(model.named_parameters(), lr=1e-6), None))
+
+    In the first form the Trainer makes two param groups without names: those parameters that decay,
+    with the weight_decay of TrainingArguments, and the biases and normalisation layers, with none.
+    A weight_decay among the kwargs is therefore without effect; the seed is that of
+    TrainingArguments unless it is among them. In both forms TrainingArguments' `optim` and
+    `learning_rate` are without effect, and its scheduler works on the optimizer's own lr.
+
+    Every micro-batch is probed: 2 num_probes forward passes (one-sided: 1 + num_probes), no
+    backward pass and no gradients. Micro-batches share their directions, so that accumulation is
+    that of one big batch. A run resumed from a checkpoint equals the uninterrupted one bit for bit.
+    The model is in training mode, as ever in the Trainer; all evaluations of a micro-batch see the
+    same dropout.
+
+    In the log, `loss` is the mean over the evaluated points, and `grad_norm` the root mean square
+    of the step's projected gradients (with one probe, the magnitude of the projected gradient),
+    which estimates the norm of the gradient. `max_grad_norm` is without effect, as there are no
+    gradients to clip; the optimizer's `max_projected_grad` is the like of it.
+
+    Raises, at the first training step and before anything has changed:
+        TypeError: the optimizer is none of zoopt's zeroth-order ones.
+        RuntimeError: it cannot add probes up (`ZOConservativeSGD`).
+        ValueError: it maximises; fp16 with a gradient scaler, DeepSpeed, FSDP, several processes
+            or DataParallel.
+    """
+
+    #: The state of the run that the optimizer's pending probes belong to.
+    _run: transformers.TrainerState | None = None
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Probe the loss of a micro-batch; the Trainer's `optimizer.step()` then updates."""
+        optimizer = self._zeroth_order()
+        if self._run is not self.state:
+            # A run that was stopped between two micro-batches leaves its probes behind, and this
+            # is another: where the Trainer zeroes gradients, they go.
+            optimizer._pending = None
+            self._run = self.state
+        # The loss of the original step, under its contexts and in its scale, by the rules of
+        # whichever version of transformers is installed: what it would call backward on.
+        evaluate = functools.partial(super().training_step, model, inputs, num_items_in_batch)
+        with _intercepted_backward(self.accelerator) as losses:
+
+            def closure() -> Tensor:
+                evaluate()
+                return losses.pop()
+
+            loss = optimizer.probe(closure)
+        return torch.tensor(loss, device=self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with the step's projected gradients for the norm of no gradients.
+
+        The Trainer takes the norm from `.grad`, after `training_step` and before the optimizer's
+        step; the log is the one public place where it can be replaced.
+        """
+        record = self._zeroth_order().last_step if "grad_norm" in logs else None
+        if record is not None:
+            squares = [g * g for g in record.projected_grads if not math.isnan(g)]
+            logs["grad_norm"] = math.sqrt(sum(squares) / len(squares)) if squares else math.nan
+        super().log(logs, start_time)
+
+    def _zeroth_order(self) -> ZerothOrderOptimizer:
+        """The optimizer under Accelerate's wrapper, checked together with the Trainer's set-up."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if not isinstance(optimizer, ZerothOrderOptimizer):
+            raise TypeError(
+                f"ZOTrainer needs a zeroth-order optimizer, got {type(optimizer).__name__}; pass "
+                "optimizer_cls_and_kwargs=(zoopt.MeZO, {'lr': 1e-6}), or use transformers.Trainer"
+            )
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            raise ValueError(
+                f"maximize must be False, got True: the Trainer's loss is to fall; set it in the "
+                f"arguments of {type(optimizer).__name__}, and let compute_loss return the "
+                f"negative of what is to rise"
+            )
+        if self.accelerator.scaler is not None:
+            raise ValueError(
+                "fp16 must be False, got True: its gradient scaler cannot step without gradients; "
+                "set bf16=True, or load the model with dtype=torch.float16 and leave fp16 False"
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            name = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+            raise ValueError(
+                f"ZOTrainer needs whole parameters, but {name} is enabled; leave it out (for a "
+                "model that one GPU cannot hold, load it with device_map='auto')"
+            )
+        processes, gpus = self.accelerator.num_processes, self.args.n_gpu
+        if processes > 1 or gpus > 1:
+            got = f"{processes} processes" if processes > 1 else f"{gpus} GPUs in DataParallel"
+            raise ValueError(
+                f"ZOTrainer must run as one process without DataParallel, got {got}: it does not "
+                "combine their losses; use no launcher, and one GPU in CUDA_VISIBLE_DEVICES"
+            )
+        return optimizer
+
+
+@contextlib.contextmanager
+def _intercepted_backward(accelerator: Any) -> Iterator[list[Tensor]]:
+    """Let `accelerator.backward` do no more than to put the loss into the list."""
+    losses: list[Tensor] = []
+    attributes = vars(accelerator)  # One of the instance stands in front of the method.
+    before = {key: attributes[key] for key in ("backward",) if key in attributes}
+    attributes["backward"] = lambda loss, **_: losses.append(loss)
+    try:
+        yield losses
+    finally:
+        del attributes["backward"]
+        attributes.update(before)

@@ -1,0 +1,298 @@
+"""Backprop on the late layers, zeroth order on the early ones, whose activations are not kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.optim import LBFGS, Optimizer
+
+from zoopt.optimizer import Group
+from zoopt.zeroth_order.base import ZerothOrderOptimizer
+from zoopt.zeroth_order.closure import Closure, check_closure, loss_value
+from zoopt.zeroth_order.conservative import ZOConservativeSGD
+from zoopt.zeroth_order.evolution import EvolutionStrategy
+from zoopt.zeroth_order.forward_grad import ForwardGrad
+from zoopt.zeroth_order.parameters import named_params
+
+#: Optimizers whose evaluations are not those of one probe of the loss around theta, and why.
+_REFUSED: dict[type[Optimizer], str] = {
+    ZOConservativeSGD: "the points that it compares would count as evaluations of the probe",
+    ForwardGrad: "its evaluations carry a derivative forward, and none can be taken back",
+    EvolutionStrategy: "fitness, which it evaluates, has no gradient in general",
+}
+
+
+class Hybrid(Optimizer):
+    r"""Zeroth order on the early layers and first order on the late ones, from the same passes.
+
+    The split of the "hybrid" in Zhang et al., 2024 (arXiv:2402.11592). With e and l the early and
+    late parameters, and e_1 ... e_n the points at which the zeroth-order probe evaluates the loss
+    (e + zo_eps z and e - zo_eps z, say),
+
+        e <- the zeroth-order update from L(e_1, l) ... L(e_n, l)
+        l <- the first-order update from the gradient (1/n) sum_i grad_l L(e_i, l)
+
+    Two-sided points come in pairs, so that the mean is even in zo_eps and misses grad_l L(e, l) by
+    O(zo_eps^2); one-sided ones miss it by O(zo_eps). A step costs n forward passes, and n backward
+    passes through the late layers. Early parameters require no gradient meanwhile, so that
+    activations are kept from the first operator on that reads a late parameter. These are held
+    beside what `zeroth_order` takes, and a gradient of every late parameter (in backward, one
+    parameter more; while further micro-batches are probed, two of every).
+
+    Args:
+        zeroth_order: a zoopt zeroth-order optimizer over the early parameters; not
+            `ZOConservativeSGD`, `ForwardGrad` or `EvolutionStrategy`.
+        first_order: a torch optimizer over the late parameters (those of the last layers; a tied
+            weight counts where it is read first), whose `step` needs no closure.
+
+    State: that of the two optimizers. param_groups are those of both, zeroth_order's first, for
+    schedulers to write to. The closure of `step` and `probe` returns the loss as a tensor and does
+    not call backward. The step's record is `zeroth_order.last_step`; the place to clip gradients is
+    `first_order.register_step_pre_hook`. Late gradients are freed after each step; early parameters
+    never have any. A parameter in neither half is to be frozen, or it collects gradients.
+
+    Raises:
+        TypeError: an optimizer of another kind.
+        ValueError: a parameter is in both, or a late one does not require a gradient.
+
+    An evaluation whose loss is not finite gives no gradient; the mean is over the others. Where
+    `zeroth_order` can use none of a micro-batch's directions, its gradients are dropped as well; if
+    that is so for all of a step, neither half moves. If the closure raises, nothing has changed (in
+    place, up to rounding).
+
+    The benchmark's published code has no such split to differ from; here, the late gradient comes
+    from the evaluations that are made in any case, not from one more at theta.
+
+    Example:
+        >>> late = ("layers.22.", "layers.23.", "norm.", "head.")
+        >>> named = list(model.named_parameters())
+        >>> opt = zoopt.Hybrid(
+        ...     zoopt.MeZO([(n, p) for n, p in named if not n.startswith(late)], lr=1e-6),
+        ...     torch.optim.AdamW([(n, p) for n, p in named if n.startswith(late)], lr=1e-5),
+        ... )
+        >>> loss = opt.step(lambda: model(**batch).loss)
+    """
+
+    def __init__(self, zeroth_order: ZerothOrderOptimizer, first_order: Optimizer) -> None:
+        _check(zeroth_order, first_order)
+        self.defaults: dict[str, Any] = {}
+        self.zeroth_order, self.first_order = zeroth_order, first_order
+        super().__setstate__({})  # torch's constructor wants parameters of its own
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("defaults", "zeroth_order", "first_order")}
+
+    def __repr__(self) -> str:
+        return f"Hybrid (\nzeroth_order: {self.zeroth_order}\nfirst_order: {self.first_order}\n)"
+
+    @property
+    def param_groups(self) -> list[Group]:  # type: ignore[override]
+        """The groups themselves of both optimizers, in a new list."""
+        return [*self.zeroth_order.param_groups, *self.first_order.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        """The parameters' states themselves, in a new dict."""
+        return {**self.zeroth_order.state, **self.first_order.state}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: which of the two a group is for cannot be known."""
+        raise RuntimeError(
+            "Hybrid cannot know which half a param group is for: call add_param_group of its "
+            "zeroth_order or its first_order"
+        )
+
+    def probe(self, closure: Closure) -> float:
+        """Evaluate the closure along this step's directions, and add up for both halves.
+
+        Call it once a micro-batch, with losses scaled as for backward passes, and then `step()`.
+        The closure evaluates the loss and returns it, a tensor of one element with its graph.
+
+        Returns:
+            The mean of the probe's losses.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for `zeroth_order`; the closure calls backward,
+                or returns what has no derivative by the late parameters.
+        """
+        return self._evaluated(closure, "probe", self.zeroth_order.probe)
+
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
+        """Take one step: from the probes that are pending and, as by `probe`, from the closure.
+
+        Returns:
+            The mean of the closure's losses (without a closure: of all the pending ones), or None
+            if there was nothing to do, in which case nothing at all has changed.
+        """
+        run = self.zeroth_order.step
+        loss = run() if closure is None else self._evaluated(closure, "step", run)
+        if loss is None:
+            return None
+        record = self.zeroth_order.last_step
+        assert record is not None
+        if record.skipped < len(record.losses):
+            self.first_order.step()
+        self.first_order.zero_grad(set_to_none=True)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; what `zeroth_order` has pending is dropped likewise."""
+        super().zero_grad(set_to_none)
+        self.zeroth_order._pending = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both optimizers' own, with their classes and the late parameters' shapes."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self._identity()
+        state_dict["zeroth_order"] = self.zeroth_order.state_dict()
+        state_dict["first_order"] = self.first_order.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load both optimizers' states, and drop what is pending.
+
+        Raises:
+            ValueError: the dict belongs to other optimizers, or to parameters of other shapes.
+                Nothing has changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        for key, own in self._identity().items():
+            if state_dict.get(key) != own:
+                raise ValueError(
+                    f"state_dict must be of a Hybrid with {key} {own}, got {state_dict.get(key)}; "
+                    f"build it from the optimizers and parameters it was saved with"
+                )
+        self.zeroth_order.load_state_dict(state_dict["zeroth_order"])
+        self.first_order.load_state_dict(state_dict["first_order"])
+        self.zero_grad()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the optimizer that loads it."""
+        late = [group["params"] for group in self.first_order.param_groups]
+        classes = [type(self.zeroth_order).__name__, type(self.first_order).__name__]
+        return {"classes": classes, "late_shapes": [[list(p.shape) for p in ps] for ps in late]}
+
+    def _evaluated(self, closure: Closure, caller: str, run: Callable[[Closure], Any]) -> float:
+        """Let `run` evaluate the closure, and add the mean gradient to the late `.grad`."""
+        check_closure(closure, caller)
+        zeroth_order = self.zeroth_order
+        before = zeroth_order._pending
+        losses, skipped = (len(before.losses), before.skipped) if before else (0, 0)
+        evaluation = _Evaluation(
+            closure, _params(zeroth_order), _params(self.first_order), zeroth_order._verifies
+        )
+        usable = False
+        try:
+            loss: float = run(evaluation.loss)
+            after: Any = zeroth_order._pending or zeroth_order.last_step
+            usable = len(after.losses) - losses > after.skipped - skipped
+        finally:
+            evaluation.close(keep=usable)
+        return loss
+
+
+class _Evaluation:
+    """The closure with a backward pass; until `close`, gradients add up here, not in `.grad`."""
+
+    def __init__(
+        self, closure: Closure, early: list[Tensor], late: list[Tensor], verify: bool
+    ) -> None:
+        self._closure, self._early, self._late, self._verify = closure, early, late, verify
+        self._calls = self._count = 0
+        self._nothing: list[Tensor | None] = [None] * len(late)
+        self._sums = self._nothing
+        self._before = self._exchange(self._nothing)
+
+    def _exchange(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        before = [param.grad for param in self._late]
+        for param, grad in zip(self._late, grads, strict=True):
+            param.grad = grad
+        return before
+
+    def loss(self) -> float:
+        """The loss where the parameters are, its gradient being added."""
+        self._calls += 1
+        try:
+            for param in self._early:
+                param.requires_grad_(False)
+            with torch.enable_grad():
+                loss = self._closure()
+            value = loss_value(loss)
+            if math.isfinite(value) and not (self._verify and self._calls == 2):
+                self._backward(loss)
+        finally:
+            for param in self._early:
+                param.requires_grad_(True)
+        return value
+
+    def _backward(self, loss: Any) -> None:
+        ready = isinstance(loss, Tensor) and loss.requires_grad
+        ready &= all(grad is None for grad in self._exchange(self._sums))
+        if ready:
+            # torch.autograd.backward would suspend a virtual perturbation, which the operators
+            # that a checkpointed layer runs again have to see.
+            Variable._execution_engine.run_backward(
+                *((loss,), (torch.ones_like(loss),), False, False, ()),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
+        self._sums = self._exchange(self._nothing)
+        if not ready or all(grad is None for grad in self._sums):
+            raise RuntimeError(
+                "the closure must return the loss as a tensor that depends on first_order's "
+                "parameters differentiably, and not call backward; end it with `return loss`"
+            )
+        self._count += 1
+
+    def close(self, *, keep: bool) -> None:
+        """Set `.grad` to what it was, plus the mean over the evaluations if it is to be kept."""
+        grads = list(self._before)
+        for i, (before, total) in enumerate(zip(self._before, self._sums, strict=True)):
+            if keep and total is not None:
+                total.div_(self._count)
+                grads[i] = total if before is None else before.add_(total)
+        self._exchange(grads)
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    """The optimizer's parameters that require a gradient."""
+    groups = optimizer.param_groups
+    return [param for group in groups for param in group["params"] if param.requires_grad]
+
+
+def _check(zeroth_order: Any, first_order: Any) -> None:
+    name = type(zeroth_order).__name__
+    if not isinstance(zeroth_order, ZerothOrderOptimizer):
+        raise TypeError(f"zeroth_order must be one of zoopt's, zoopt.MeZO say, got {name}")
+    for refused, reason in _REFUSED.items():
+        if isinstance(zeroth_order, refused):
+            raise TypeError(f"zeroth_order must not be {name}: {reason}; take zoopt.MeZO, say")
+    others = (ZerothOrderOptimizer, Hybrid, LBFGS)
+    if not isinstance(first_order, Optimizer) or isinstance(first_order, others):
+        raise TypeError(
+            f"first_order must be an optimizer that steps from gradients without a closure, "
+            f"torch.optim.AdamW say, got {type(first_order).__name__}"
+        )
+    early = {id(param) for group in zeroth_order.param_groups for param in group["params"]}
+    for *_, param, param_name in named_params(first_order.param_groups):
+        if id(param) in early:
+            raise ValueError(
+                f"no parameter may be in both optimizers, got {param_name!r}; leave it out of one"
+            )
+        if not param.requires_grad:
+            raise ValueError(
+                f"first_order's parameters must require a gradient, got {param_name!r} without; "
+                f"unfreeze it with .requires_grad_(), or leave it out"
+            )
