@@ -1,9 +1,9 @@
-"""Time of perturb, apply_ and momentum_ against the published way, a plain pass, and a copy.
+"""Time of the kernels against the published way, a plain pass, and a copy.
 
 The published way seeds the generator, draws z by torch.normal and adds eps z out of place. The
 floor is theta.mul_(c), a plain pass that reads and writes theta in place; the copy, dst.copy_(src),
 moves as many bytes. All of a dtype's methods are timed in turn, round by round, and a ratio is the
-median of the rounds' own.
+median of the rounds' own. adam_window_ over 10 directions is also set against apply_ over one.
 
 With --sass nothing is timed: the Triton kernels are compiled ahead of time for each target, and
 their machine code is counted. No GPU is needed.
@@ -26,13 +26,16 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common
-from zoopt.kernels import apply_, momentum_, perturb
+from zoopt.kernels import adam_window_, add_, apply_, momentum_, perturb
 from zoopt.kernels.key import Distribution
 
 #: GPU calls are short: this many are queued and timed together.
 CUDA_CALLS = 20
 EPS = 1e-3
 DRAWS = 10
+DENSITY = 0.1
+#: The two whose ratio is reported: at most DRAWS, if what costs is the noise.
+APPLY, ADAM = "apply_ 1 draw", f"adam_window_ {DRAWS} draws"
 
 TIME_COLUMNS = {
     "method": "method",
@@ -88,7 +91,7 @@ def methods(theta: Tensor) -> Iterator[Method]:
     """What is timed on one tensor. theta drifts by a few eps, which no method's time depends on."""
     # The published way rebinds its tensor's storage, so it gets a tensor of its own to rebind.
     own, other = theta.clone(), torch.empty_like(theta)
-    buffer = torch.zeros_like(theta, dtype=torch.float32)
+    buffer, addend = (torch.zeros_like(theta, dtype=torch.float32) for _ in range(2))
     move = 2 * theta.element_size()
     yield Method("copy_", "-", lambda: other.copy_(theta), move, None)
     yield Method("mul_ (floor)", "-", lambda: theta.mul_(1.0), move, None)
@@ -113,16 +116,41 @@ def methods(theta: Tensor) -> Iterator[Method]:
         def many(key: dict[str, Any] = key) -> Tensor:
             return apply_(theta, [EPS] * DRAWS, draws=range(DRAWS), decay=0.9999, **key)
 
+        def masked(key: dict[str, Any] = key) -> Tensor:
+            return perturb(theta, EPS, draw=3, out=theta, density=DENSITY, **key)
+
+        def add(one: dict[str, Any] = one) -> Tensor:
+            return add_(theta, addend, [EPS], decay=0.9999, **one)
+
+        def adam(key: dict[str, Any] = key) -> Tensor:
+            # Each direction is a step of its own, the costliest case.
+            return adam_window_(
+                theta,
+                [EPS] * DRAWS,
+                [1.0] * DRAWS,
+                [0.1] * DRAWS,
+                [0.1] * DRAWS,
+                [True] * DRAWS,
+                eps=1e-8,
+                step_size=-1e-6,
+                draws=range(DRAWS),
+                decay=0.9999,
+                **key,
+            )
+
         def momentum(one: dict[str, Any] = one) -> Tensor:
             return momentum_(theta, buffer, [EPS], [1.0], momentum=0.9, step_size=-1e-6, **one)
 
         yield Method("perturb in place", distribution, in_place, move)
+        yield Method(f"perturb in place, density {DENSITY}", distribution, masked, move)
         yield Method("perturb to out", distribution, out_of_place, move)
-        yield Method("apply_ 1 draw", distribution, update, move)
+        yield Method(APPLY, distribution, update, move)
         if narrow:
             yield Method("apply_ 1 draw, stochastic", distribution, stochastic, move)
         yield Method(f"apply_ {DRAWS} draws", distribution, many, move, DRAWS)
+        yield Method("add_ 1 draw", distribution, add, move + 4)
         yield Method("momentum_ 1 draw", distribution, momentum, move + 8)
+        yield Method(ADAM, distribution, adam, move, DRAWS)
 
 
 def measure(dtype: str, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -137,6 +165,7 @@ def measure(dtype: str, device: torch.device, options: argparse.Namespace) -> li
         own, passes = times[label], method.published_passes
         traffic = method.bytes_per_element * options.numel
         moved = method.bytes_per_element / (2 * theta.element_size())
+        apply = times[f"{APPLY} {method.distribution}"] if method.name == ADAM else None
         records.append(
             {
                 "method": method.name,
@@ -152,6 +181,7 @@ def measure(dtype: str, device: torch.device, options: argparse.Namespace) -> li
                 else None,
                 "ratio_to_floor": common.ratio(own, floor),
                 "fraction_of_copy_bandwidth": moved / common.ratio(own, copy),
+                "ratio_to_apply_1_draw": common.ratio(own, apply) if apply else None,
             }
         )
     return records
@@ -206,6 +236,12 @@ def main() -> None:
     for dtype in options.dtypes:
         records += measure(dtype, device, options)
         print(common.table(TIME_COLUMNS, records[-sum(r["dtype"] == dtype for r in records) :]))
+        for record in records:
+            if record["dtype"] == dtype and record["ratio_to_apply_1_draw"]:
+                print(
+                    f"adam_window {DRAWS} directions / apply_ 1 direction, "
+                    f"{record['distribution']}: {record['ratio_to_apply_1_draw']:.2f}"
+                )
         print(flush=True)
     print(
         "x published: how many times as fast as the published way (as many passes as directions); "

@@ -79,7 +79,7 @@ def report(variant: aot.Variant, target: str) -> Report:
     """Compile one kernel for one target and count.
 
     The instructions of a loop over directions are counted once: the figure is that of one
-    direction. `access_bits` is 128 if every load and store of theta (and of the buffer) is: loads
+    direction. `access_bits` is 128 if every load and store of theta (and of a buffer or addend) is: loads
     of coefficients, draws and row numbers are scalar by nature.
     """
     compiled = variant.compile(target)
@@ -89,7 +89,7 @@ def report(variant: aot.Variant, target: str) -> Report:
     threads = gpu.NUM_WARPS[machine.backend] * machine.warp_size
     work = [opcode for opcode in opcodes if not opcode.startswith(PADDING)]
     item = 4 if variant.dtype == "fp32" else 2
-    moved = 2 * item + (8 if variant.kernel == "momentum" else 0)
+    moved = 2 * item + {"momentum": 8, "add": 4}.get(variant.kernel, 0)
     full = moved * variant.block // (16 * threads)
     return Report(
         **dataclasses.asdict(variant),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import zoopt
-from tests.optimizer_table import PERTURBATIONS, mlp
+from tests.optimizer_table import CASES, PERTURBATIONS, Row, mlp, regression
 from tests.test_kernels import DISTRIBUTIONS, DTYPES, KEY, same_bits, weights
 from zoopt import kernels, noise
 
@@ -38,6 +38,18 @@ def test_kernels_have_the_bits_of_the_cpu(
                 target, buffer, [0.1, 0.0], [1.0, 2.0], momentum=0.9, step_size=-0.01, **whole
             )
             out += [target, buffer]
+            update = torch.linspace(-1, 1, numel).to(device)
+            target = theta.to(device, copy=True)
+            out.append(kernels.add_(target, update, [0.1, -0.2], density=0.25, **whole))
+            out.append(
+                kernels.adam_window_(
+                    theta.to(device, copy=True),
+                    *([0.1, 0.0], [1.0, 2.0], [0.3, 0.7], [0.1, 0.9], [True, True]),
+                    eps=1e-8,
+                    step_size=-0.01,
+                    **whole,
+                )
+            )
     for a, b in zip(*results.values(), strict=True):
         assert same_bits(a.cpu(), b)
 
@@ -47,6 +59,19 @@ def test_rows(dtype: torch.dtype) -> None:
     weight, rows = weights((50, 37), dtype), torch.tensor([[3, 49], [0, 3]])
     got = kernels.perturb_rows(weight.cuda(), rows.cuda(), 0.1, draw=4, **KEY)
     assert same_bits(got.cpu(), kernels.perturb_rows(weight, rows, 0.1, draw=4, **KEY))
+
+
+@pytest.mark.parametrize(("row", "perturbation"), CASES, ids=str)
+def test_every_method_follows_its_cpu_run(row: Row, perturbation: str) -> None:
+    """Five steps in float64: to 1e-8, what two orders of summation leave of the differences."""
+    models = {device: mlp(torch.float64).to(device) for device in ("cpu", "cuda")}
+    for device, model in models.items():
+        x, y = (t.to(device) for t in regression(torch.float64))
+        optimizer = row.build(model, perturbation=perturbation)
+        for _ in range(5):
+            optimizer.step(lambda model=model, x=x, y=y: (model(x) - y).pow(2).mean())
+    for a, b in zip(models["cpu"].parameters(), models["cuda"].parameters(), strict=True):
+        torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
