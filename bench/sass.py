@@ -79,8 +79,8 @@ def report(variant: aot.Variant, target: str) -> Report:
     """Compile one kernel for one target and count.
 
     The instructions of a loop over directions are counted once: the figure is that of one
-    direction. `access_bits` is 128 if every load and store of theta (and of a buffer or addend) is: loads
-    of coefficients, draws and row numbers are scalar by nature.
+    direction. `access_bits` is 128 if every load and store of theta (and of a buffer or addend)
+    is: loads of coefficients, draws and row numbers are scalar by nature.
     """
     compiled = variant.compile(target)
     read = _amd if target.startswith("gfx") else _nvidia
