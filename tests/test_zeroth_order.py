@@ -483,6 +483,36 @@ def test_random_choices_of_python_and_numpy_are_pinned() -> None:
     assert len(set(seen)) == 2
 
 
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+def test_autocast_around_a_step_does_not_hide_the_perturbation(perturbation: str) -> None:
+    """It keeps its casts of weights, which in place must not outlive one evaluation."""
+    layer, x = nn.Linear(8, 8), torch.randn(4, 8)
+    records = []
+    for outside in (True, False):
+        optimizer = zoopt.MeZO(
+            layer.named_parameters(), lr=0.0, zo_eps=0.1, perturbation=perturbation, seed=1
+        )
+
+        def loss() -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return layer(x).square().mean()
+
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside):
+            optimizer.step(loss)
+        records.append(optimizer.last_step.projected_grads[0])
+    assert records[0] != 0.0
+    assert records[0] == pytest.approx(records[1], rel=1e-3)
+
+
+def test_zero_grad_drops_what_has_been_probed() -> None:
+    model, twin = mlp(), mlp()
+    optimizer = zoopt.MeZO(model.parameters(), perturbation="virtual", seed=1)
+    optimizer.probe(closure_of(model))
+    optimizer.zero_grad()
+    assert optimizer.step() is None
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
 # --- parameters that change --------------------------------------------------------------------
 
 

@@ -61,7 +61,7 @@ class ZOTrainer(transformers.Trainer):
         if self._run is not self.state:
             # A run that was stopped between two micro-batches leaves its probes behind, and this
             # is another: where the Trainer zeroes gradients, they go.
-            optimizer._pending = None
+            optimizer.zero_grad()
             self._run = self.state
         # The loss of the original step, under its contexts and in its scale, by the rules of
         # whichever version of transformers is installed: what it would call backward on.

@@ -141,6 +141,11 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         self._finish(pending, evaluation.perturbation if evaluation else None)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch: what has been accumulated goes, here the probes that are pending."""
+        super().zero_grad(set_to_none)
+        self._pending = None
+
     def _probe(self, closure: Closure, caller: str) -> tuple[Evaluation, float]:
         """Evaluate and record; parameters perturbed in place are left at their last point."""
         check_closure(closure, caller)

@@ -81,6 +81,9 @@ class PinnedRNG:
         """The closure's loss, under the pinned state and without autograd."""
         if self._after is not None:
             self._set(self._before)
+        # Under autocast, the casts of weights that have moved in place would still be those of
+        # the evaluation before.
+        torch.clear_autocast_cache()
         with torch.no_grad():
             result = closure()
         states = self._get()

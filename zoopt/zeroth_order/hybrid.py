@@ -142,8 +142,8 @@ class Hybrid(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what `zeroth_order` has pending is dropped likewise."""
-        super().zero_grad(set_to_none)
-        self.zeroth_order._pending = None
+        self.zeroth_order.zero_grad(set_to_none)
+        self.first_order.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimizers' own, with their classes and the late parameters' shapes."""

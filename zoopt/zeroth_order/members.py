@@ -56,6 +56,7 @@ class MemberDirections:
         self._poisoned = poisoned
         self._kept: dict[int, tuple[Tensor, ...]] = {}
         self._room = _KEPT_BYTES
+        self._scales: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     def factors(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """Of a matrix: A^T / sqrt(r) (D, r, m) and B^T (D, r, n), contiguous, in its dtype."""
@@ -87,10 +88,13 @@ class MemberDirections:
     def scales(self, param: Tensor, dtype: torch.dtype) -> Tensor:
         """What multiplies the directions: (members,)."""
         scale = self._slots[id(param)].zo_eps
-        scales = [sign * scale for sign in self._batch.signs]
-        if self._poisoned:
-            scales[0] = math.nan
-        return torch.tensor(scales, dtype=dtype, device=param.device)
+        key = (scale, dtype, param.device)
+        if key not in self._scales:
+            scales = [sign * scale for sign in self._batch.signs]
+            if self._poisoned:
+                scales[0] = math.nan
+            self._scales[key] = torch.tensor(scales, dtype=dtype, device=param.device)
+        return self._scales[key]
 
     def _normals(self, param: Tensor, count: int) -> Tensor:
         """The first numbers of each draw's sequence: (D, count), in the accumulator's dtype."""
