@@ -1,0 +1,253 @@
+"""Every zeroth-order method at one budget of forward passes, on the demo's model and sentences.
+
+Trained are the last five layers of SmolLM2-135M-Instruct (--layers), in bfloat16. The layers below
+are frozen and computed once a sentence, so that a forward pass is one through the trained layers,
+and several hundred of them take a minute on one core. Prompt, words, loss, clipping, perturbation
+scale and the learning rate's linear decay are those of examples/finetune_sentiment.py. Each step
+takes one batch, the i-th of a seed the same for all methods: a method that spends more forward
+passes on a step sees fewer batches. A dual pass (ForwardGrad) counts as three forward passes, for
+it has three products where a forward pass has one; what it takes in time is in the table.
+
+Learning rates: a grid a method runs with seed 0 for --grid-forwards, and the one with the lowest
+validation cross-entropy runs with --seeds seeds for --forwards (successive halving; with both
+budgets equal, seed 0 of the grid is one of these). While the best one is at the edge of its grid,
+another is added beyond it, --extensions at most; what is at the edge even then is marked with *.
+Nothing is chosen by the test sentences.
+
+Every run leaves a file under --runs that is not computed again while its configuration is the
+same: an interrupted comparison goes on where it was, and more --seeds only add to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from bench import common, convergence_plan, convergence_report, convergence_run
+from bench.convergence_methods import METHODS, TABLE, Method
+from bench.convergence_run import Run
+from bench.convergence_task import Settings, Task
+
+RESULTS = common.ROOT / "bench" / "results" / "convergence"
+
+
+class Store:
+    """The results of finished runs: files in a folder, each read once."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder = folder
+        self.settings = settings
+        self._found: dict[Run, Mapping[str, Any]] = {}
+
+    def __call__(self, run: Run) -> Mapping[str, Any] | None:
+        if run not in self._found:
+            result = convergence_run.load(run, self.settings, self.folder)
+            if result is None:
+                return None
+            self._found[run] = result
+        return self._found[run]
+
+
+_task: Task | None = None
+
+
+def prepare(settings: Settings) -> None:
+    """Begin a worker: one thread, and the task for all its runs."""
+    global _task
+    torch.set_num_threads(1)
+    _task = Task(settings)
+
+
+def work(run: Run, settings: Settings, folder: Path) -> Run:
+    """Do one run in a worker and leave its file."""
+    assert _task is not None
+    convergence_run.store(convergence_run.execute(run, settings, _task), run, folder)
+    return run
+
+
+def next_run(
+    methods: Sequence[Method], settings: Settings, store: Store, running: set[Run]
+) -> Run | None:
+    """The first run of the first method that has one to start."""
+    for method in methods:
+        for run in convergence_plan.missing(method, settings, store):
+            if run not in running:
+                return run
+    return None
+
+
+class Inline(concurrent.futures.Executor):
+    """Does the work at once, in this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        prepare(settings)
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def executor(workers: int, settings: Settings) -> concurrent.futures.Executor:
+    if workers == 1:
+        return Inline(settings)
+    # Set before the workers start, so that their kernels do not share each other's cores.
+    os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(workers, context, prepare, (settings,))
+
+
+def run_all(
+    methods: Sequence[Method], settings: Settings, folder: Path, workers: int
+) -> tuple[int, dict[str, str]]:
+    """Do all the runs that are missing, `workers` at a time.
+
+    Returns:
+        How many there were, and the methods that failed, with the reason: their other runs are
+        left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Store(folder, settings)
+    failed: dict[str, str] = {}
+    running: dict[concurrent.futures.Future[Run], Run] = {}
+    done = 0
+    if next_run(methods, settings, store, set()) is None:
+        return done, failed
+    with (
+        executor(workers, settings) as pool,
+        tqdm(desc="runs", unit="run", file=sys.stderr, smoothing=0.1) as bar,
+    ):
+        while True:
+            good = [method for method in methods if method.name not in failed]
+            while len(running) < workers:
+                run = next_run(good, settings, store, set(running.values()))
+                if run is None:
+                    break
+                bar.set_postfix_str(run.file.removesuffix(".json"))
+                running[pool.submit(work, run, settings, folder)] = run
+            bar.total = done + sum(convergence_plan.left(m, settings, store) for m in good)
+            if not running:
+                return done, failed
+            finished, _ = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in finished:
+                run = running.pop(future)
+                error = future.exception()
+                if isinstance(error, concurrent.futures.BrokenExecutor):
+                    raise error
+                if error is not None:
+                    failed[run.method] = f"{type(error).__name__}: {error}"
+                    continue
+                done += 1
+                bar.update()
+
+
+def report(methods: Sequence[Method], settings: Settings, options: argparse.Namespace) -> None:
+    """Print the table of what is finished, and write the summary and the chart."""
+    store = Store(options.runs, settings)
+    records = convergence_plan.summarise(methods, settings, store)
+    if not records:
+        print("no method has finished a run of the full budget yet")
+        return
+    runs = convergence_plan.final_runs(METHODS[records[0]["method"]], records[0]["lr"], settings)
+    first = next(result for run in runs if (result := store(run)) is not None)
+    content = {
+        "machine": first["machine"],
+        "settings": settings.as_dict(),
+        "sizes": first["sizes"],
+        "protocol": str(__doc__),
+        "rule": convergence_plan.RULE,
+        "untrained": first["untrained"],
+        "records": records,
+    }
+    print(convergence_report.text(content))
+    common.write_json(options.json, convergence_run.finite(content))
+    convergence_report.draw(content, options.plot)
+    print(f"written: {options.plot}")
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settings]:
+    parser = common.parser(str(__doc__), "python bench/convergence.py --workers 2 --seeds 3")
+    names = [method.name for method in TABLE if method.available]
+    parser.add_argument(
+        "--methods", nargs="+", choices=names, default=names, metavar="METHOD",
+        help=f"which to compare, of {', '.join(names)}; mezo always is",
+    )  # fmt: skip
+    defaults = Settings()
+    numbers = {
+        "forwards": "budget of a run, in forward passes",
+        "grid_forwards": "budget of the runs that choose the learning rate",
+        "seeds": "runs at the chosen learning rate",
+        "layers": "how many of the last layers are trained",
+        "batch_size": "sentences a step",
+        "validation_sentences": "at most so many are used",
+        "test_sentences": "at most so many are used",
+    }
+    for name, text in numbers.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=common.positive,
+            default=getattr(defaults, name),
+            help=text,
+        )
+    parser.add_argument("--extensions", type=int, default=defaults.extensions, help="of a grid")
+    parser.add_argument("--model", default=defaults.model, help="a model's directory")
+    parser.add_argument("--data", default=defaults.data, help="labelled sentences")
+    parser.add_argument(
+        "--workers", type=common.positive, default=1, help="processes, a thread each"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=RESULTS / "runs", help="a file a run goes here"
+    )
+    parser.add_argument("--json", type=Path, default=RESULTS / "summary.json", help="the summary")
+    parser.add_argument("--plot", type=Path, default=RESULTS / "convergence.png", help="the chart")
+    parser.add_argument("--only-report", action="store_true", help="start no runs")
+    options = parser.parse_args(argv)
+    for path in (options.json, options.plot):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    common.check_json(parser, options.json)
+    for path in (options.model, options.data):
+        if not Path(path).exists():
+            parser.error(f"there is no {path!r}; run python examples/fetch_demo_assets.py once")
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    return options, Settings(**{k: v for k, v in vars(options).items() if k in fields})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit status."""
+    options, settings = parse(argv)
+    chosen = {convergence_plan.REFERENCE, *options.methods}
+    methods = [method for method in TABLE if method.name in chosen]
+    began = time.perf_counter()
+    done, failed = 0, dict[str, str]()
+    if not options.only_report:
+        done, failed = run_all(methods, settings, options.runs, options.workers)
+    if done:
+        print(f"{done} runs in {time.perf_counter() - began:.0f} s\n")
+    report(methods, settings, options)
+    for name, reason in failed.items():
+        print(f"convergence.py: error: {name}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
