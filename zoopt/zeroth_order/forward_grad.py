@@ -28,7 +28,8 @@ class ForwardGrad(MomentumSGD):
     z_j is made at the operator that reads the parameter, and dies with the operator: no tangent of
     the whole model exists, and activations have one for as long as they live themselves. The
     estimate has no bias from a finite zo_eps and no cancellation of two losses; a step costs
-    num_probes dual passes, some two to three forward passes each.
+    num_probes dual passes, three products where a forward pass has one (measured on a model of the
+    size of GPT-2 small: four forward passes in time).
 
     State, in bytes a parameter element: 0; with `momentum` and no `momentum_window`, 4 (8 for
     float64); with `mask="magnitude"`, 4 a parameter.
