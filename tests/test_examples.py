@@ -56,6 +56,13 @@ def test_accuracy_rises_in_training_and_held_out() -> None:
         assert figures[f"{part}_before"] < 0.5
 
 
+def test_evolution_earns_its_reward_in_training_and_held_out() -> None:
+    figures = main_of("evolution")(steps=60)
+    for part in ("reward", "held_out"):
+        assert figures[part] > 2 * figures[f"{part}_before"]
+        assert figures[part] > 0.5
+
+
 def test_accumulation_learns_like_whole_batches() -> None:
     figures = main_of("accumulation")(steps=200)
     assert figures["loss"] < figures["loss_before"] / 2

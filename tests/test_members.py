@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import zoopt
 from tests.meter import peak_bytes
 from tests.test_contract import same
+from zoopt.zeroth_order import members
 
 VOCABULARY, WIDTH, SIGMA = 97, 32, 0.02
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
@@ -92,19 +93,19 @@ def both_ways(
     model: nn.Module, ids: Tensor, mask: Tensor, examples: int, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Every member's fitness from one pass for all, and from a pass for each: float64."""
-    members = len(ids) // examples
-    optimizer = strategy(model, members, **options)
+    count = len(ids) // examples
+    optimizer = strategy(model, count, **options)
     together = optimizer.evaluate_batched(
         lambda: fitness(model, ids, mask, examples), examples=examples
     )
     apart: dict[int, float] = {}
-    for i in range(members):
+    for i in range(count):
         rows = slice(i * examples, (i + 1) * examples)
         apart |= optimizer.evaluate(
             lambda rows=rows: fitness(model, ids[rows], mask[rows], examples),  # type: ignore[misc]
             members=[i],
         )
-    assert list(together) == list(apart) == list(range(members))
+    assert list(together) == list(apart) == list(range(count))
     return tuple(torch.tensor(list(f.values()), dtype=torch.float64) for f in (together, apart))  # type: ignore[return-value]
 
 
@@ -314,6 +315,17 @@ def test_memory() -> None:
     assert 4 * factors < model[0].weight.nbytes / 4
 
 
+def test_directions_that_are_too_many_to_keep_are_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = language_model("gpt2")
+    ids, mask = tokens(6)
+    optimizer = strategy(model)
+    kept = optimizer.evaluate_batched(lambda: fitness(model, ids, mask, 1))
+    monkeypatch.setattr(members, "_KEPT_BYTES", 5000)
+    assert optimizer.evaluate_batched(lambda: fitness(model, ids, mask, 1)) == kept
+
+
 def test_layout_is_verified_once_for_each_size() -> None:
     model = nn.Linear(5, 1)
     optimizer = strategy(model)
@@ -403,6 +415,8 @@ def test_positions_are_the_same_for_all_examples() -> None:
             lambda i=i: model(x[[i]].double()).mean(), members=[i]
         ).values()
         assert abs(together[i] - apart) <= 1e-13
+    model.ids = model.ids.int()
+    assert optimizer.evaluate_batched(lambda: model(x.double()).mean((1, 2))) == together
     # Without a leading dimension, they look like the batch.
     model = Table(torch.arange(6))
     with pytest.raises(RuntimeError, match="the input of 'linear' mixes members"):

@@ -113,7 +113,7 @@ class Members(Interception):
             ids = ids.expand(self._batch.rows, *ids.shape[1:])
         self._check(func, ids, 1)
         left, right = self._directions.factors(weight)
-        rows = ids.reshape(len(left), 1, -1).expand(-1, left.shape[1], -1)
+        rows = ids.reshape(len(left), 1, -1).expand(-1, left.shape[1], -1).long()
         thin = self._scaled(left.gather(2, rows), weight)
         return _plus_products(functional.embedding(ids, weight), [thin], [right])
 

@@ -100,7 +100,8 @@ class MemberDirections:
         """The first numbers of each draw's sequence: (D, count), in the accumulator's dtype."""
         direction = self._slots[id(param)].direction
         assert isinstance(direction, LowRank | Elementwise)
-        normals = torch.zeros(len(self._batch.draws), count, device=param.device)
+        shape = (len(self._batch.draws), count)
+        normals = torch.zeros(shape, dtype=torch.float32, device=param.device)
         # The kernel itself: the checks of arguments would cost as much again as short sequences do.
         backend = dispatch.choose(normals, None)
         for row, draw in zip(normals, self._batch.draws, strict=True):
