@@ -16,8 +16,9 @@ demo: $(VENV)/demo
 	$(BIN)/python examples/fetch_demo_assets.py
 	$(BIN)/python examples/finetune_sentiment.py
 
+# A thread a worker: tests are many and small, and workers' threads would share each other's cores.
 test: lint types
-	$(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
