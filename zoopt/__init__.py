@@ -3,9 +3,11 @@
 Zeroth order (the memory of inference): `MeZO`, `ZOAdam`, `ZOSignSGD`, `ZOConservativeSGD`,
 `ForwardGrad`, `FZOO`, `LOZO`, `SubZero`, `ZOMuon`, `HiZOO`, `ConMeZO`, `EvolutionStrategy`.
 With backprop on the late layers: `Hybrid`.
+Compact state: `AdamW`. Low-rank projection: `GaLoreAdamW`.
 """
 
 from zoopt import kernels, noise
+from zoopt.lowrank import AdamW, GaLoreAdamW
 from zoopt.zeroth_order import (
     FZOO,
     LOZO,
@@ -25,9 +27,11 @@ from zoopt.zeroth_order import (
 __all__ = [
     "FZOO",
     "LOZO",
+    "AdamW",
     "ConMeZO",
     "EvolutionStrategy",
     "ForwardGrad",
+    "GaLoreAdamW",
     "HiZOO",
     "Hybrid",
     "MeZO",

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoopt.kernels.philox import NOISE_VERSION
+
 #: What torch.optim.Optimizer accepts as `params`.
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
@@ -33,6 +35,11 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def state_device(name: str, param: Tensor) -> torch.device:
+    """Where a state tensor of the parameter lies: with it, but for `step`, which Python reads."""
+    return torch.device("cpu") if name == "step" else param.device
 
 
 class DeclaredStateOptimizer(torch.optim.Optimizer):
@@ -64,7 +71,8 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[param]
         for name, spec in self.declared_state(param, group).items():
             if name not in state:
-                state[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=param.device)
+                device = state_device(name, param)
+                state[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
         return state
 
     def _check_state(self) -> None:
@@ -155,6 +163,13 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                     f"state_dict must be one of {name}, but its groups have no "
                     f"{', '.join(map(repr, missing))}; load it into the class that saved it"
                 )
+            version = group["noise_version"]
+            if version != NOISE_VERSION:
+                raise ValueError(
+                    f"noise_version must be {NOISE_VERSION}, got {version!r}: the run was recorded "
+                    f"with another noise and cannot go on with this one; install the version of "
+                    f"zoopt that wrote it"
+                )
 
     def _exact_state(self, state_dict: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
         """Copies of the saved state on the parameters' devices, checked against the declaration."""
@@ -167,7 +182,8 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                     self._check_entry(name, value, declared, index)
                 if entries:
                     exact[param] = {
-                        name: value.to(param.device, copy=True) for name, value in entries.items()
+                        name: value.to(state_device(name, param), copy=True)
+                        for name, value in entries.items()
                     }
         return exact
 

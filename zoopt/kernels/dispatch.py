@@ -42,8 +42,11 @@ def available_impls() -> tuple[Impl, ...]:
     return tuple(impls)
 
 
-def choose(theta: Tensor, impl: str | None) -> ModuleType:
+def choose(theta: Tensor, impl: str | None, family: str = "") -> ModuleType:
     """The module whose functions run on `theta`.
+
+    Args:
+        family: the operations asked for, `"adam"` say; default: those on the noise.
 
     Raises:
         ValueError: `impl` is unknown, not available, or cannot take this tensor.
@@ -64,7 +67,8 @@ def choose(theta: Tensor, impl: str | None) -> ModuleType:
         raise ValueError(f"impl='numba' needs a CPU tensor, got one on {theta.device}")
     elif impl == "triton" and not (theta.is_cuda or interpreting()):
         raise ValueError(f"impl='triton' needs a CUDA tensor, got one on {theta.device}")
-    return importlib.import_module(f"zoopt.kernels.{_MODULES[impl]}")
+    module = _MODULES[impl] + (f"_{family}" if family else "")
+    return importlib.import_module(f"zoopt.kernels.{module}")
 
 
 def _best(theta: Tensor) -> Impl:

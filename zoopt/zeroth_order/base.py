@@ -13,10 +13,10 @@ from zoopt.checks import check_bool, check_choice, check_number, check_positive_
 from zoopt.kernels.key import Distribution, NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
+from zoopt.parameters import check_param, check_streams, named_params
 from zoopt.zeroth_order.blocks import block_due, block_of, check_blocks
 from zoopt.zeroth_order.closure import Closure, check_closure
 from zoopt.zeroth_order.direction import Coefficients, Direction, Noise
-from zoopt.zeroth_order.parameters import check_param, check_streams, named_params
 from zoopt.zeroth_order.perturbation import Perturbation, PerturbationMode, RoundingMode, Slot
 from zoopt.zeroth_order.probe import (
     Estimator,
@@ -334,14 +334,6 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
 
     def _check_groups(self, state_dict: Any) -> None:
         super()._check_groups(state_dict)
-        for group in state_dict["param_groups"]:
-            version = group["noise_version"]
-            if version != NOISE_VERSION:
-                raise ValueError(
-                    f"noise_version must be {NOISE_VERSION}, got {version!r}: the run was recorded "
-                    f"with another noise and cannot go on with this one; install the version of "
-                    f"zoopt that wrote it"
-                )
         self._check_run(state_dict["param_groups"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

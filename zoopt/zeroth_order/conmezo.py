@@ -10,9 +10,9 @@ from zoopt.checks import check_nonnegative_int, check_number
 from zoopt.kernels.key import NoiseKey
 from zoopt.kernels.ops import accumulator_dtype
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.parameters import named_params
 from zoopt.zeroth_order.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.direction import Coefficients, Direction, Elementwise, chunks
-from zoopt.zeroth_order.parameters import named_params
 from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode, Slot
 from zoopt.zeroth_order.probe import Estimator, PendingProbe
 

@@ -12,12 +12,12 @@ from torch.autograd import Variable
 from torch.optim import LBFGS, Optimizer
 
 from zoopt.optimizer import Group
+from zoopt.parameters import named_params
 from zoopt.zeroth_order.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.closure import Closure, check_closure, loss_value
 from zoopt.zeroth_order.conservative import ZOConservativeSGD
 from zoopt.zeroth_order.evolution import EvolutionStrategy
 from zoopt.zeroth_order.forward_grad import ForwardGrad
-from zoopt.zeroth_order.parameters import named_params
 
 #: Optimizers whose evaluations are not those of one probe of the loss around theta, and why.
 _REFUSED: dict[type[Optimizer], str] = {

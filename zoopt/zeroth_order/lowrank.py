@@ -19,9 +19,9 @@ from zoopt.kernels.key import NoiseKey, Rounding
 from zoopt.kernels.ops import accumulator_dtype
 from zoopt.noise import normal, stream
 from zoopt.optimizer import Group, Params
+from zoopt.parameters import named_params
 from zoopt.zeroth_order.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.direction import Coefficients, Direction, Noise
-from zoopt.zeroth_order.parameters import named_params
 from zoopt.zeroth_order.perturbation import Perturbation
 from zoopt.zeroth_order.probe import PendingProbe
 

@@ -1,4 +1,4 @@
-"""The parameters of a zeroth-order optimizer: names, streams, and which ones are accepted."""
+"""The parameters of an optimizer: names, streams, and which ones can be perturbed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_streams(groups: Sequence[Group]) -> None:
 
 
 def check_param(param: Tensor) -> None:
-    """Raise unless the parameter is a plain dense floating-point tensor."""
+    """Raise unless the parameter can be perturbed: a plain dense floating-point tensor."""
     remedy = (
         "pass only parameters to be trained, [p for p in model.parameters() if p.requires_grad]"
     )

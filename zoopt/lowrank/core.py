@@ -1,0 +1,199 @@
+"""The projected core: gradient -> projector down -> rule -> residual and up -> one write."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_choice, check_number, check_positive_int
+from zoopt.first_order import FirstOrderOptimizer, Site
+from zoopt.kernels.key import NoiseKey
+from zoopt.kernels.moments import Format
+from zoopt.kernels.ops_adam import adamw_
+from zoopt.kernels.ops_product import add_product_
+from zoopt.lowrank.basis import basis_specs, load_bases, refresh, refresh_due
+from zoopt.lowrank.geometry import Geometry, ProjType, geometry, matrix
+from zoopt.lowrank.residuals import NONE, Residual, Terms
+from zoopt.lowrank.rules import ADAM, Rule, adam_moments, adam_numbers, moment_draw
+from zoopt.lowrank.subspace import Projector, down, factors
+from zoopt.optimizer import Group, TensorSpec
+
+
+class ProjectedOptimizer(FirstOrderOptimizer):
+    """A rule inside a subspace of each matrix's gradient; parameters of groups with `rank=None`,
+    and those of fewer than two dimensions, get the rule itself.
+
+    A subclass picks the parts: `_rule` and `_residual`. Hyperparameters are in the param groups:
+    `rank`, `update_proj_gap`, `scale`, `proj_type`, `projector`, `state_dtype`, `state_rounding`.
+    """
+
+    def _rule(self, group: Group) -> Rule:
+        return ADAM
+
+    def _residual(self, group: Group) -> Residual:
+        return NONE
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """`step`, the bases, the rule's moments, and what the residual keeps."""
+        geo = geometry(param, group)
+        accumulator = torch.float64 if param.dtype == torch.float64 else torch.float32
+        declared = {"step": TensorSpec((), torch.float32)}
+        if geo is None:
+            return declared | self._rule(group).specs(tuple(param.shape), group, accumulator)
+        return (
+            declared
+            | basis_specs(geo, group, accumulator)
+            | self._rule(group).specs(geo.reduced_shape, group, accumulator)
+            | self._residual(group).specs(geo, accumulator)
+        )
+
+    def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
+        geo = geometry(site.param, site.group)
+        if geo is None:
+            return gradient
+        state = self._state(site.param, site.group)
+        grad = matrix(gradient)
+        completed = int(state["step"])
+        if refresh_due(site, completed):
+            finite = bool(torch.isfinite(grad).all())
+            if finite:
+                refresh(site, state, grad, geo)
+            elif not completed:
+                return None  # There is no basis yet, and none can be had from this gradient.
+        return down(grad, load_bases(site, state, geo, completed), geo)
+
+    def bases(self, param: Tensor) -> dict[str, Tensor]:
+        """The subspace of the parameter's last step, columns orthonormal (random: N(0, 1/r)).
+
+        Returns:
+            `"basis"`, (n, r) or (m, r), and for two-sided projections `"basis_left"`, (m, r) too;
+            nothing for a parameter that is not projected or has not been stepped.
+        """
+        for site in self._sites():
+            geo = geometry(param, site.group)
+            if site.param is param and geo is not None and self.state.get(param):
+                state = self.state[param]
+                return load_bases(site, state, geo, max(0, int(state["step"]) - 1))
+        return {}
+
+    def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
+        param, group = site.param, site.group
+        state = self._state(param, group)
+        geo = geometry(param, group)
+        state["step"] += 1
+        step = int(state["step"])
+        key = NoiseKey(site.seed, site.stream)
+        if geo is None:
+            self._apply_whole(site, reduced, state, step, key)
+            return
+        direction = self._rule(group).direction(reduced, state, group, step, key)
+        direction = direction.to(reduced.dtype)
+        grad = None if gradient is None else matrix(gradient)
+        terms = self._residual(group).terms(direction, reduced, grad, state, group, geo)
+        up = terms.product is not None or terms.sign_step
+        bases = load_bases(site, state, geo, step - 1) if up else {}
+        self._write(site, terms, reduced, grad, bases, geo, step)
+
+    def _write(
+        self,
+        site: Site,
+        terms: Terms,
+        reduced: Tensor,
+        grad: Tensor | None,
+        bases: dict[str, Tensor],
+        geo: Geometry,
+        step: int,
+    ) -> None:
+        """theta <- decay theta - lr (terms), in one pass; or the decay last."""
+        param, group = site.param, site.group
+        descent = descent_rate(group)
+        left, right = (None, None)
+        if terms.product is not None:
+            left, right = factors(terms.product * descent, bases, geo)
+        scale = terms.channel_scale
+        if scale is not None:
+            scale = (scale * descent).view((1, -1) if geo.side == "left" else (-1, 1))
+        decay = 1.0 - float(group["lr"]) * group["weight_decay"]
+        after = group.get("decay", "before") == "after"
+        theta = matrix(param.detach())
+        add_product_(
+            theta,
+            left,
+            right,
+            decay=1.0 if after else decay,
+            gradient=grad if scale is not None or terms.sign_step else None,
+            channel_scale=scale,
+            sign_of=factors(reduced, bases, geo) if terms.sign_step else None,
+            sign_step=terms.sign_step * (1.0 if group["maximize"] else -1.0),
+            seed=site.seed,
+            stream=site.stream,
+            rounding_draw=site.rounding_draw(step),
+        )
+        if after and decay != 1.0:
+            theta.mul_(decay)
+        if theta.data_ptr() != param.data_ptr():
+            param.copy_(theta.view_as(param))
+
+    def _apply_whole(
+        self, site: Site, gradient: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey
+    ) -> None:
+        """The rule on the parameter itself."""
+        param, group = site.param, site.group
+        rule = self._rule(group)
+        decay = 1.0 - float(group["lr"]) * group["weight_decay"]
+        after = group.get("decay", "before") == "after"
+        descent = descent_rate(group)
+        if rule is ADAM:
+            scale, eps = adam_numbers(group, step)
+            adamw_(
+                param,
+                gradient,
+                *adam_moments(state, param.numel()),
+                betas=tuple(group["betas"]),
+                scale=descent * scale,
+                eps=eps,
+                decay=1.0 if after else decay,
+                seed=site.seed,
+                stream=site.stream,
+                moment_draw=moment_draw(group, step),
+                rounding_draw=site.rounding_draw(step),
+            )
+        else:
+            direction = rule.direction(gradient, state, group, step, key)
+            add_product_(
+                param.detach().view(1, -1),
+                None,
+                None,
+                decay=1.0 if after else decay,
+                gradient=direction.view(1, -1),
+                channel_scale=direction.new_full((1, 1), descent),
+                seed=site.seed,
+                stream=site.stream,
+                rounding_draw=site.rounding_draw(step),
+            )
+        if after and decay != 1.0:
+            param.mul_(decay)
+
+    def _needs_gradient(self, site: Site) -> bool:
+        geo = geometry(site.param, site.group)
+        return geo is not None and self._residual(site.group).needs_gradient
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_choice("state_dtype", group["state_dtype"], get_args(Format))
+        check_choice("state_rounding", group["state_rounding"], ("stochastic", "nearest"))
+        if group.get("rank") is None:
+            return
+        check_positive_int("rank", group["rank"])
+        check_positive_int("update_proj_gap", group["update_proj_gap"])
+        check_number("scale", group["scale"], low=0.0)
+        check_choice("proj_type", group["proj_type"], get_args(ProjType))
+        if "projector" in group:
+            check_choice("projector", group["projector"], get_args(Projector))
+
+
+def descent_rate(group: Group) -> float:
+    """What a direction is multiplied by: -lr, or lr where the objective is maximised."""
+    return float(group["lr"]) * (1.0 if group["maximize"] else -1.0)

@@ -1,0 +1,66 @@
+"""Which side of a gradient is projected, and the shapes that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from torch import Tensor
+
+from zoopt.optimizer import Group
+
+ProjType = Literal["std", "reverse_std", "right", "left", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """A gradient G (m, n) and the subspaces that it is projected on.
+
+    Right: R = G Q with Q (n, r). Left: R = G^T P with P (m, r), the transpose of GaLore's P^T G.
+    Both: R = P^T G Q. So R is (channels, r) with the rank contiguous whatever the side, and a
+    channel (what APOLLO and Fira scale as one) is a row of R.
+    """
+
+    m: int
+    n: int
+    rank: int
+    side: Literal["right", "left", "both"]
+
+    @property
+    def reduced_shape(self) -> tuple[int, int]:
+        """Of R: (channels, r)."""
+        return {"right": self.m, "left": self.n, "both": self.rank}[self.side], self.rank
+
+    @property
+    def bases(self) -> dict[str, tuple[int, int]]:
+        """The bases' state keys and shapes, columns orthonormal."""
+        right, left = (self.n, self.rank), (self.m, self.rank)
+        if self.side == "both":
+            return {"basis_left": left, "basis": right}
+        return {"basis": right if self.side == "right" else left}
+
+
+def geometry(param: Tensor, group: Group) -> Geometry | None:
+    """How the parameter is projected: from its shape alone; None if it is not.
+
+    Tensors of more than two dimensions are matrices of shape (shape[0], product of the rest). A
+    rank above the matrix's own is cut to it.
+    """
+    if group.get("rank") is None or param.dim() < 2:
+        return None
+    m, n = param.shape[0], math.prod(param.shape[1:])
+    rank = min(group["rank"], m, n)
+    proj_type = group["proj_type"]
+    if proj_type == "std":
+        side = "right" if m >= n else "left"
+    elif proj_type == "reverse_std":
+        side = "left" if m >= n else "right"
+    else:
+        side = {"right": "right", "left": "left", "full": "both"}[proj_type]
+    return Geometry(m, n, rank, side) if rank else None  # type: ignore[arg-type]
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """The tensor as (shape[0], product of the rest), a view where its memory allows it."""
+    return tensor.reshape(tensor.shape[0], -1)
