@@ -122,7 +122,7 @@ def orthonormal(columns: Tensor) -> Tensor:
         solved: Tensor = torch.linalg.solve_triangular(factor, q.t(), upper=False)
         q = solved.t()
     error = (q.t() @ q - eye).abs().amax()
-    if error <= 1e-4:
+    if error <= 1e3 * torch.finfo(q.dtype).eps:
         return q.contiguous()
     householder, r = torch.linalg.qr(columns)
     flips = torch.where(r.diagonal() < 0, -1.0, 1.0)

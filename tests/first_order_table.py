@@ -1,0 +1,193 @@
+"""The first-order optimizers under contract: one row a class and variant."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import zoopt
+from tests.reference.galore_float64 import GaLore64
+
+#: shape, bytes of an element -> bytes of state of one parameter.
+StateBytes = Callable[[tuple[int, ...], int], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A variant of an optimizer.
+
+    Attributes:
+        cls, options: how it is built.
+        oracle: its float64 transcription, with `step(theta, grads, bases)` in place, or None where
+            a test of its own holds it to one.
+        state_bytes: what it keeps.
+        falls: to what fraction 200 steps take the loss.
+        tolerance: against the oracle, in float64, relative to 1 + max |theta|.
+        oracle_options: as the oracle calls them, where names or values differ.
+    """
+
+    name: str
+    cls: type[torch.optim.Optimizer]
+    options: dict[str, Any]
+    oracle: type[Any] | None
+    state_bytes: StateBytes
+    falls: float = 0.5
+    tolerance: float = 1e-9
+    oracle_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def build(self, model: nn.Module, **options: Any) -> Any:
+        return self.cls(model.named_parameters(), **{**self.options, **options})  # type: ignore[call-arg]
+
+    def build_oracle(self) -> Any:
+        assert self.oracle is not None
+        fields = {field.name for field in dataclasses.fields(self.oracle) if field.init}
+        options = {**self.options, **self.oracle_options}
+        return self.oracle(**{k: v for k, v in options.items() if k in fields})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def row(
+    name: str, cls: type[Any], oracle: type[Any] | None, kept: StateBytes, **options: Any
+) -> Row:
+    fields = {field.name for field in dataclasses.fields(Row)} - {"name", "cls", "options"}
+    extra = {key: options.pop(key) for key in list(options) if key in fields}
+    return Row(
+        f"{cls.__name__} {name}".strip(),
+        cls,
+        {"lr": 1e-2, "seed": 7, **options},
+        oracle,
+        kept,
+        **extra,
+    )
+
+
+def wide(itemsize: int) -> int:
+    """Bytes of an accumulator."""
+    return 8 if itemsize == 8 else 4
+
+
+def coded(numel: int, state_dtype: str, itemsize: int) -> int:
+    """Bytes of one moment."""
+    if state_dtype == "bfloat16":
+        return 2 * numel
+    if state_dtype == "float32" or numel < 4096:
+        return wide(itemsize) * numel
+    block, per_byte = {"int8": (256, 1), "int4": (128, 2)}[state_dtype]
+    return math.ceil(numel / per_byte) + 4 * math.ceil(numel / block)
+
+
+def whole(moments: int = 2, state_dtype: str = "float32") -> StateBytes:
+    """Moments of the parameter's size, and the step."""
+
+    def state_bytes(shape: tuple[int, ...], itemsize: int) -> int:
+        return 4 + moments * coded(math.prod(shape), state_dtype, itemsize)
+
+    return state_bytes
+
+
+def projected(
+    rank: int,
+    proj_type: str = "std",
+    moments: int = 2,
+    state_dtype: str = "float32",
+    bases: bool = True,
+    extra: int = 0,
+) -> StateBytes:
+    """Of a matrix: bases, moments in the subspace, the step; `extra` numbers of the accumulator."""
+
+    def state_bytes(shape: tuple[int, ...], itemsize: int) -> int:
+        if len(shape) < 2:
+            return whole(moments, state_dtype)(shape, itemsize)
+        m, n = shape[0], math.prod(shape[1:])
+        r = min(rank, m, n)
+        kept, projected_side = {
+            "std": (max(m, n), min(m, n)),
+            "reverse_std": (min(m, n), max(m, n)),
+            "right": (m, n),
+            "left": (n, m),
+            "full": (r, m + n),
+        }[proj_type]
+        basis = wide(itemsize) * projected_side * r if bases else 0
+        return 4 + basis + extra * wide(itemsize) + moments * coded(kept * r, state_dtype, itemsize)
+
+    return state_bytes
+
+
+def galore(name: str, **options: Any) -> Row:
+    kept = projected(
+        options["rank"],
+        options.get("proj_type", "std"),
+        state_dtype=options.get("state_dtype", "float32"),
+        bases=options.get("projector") != "random",
+    )
+    oracle = None if "state_dtype" in options else GaLore64
+    base = {"update_proj_gap": 5, "scale": 1.0, "eps": 1e-6}
+    return row(name, zoopt.GaLoreAdamW, oracle, kept, **{**base, **options})
+
+
+ROWS = [
+    row("", zoopt.AdamW, GaLore64, whole(), oracle_options={"weight_decay": 1e-2}),
+    row("decay", zoopt.AdamW, GaLore64, whole(), weight_decay=0.1, betas=(0.8, 0.9)),
+    row("ascent", zoopt.AdamW, GaLore64, whole(), weight_decay=0.0, maximize=True),
+    row("bfloat16", zoopt.AdamW, None, whole(2, "bfloat16"), state_dtype="bfloat16"),
+    row("int8", zoopt.AdamW, None, whole(2, "int8"), state_dtype="int8"),
+    row("int4", zoopt.AdamW, None, whole(2, "int4"), state_dtype="int4"),
+    galore("warm", rank=8),
+    galore("svd", rank=8, projector="svd", weight_decay=0.1),
+    galore("gram", rank=8, projector="gram", stagger=False),
+    galore("randomized", rank=8, projector="randomized"),
+    galore("random", rank=32, projector="random"),
+    galore("full rank", rank=1000),
+    galore("reverse", rank=8, proj_type="reverse_std"),
+    galore("left", rank=8, proj_type="left"),
+    galore("right", rank=8, proj_type="right"),
+    # Between its bases a gradient is nearly diagonal: Adam makes noise of its tiny entries.
+    galore("two-sided", rank=32, proj_type="full", eps=1e-3),
+    galore("released", rank=8, projector="svd", stagger=False, decay="after", eps_correction=False),
+    galore("int8", rank=48, state_dtype="int8"),
+    galore("int4", rank=48, state_dtype="int4", state_rounding="nearest"),
+]
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """An MLP with a wide and a tall matrix, a convolution's kernel and vectors: some 11k weights."""
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv1d(2, 6, 3),
+        nn.Flatten(),
+        nn.Linear(60, 96),
+        nn.Tanh(),
+        nn.LayerNorm(96),
+        nn.Linear(96, 48),
+        nn.Tanh(),
+        nn.Linear(48, 4),
+    )
+    with torch.no_grad():
+        for param in model.parameters():
+            scale = 1.0 if param.dim() < 2 else 1.0 / math.sqrt(math.prod(param.shape[1:]))
+            param.copy_(torch.randn(param.shape, generator=generator) * scale)
+    return model.to(dtype)
+
+
+def batch(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(64, 2, 12, generator=generator)
+    y = torch.stack((x.sum((1, 2)).tanh(), x[:, 0, 0] * x[:, 1, 1], x[:, 0, 3], x[:, 1].amax(1)), 1)
+    return x.to(dtype), y.to(dtype)
+
+
+def backward(model: nn.Module) -> torch.Tensor:
+    """The loss, with its gradients in place."""
+    x, y = batch(next(model.parameters()).dtype)
+    for param in model.parameters():
+        param.grad = None
+    loss = (model(x) - y).double().pow(2).mean()
+    loss.backward()
+    return loss.detach()
