@@ -157,7 +157,7 @@ ROWS = [
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """An MLP with a wide and a tall matrix, a convolution's kernel and vectors: some 11k weights."""
+    """Wide and tall matrices, a convolution's kernel and vectors: some 11k weights."""
     generator = torch.Generator().manual_seed(1)
     model = nn.Sequential(
         nn.Conv1d(2, 6, 3),

@@ -170,7 +170,7 @@ def test_sparse_gradients_are_refused_before_anything_changes(row: Row) -> None:
     optimizer = row.build(model)
     before = copy.deepcopy(model)
     linear(embedding(torch.arange(3))).sum().backward()
-    with pytest.raises(RuntimeError, match="needs dense gradients, got layout torch.sparse_coo"):
+    with pytest.raises(RuntimeError, match="needs dense gradients, got layout"):
         optimizer.step()
     assert same(model, before)
     assert not optimizer.state
@@ -218,15 +218,13 @@ def test_refuses_foreign_checkpoints(row: Row) -> None:
         assert str(optimizer.state_dict()) == before
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", [row for row in ROWS if "rank" in row.options], ids=str)
 def test_a_gradient_that_is_not_finite_makes_no_basis(row: Row) -> None:
     """Without a basis the parameter waits; with one the old basis stays."""
     model = net()
     optimizer = row.build(model)
     weight = model[2].weight
     backward(model)
-    if not optimizer.bases(weight) and "rank" not in row.options:
-        pytest.skip("not projected")
     weight.grad[0, 0] = torch.inf
     optimizer.step()
     assert torch.equal(weight, net()[2].weight)
