@@ -23,22 +23,19 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import multiprocessing
-import os
+import functools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
-
-from bench import common, convergence_plan, convergence_report, convergence_run
+from bench import common, comparison, convergence_plan, convergence_report, convergence_run
+from bench.comparison import Store
 from bench.convergence_methods import METHODS, TABLE, Method
 from bench.convergence_run import Run
 from bench.convergence_task import Settings, Task
@@ -46,21 +43,8 @@ from bench.convergence_task import Settings, Task
 RESULTS = common.ROOT / "bench" / "results" / "convergence"
 
 
-class Store:
-    """The results of finished runs: files in a folder, each read once."""
-
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        self.folder = folder
-        self.settings = settings
-        self._found: dict[Run, Mapping[str, Any]] = {}
-
-    def __call__(self, run: Run) -> Mapping[str, Any] | None:
-        if run not in self._found:
-            result = convergence_run.load(run, self.settings, self.folder)
-            if result is None:
-                return None
-            self._found[run] = result
-        return self._found[run]
+def open_store(folder: Path, settings: Settings) -> Store[Run]:
+    return Store(folder, lambda run: convergence_run.configuration(run, settings))
 
 
 _task: Task | None = None
@@ -76,94 +60,32 @@ def prepare(settings: Settings) -> None:
 def work(run: Run, settings: Settings, folder: Path) -> Run:
     """Do one run in a worker and leave its file."""
     assert _task is not None
-    convergence_run.store(convergence_run.execute(run, settings, _task), run, folder)
+    comparison.store(convergence_run.execute(run, settings, _task), folder / run.file)
     return run
 
 
-def next_run(
-    methods: Sequence[Method], settings: Settings, store: Store, running: set[Run]
-) -> Run | None:
-    """The first run of the first method that has one to start."""
-    for method in methods:
-        for run in convergence_plan.missing(method, settings, store):
-            if run not in running:
-                return run
-    return None
-
-
-class Inline(concurrent.futures.Executor):
-    """Does the work at once, in this process."""
-
-    def __init__(self, settings: Settings) -> None:
-        prepare(settings)
-
-    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        try:
-            future.set_result(function(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
 def executor(workers: int, settings: Settings) -> concurrent.futures.Executor:
-    if workers == 1:
-        return Inline(settings)
-    # Set before the workers start, so that their kernels do not share each other's cores.
-    os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(workers, context, prepare, (settings,))
+    return comparison.executor(workers, prepare, (settings,))
 
 
 def run_all(
     methods: Sequence[Method], settings: Settings, folder: Path, workers: int
 ) -> tuple[int, dict[str, str]]:
-    """Do all the runs that are missing, `workers` at a time.
-
-    Returns:
-        How many there were, and the methods that failed, with the reason: their other runs are
-        left out.
-    """
+    """Do all the runs that are missing, as `comparison.run_all` does."""
     folder.mkdir(parents=True, exist_ok=True)
-    store = Store(folder, settings)
-    failed: dict[str, str] = {}
-    running: dict[concurrent.futures.Future[Run], Run] = {}
-    done = 0
-    if next_run(methods, settings, store, set()) is None:
-        return done, failed
-    with (
-        executor(workers, settings) as pool,
-        tqdm(desc="runs", unit="run", file=sys.stderr, smoothing=0.1) as bar,
-    ):
-        while True:
-            good = [method for method in methods if method.name not in failed]
-            while len(running) < workers:
-                run = next_run(good, settings, store, set(running.values()))
-                if run is None:
-                    break
-                bar.set_postfix_str(run.file.removesuffix(".json"))
-                running[pool.submit(work, run, settings, folder)] = run
-            bar.total = done + sum(convergence_plan.left(m, settings, store) for m in good)
-            if not running:
-                return done, failed
-            finished, _ = concurrent.futures.wait(
-                running, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            for future in finished:
-                run = running.pop(future)
-                error = future.exception()
-                if isinstance(error, concurrent.futures.BrokenExecutor):
-                    raise error
-                if error is not None:
-                    failed[run.method] = f"{type(error).__name__}: {error}"
-                    continue
-                done += 1
-                bar.update()
+    results = open_store(folder, settings)
+    return comparison.run_all(
+        [method.name for method in methods],
+        lambda name: convergence_plan.plan(METHODS[name], settings, results),
+        functools.partial(work, settings=settings, folder=folder),
+        lambda: executor(workers, settings),
+        workers,
+    )
 
 
 def report(methods: Sequence[Method], settings: Settings, options: argparse.Namespace) -> None:
     """Print the table of what is finished, and write the summary and the chart."""
-    store = Store(options.runs, settings)
+    store = open_store(options.runs, settings)
     records = convergence_plan.summarise(methods, settings, store)
     if not records:
         print("no method has finished a run of the full budget yet")
@@ -180,7 +102,7 @@ def report(methods: Sequence[Method], settings: Settings, options: argparse.Name
         "records": records,
     }
     print(convergence_report.text(content))
-    common.write_json(options.json, convergence_run.finite(content))
+    common.write_json(options.json, comparison.finite(content))
     convergence_report.draw(content, options.plot)
     print(f"written: {options.plot}")
 
@@ -212,19 +134,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settin
     parser.add_argument("--extensions", type=int, default=defaults.extensions, help="of a grid")
     parser.add_argument("--model", default=defaults.model, help="a model's directory")
     parser.add_argument("--data", default=defaults.data, help="labelled sentences")
-    parser.add_argument(
-        "--workers", type=common.positive, default=1, help="processes, a thread each"
-    )
-    parser.add_argument(
-        "--runs", type=Path, default=RESULTS / "runs", help="a file a run goes here"
-    )
-    parser.add_argument("--json", type=Path, default=RESULTS / "summary.json", help="the summary")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "convergence.png", help="the chart")
-    parser.add_argument("--only-report", action="store_true", help="start no runs")
+    comparison.add_arguments(parser, RESULTS, "convergence.png")
     options = parser.parse_args(argv)
-    for path in (options.json, options.plot):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    common.check_json(parser, options.json)
+    comparison.make_folders(parser, options)
     for path in (options.model, options.data):
         if not Path(path).exists():
             parser.error(f"there is no {path!r}; run python examples/fetch_demo_assets.py once")

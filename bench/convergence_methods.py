@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import zoopt
+from bench.comparison import lr_grid
 
 Options = Mapping[str, Any]
 #: What a step costs in forward passes, from the method's options.
@@ -95,26 +95,11 @@ class Method:
         """A new optimizer for a run of so many steps."""
         return getattr(zoopt, self.optimizer)(params, lr=lr, seed=seed, **self.options_for(steps))
 
-    @property
-    def ratio(self) -> float:
-        """From one learning rate of the grid to the next."""
-        return math.exp(math.log(self.lrs[-1] / self.lrs[0]) / (len(self.lrs) - 1))
-
-
-def grid(centre: float, ratio: float = 2.0, points: int = 3) -> tuple[float, ...]:
-    """Learning rates around one, each `ratio` times the one before, to two digits."""
-    half = points // 2
-    return tuple(to_two_digits(centre * ratio**i) for i in range(-half, points - half))
-
-
-def to_two_digits(value: float) -> float:
-    return round(value, 1 - math.floor(math.log10(value)))
-
 
 def _method(name: str, label: str, centre: float, cost: Cost = two_sided, **options: Any) -> Method:
     """A method of the class that the label begins with, with the recipe's options."""
     optimizer = label.partition(",")[0]
-    return Method(name, label, optimizer, cost, grid(centre), {**RECIPE, **options})
+    return Method(name, label, optimizer, cost, lr_grid(centre), {**RECIPE, **options})
 
 
 TABLE = (
@@ -135,35 +120,35 @@ TABLE = (
         candidates="reused",
     ),
     Method(
-        *("forward-grad", "ForwardGrad", "ForwardGrad", dual, grid(2e-3)),
+        *("forward-grad", "ForwardGrad", "ForwardGrad", dual, lr_grid(2e-3)),
         {"max_projected_grad": RECIPE["max_projected_grad"]},
         passes_per_call=3,
     ),
     Method(
-        *("fzoo", "FZOO", "FZOO", one_sided, grid(1e-2)),
+        *("fzoo", "FZOO", "FZOO", one_sided, lr_grid(1e-2)),
         {"zo_eps": RECIPE["zo_eps"], "num_probes": 8},
     ),
     _method("lozo", "LOZO", 2e-3),
     Method(
-        *("lozo-m", "LOZO-M", "LOZO", two_sided, grid(2e-3)),
+        *("lozo-m", "LOZO-M", "LOZO", two_sided, lr_grid(2e-3)),
         {**RECIPE, "momentum": 0.7},
     ),
     Method(
-        *("subzero", "SubZero", "SubZero", two_sided, grid(2e-3), RECIPE),
+        *("subzero", "SubZero", "SubZero", two_sided, lr_grid(2e-3), RECIPE),
         by_steps={"basis_update_gap": 0.25},
     ),
     Method(
-        *("muon", "ZOMuon", "ZOMuon", one_sided, grid(1e-1)),
+        *("muon", "ZOMuon", "ZOMuon", one_sided, lr_grid(1e-1)),
         {**RECIPE, "num_probes": 4},
         by_steps={"basis_update_gap": 0.25},
     ),
     _method("hizoo", "HiZOO", 2e-3, three_point, hessian_smooth=1e-6),
     Method(
-        *("conmezo", "ConMeZO", "ConMeZO", two_sided, grid(2e-3), RECIPE),
+        *("conmezo", "ConMeZO", "ConMeZO", two_sided, lr_grid(2e-3), RECIPE),
         by_steps={"warmup_steps": 0.1},
     ),
     Method(
-        *("evolution", "EvolutionStrategy, rank 1", "EvolutionStrategy", members, grid(1e-2)),
+        *("evolution", "EvolutionStrategy, rank 1", "EvolutionStrategy", members, lr_grid(1e-2)),
         {"sigma": RECIPE["zo_eps"], "population_size": 8, "rank": 1, "antithetic": True},
         maximizes=True,
     ),

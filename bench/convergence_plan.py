@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.convergence_methods import METHODS, Method, to_two_digits
+from bench.comparison import Halving, figure, mean_and_spread
+from bench.convergence_methods import METHODS, Method
 from bench.convergence_run import Run
 from bench.convergence_task import Settings
 
@@ -28,60 +29,20 @@ def grid_score(result: Mapping[str, Any]) -> float:
     return math.inf if value is None or not math.isfinite(value) else value
 
 
-def grid_runs(method: Method, lrs: Sequence[float], settings: Settings) -> list[Run]:
-    return [Run(method.name, lr, 0, settings.grid_forwards) for lr in lrs]
-
-
-def grid(method: Method, settings: Settings, results: Results) -> tuple[list[float], float | None]:
-    """The learning rates to try as far as results tell, and the best if all have been tried.
-
-    While the best is at an edge, one more is added beyond it, `settings.extensions` at most. If
-    every run has diverged, the lowest is the best.
-    """
-    lrs = sorted(method.lrs)
-    for added in range(settings.extensions + 1):
-        found = [results(run) for run in grid_runs(method, lrs, settings)]
-        if None in found:
-            return lrs, None
-        scores = {lr: grid_score(r) for lr, r in zip(lrs, found, strict=True) if r is not None}
-        best = min(lrs, key=scores.__getitem__)
-        if added == settings.extensions or lrs[0] < best < lrs[-1]:
-            break
-        if best == lrs[0]:
-            lrs.insert(0, to_two_digits(best / method.ratio))
-        else:
-            lrs.append(to_two_digits(best * method.ratio))
-    return lrs, best
+def plan(method: Method, settings: Settings, results: Results) -> Halving[Run]:
+    """The method's plan: seeds count on the full budget, seed 0 alone on the grid's."""
+    return Halving(
+        method.lrs,
+        settings.extensions,
+        lambda lr: Run(method.name, lr, 0, settings.grid_forwards),
+        lambda lr: final_runs(method, lr, settings),
+        grid_score,
+        results,
+    )
 
 
 def final_runs(method: Method, lr: float, settings: Settings) -> list[Run]:
     return [Run(method.name, lr, seed, settings.forwards) for seed in range(settings.seeds)]
-
-
-def missing(method: Method, settings: Settings, results: Results) -> list[Run]:
-    """The runs that can be started now; none if the method is done."""
-    lrs, best = grid(method, settings, results)
-    runs = grid_runs(method, lrs, settings)
-    if best is not None:
-        runs = final_runs(method, best, settings)
-    return [run for run in runs if results(run) is None]
-
-
-def left(method: Method, settings: Settings, results: Results) -> int:
-    """How many runs the method still takes, if its grid need not be extended again."""
-    count = len(missing(method, settings, results))
-    if grid(method, settings, results)[1] is not None:
-        return count
-    # Seed 0 of the best is done with the grid if that has the full budget.
-    return count + settings.seeds - (settings.grid_forwards == settings.forwards)
-
-
-def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float] | None:
-    """The mean and the standard deviation (0 of one value), or None if a value is missing."""
-    known = [math.nan if value is None else value for value in values]
-    if not known or not all(map(math.isfinite, known)):
-        return None
-    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0
 
 
 def verdict(values: Sequence[float | None], reference: Sequence[float | None]) -> str:
@@ -104,11 +65,11 @@ def summarise(
     """A record a method that has a run of the full budget at its chosen learning rate."""
     records = []
     reference = METHODS[REFERENCE]
-    reference_lr = grid(reference, settings, results)[1]
+    reference_lr = plan(reference, settings, results).grid()[1]
     reference_runs = final_runs(reference, reference_lr, settings) if reference_lr else []
     reference_finals = [r for r in map(results, reference_runs) if r is not None]
     for method in methods:
-        lrs, best = grid(method, settings, results)
+        lrs, best = plan(method, settings, results).grid()
         if best is None:
             continue
         finals = [r for r in map(results, final_runs(method, best, settings)) if r is not None]
@@ -136,11 +97,11 @@ def _record(
     results: Results,
 ) -> dict[str, Any]:
     scores = {}
-    for run in grid_runs(method, lrs, settings):
-        result = results(run)
+    for lr in lrs:
+        result = results(plan(method, settings, results).grid_run(lr))
         assert result is not None
         score = grid_score(result)
-        scores[f"{run.lr:g}"] = score if math.isfinite(score) else None
+        scores[f"{lr:g}"] = score if math.isfinite(score) else None
     record: dict[str, Any] = {
         "method": method.name,
         "label": method.label,
@@ -172,10 +133,5 @@ def _record(
         },
     }
     for key, values in columns.items():
-        both = mean_and_spread(values)
-        record[key] = {
-            "values": values,
-            "mean": both[0] if both else None,
-            "std": both[1] if both else None,
-        }
+        record[key] = figure(values)
     return record

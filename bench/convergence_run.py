@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
-import os
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import common
+from bench import common, comparison
 from bench.convergence_methods import METHODS
 from bench.convergence_task import PROMPT, WORDS, Settings, Task
 from zoopt.noise import NOISE_VERSION
@@ -60,36 +55,6 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def config_hash(config: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def load(run: Run, settings: Settings, folder: Path) -> dict[str, Any] | None:
-    """The run's result if there is one of this very configuration."""
-    try:
-        result: dict[str, Any] = json.loads((folder / run.file).read_text())
-        found = result["config_hash"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return result if found == config_hash(configuration(run, settings)) else None
-
-
-def store(result: dict[str, Any], run: Run, folder: Path) -> None:
-    """Write the result in one piece, so that an interruption leaves none that is half there."""
-    draft = folder / f".{run.file}.{os.getpid()}"
-    draft.write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
-    draft.replace(folder / run.file)
-
-
-def finite(value: Any) -> Any:
-    """The value with None for every number that JSON has not."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def execute(run: Run, settings: Settings, task: Task) -> dict[str, Any]:
     """Train and evaluate; a run of the full budget ends on the test set.
 
@@ -132,7 +97,7 @@ def execute(run: Run, settings: Settings, task: Task) -> dict[str, Any]:
         if done in looks:
             validation.append({"forwards": done * cost, **task.validate()})
     return {
-        "config_hash": config_hash(config),
+        "config_hash": comparison.config_hash(config),
         "config": config,
         "machine": common.machine(torch.device("cpu")),
         "sizes": task.sizes(),

@@ -14,7 +14,7 @@ import tokenizers
 import torch
 import transformers
 
-from bench import convergence, convergence_plan, convergence_run
+from bench import comparison, convergence, convergence_plan, convergence_run
 from bench.convergence_methods import METHODS, TABLE, Method
 from bench.convergence_run import Run
 from bench.convergence_task import PROMPT, WORDS, Settings, Task, load_classifier
@@ -198,12 +198,12 @@ def test_another_configuration_is_not_taken_for_this_one(
     settings: Settings, task: Task, tmp_path: Path
 ) -> None:
     run = Run("mezo", 1e-3, 0, 10)
-    convergence_run.store(convergence_run.execute(run, settings, task), run, tmp_path)
-    assert convergence_run.load(run, settings, tmp_path) is not None
+    comparison.store(convergence_run.execute(run, settings, task), tmp_path / run.file)
+    assert convergence.open_store(tmp_path, settings)(run) is not None
     other = dataclasses.replace(settings, batch_size=8)
-    assert convergence_run.load(run, other, tmp_path) is None
+    assert convergence.open_store(tmp_path, other)(run) is None
     (tmp_path / run.file).write_text("{")
-    assert convergence_run.load(run, settings, tmp_path) is None
+    assert convergence.open_store(tmp_path, settings)(run) is None
 
 
 def test_a_method_that_fails_leaves_the_others_alone(
@@ -236,10 +236,10 @@ def grid_by(loss: Any, extensions: int) -> tuple[list[float], float | None, list
 
     order = []
     while True:
-        runs = convergence_plan.missing(METHODS["mezo"], settings, results)
-        runs = [run for run in runs if run.forwards == settings.grid_forwards]
+        plan = convergence_plan.plan(METHODS["mezo"], settings, results)
+        runs = [run for run in plan.missing() if run.forwards == settings.grid_forwards]
         if not runs:
-            return *convergence_plan.grid(METHODS["mezo"], settings, results), order
+            return *plan.grid(), order
         for run in runs:
             order.append(run.lr)
             tried[run] = {"validation": [{"cross_entropy": loss(run.lr)}]}
@@ -247,7 +247,7 @@ def grid_by(loss: Any, extensions: int) -> tuple[list[float], float | None, list
 
 def test_a_grid_is_extended_beyond_its_edge() -> None:
     low, middle, high = METHODS["mezo"].lrs
-    ratio = METHODS["mezo"].ratio
+    ratio = middle / low
 
     def around(best: float) -> Any:
         return lambda lr: abs(math.log(lr / best))
@@ -273,8 +273,9 @@ def test_a_grid_of_the_full_budget_is_the_first_seed() -> None:
     settings = Settings(forwards=100, grid_forwards=100, seeds=3)
     done: dict[Run, Mapping[str, Any]] = {}
     left = []
-    while runs := convergence_plan.missing(METHODS["mezo"], settings, done.get):
-        left.append(convergence_plan.left(METHODS["mezo"], settings, done.get))
+    plan = convergence_plan.plan(METHODS["mezo"], settings, done.get)
+    while runs := plan.missing():
+        left.append(plan.left())
         loss = float(runs[0].lr != METHODS["mezo"].lrs[1])
         done[runs[0]] = {"validation": [{"cross_entropy": loss}]}
     assert left == [5, 4, 3, 2, 1]
@@ -288,7 +289,7 @@ def test_edges_and_divergence_reach_the_record(settings: Settings, task: Task) -
         if run not in done:
             done[run] = json.loads(
                 json.dumps(
-                    convergence_run.finite(convergence_run.execute(run, settings, task)),
+                    comparison.finite(convergence_run.execute(run, settings, task)),
                     allow_nan=False,
                 )
             )
@@ -337,4 +338,4 @@ def test_every_method_has_a_grid_that_can_be_extended() -> None:
     for method in TABLE:
         assert list(method.lrs) == sorted(set(method.lrs))
         assert len(method.lrs) >= 3
-        assert method.ratio > 1.5
+        assert method.lrs[1] / method.lrs[0] > 1.5

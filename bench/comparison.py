@@ -1,0 +1,286 @@
+"""What the comparisons of methods share: a file a run, the learning rate's search, processes."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from tqdm import tqdm
+
+from bench import common
+
+
+class Run(Protocol):
+    """A method at a learning rate, a seed and a budget; equal runs are the same run."""
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+
+    @property
+    def file(self) -> str:
+        """Where its result goes, ending in .json."""
+
+    def __hash__(self) -> int: ...
+
+
+R = TypeVar("R", bound=Run)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result in the file if there is one of this very configuration."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        found = result["config_hash"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return result if found == config_hash(config) else None
+
+
+def store(result: Mapping[str, Any], path: Path) -> None:
+    """Write the result in one piece, so that an interruption leaves none that is half there."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
+    draft.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every number that JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Store(Generic[R]):
+    """The results of finished runs: files in a folder, each read once.
+
+    Args:
+        folder: where the files are.
+        configuration: of a run: all that its figures depend on.
+    """
+
+    def __init__(self, folder: Path, configuration: Callable[[R], Mapping[str, Any]]) -> None:
+        self.folder = folder
+        self._configuration = configuration
+        self._found: dict[R, Mapping[str, Any]] = {}
+
+    def __call__(self, run: R) -> Mapping[str, Any] | None:
+        if run not in self._found:
+            result = load(self.folder / run.file, self._configuration(run))
+            if result is None:
+                return None
+            self._found[run] = result
+        return self._found[run]
+
+
+def to_two_digits(value: float) -> float:
+    return round(value, 1 - math.floor(math.log10(value)))
+
+
+def lr_grid(centre: float, ratio: float = 2.0, points: int = 3) -> tuple[float, ...]:
+    """Learning rates around one, each `ratio` times the one before, to two digits."""
+    half = points // 2
+    return tuple(to_two_digits(centre * ratio**i) for i in range(-half, points - half))
+
+
+@dataclasses.dataclass(frozen=True)
+class Halving(Generic[R]):
+    """A method's plan: a grid of learning rates on a small budget, seeds of the best on the full.
+
+    While the best is at an edge of the grid, one more is added beyond it, `extensions` at most. If
+    every run has diverged, the lowest is the best.
+
+    Attributes:
+        lrs: the grid to begin with, ascending and evenly spaced in their logarithm.
+        extensions: how many may be added.
+        grid_run: learning rate -> its run on the small budget.
+        final_runs: learning rate -> its runs on the full budget, seed 0 first.
+        score: a run's result -> what the learning rate is chosen by, lower is better.
+        results: the result of a run, or None.
+    """
+
+    lrs: tuple[float, ...]
+    extensions: int
+    grid_run: Callable[[float], R]
+    final_runs: Callable[[float], list[R]]
+    score: Callable[[Mapping[str, Any]], float]
+    results: Callable[[R], Mapping[str, Any] | None]
+
+    @property
+    def ratio(self) -> float:
+        """From one learning rate of the grid to the next."""
+        return math.exp(math.log(self.lrs[-1] / self.lrs[0]) / (len(self.lrs) - 1))
+
+    def grid(self) -> tuple[list[float], float | None]:
+        """The learning rates to try as far as results tell, and the best if all have been tried."""
+        lrs = sorted(self.lrs)
+        for added in range(self.extensions + 1):
+            found = [self.results(self.grid_run(lr)) for lr in lrs]
+            if None in found:
+                return lrs, None
+            scores = {lr: self.score(r) for lr, r in zip(lrs, found, strict=True) if r is not None}
+            best = min(lrs, key=scores.__getitem__)
+            if added == self.extensions or lrs[0] < best < lrs[-1]:
+                break
+            if best == lrs[0]:
+                lrs.insert(0, to_two_digits(best / self.ratio))
+            else:
+                lrs.append(to_two_digits(best * self.ratio))
+        return lrs, best
+
+    def missing(self) -> list[R]:
+        """The runs that can be started now; none if the method is done."""
+        lrs, best = self.grid()
+        runs = [self.grid_run(lr) for lr in lrs] if best is None else self.final_runs(best)
+        return [run for run in runs if self.results(run) is None]
+
+    def left(self) -> int:
+        """How many runs the method still takes, if its grid need not be extended again."""
+        count = len(self.missing())
+        lrs, best = self.grid()
+        if best is not None:
+            return count
+        # Seed 0 of the best is done with the grid if that has the full budget.
+        finals = self.final_runs(lrs[0])
+        return count + len(finals) - (self.grid_run(lrs[0]) in finals)
+
+
+def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float] | None:
+    """The mean and the standard deviation (0 of one value), or None if a value is missing."""
+    known = [math.nan if value is None else value for value in values]
+    if not known or not all(map(math.isfinite, known)):
+        return None
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0
+
+
+def figure(values: Sequence[float | None]) -> dict[str, Any]:
+    """A record's entry for one figure: a value a seed, their mean and standard deviation."""
+    both = mean_and_spread(values)
+    return {
+        "values": list(values),
+        "mean": both[0] if both else None,
+        "std": both[1] if both else None,
+    }
+
+
+class Inline(concurrent.futures.Executor):
+    """Does the work at once, in this process, after `prepare`."""
+
+    def __init__(self, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        prepare(*arguments)
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def executor(
+    workers: int, prepare: Callable[..., None], arguments: tuple[Any, ...]
+) -> concurrent.futures.Executor:
+    """Processes that call `prepare` with the arguments before their first run."""
+    if workers == 1:
+        return Inline(prepare, arguments)
+    # Set before the workers start, so that their kernels do not share each other's cores.
+    os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(workers, context, prepare, arguments)
+
+
+def run_all(
+    methods: Sequence[str],
+    plan: Callable[[str], Halving[R]],
+    work: Callable[[R], R],
+    pool: Callable[[], concurrent.futures.Executor],
+    workers: int,
+) -> tuple[int, dict[str, str]]:
+    """Do all the runs that are missing, `workers` at a time, method after method.
+
+    Args:
+        methods: their names.
+        plan: of a method.
+        work: does one run and leaves its file, in a worker.
+        pool: makes the workers.
+
+    Returns:
+        How many runs there were, and the methods that failed, with the reason: their other runs
+        are left out.
+    """
+    failed: dict[str, str] = {}
+    running: dict[concurrent.futures.Future[R], R] = {}
+    done = 0
+
+    def next_run(names: Sequence[str]) -> R | None:
+        going = set(running.values())
+        missing = (run for name in names for run in plan(name).missing())
+        return next((run for run in missing if run not in going), None)
+
+    if next_run(methods) is None:
+        return done, failed
+    with pool() as workplace, tqdm(desc="runs", unit="run", file=sys.stderr, smoothing=0.1) as bar:
+        while True:
+            good = [name for name in methods if name not in failed]
+            while len(running) < workers:
+                run = next_run(good)
+                if run is None:
+                    break
+                bar.set_postfix_str(run.file.removesuffix(".json"))
+                running[workplace.submit(work, run)] = run
+            bar.total = done + sum(plan(name).left() for name in good)
+            if not running:
+                return done, failed
+            finished, _ = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in finished:
+                run = running.pop(future)
+                error = future.exception()
+                if isinstance(error, concurrent.futures.BrokenExecutor):
+                    raise error
+                if error is not None:
+                    failed[run.method] = f"{type(error).__name__}: {error}"
+                    continue
+                done += 1
+                bar.update()
+
+
+def add_arguments(arguments: common.Parser, results: Path, chart: str) -> None:
+    """Where runs and the report go, and how many processes there are."""
+    arguments.add_argument(
+        "--workers", type=common.positive, default=1, help="processes, a thread each"
+    )
+    arguments.add_argument(
+        "--runs", type=Path, default=results / "runs", help="a file a run goes here"
+    )
+    arguments.add_argument(
+        "--json", type=Path, default=results / "summary.json", help="the summary"
+    )
+    arguments.add_argument("--plot", type=Path, default=results / chart, help="the chart")
+    arguments.add_argument("--only-report", action="store_true", help="start no runs")
+
+
+def make_folders(arguments: common.Parser, options: argparse.Namespace) -> None:
+    """Make the report's folders; exit if it could not be written."""
+    for path in (options.json, options.plot):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    common.check_json(arguments, options.json)
