@@ -2,5 +2,6 @@
 
 from zoopt.lowrank.adamw import AdamW
 from zoopt.lowrank.galore import GaLoreAdamW
+from zoopt.lowrank.selection import param_groups
 
-__all__ = ["AdamW", "GaLoreAdamW"]
+__all__ = ["AdamW", "GaLoreAdamW", "param_groups"]
