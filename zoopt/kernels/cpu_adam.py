@@ -1,5 +1,104 @@
-"""Adam's operations."""
+"""Adam on the CPU: numba, a tile's moments decoded, averaged, used and encoded in the cache."""
 
-from zoopt.kernels.reference_adam import adam, adamw
+from __future__ import annotations
 
-__all__ = ["adam", "adamw"]
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoopt.kernels import cpu_adam_kernels
+from zoopt.kernels.cpu import _KINDS, MIN_PER_THREAD, _parallel, _rounding
+from zoopt.kernels.cpu_adam_kernels import TILE
+from zoopt.kernels.cpu_intrinsics import f32, u32
+from zoopt.kernels.cpu_moments import FORMATS
+from zoopt.kernels.key import NoiseKey
+from zoopt.kernels.moments import Moment
+from zoopt.kernels.reference_adam import Numbers
+
+_NO_SCALE = np.empty(0, np.float32)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The memory of a contiguous tensor, uint8."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy()
+
+
+def _moments(first: Moment, second: Moment) -> list[Any]:
+    """Codes and scales of both, and the format."""
+    arrays: list[Any] = []
+    for stored in (first, second):
+        scale = _NO_SCALE if stored.scale is None else stored.scale.detach().numpy()
+        arrays += [_bytes(stored.codes), scale]
+    return [*arrays, FORMATS[first.format]]
+
+
+def _noise(key: NoiseKey) -> tuple[tuple[np.uint32, ...], int]:
+    """(stream, k0, k1) and the offset."""
+    return (u32(key.stream), u32(key.seed & 0xFFFFFFFF), u32(key.seed >> 32)), key.offset
+
+
+def adam(
+    gradient: Tensor,
+    first: Moment,
+    second: Moment,
+    out: Tensor,
+    numbers: Numbers,
+    key: NoiseKey,
+    moment_draw: int | None,
+    norms: Tensor | None,
+) -> None:
+    """See reference_adam.adam."""
+    numel = gradient.numel()
+    rows = 0 if norms is None else norms.shape[1]
+    totals = torch.empty(2, 0) if norms is None else norms
+    heads = torch.zeros(2, -(-numel // TILE) if rows else 0)
+    _parallel(
+        cpu_adam_kernels.adam,
+        numel,
+        TILE,
+        MIN_PER_THREAD,
+        _bytes(gradient),
+        _KINDS[gradient.dtype],
+        out.numpy(),
+        *_moments(first, second),
+        tuple(map(f32, numbers)),
+        *_noise(key),
+        _rounding(moment_draw),
+        totals.numpy(),
+        heads.numpy(),
+        numel // rows if rows else 0,
+    )
+    if rows:
+        totals.index_add_(1, torch.arange(0, numel, TILE) // (numel // rows), heads)
+
+
+def adamw(
+    theta: Tensor,
+    gradient: Tensor,
+    first: Moment,
+    second: Moment,
+    decay: float,
+    numbers: Numbers,
+    key: NoiseKey,
+    moment_draw: int | None,
+    rounding_draw: int | None,
+) -> None:
+    """See reference_adam.adamw."""
+    _parallel(
+        cpu_adam_kernels.adamw,
+        theta.numel(),
+        TILE,
+        MIN_PER_THREAD,
+        _bytes(theta),
+        _KINDS[theta.dtype],
+        _bytes(gradient),
+        _KINDS[gradient.dtype],
+        *_moments(first, second),
+        f32(decay),
+        tuple(map(f32, numbers)),
+        *_noise(key),
+        _rounding(moment_draw),
+        _rounding(rounding_draw),
+    )

@@ -42,6 +42,15 @@ def float_of(typing_context, x):
     return signature, lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
 
 
+@intrinsic
+def add_any_order(typing_context, a, b):
+    """a + b, of a sum whose order the compiler may choose, as vectorised sums need."""
+    signature = numba.float32(numba.float32, numba.float32)
+    return signature, lambda context, builder, sig, args: builder.fadd(
+        *args, flags=("reassoc", "nsz")
+    )
+
+
 INT32 = ir.IntType(32)
 INT16S, INT32S, FLOAT32S = (
     ir.VectorType(element, 32) for element in (ir.IntType(16), INT32, ir.FloatType())

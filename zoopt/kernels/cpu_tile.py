@@ -152,11 +152,11 @@ def signed_pass(out, theta, words, a):
 
 
 @jit
-def _rounding_bits(words, index, count, stream, draw, k0, k1):
+def halfwords(words, index, count, stream, draw, purpose, k0, k1):
     """16 bits for each of elements index ... index + count - 1: uint16, a slice of the scratch."""
     first = index // 8
     lead = index - 8 * first
-    _words(words, first, (lead + count + 7) // 8, stream, draw, _ROUNDING, k0, k1)
+    _words(words, first, (lead + count + 7) // 8, stream, draw, purpose, k0, k1)
     return words.view(np.uint16)[lead : lead + count]
 
 
@@ -233,7 +233,7 @@ def store(out, acc, words, index, kind, stream, rounding, k0, k1):
     if rounding < 0:
         encode(out, acc, kind)
     else:
-        random = _rounding_bits(words, index, len(acc), stream, rounding, k0, k1)
+        random = halfwords(words, index, len(acc), stream, rounding, _ROUNDING, k0, k1)
         encode_stochastic(out, acc, random, kind)
 
 

@@ -7,7 +7,9 @@ code c in [-Q, Q] stands for
     s (c / Q) |c / Q|
 
 and with Q = 256 or 16, an unsigned code c in [0, Q - 1] for s ((c + 1) / Q)^2: a second moment
-that is not 0 is never stored as 0, which would make Adam's step infinite.
+that is not 0 is never stored as 0, which would make Adam's step infinite. The largest magnitude
+itself is stored exactly. (So that no product leaves the normal numbers, a scale that is not 0 is
+2^-110 at least, and smaller moments are levels of that.)
 
 To nearest, a value is off by half the distance of the levels around it at most (an unsigned one
 below the lowest level s / Q^2: by s / Q^2). Stochastically, it goes up or down with the
@@ -32,6 +34,8 @@ BLOCK = {"int8": 256, "int4": 128}
 #: Largest magnitude of a signed code; number of unsigned levels.
 SIGNED_LEVELS = {"int8": 127, "int4": 7}
 UNSIGNED_LEVELS = {"int8": 256, "int4": 16}
+#: The smallest scale but 0: s / Q^2 and Q^2 / s are normal float32 numbers.
+MIN_SCALE = 2.0**-110
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +48,34 @@ class Moment:
         scale: float32, (blocks,), or None where codes are values.
         numel: elements.
         signed: whether values can be negative.
+
+    Raises:
+        ValueError: tensors of other sizes, or codes of one element, whose one byte does not tell
+            how many bits they have.
     """
 
     codes: Tensor
     scale: Tensor | None
     numel: int
     signed: bool
+
+    def __post_init__(self) -> None:
+        if self.scale is None:
+            if self.codes.numel() != self.numel:
+                raise ValueError(f"codes must have {self.numel} values, got {self.codes.numel()}")
+            return
+        if self.numel == 1:
+            raise ValueError("numel must be 2 or more for codes, got 1; store it as float32")
+        block = BLOCK[self.format]
+        if self.codes.numel() not in (self.numel, -(-self.numel // 2)):
+            raise ValueError(
+                f"codes must have {self.numel} or half as many bytes, got {self.codes.numel()}"
+            )
+        if self.scale.numel() != -(-self.numel // block):
+            raise ValueError(
+                f"scale must have a number for each {block} of {self.numel} elements, "
+                f"got {self.scale.numel()}"
+            )
 
     @property
     def format(self) -> Format:
@@ -63,23 +89,36 @@ class Moment:
         """What it is computed in."""
         return torch.float64 if self.codes.dtype == torch.float64 else torch.float32
 
+    @property
+    def levels(self) -> int:
+        """Q of codes."""
+        return (SIGNED_LEVELS if self.signed else UNSIGNED_LEVELS)[self.format]
+
+    def part(self, start: int, stop: int) -> Moment:
+        """The moment of elements start ... stop - 1, in the same memory; start begins a block."""
+        codes, numel = self.codes.detach().view(-1), stop - start
+        if self.scale is None:
+            return Moment(codes[start:stop], None, numel, self.signed)
+        block = BLOCK[self.format]
+        scale = self.scale[start // block : -(-stop // block)]
+        if self.format == "int4":
+            start, stop = start // 2, -(-stop // 2)
+        return Moment(codes[start:stop], scale, numel, self.signed)
+
 
 def decode(stored: Moment) -> Tensor:
     """The moment's values: float32 (float64 for float64), (numel,)."""
     codes = stored.codes.detach().reshape(-1)
     if stored.scale is None:
         return codes.to(stored.accumulator)
-    fmt = stored.format
-    if fmt == "int4":
+    if stored.format == "int4":
         codes = torch.stack((codes & 15, codes >> 4), 1).view(-1)[: stored.numel]
     level = codes.float()
-    if stored.signed:
-        level = (level - 8.0 if fmt == "int4" else level) * (1.0 / SIGNED_LEVELS[fmt])
-        level = level * level.abs()
-    else:
-        level = (level + 1.0) * (1.0 / UNSIGNED_LEVELS[fmt])
-        level = level * level
-    return level * _spread(stored.scale, stored)
+    if not stored.signed:
+        level = level + 1.0
+    elif stored.format == "int4":
+        level = level - 8.0
+    return level * level.abs() * (1.0 / stored.levels**2) * _spread(stored.scale, stored)
 
 
 def encode(values: Tensor, stored: Moment, bits: Tensor | None = None) -> None:
@@ -96,22 +135,19 @@ def encode(values: Tensor, stored: Moment, bits: Tensor | None = None) -> None:
     if stored.scale is None:
         stored.codes.view(-1).copy_(_bfloat16(values, bits))
         return
-    fmt = stored.format
-    blocks = stored.scale.numel()
-    padded = values.new_zeros(blocks * BLOCK[fmt])
+    block, top = BLOCK[stored.format], stored.levels
+    padded = values.new_zeros(stored.scale.numel() * block)
     padded[: stored.numel] = values
-    stored.scale.copy_(padded.view(blocks, BLOCK[fmt]).abs().amax(1))
-    levels = SIGNED_LEVELS[fmt] if stored.signed else UNSIGNED_LEVELS[fmt]
-    # 0 / 0 is a NaN, and so is what a scale that is not finite leads to: level 0.
-    squared = (values.abs() / _spread(stored.scale, stored) * float(levels * levels)).nan_to_num(
-        0.0
-    )
-    # Through float64: torch's float32 roots are off by one here and there.
-    level = squared.double().sqrt().float().floor().clamp(max=levels - 1)
+    largest = padded.view(-1, block).abs().amax(1)
+    stored.scale.copy_(torch.where(largest == 0.0, largest, largest.clamp(min=MIN_SCALE)))
+    # 0 times infinity is a NaN, and so is what a scale that is not finite leads to: level 0.
+    squared = (values.abs() * _spread(float(top * top) / stored.scale, stored)).nan_to_num(0.0)
+    # A root that is off by a few units leads to the same code: next to a level, all goes to it.
+    level = squared.sqrt().floor().clamp(max=top - 1)
     uniform = 0.5 if bits is None else (bits.float() + 0.5) * 2.0**-8
     level = level + (squared - level * level > uniform * (2.0 * level + 1.0)).float()
     if stored.signed:
-        codes = level.copysign(values) + (8.0 if fmt == "int4" else 0.0)
+        codes = level.copysign(values) + (8.0 if stored.format == "int4" else 0.0)
     else:
         codes = level.clamp(min=1.0) - 1.0
     _store(codes, stored)
@@ -128,9 +164,9 @@ def _store(codes: Tensor, stored: Moment) -> None:
     stored.codes.copy_(pairs[:, 0] | pairs[:, 1] << 4)
 
 
-def _spread(scale: Tensor, stored: Moment) -> Tensor:
-    """Each element's scale: (numel,)."""
-    return scale.repeat_interleave(BLOCK[stored.format])[: stored.numel]
+def _spread(numbers: Tensor, stored: Moment) -> Tensor:
+    """Each element's number, of one for each block: (numel,)."""
+    return numbers.repeat_interleave(BLOCK[stored.format])[: stored.numel]
 
 
 def _bfloat16(values: Tensor, bits: Tensor | None) -> Tensor:

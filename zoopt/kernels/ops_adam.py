@@ -10,6 +10,7 @@ from zoopt.kernels import dispatch
 from zoopt.kernels.key import NoiseKey, check_unsigned
 from zoopt.kernels.moments import Moment
 from zoopt.kernels.ops import accumulator_dtype, check_tensor, check_unshared, scalars
+from zoopt.kernels.reference_adam import Numbers
 
 
 def adam_(
@@ -25,6 +26,7 @@ def adam_(
     offset: int = 0,
     moment_draw: int | None = None,
     out: Tensor | None = None,
+    norms: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Update Adam's moments in place, and return the direction that they give:
@@ -45,6 +47,9 @@ def adam_(
             Default: they are rounded to nearest.
         out: contiguous, of gradient's shape in the accumulator's dtype; it may be the gradient.
             Default: a new tensor.
+        norms: contiguous, (2, rows) in the accumulator's dtype, for a gradient of shape (rows, r):
+            receives the sums of squares of each row of out and of the gradient, summed in the
+            implementation's own order. Default: they are not computed.
         impl: as for `perturb`.
 
     Returns:
@@ -63,9 +68,22 @@ def adam_(
             f"out must be a contiguous {wide} tensor of shape {tuple(gradient.shape)}, "
             f"got {out.dtype} {tuple(out.shape)}"
         )
-    backend = dispatch.choose(gradient, impl, "adam")
+    if norms is not None:
+        if gradient.dim() != 2:
+            raise ValueError(f"gradient must be a matrix for norms, got {tuple(gradient.shape)}")
+        shape = (2, gradient.shape[0])
+        if tuple(norms.shape) != shape or norms.dtype != wide or not norms.is_contiguous():
+            raise ValueError(
+                f"norms must be a contiguous {wide} tensor of shape {shape}, "
+                f"got {norms.dtype} {tuple(norms.shape)}"
+            )
+    backend = dispatch.choose(_widest(gradient, first), impl, "adam")
+    if not gradient.numel():
+        if norms is not None:
+            norms.zero_()
+        return out
     flat = gradient.detach().reshape(-1)
-    backend.adam(flat, first, second, out.view(-1), *numbers, key, moment_draw)
+    backend.adam(flat, first, second, out.view(-1), numbers, key, moment_draw, norms)
     return out
 
 
@@ -115,7 +133,11 @@ def adamw_(
         if theta.dtype == accumulator_dtype(theta.dtype):
             rounding_draw = None
     [decay] = scalars([decay], theta.dtype)
-    backend = dispatch.choose(theta, impl, "adam")
+    backend = dispatch.choose(_widest(theta, first), impl, "adam")
+    if not theta.numel():
+        return theta
+    if gradient.dtype == torch.float64:
+        gradient = gradient.to(first.accumulator)
     target = theta.detach()
     dense = target.contiguous()
     backend.adamw(
@@ -124,7 +146,7 @@ def adamw_(
         first,
         second,
         decay,
-        *numbers,
+        numbers,
         key,
         moment_draw,
         rounding_draw,
@@ -132,6 +154,11 @@ def adamw_(
     if dense is not target:
         target.copy_(dense)
     return theta
+
+
+def _widest(theta: Tensor, moment: Moment) -> Tensor:
+    """The one of float64 of the two, which only the reference has; theta if neither is."""
+    return moment.codes if moment.codes.dtype == torch.float64 else theta
 
 
 def _checked(
@@ -142,8 +169,8 @@ def _checked(
     scale: float,
     eps: float,
     moment_draw: int | None,
-) -> tuple[float, float, float, float, tuple[float, float]]:
-    """beta1, beta2, scale, eps, (1 - beta1, 1 - beta2) as every implementation sees them."""
+) -> Numbers:
+    """The numbers as every implementation sees them."""
     check_tensor("gradient", gradient)
     for name, moment, signed in (("first", first, True), ("second", second, False)):
         if moment.numel != gradient.numel() or moment.signed != signed:
@@ -151,16 +178,16 @@ def _checked(
                 f"{name} must be {'a signed' if signed else 'an unsigned'} moment of "
                 f"{gradient.numel()} elements, got {moment.numel}, signed={moment.signed}"
             )
-    if first.format != second.format:
+    if first.format != second.format or first.accumulator != second.accumulator:
         raise ValueError(
-            f"first and second must have one format, got {first.format} and {second.format}"
+            "first and second must have one format, "
+            f"got {first.format} ({first.codes.dtype}) and {second.format} ({second.codes.dtype})"
         )
     for i, beta in enumerate(betas):
         check_number(f"betas[{i}]", beta, low=0.0, high=1.0, open_high=True)
     check_number("eps", eps, low=0.0)
     if moment_draw is not None:
         check_unsigned("moment_draw", moment_draw, 32)
-    b1, b2, c1, c2, scale, eps = scalars(
-        [betas[0], betas[1], 1.0 - betas[0], 1.0 - betas[1], scale, eps], first.accumulator
-    )
-    return b1, b2, scale, eps, (c1, c2)
+    beta1, beta2 = betas
+    numbers = [beta1, beta2, 1.0 - beta1, 1.0 - beta2, scale, eps]
+    return Numbers(*scalars(numbers, first.accumulator))

@@ -1,0 +1,202 @@
+"""Adam on the CPU, compiled: tile by tile, so that each tensor moves through memory once.
+
+theta, the gradient and the moments' codes arrive as bytes, and what they are as a number each:
+one compilation serves all. `moment_draw` and `rounding` are negative for rounding to nearest.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+import numpy as np
+
+from zoopt.kernels import philox
+from zoopt.kernels.cpu_convert import FLOAT32, decode
+from zoopt.kernels.cpu_intrinsics import add_any_order, f32, jit
+from zoopt.kernels.cpu_moments import FLOAT, read_moment, write_moment
+from zoopt.kernels.cpu_tile import adam as add_quotient
+from zoopt.kernels.cpu_tile import halfwords, scale, store
+
+#: Elements a tile: all that it needs fits into the first-level cache. A multiple of the blocks'.
+TILE = 1024
+_MOMENTS = philox.PURPOSE_MOMENTS
+
+
+@jit
+def _average(m, v, g, beta1, beta2, complement1, complement2):
+    """m <- beta1 m + complement1 g, v <- beta2 v + complement2 (g g), all float32 (k,)."""
+    for j in range(len(m)):
+        x = g[j]
+        m[j] = f32(f32(beta1 * m[j]) + f32(complement1 * x))
+        v[j] = f32(f32(beta2 * v[j]) + f32(complement2 * f32(x * x)))
+
+
+@jit
+def _quotient(out, m, v, factor, eps):
+    """out <- (factor m) / (sqrt(v) + eps), all float32 (k,)."""
+    for j in range(len(out)):
+        out[j] = f32(f32(factor * m[j]) / f32(f32(np.sqrt(v[j])) + eps))
+
+
+@jit
+def _read(tile, source, kind, start, stop):
+    """Elements of theta or the gradient as float32: in the scratch tile, or where they are."""
+    if kind == FLOAT32:
+        return source.view(np.float32)[start:stop]
+    values = tile[: stop - start]
+    decode(values, source.view(np.uint16)[start:stop], kind)
+    return values
+
+
+@jit
+def _scratch():
+    """Four tiles of values, and the bytes, halfwords and words of one."""
+    return (
+        np.empty((4, TILE), np.float32),
+        np.empty(TILE, np.uint8),
+        np.empty(TILE, np.uint16),
+        np.empty(TILE // 2 + 4, np.uint32),
+    )
+
+
+@jit
+def _add_row_sums(norms, heads, values, width, start):
+    """Add the sums of squares of rows of `width` elements, of values (k,), a tile from `start` on.
+
+    A row's first tile writes to norms (rows,); another's share goes to heads (tiles,), since that
+    tile may be another thread's.
+    """
+    i = 0
+    while i < len(values):
+        row = (start + i) // width
+        stop = min((row + 1) * width - start, len(values))
+        part, total = values[i:stop], f32(0.0)
+        for j in range(len(part)):
+            total = add_any_order(total, f32(part[j] * part[j]))
+        if row * width >= start:
+            norms[row] = total
+        else:
+            heads[start // TILE] = total
+        i = stop
+
+
+@jit
+def _update(scratch, g, first, first_scale, second, second_scale, form, numbers, start):
+    """Both moments of a tile, averaged with its gradient g, before they are stored."""
+    tiles, unpacked, _, _ = scratch
+    count = len(g)
+    m = read_moment(tiles[0], unpacked, first, first_scale, form, True, start, count)
+    v = read_moment(tiles[1], unpacked, second, second_scale, form, False, start, count)
+    _average(m, v, g, numbers[0], numbers[1], numbers[2], numbers[3])
+    return m, v
+
+
+@jit
+def _keep(
+    scratch, m, v, first, first_scale, second, second_scale, form, start, key, offset, moment_draw
+):
+    """Store a tile's moments."""
+    if form == FLOAT:
+        return
+    _, unpacked, shifted, words = scratch
+    stochastic = moment_draw >= 0
+    random = shifted[: len(m)]
+    if stochastic:
+        index = offset + start
+        random = halfwords(words, index, len(m), key[0], moment_draw, _MOMENTS, key[1], key[2])
+    write_moment(m, unpacked, shifted, first, first_scale, form, True, start, random, stochastic)
+    write_moment(v, unpacked, shifted, second, second_scale, form, False, start, random, stochastic)
+
+
+@jit
+def adam(
+    gradient,
+    gradient_kind,
+    out,
+    first,
+    first_scale,
+    second,
+    second_scale,
+    form,
+    numbers,
+    key,
+    offset,
+    moment_draw,
+    norms,
+    heads,
+    width,
+    span,
+):
+    """reference_adam.adam; width is 0 where there are no norms."""
+    scratch = _scratch()
+    for start in range(span[0], span[1], TILE):
+        stop = min(start + TILE, span[1])
+        g = _read(scratch[0][2], gradient, gradient_kind, start, stop)
+        m, v = _update(scratch, g, first, first_scale, second, second_scale, form, numbers, start)
+        if width:
+            _add_row_sums(norms[1], heads[1], g, width, start)
+        direction = out[start:stop]
+        _quotient(direction, m, v, numbers[4], numbers[5])
+        if width:
+            _add_row_sums(norms[0], heads[0], direction, width, start)
+        _keep(
+            scratch,
+            m,
+            v,
+            first,
+            first_scale,
+            second,
+            second_scale,
+            form,
+            start,
+            key,
+            offset,
+            moment_draw,
+        )
+
+
+@jit
+def adamw(
+    theta,
+    kind,
+    gradient,
+    gradient_kind,
+    first,
+    first_scale,
+    second,
+    second_scale,
+    form,
+    decay,
+    numbers,
+    key,
+    offset,
+    moment_draw,
+    rounding,
+    span,
+):
+    """reference_adam.adamw."""
+    scratch = _scratch()
+    tiles, words = scratch[0], scratch[3]
+    for start in range(span[0], span[1], TILE):
+        stop = min(start + TILE, span[1])
+        g = _read(tiles[2], gradient, gradient_kind, start, stop)
+        m, v = _update(scratch, g, first, first_scale, second, second_scale, form, numbers, start)
+        acc = _read(tiles[3], theta, kind, start, stop)
+        if decay != f32(1.0):
+            scale(acc, decay)
+        add_quotient(acc, m, v, numbers[4], numbers[5])
+        target = theta.view(np.uint16)[start:stop]
+        store(target, acc, words, offset + start, kind, key[0], rounding, key[1], key[2])
+        _keep(
+            scratch,
+            m,
+            v,
+            first,
+            first_scale,
+            second,
+            second_scale,
+            form,
+            start,
+            key,
+            offset,
+            moment_draw,
+        )
