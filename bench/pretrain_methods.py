@@ -1,0 +1,136 @@
+"""The methods that bench/pretrain.py compares: class, options, learning rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import zoopt.lowrank
+from bench.comparison import lr_grid
+from bench.pretrain_task import Settings
+
+REFERENCE = "adamw"
+#: Pretraining's, as in the GaLore paper.
+RECIPE: dict[str, Any] = {"weight_decay": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One line of the comparison.
+
+    Attributes:
+        name: what it is called on the command line and in the files.
+        label: what it is called in tables and charts.
+        optimizer: module and class, looked up when the method is run.
+        lrs: the learning rates to choose from, ascending and evenly spaced in their logarithm.
+        options: the class's options, beside lr and seed.
+        projected: the decoder's matrices get the rank of the settings, or `rank`.
+        refreshes: the projection is refreshed every `update_proj_gap` steps.
+        convert: what makes the model's layers anew: called with model, rank and seed.
+    """
+
+    name: str
+    label: str
+    optimizer: str
+    lrs: tuple[float, ...]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    projected: bool = False
+    rank: int | None = None
+    refreshes: bool = False
+    convert: str | None = None
+
+    def options_for(self, settings: Settings) -> dict[str, Any]:
+        """All options of a run, beside lr and seed."""
+        options = {**RECIPE, **self.options}
+        if self.projected:
+            options["rank"] = self.rank or settings.rank
+        if self.refreshes:
+            options["update_proj_gap"] = settings.update_proj_gap
+        return options
+
+    def build(
+        self, model: nn.Module, lr: float, seed: int, settings: Settings
+    ) -> tuple[nn.Module, Any]:
+        """The model as the method trains it, and a new optimizer of it.
+
+        Raises:
+            LookupError: this version has no such class.
+        """
+        optimizer, options = find(self.optimizer), self.options_for(settings)
+        if self.convert is not None:
+            model = find(self.convert)(model, rank=settings.rank, seed=seed)
+        if self.optimizer.startswith("zoopt."):
+            options["seed"] = seed
+        params: Any = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if self.projected:
+            params = zoopt.lowrank.param_groups(model, rank=options.pop("rank"))
+        return model, optimizer(params, lr=lr, **options)
+
+
+def find(path: str) -> Any:
+    """A public class or function, such as "zoopt.AdamW"."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise LookupError(f"there is no {path} in this version ({error})") from error
+
+
+def _adam(name: str, label: str, optimizer: str, **options: Any) -> Method:
+    return Method(name, label, optimizer, lr_grid(1e-2), options)
+
+
+def _projected(
+    name: str, optimizer: str, note: str = "", *, rank: int | None = None, **options: Any
+) -> Method:
+    return Method(
+        *(name, optimizer + (note and f", {note}"), f"zoopt.{optimizer}", lr_grid(2e-2), options),
+        projected=True,
+        rank=rank,
+        refreshes=optimizer != "LDAdamW",
+    )
+
+
+TABLE = (
+    _adam("adamw", "torch.optim.AdamW", "torch.optim.AdamW"),
+    _adam("zoopt-adamw", "AdamW", "zoopt.AdamW"),
+    _adam("zoopt-adamw-8bit", "AdamW, int8", "zoopt.AdamW", state_dtype="int8"),
+    _projected("galore-svd", "GaLoreAdamW", "svd", projector="svd"),
+    _projected("galore", "GaLoreAdamW", "warm"),
+    _projected("galore-8bit", "GaLoreAdamW", "warm, int8", state_dtype="int8"),
+    _projected("apollo", "Apollo"),
+    _projected("apollo-mini", "ApolloMini", rank=1),
+    _projected("fira", "Fira"),
+    _projected("ldadamw", "LDAdamW"),
+    Method("sm3", "SM3", "zoopt.SM3", lr_grid(1e-1)),
+    Method(
+        *("sltrain", "SLTrain, AdamW", "zoopt.AdamW", lr_grid(1e-2)),
+        convert="zoopt.nn.convert",
+    ),
+    Method(
+        *("gradnormlorp", "GradNormLoRP", "zoopt.GradNormLoRP", lr_grid(1e-2)),
+        projected=True,
+        refreshes=True,
+        convert="zoopt.nn.gradnormlorp",
+    ),
+)
+
+METHODS = {method.name: method for method in TABLE}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, params: Any = None) -> int:
+    """Bytes of the storages of the optimizer's state, of these parameters alone if given."""
+    chosen = None if params is None else set(params)
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for param, state in optimizer.state.items()
+        if chosen is None or param in chosen
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.numel()
+    }
+    return sum(storages.values())
