@@ -1,0 +1,33 @@
+"""Random supports of a matrix: a fixed number of columns in each row, remade from the seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoopt.kernels.philox import words
+
+_MASK32 = 0xFFFFFFFF
+
+
+def columns_per_row(n: int, density: float) -> int:
+    """How many of a row's n columns a support of that density has: at least 1."""
+    return max(1, round(density * n))
+
+
+def support(
+    m: int, n: int, count: int, *, seed: int, stream: int, device: torch.device | None = None
+) -> Tensor:
+    """The columns of a random support, ascending and distinct in each row: int64, (m, count).
+
+    The n columns are cut into `count` runs as equal as can be, and one column is taken of each: of
+    run j of row i, number (a_i j + b_i mod 2^32) * width_j div 2^32, where a_i and b_i are words 0
+    and 1 of Philox's block i. So an element is chosen with probability 1 / width_j, rows are
+    independent of each other, runs of a row pairwise; it costs one block of noise a row.
+    """
+    rows = words(torch.arange(m, device=device), seed=seed, stream=stream, draw=0)  # (m, 4)
+    number = torch.arange(count, device=device)
+    start = number * n // count
+    width = (number + 1) * n // count - start
+    hashed = (rows[:, :1] * number + rows[:, 1:2]).bitwise_and_(_MASK32)
+    return hashed.mul_(width).bitwise_right_shift_(32).add_(start)
