@@ -7,15 +7,19 @@ one write of theta: a low-rank product, and a multiple of the gradient for each 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from zoopt.checks import check_choice, check_number
 from zoopt.lowrank.geometry import Geometry
+from zoopt.lowrank.subspace import CHUNK
 from zoopt.optimizer import Group, TensorSpec
 
 State = dict[str, Tensor]
+#: The projections under which R has channels of its gradient's.
+OneSided = Literal["std", "reverse_std", "right", "left"]
 
 
 class Terms(NamedTuple):
@@ -63,5 +67,109 @@ def _dropped(
     return Terms(direction * group["scale"])
 
 
+def channel_norms(gradient: Tensor, geo: Geometry, dtype: torch.dtype) -> Tensor:
+    """||G_j|| of each channel j, a row of G (m, n), or a column if its left side is projected:
+    (channels,). A gradient of another dtype is widened a chunk at a time."""
+    m, n = gradient.shape
+    rows = max(1, CHUNK // max(n, 1))
+    parts = [
+        gradient[start : start + rows].to(dtype).square().sum(0 if geo.side == "left" else 1)
+        for start in range(0, m, rows)
+    ]
+    return (torch.stack(parts).sum(0) if geo.side == "left" else torch.cat(parts)).sqrt()
+
+
+def limited(norm: Tensor, state: State, group: Group) -> Tensor:
+    """min(1, gamma previous / norm), (): the factor under which a norm grows by gamma at most.
+
+    The last norm that was not 0 is the state's; there is none before the first step.
+    """
+    gamma: float = group["norm_growth_limit"]
+    previous = state["update_norm"]
+    cap = previous * gamma
+    factor = torch.where((previous > 0) & (norm > cap), cap / norm, torch.ones_like(norm))
+    previous.copy_(torch.where(norm > 0, norm * factor, previous))
+    return factor
+
+
+def check_channels(group: Group) -> None:
+    """Raise unless the group can be scaled by channels, under a limiter or none."""
+    if group["norm_growth_limit"] is not None:
+        check_number("norm_growth_limit", group["norm_growth_limit"], low=1.0)
+    # Between two bases R has no channels: its rows are mixtures of the gradient's.
+    check_choice("proj_type", group["proj_type"], get_args(OneSided))
+
+
+def _norm_specs(geo: Geometry, accumulator: torch.dtype) -> dict[str, TensorSpec]:
+    return {"update_norm": TensorSpec((), accumulator)}
+
+
+def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """With x / 0 = 0: a channel without a gradient has no scale."""
+    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
+
+
+def _scaled_channels(
+    direction: Tensor,
+    reduced: Tensor,
+    gradient: Tensor | None,
+    state: State,
+    group: Group,
+    geo: Geometry,
+) -> Terms:
+    """scale G s with s_j = ||N_j|| / ||R_j||."""
+    return _scaled(
+        _quotient(direction.norm(dim=1), reduced.norm(dim=1)), gradient, state, group, geo
+    )
+
+
+def _scaled_tensor(
+    direction: Tensor,
+    reduced: Tensor,
+    gradient: Tensor | None,
+    state: State,
+    group: Group,
+    geo: Geometry,
+) -> Terms:
+    """scale s G with s = ||N|| / ||R||."""
+    return _scaled(_quotient(direction.norm(), reduced.norm()).view(1), gradient, state, group, geo)
+
+
+def _scaled(
+    scale: Tensor, gradient: Tensor | None, state: State, group: Group, geo: Geometry
+) -> Terms:
+    if group["norm_growth_limit"] is not None and gradient is not None:
+        norms = channel_norms(gradient, geo, scale.dtype)
+        scale = scale * limited((scale * norms).norm(), state, group)
+    return Terms(None, scale * group["scale"])
+
+
+def _scaled_complement(
+    direction: Tensor,
+    reduced: Tensor,
+    gradient: Tensor | None,
+    state: State,
+    group: Group,
+    geo: Geometry,
+) -> Terms:
+    """scale N, and phi_j (G - R's part of G) with phi_j = ||N_j|| / ||R_j||.
+
+    The second term's norm needs no complement: ||G_j||^2 - ||R_j||^2, the basis being orthonormal.
+    Nor does its write: it is phi_j G, less phi_j R on the way up.
+    """
+    inside = reduced.norm(dim=1)
+    scale = _quotient(direction.norm(dim=1), inside)
+    if group["norm_growth_limit"] is not None and gradient is not None:
+        norms = channel_norms(gradient, geo, scale.dtype)
+        outside = (norms.square() - inside.square()).clamp_min(0.0).sqrt()
+        scale = scale * limited((scale * outside).norm(), state, group)
+    return Terms(direction * group["scale"] - scale.unsqueeze(1) * reduced, scale)
+
+
 #: The part outside the subspace is dropped (GaLore).
 NONE = Residual(_no_specs, _dropped, needs_gradient=False)
+#: The gradient itself, its channels, or the whole of it, scaled as the rule scales R (APOLLO).
+CHANNELS = Residual(_norm_specs, _scaled_channels, needs_gradient=True)
+TENSOR = Residual(_norm_specs, _scaled_tensor, needs_gradient=True)
+#: The part outside the subspace, its channels scaled as the rule scales R's (Fira).
+COMPLEMENT = Residual(_norm_specs, _scaled_complement, needs_gradient=True)
