@@ -1,0 +1,160 @@
+"""SM3 on the CPU: numba, a row at a time, its tiles in the first-level cache.
+
+Accumulators are compared as integers, for nu >= 0: the bits of such floats are in the floats'
+order, NaN above infinity, and LLVM vectorises a maximum of integers. Loops are written as in
+`cpu_tile`.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoopt.kernels.cpu import _KINDS, MIN_PER_THREAD, _array, _parallel, _rounding
+from zoopt.kernels.cpu_convert import FLOAT32, decode
+from zoopt.kernels.cpu_intrinsics import bits_of, f32, float_of, i32, jit, u32
+from zoopt.kernels.cpu_tile import TILE, load, store
+from zoopt.kernels.key import NoiseKey
+
+_MAGNITUDE = i32(0x7FFFFFFF)
+
+
+@jit
+def _update(acc, g, buffer, row, column, greatest, keep, weight, eps, momentum, complement, step):
+    """acc <- acc + step u, float32 (k,), and greatest <- max(greatest, nu); returns nu's maximum.
+
+    row, column (k,), greatest (k,) and the result are the bits of nu's.
+    """
+    highest = i32(0)
+    for j in range(len(acc)):
+        bound = float_of(min(row, column[j]))
+        nu = f32(f32(keep * bound) + f32(weight * f32(g[j] * g[j])))
+        denominator = f32(f32(np.sqrt(nu)) + eps)
+        u = f32(0.0) if denominator == f32(0.0) else f32(g[j] / denominator)
+        if buffer is not None:
+            u = f32(f32(momentum * buffer[j]) + f32(complement * u))
+            buffer[j] = u
+        acc[j] = f32(acc[j] + f32(step * u))
+        bits = i32(bits_of(nu) & _MAGNITUDE)
+        greatest[j] = max(greatest[j], bits)
+        highest = max(highest, bits)
+    return highest
+
+
+@jit
+def _sm3(
+    theta,
+    gradient,
+    rows,
+    row,
+    column,
+    new_row,
+    new_column,
+    buffer,
+    kind,
+    gradient_kind,
+    keep,
+    weight,
+    eps,
+    decay,
+    momentum,
+    complement,
+    step_size,
+    stream,
+    k0,
+    k1,
+    offset,
+    rounding,
+    span,
+):
+    """reference_sm3.sm3 on the gradient's rows span[0] ... span[1] - 1; all but column flat."""
+    tile, gradient_tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    words = np.empty(TILE // 2 + 4, np.uint32)
+    n = len(column)
+    # A tile is of one row, or of several whole ones where they are narrow and lie together.
+    together = max(1, TILE // n) if rows is None else 1
+    for first in range(span[0], span[1], together):
+        last = min(first + together, span[1])
+        for start in range(0, n, TILE):
+            stop = min(start + TILE, n)
+            width = stop - start
+            at = (first if rows is None else rows[first]) * n + start
+            size = (last - first) * width
+            target, source = theta[at : at + size], gradient[first * n + start :][:size]
+            acc = load(tile, target, target, kind, decay)
+            if gradient_kind == FLOAT32:
+                g = source.view(np.float32)
+            else:
+                g = gradient_tile[:size]
+                decode(g, source, gradient_kind)
+            for i in range(first, last):
+                low = (i - first) * width
+                found = _update(
+                    acc[low : low + width],
+                    g[low : low + width],
+                    None if buffer is None else buffer[at + low :][:width],
+                    row[i],
+                    column[start:stop],
+                    new_column[start:stop],
+                    keep,
+                    weight,
+                    eps,
+                    momentum,
+                    complement,
+                    step_size,
+                )
+                new_row[i] = max(new_row[i], found)
+            store(target, acc, words, offset + at, kind, stream, rounding, k0, k1)
+
+
+def sm3(
+    theta: Tensor,
+    gradient: Tensor,
+    rows: Tensor | None,
+    row: Tensor,
+    column: Tensor,
+    new_row: Tensor,
+    new_column: Tensor,
+    buffer: Tensor | None,
+    keep: float,
+    weight: float,
+    eps: float,
+    decay: float,
+    momentum: float,
+    complement: float,
+    step_size: float,
+    key: NoiseKey,
+    rounding_draw: int | None,
+) -> None:
+    """See reference_sm3.sm3."""
+    m, n = gradient.shape
+    columns: list[Tensor] = []
+
+    def on_rows(span: tuple[int, int]) -> None:
+        # Threads share columns: each has maxima of its own, exact, so that their order is nothing.
+        own = torch.zeros_like(new_column)
+        columns.append(own)
+        _sm3(
+            _array(theta),
+            _array(gradient),
+            None if rows is None else rows.numpy(),
+            row.view(torch.int32).numpy(),
+            column.view(torch.int32).numpy(),
+            new_row.view(torch.int32).numpy(),
+            own.view(torch.int32).numpy(),
+            None if buffer is None else buffer.view(-1).numpy(),
+            _KINDS[theta.dtype],
+            _KINDS[gradient.dtype],
+            *map(f32, (keep, weight, eps, decay, momentum, complement, step_size)),
+            u32(key.stream),
+            u32(key.seed & 0xFFFFFFFF),
+            u32(key.seed >> 32),
+            key.offset,
+            _rounding(rounding_draw),
+            span,
+        )
+
+    _parallel(on_rows, m, 1, -(-MIN_PER_THREAD // n))
+    torch.amax(torch.stack(columns), 0, out=new_column)

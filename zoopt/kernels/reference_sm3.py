@@ -1,0 +1,76 @@
+"""SM3 on a matrix, defined: plain PyTorch, in rows that bound the temporaries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoopt.kernels import philox
+from zoopt.kernels.key import NoiseKey
+from zoopt.kernels.reference import round_nearest, round_stochastic
+from zoopt.kernels.reference_product import row_chunks
+
+
+def sm3(
+    theta: Tensor,
+    gradient: Tensor,
+    rows: Tensor | None,
+    row: Tensor,
+    column: Tensor,
+    new_row: Tensor,
+    new_column: Tensor,
+    buffer: Tensor | None,
+    keep: float,
+    weight: float,
+    eps: float,
+    decay: float,
+    momentum: float,
+    complement: float,
+    step_size: float,
+    key: NoiseKey,
+    rounding_draw: int | None,
+) -> None:
+    """nu = keep min(row, column) + weight (g g), (k, n), of the gradient's rows; in place
+
+        u = g / (sqrt(nu) + eps), 0 where that divides by 0
+        buffer[rows] <- momentum buffer[rows] + complement u,  u = buffer[rows]
+        theta[rows]  <- round(decay theta[rows] + step_size u)
+        new_row <- max_j nu_ij,  new_column <- max_i nu_ij
+
+    Args:
+        theta: (m, n).
+        gradient: (k, n), in theta's dtype or the accumulator's.
+        rows: int64 (k,), distinct: the gradient's rows. None: all of them, in order.
+        row, column: (k,) and (n,), in the accumulator's dtype, as everything below.
+        new_row, new_column: (k,) and (n,), zeros.
+        buffer: (m, n) or None.
+    """
+    n = gradient.shape[1]
+    for part in row_chunks(gradient):
+        place = torch.arange(part.start, part.stop, device=theta.device)
+        if rows is not None:
+            place = rows[part]
+        g = gradient[part].to(row.dtype)
+        # abs: a NaN loses its sign, without which its bits are above infinity's.
+        nu = (torch.fmin(row[part, None], column) * keep + g * g * weight).abs()
+        new_row[part] = nu.amax(1)
+        torch.maximum(new_column, nu.amax(0), out=new_column)
+        # Through float64: torch's float32 roots are off by one here and there.
+        denominator = nu.double().sqrt().to(nu.dtype) + eps
+        step = torch.where(denominator == 0.0, 0.0, g / denominator)
+        if buffer is not None:
+            step = buffer[place] * momentum + step * complement
+            buffer[place] = step
+        acc = (theta[place].to(step.dtype) * decay + step * step_size).view(-1)
+        if rounding_draw is None:
+            theta[place] = round_nearest(acc, theta.dtype).view(g.shape)
+            continue
+        index = key.offset + place[:, None] * n + torch.arange(n, device=theta.device)
+        bits = philox.halfwords(
+            index.view(-1),
+            seed=key.seed,
+            stream=key.stream,
+            draw=rounding_draw,
+            purpose=philox.PURPOSE_ROUNDING,
+        )
+        theta[place] = round_stochastic(acc, theta.dtype, bits).view(g.shape)
