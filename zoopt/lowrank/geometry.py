@@ -11,6 +11,8 @@ from torch import Tensor
 from zoopt.optimizer import Group
 
 ProjType = Literal["std", "reverse_std", "right", "left", "full"]
+#: Projectors whose bases can span more than a gradient does.
+SPANNING = ("columns", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +47,12 @@ def geometry(param: Tensor, group: Group) -> Geometry | None:
     """How the parameter is projected: from its shape alone; None if it is not.
 
     Tensors of more than two dimensions are matrices of shape (shape[0], product of the rest). A
-    rank above the matrix's own is cut to it.
+    rank above the matrix's own is cut to it. `density` is the rank as a fraction of the side that
+    is projected.
     """
-    if group.get("rank") is None or param.dim() < 2:
+    if group.get("rank", group.get("density")) is None or param.dim() < 2:
         return None
     m, n = param.shape[0], math.prod(param.shape[1:])
-    rank = min(group["rank"], m, n)
     proj_type = group["proj_type"]
     if proj_type == "std":
         side = "right" if m >= n else "left"
@@ -58,7 +60,16 @@ def geometry(param: Tensor, group: Group) -> Geometry | None:
         side = "left" if m >= n else "right"
     else:
         side = {"right": "right", "left": "left", "full": "both"}[proj_type]
+    rank = min(m, n) and _rank(group, m if side == "left" else n, min(m, n))
     return Geometry(m, n, rank, side) if rank else None  # type: ignore[arg-type]
+
+
+def _rank(group: Group, dim: int, own: int) -> int:
+    """The rank of a basis of `dim` dimensions, of a matrix whose own rank is at most `own`."""
+    if "density" not in group:
+        return min(group["rank"], own)
+    rank = max(1, round(group["density"] * dim))
+    return rank if group["projector"] in SPANNING else min(rank, own)
 
 
 def matrix(tensor: Tensor) -> Tensor:

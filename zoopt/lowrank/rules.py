@@ -94,7 +94,8 @@ def _lion_specs(
     return moment_specs("exp_avg", shape, kind, signed=True, accumulator=accumulator)
 
 
-def _store(values: Tensor, stored: Moment, group: Group, step: int, key: NoiseKey) -> None:
+def store_moment(values: Tensor, stored: Moment, group: Group, step: int, key: NoiseKey) -> None:
+    """Write a moment's values to its format, with the step's bits where they are rounded so."""
     draw = moment_draw(group, step)
     bits = None
     if draw is not None and stored.format != "float32":
@@ -110,7 +111,7 @@ def _momentum(gradient: Tensor, state: State, group: Group, step: int, key: Nois
     stored = moment(state, "momentum_buffer", gradient.numel(), signed=True)
     momentum: float = group["momentum"]
     buffer = decode(stored).view_as(gradient) * momentum + gradient
-    _store(buffer, stored, group, step, key)
+    store_moment(buffer, stored, group, step, key)
     return buffer
 
 
@@ -120,7 +121,7 @@ def _lion(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey
     stored = moment(state, "exp_avg", gradient.numel(), signed=True)
     average = decode(stored).view_as(gradient)
     direction = torch.sign(average * beta1 + gradient * (1.0 - beta1))
-    _store(average * beta2 + gradient * (1.0 - beta2), stored, group, step, key)
+    store_moment(average * beta2 + gradient * (1.0 - beta2), stored, group, step, key)
     return direction
 
 
