@@ -15,7 +15,7 @@ from typing import Any
 
 import triton
 
-from zoopt.kernels import aot, gpu
+from zoopt.kernels import aot
 
 #: Instructions that do nothing but fill the end of a program.
 PADDING = ("NOP", "BRA", "s_nop", "s_code_end")
@@ -80,16 +80,17 @@ def report(variant: aot.Variant, target: str) -> Report:
 
     The instructions of a loop over directions are counted once: the figure is that of one
     direction. `access_bits` is 128 if every load and store of theta (and of a buffer or addend)
-    is: loads of coefficients, draws and row numbers are scalar by nature.
+    is: loads of coefficients, bounds, draws and row numbers are scalar by nature.
     """
     compiled = variant.compile(target)
     read = _amd if target.startswith("gfx") else _nvidia
     opcodes, registers, spills, widths = read(compiled)
     machine = aot.TARGETS[target]
-    threads = gpu.NUM_WARPS[machine.backend] * machine.warp_size
+    threads = variant.num_warps(target) * machine.warp_size
     work = [opcode for opcode in opcodes if not opcode.startswith(PADDING)]
     item = 4 if variant.dtype == "fp32" else 2
-    moved = 2 * item + {"momentum": 8, "add": 4}.get(variant.kernel, 0)
+    beside = {"momentum": 8, "add": 4, "sm3": item, "sm3_momentum": item + 8}
+    moved = 2 * item + beside.get(variant.kernel, 0)
     full = moved * variant.block // (16 * threads)
     return Report(
         **dataclasses.asdict(variant),

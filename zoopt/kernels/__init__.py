@@ -2,6 +2,7 @@
 
 from zoopt.kernels.dispatch import available_impls
 from zoopt.kernels.ops import perturb, perturb_rows
+from zoopt.kernels.ops_sm3 import sm3_
 from zoopt.kernels.ops_update import adam_window_, add_, apply_, momentum_
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "momentum_",
     "perturb",
     "perturb_rows",
+    "sm3_",
 ]

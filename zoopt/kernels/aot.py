@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoopt.kernels import gpu, gpu_kernels
+from zoopt.kernels import gpu, gpu_kernels, gpu_sm3, gpu_sm3_kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -26,7 +26,11 @@ _KERNELS = {
     "momentum": gpu_kernels.momentum_kernel,
     "adam_window": gpu_kernels.adam_kernel,
     "perturb_rows": gpu_kernels.rows_kernel,
+    "sm3": gpu_sm3_kernels.sm3_kernel,
+    "sm3_momentum": gpu_sm3_kernels.sm3_kernel,
 }
+#: Kernels without a direction, hence of one distribution only.
+_NOISELESS = ("sm3", "sm3_momentum")
 _TYPES = {
     "buffer": "*fp32",
     "addend": "*fp32",
@@ -37,9 +41,16 @@ _TYPES = {
     "closes": "*i32",
     "draws": "*i32",
     "rows": "*i64",
+    "row": "*i32",
+    "column": "*i32",
+    "new_row": "*i32",
+    "new_column": "*i32",
     "alpha": "fp32",
+    "keep": "fp32",
+    "gain": "fp32",
     "decay": "fp32",
     "momentum": "fp32",
+    "complement": "fp32",
     "step_size": "fp32",
     "eps": "fp32",
     "numel": "i64",
@@ -49,16 +60,18 @@ _TYPES = {
 #: What a launch on a whole tensor specialises: pointers, and the size of all but the last blocks.
 _DIVISIBLE = {"theta", "out", "weight", "buffer", "addend", "numel"}
 _DIVISIBLE |= {"coefficients", "gradients", "draws"}
+_DIVISIBLE |= {"gradient", "row", "column", "new_row", "new_column", "n"}
 _DISTRIBUTIONS = ("normal", "rademacher", "masked normal", "masked rademacher")
 #: Kernels that can round stochastically.
-_ROUNDED = ("apply", "add", "momentum", "adam_window")
+_ROUNDED = ("apply", "add", "momentum", "adam_window", *_NOISELESS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """One kernel as it is launched: its name, theta's dtype, and the constants that shape it.
 
-    `distribution` begins with "masked" where the density is below 1.
+    `distribution` begins with "masked" where the density is below 1, and is "none" of kernels
+    without directions.
     """
 
     kernel: str
@@ -70,7 +83,15 @@ class Variant:
     def block(self) -> int:
         """Elements a program."""
         adam = gpu.ADAM_BLOCK[self.masked]
-        return {"perturb_rows": gpu.ROW_BLOCK, "adam_window": adam}.get(self.kernel, gpu.BLOCK)
+        own = {"perturb_rows": gpu.ROW_BLOCK, "adam_window": adam}
+        own |= dict.fromkeys(_NOISELESS, gpu_sm3.BLOCK)
+        return own.get(self.kernel, gpu.BLOCK)
+
+    def num_warps(self, target: str) -> int:
+        """Warps a program."""
+        if self.kernel in _NOISELESS:
+            return gpu_sm3.NUM_WARPS
+        return gpu.NUM_WARPS[TARGETS[target].backend]
 
     @property
     def masked(self) -> bool:
@@ -91,24 +112,30 @@ class Variant:
             "ALIGNED": True,
             "BACKEND": TARGETS[target].backend,
             "BLOCK": self.block,
+            "STRIDE": 1,
+            "ROWS": gpu_sm3.ROWS,
         }
         if self.kernel == "apply":
             constants["addend"] = None
+        if self.kernel in _NOISELESS:
+            constants["rows"] = None
+        if self.kernel == "sm3":
+            constants["buffer"] = None
         constants = {name: constants[name] for name in function.arg_names if name in constants}
         signature = {name: self._type(name, constants) for name in function.arg_names}
         attributes = {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(function.arg_names)
-            if name in _DIVISIBLE
+            if name in _DIVISIBLE and name not in constants
         }
         source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": gpu.NUM_WARPS[TARGETS[target].backend], "enable_fp_fusion": False}
+        options = {"num_warps": self.num_warps(target), "enable_fp_fusion": False}
         return triton.compile(source, target=TARGETS[target], options=options)
 
     def _type(self, name: str, constants: dict[str, Any]) -> str:
         if name in constants:
             return "constexpr"
-        if name in ("theta", "out", "weight"):
+        if name in ("theta", "out", "weight", "gradient"):
             return f"*{self.dtype}"
         return _TYPES.get(name, "i32")
 
@@ -117,7 +144,7 @@ def variants() -> Iterator[Variant]:
     """Every variant of every kernel that a launch can ask for on a whole tensor."""
     for kernel in _KERNELS:
         for dtype in _DTYPES:
-            for distribution in _DISTRIBUTIONS:
+            for distribution in ("none",) if kernel in _NOISELESS else _DISTRIBUTIONS:
                 yield Variant(kernel, dtype, distribution, "nearest")
                 if kernel in _ROUNDED and dtype != "fp32":
                     yield Variant(kernel, dtype, distribution, "stochastic")

@@ -22,7 +22,7 @@ _MAGNITUDE = i32(0x7FFFFFFF)
 
 
 @jit
-def _update(acc, g, buffer, row, column, greatest, keep, weight, eps, momentum, complement, step):
+def _update(acc, g, buffer, row, column, greatest, keep, gain, eps, momentum, complement, step):
     """acc <- acc + step u, float32 (k,), and greatest <- max(greatest, nu); returns nu's maximum.
 
     row, column (k,), greatest (k,) and the result are the bits of nu's.
@@ -30,7 +30,7 @@ def _update(acc, g, buffer, row, column, greatest, keep, weight, eps, momentum, 
     highest = i32(0)
     for j in range(len(acc)):
         bound = float_of(min(row, column[j]))
-        nu = f32(f32(keep * bound) + f32(weight * f32(g[j] * g[j])))
+        nu = f32(f32(keep * bound) + f32(gain * f32(g[j] * g[j])))
         denominator = f32(f32(np.sqrt(nu)) + eps)
         u = f32(0.0) if denominator == f32(0.0) else f32(g[j] / denominator)
         if buffer is not None:
@@ -56,7 +56,7 @@ def _sm3(
     kind,
     gradient_kind,
     keep,
-    weight,
+    gain,
     eps,
     decay,
     momentum,
@@ -99,7 +99,7 @@ def _sm3(
                     column[start:stop],
                     new_column[start:stop],
                     keep,
-                    weight,
+                    gain,
                     eps,
                     momentum,
                     complement,
@@ -119,7 +119,7 @@ def sm3(
     new_column: Tensor,
     buffer: Tensor | None,
     keep: float,
-    weight: float,
+    gain: float,
     eps: float,
     decay: float,
     momentum: float,
@@ -147,7 +147,7 @@ def sm3(
             None if buffer is None else buffer.view(-1).numpy(),
             _KINDS[theta.dtype],
             _KINDS[gradient.dtype],
-            *map(f32, (keep, weight, eps, decay, momentum, complement, step_size)),
+            *map(f32, (keep, gain, eps, decay, momentum, complement, step_size)),
             u32(key.stream),
             u32(key.seed & 0xFFFFFFFF),
             u32(key.seed >> 32),

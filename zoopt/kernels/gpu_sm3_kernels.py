@@ -25,7 +25,7 @@ def sm3_kernel(
     new_column,
     buffer,
     keep,
-    weight,
+    gain,
     eps,
     decay,
     momentum,
@@ -70,7 +70,7 @@ def sm3_kernel(
         g = tl.load(gradient + (i * n + j), mask=inside, other=0.0).to(tl.float32)
         x = decay * tl.load(theta + (at + j), mask=inside, other=0.0).to(tl.float32)
         bound = tl.minimum(tl.load(row + i), column_bound).to(tl.float32, bitcast=True)
-        nu = keep * bound + weight * (g * g)
+        nu = keep * bound + gain * (g * g)
         denominator = tl.sqrt_rn(nu) + eps
         zero = denominator == 0.0
         u = tl.div_rn(tl.where(zero, 0.0, g), tl.where(zero, 1.0, denominator))

@@ -86,8 +86,8 @@ def sm3_(
         check_unsigned("rounding_draw", rounding_draw, 32)
         if theta.dtype == accumulator_dtype(theta.dtype):
             rounding_draw = None
-    keep, weight = (beta, 1.0 - beta) if beta else (1.0, 1.0)
-    numbers = scalars([keep, weight, eps, decay, momentum, 1.0 - momentum, step_size], theta.dtype)
+    keep, gain = (beta, 1.0 - beta) if beta else (1.0, 1.0)
+    numbers = scalars([keep, gain, eps, decay, momentum, 1.0 - momentum, step_size], theta.dtype)
     backend = dispatch.choose(theta, impl, "sm3")
     values, rows, split = gradient.detach(), None, _split(shape)
     if gradient.is_sparse:

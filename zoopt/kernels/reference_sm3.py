@@ -21,7 +21,7 @@ def sm3(
     new_column: Tensor,
     buffer: Tensor | None,
     keep: float,
-    weight: float,
+    gain: float,
     eps: float,
     decay: float,
     momentum: float,
@@ -30,7 +30,7 @@ def sm3(
     key: NoiseKey,
     rounding_draw: int | None,
 ) -> None:
-    """nu = keep min(row, column) + weight (g g), (k, n), of the gradient's rows; in place
+    """nu = keep min(row, column) + gain (g g), (k, n), of the gradient's rows; in place
 
         u = g / (sqrt(nu) + eps), 0 where that divides by 0
         buffer[rows] <- momentum buffer[rows] + complement u,  u = buffer[rows]
@@ -52,7 +52,7 @@ def sm3(
             place = rows[part]
         g = gradient[part].to(row.dtype)
         # abs: a NaN loses its sign, without which its bits are above infinity's.
-        nu = (torch.fmin(row[part, None], column) * keep + g * g * weight).abs()
+        nu = (torch.fmin(row[part, None], column) * keep + g * g * gain).abs()
         new_row[part] = nu.amax(1)
         torch.maximum(new_column, nu.amax(0), out=new_column)
         # Through float64: torch's float32 roots are off by one here and there.
