@@ -92,6 +92,14 @@ def test_hybrid_learns_more_than_its_halves_at_a_third_of_backprops_memory() -> 
     assert figures["bytes_hybrid"] < figures["bytes_backprop"] / 3
 
 
+def test_fused_backward_holds_one_gradient_and_changes_no_bit() -> None:
+    figures = main_of("fused_backward")(steps=40)
+    assert figures["difference"] == 0.0
+    assert figures["loss"] == figures["loss_unfused"] < figures["loss_before"] / 2
+    assert figures["gradient_bytes"] == figures["largest_gradient_bytes"]
+    assert figures["gradient_bytes"] < figures["gradient_bytes_unfused"] / 3
+
+
 WORDS = ("great", "terrible", "Just", "the", "film", "plot", "cast", "was", "is", "and")
 WORDS += ("dull", "bright", "warm", "slow", "clever", "clumsy", "ending", "music")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Site:
     Attributes:
         name: the parameter's name, or its position where names are not known.
         position, count: its number among the optimizer's parameters, and how many there are.
+        continues: whether a micro-batch of this step has been reduced before: what the reduction
+            is made with, a basis say, then stays as it is.
     """
 
     param: Tensor
@@ -36,6 +38,7 @@ class Site:
     name: str | int
     position: int
     count: int
+    continues: bool = False
 
     @property
     def seed(self) -> int:
@@ -55,6 +58,16 @@ class Site:
         return step if stochastic and self.param.dtype in _NARROW else None
 
 
+class Fusion(Protocol):
+    """What `zoopt.fuse_backward` puts in the place of a step."""
+
+    def step(self, closure: Callable[[], Any] | None) -> None:
+        """Do what backward has left to do."""
+
+    def discard(self) -> None:
+        """Drop what has arrived and has not been applied."""
+
+
 class FirstOrderOptimizer(DeclaredStateOptimizer):
     """Updates each parameter from its gradient: `_reduce` what must be kept of it, then `_apply`.
 
@@ -62,6 +75,8 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
     that micro-batches add up what `_reduce` returns. Randomness (of stochastic rounding, of random
     projections) is a function of `seed`, the parameter's name or position, and its step.
     """
+
+    _fusion: Fusion | None = None
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
         if seed is None:
@@ -101,6 +116,9 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             RuntimeError: a gradient is sparse, or a parameter no longer has its state's shape.
                 Nothing has changed then.
         """
+        if self._fusion is not None:
+            self._fusion.step(closure)
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -112,6 +130,12 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         for site in sites:
             self._step_param(site)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what `zoopt.fuse_backward` has accumulated in their place is dropped too."""
+        super().zero_grad(set_to_none)
+        if self._fusion is not None:
+            self._fusion.discard()
 
     def _step_param(self, site: Site) -> None:
         gradient = site.param.grad
@@ -125,9 +149,11 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             self._apply(site, reduced, gradient)
 
     def _initialises(self, site: Site, gradient: Tensor) -> bool:
-        """Whether the step only asks for state to load a checkpoint into: no rate, no gradient."""
+        """Whether the step only asks for state to load a checkpoint into: no rate, no gradient,
+        and none before."""
+        state = self.state.get(site.param, {})
         return (
-            not self.state.get(site.param)
+            (not state or not state.get("step", True))
             and float(site.group["lr"]) == 0.0
             and not gradient.is_sparse
             and not bool(gradient.any())
