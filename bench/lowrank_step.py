@@ -1,0 +1,327 @@
+"""Time of a GaLore step against its floor and against the published code; cost of a new basis.
+
+Steps: one matrix at a time, of the shapes of a LLaMA layer (attention d x d; gate and up h x d;
+down d x h), at the GaLore paper's rank. Methods:
+
+  floor      the least that a step must do: G Q, theta + R Q^T in place, both in the weights' dtype,
+             and one pass over both moments in float32
+  floor32    in bfloat16: the same with both products in float32, the gradient widened once
+  zoopt      zoopt.GaLoreAdamW, between two refreshes
+  published  galore_torch 1.0's AdamW, between two refreshes
+
+All are timed in turn, round by round; a ratio is the median of the rounds' own. A refresh (warm
+orthogonal iteration; torch.linalg.svd in the published code) is timed apart, once, and a T-th of it
+is added to a step: T = 200, as published. `layer` is the sum over a layer: four attention matrices,
+two up, one down.
+
+Refresh: a chain of drifting gradients, 2048 x 2048, r = 128. They are made up: G = S + noise, with
+S of rank 512, singular values 1/k, turning a little from one refresh to the next, and white noise
+of S's own norm, drawn afresh for each "minibatch". A basis is made of one minibatch's G and judged
+by the share of ANOTHER minibatch's energy that it captures, ||G' P||^2 / ||G'||^2, over that of the
+best basis of S itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import zoopt
+from bench import common
+from bench.published_galore import published_galore
+from zoopt.lowrank.subspace import subspace
+
+GAP = 200
+BETAS, SCALE = (0.9, 0.999), 0.25
+
+
+class Size(NamedTuple):
+    """A LLaMA's width d, its MLP's h, and the GaLore paper's rank."""
+
+    width: int
+    mlp_width: int
+    rank: int
+
+
+SIZES = {
+    "60m": Size(512, 1376, 128),
+    "130m": Size(768, 2048, 256),
+    "350m": Size(1024, 2736, 256),
+    "1b": Size(2048, 5461, 512),
+    "7b": Size(4096, 11008, 1024),
+}
+
+
+def shapes(size: Size) -> dict[str, tuple[int, int, int]]:
+    """m, n, and how many a layer has."""
+    d, h = size.width, size.mlp_width
+    return {"attention": (d, d, 4), "up": (h, d, 2), "down": (d, h, 1)}
+
+
+class Floor:
+    """What a step of a matrix (m, n) at rank r cannot do without."""
+
+    def __init__(self, theta: Tensor, rank: int, dtype: torch.dtype) -> None:
+        m, n = theta.shape
+        self.gradient = torch.randn(m, n, device=theta.device).to(theta.dtype)
+        self.theta, self.dtype, self.right = theta, dtype, m >= n
+        short, long = min(m, n), max(m, n)
+        self.basis = torch.randn(short, rank, device=theta.device, dtype=dtype)
+        self.moments = [torch.ones(long, rank, device=theta.device) for _ in range(2)]
+
+    def __call__(self) -> None:
+        gradient = self.gradient.to(self.dtype)
+        reduced = (gradient if self.right else gradient.t()) @ self.basis
+        torch._foreach_mul_(self.moments, 0.999)
+        up = (reduced, self.basis.t()) if self.right else (self.basis, reduced.t())
+        if self.theta.dtype == self.dtype:
+            self.theta.addmm_(*up, alpha=1e-3)
+        else:
+            self.theta.add_(up[0] @ up[1], alpha=1e-3)
+
+
+def steps(theta: Tensor, rank: int) -> dict[str, Callable[[], Any]]:
+    """A step of each method, no refresh among them."""
+
+    def parameter() -> torch.nn.Parameter:
+        param = torch.nn.Parameter(theta.clone())
+        param.grad = torch.randn(theta.shape, device=theta.device).to(theta.dtype)
+        return param
+
+    never = 1 << 30
+    options = {"lr": 1e-3, "betas": BETAS, "eps": 1e-6}
+    group = {"rank": rank, "update_proj_gap": never, "scale": SCALE, "proj_type": "std"}
+    ours = zoopt.GaLoreAdamW([parameter()], **options, **group, stagger=False, seed=0)  # type: ignore[arg-type]
+    theirs = published_galore()(
+        [{"params": [parameter()], **group}], **options, no_deprecation_warning=True
+    )
+    # Its first basis comes from an SVD: any of the size will do for a step.
+    projector_class = sys.modules["galore_torch.galore_projector"].GaLoreProjector
+    projector = projector_class(rank, update_proj_gap=never, scale=SCALE)
+    m, n = theta.shape
+    shape = (rank, n) if m >= n else (m, rank)
+    projector.ortho_matrix = torch.randn(shape, device=theta.device).to(theta.dtype)
+    [param] = theirs.param_groups[0]["params"]
+    theirs.state[param] = {"step": 1, "projector": projector}
+    return {"zoopt": ours.step, "published": theirs.step}
+
+
+def measure_matrix(
+    theta: Tensor, rank: int, repeats: int, label: str
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Durations of each method's steps, a round each, and of its refresh; in seconds."""
+    device = theta.device
+    floors = {"floor": Floor(theta.clone(), rank, theta.dtype)}
+    if theta.dtype != torch.float32:
+        floors["floor32"] = Floor(theta.clone(), rank, torch.float32)
+    times = common.round_robin({**floors, **steps(theta, rank)}, device, repeats, label)
+    gradient, right = floors["floor"].gradient, theta.shape[0] >= theta.shape[1]
+    previous = new_basis(gradient, rank, right, "randomized", None)
+    common.progress(f"{label}: refresh")
+    refreshes = {
+        "zoopt": common.seconds(lambda: new_basis(gradient, rank, right, "warm", previous), device),
+        "published": common.seconds(
+            lambda: torch.linalg.svd(gradient.float(), full_matrices=False), device
+        ),
+    }
+    return times, refreshes
+
+
+def new_basis(
+    gradient: Tensor, rank: int, right: bool, projector: Any, previous: Tensor | None
+) -> Tensor:
+    return subspace(
+        gradient,
+        rank,
+        right=right,
+        projector=projector,
+        previous=previous,
+        seed=0,
+        stream=0,
+        draw=0,
+    )
+
+
+def step_rows(options: argparse.Namespace, device: torch.device) -> list[common.Row]:
+    """A row a size, dtype, matrix and method; the layer last."""
+    rows = []
+    for name in options.sizes:
+        size = SIZES[name]
+        for dtype in options.dtypes:
+            layer: dict[str, list[float]] = {}
+            spent = dict.fromkeys(("zoopt", "published"), 0.0)
+            for kind, (m, n, count) in shapes(size).items():
+                theta = torch.randn(m, n, device=device).to(common.DTYPES[dtype])
+                label = f"{name} {dtype} {kind} {m}x{n}"
+                times, refreshes = measure_matrix(theta, size.rank, options.repeats, label)
+                rows += method_rows(label, times, refreshes)
+                for method, own in times.items():
+                    total = layer.setdefault(method, [0.0] * len(own))
+                    layer[method] = [a + count * b for a, b in zip(total, own, strict=True)]
+                for method, own_refresh in refreshes.items():
+                    spent[method] += count * own_refresh
+            rows += method_rows(f"{name} {dtype} layer", layer, spent)
+    return rows
+
+
+def method_rows(
+    label: str, times: dict[str, list[float]], refreshes: dict[str, float]
+) -> list[common.Row]:
+    """A row a method: its step, and its refresh spread over T steps."""
+    floor = times["floor"]
+    amortised = {
+        method: [second + refreshes.get(method, 0.0) / GAP for second in own]
+        for method, own in times.items()
+    }
+    return [
+        common.measured(
+            f"{label} {method}",
+            [second * 1e3 for second in own],
+            "ms",
+            ratio=common.ratio(own, floor),
+            refresh_ms=refreshes.get(method, 0.0) * 1e3,
+            amortised_ms=statistics.median(amortised[method]) * 1e3,
+            amortised_ratio=common.ratio(amortised[method], floor),
+            published_over=common.ratio(times["published"], own),
+            amortised_published_over=common.ratio(amortised["published"], amortised[method]),
+        )
+        for method, own in times.items()
+    ]
+
+
+class Drift:
+    """Minibatch gradients (dim, dim) of a signal that turns from one refresh to the next.
+
+    Args:
+        dim: of the square matrix.
+        rank: of the signal, singular values 1/k.
+        angle: by which its directions turn, in radians.
+    """
+
+    def __init__(self, dim: int, rank: int, angle: float, device: torch.device) -> None:
+        self.values = 1.0 / torch.arange(1, rank + 1, device=device)
+        self.left, self.right = (_orthonormal(dim, rank, device) for _ in range(2))
+        self.angle = angle
+
+    def advance(self) -> None:
+        for side in (self.left, self.right):
+            fresh = _orthonormal(*side.shape, side.device)
+            q, r = torch.linalg.qr(math.cos(self.angle) * side + math.sin(self.angle) * fresh)
+            # Without Householder's signs, so that a direction stays itself.
+            side.copy_(q * r.diagonal().sign())
+
+    def minibatch(self) -> Tensor:
+        signal = (self.left * self.values) @ self.right.t()
+        noise = torch.randn_like(signal)
+        return signal + noise * (signal.norm() / noise.norm())
+
+
+def _orthonormal(dim: int, rank: int, device: torch.device) -> Tensor:
+    basis: Tensor = torch.linalg.qr(torch.randn(dim, rank, device=device))[0]
+    return basis
+
+
+def captured(gradient: Tensor, basis: Tensor) -> float:
+    """The share of the gradient's energy in the span of an orthonormal basis (n, r)."""
+    return float((gradient @ basis).square().sum() / gradient.square().sum())
+
+
+def refresh_rows(options: argparse.Namespace, device: torch.device) -> list[common.Row]:
+    """A row a projector: its time, and the held-out energy of its bases over the best one's."""
+    rank = options.refresh_rank
+    drift = Drift(options.refresh_dim, min(4 * rank, options.refresh_dim), 0.2, device)
+    previous = new_basis(drift.minibatch(), rank, True, "randomized", None)
+    # The warm basis is made last: the next one starts from it.
+    times: dict[str, list[float]] = {"svd": [], "warm": []}
+    energies: dict[str, list[float]] = {"svd": [], "warm": []}
+    for turn in range(options.refreshes + 1):
+        drift.advance()
+        gradient, held_out = drift.minibatch(), drift.minibatch()
+        best = captured(held_out, drift.right[:, :rank])
+        for name in times:
+            common.progress(f"refresh {turn} of {options.refreshes}: {name}")
+            made: list[Tensor] = []
+            work = functools.partial(new_basis, gradient, rank, True, name, previous)
+            spent = common.seconds(lambda made=made, work=work: made.append(work()), device)
+            if turn:
+                times[name].append(spent)
+                energies[name].append(captured(held_out, made[0]) / best)
+        [previous] = made
+    common.progress("")
+    return [
+        common.measured(
+            f"refresh {options.refresh_dim}x{options.refresh_dim} r{rank} {name}",
+            [second * 1e3 for second in own],
+            "ms",
+            ratio=common.ratio(own, times["svd"]),
+            speedup=common.ratio(times["svd"], own),
+            held_out_energy=statistics.fmean(energies[name]),
+            energy_over_svd=statistics.fmean(energies[name]) / statistics.fmean(energies["svd"]),
+        )
+        for name, own in times.items()
+    ]
+
+
+STEP_COLUMNS = {
+    "name": "step",
+    "median": "ms",
+    "ratio": "of floor",
+    "refresh_ms": "refresh ms",
+    "amortised_ms": f"ms with refresh/{GAP}",
+    "amortised_ratio": "of floor",
+    "published_over": "published over it",
+    "amortised_published_over": "with refresh",
+}
+REFRESH_COLUMNS = {
+    "name": "refresh",
+    "median": "ms",
+    "speedup": "times as fast as svd",
+    "held_out_energy": "held-out energy, of the best",
+    "energy_over_svd": "energy over svd's",
+}
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]:
+    parser = common.parser(
+        str(__doc__), "python bench/lowrank_step.py --sizes 60m 130m --json lowrank.json"
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of LLaMA")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"],
+        help="of weights and gradients",
+    )  # fmt: skip
+    parser.add_argument("--refresh-dim", type=common.positive, default=2048, help="of the square")
+    parser.add_argument("--refresh-rank", type=common.positive, default=128, help="of its basis")
+    parser.add_argument("--refreshes", type=common.positive, default=5, help="refreshes to time")
+    common.add_common_arguments(parser, repeats=7)
+    options = common.parse(parser, argv)
+    return options, common.open_device(parser, options)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options, device = parse(argv)
+    torch.manual_seed(0)
+    refreshes = refresh_rows(options, device)
+    common.say(common.table(REFRESH_COLUMNS, refreshes) + "\n", options.json)
+    rows = step_rows(options, device)
+    common.say(common.table(STEP_COLUMNS, rows), options.json)
+    common.write_json(
+        options.json,
+        common.document("lowrank_step", options, device, [*refreshes, *rows], ratio_to="floor"),
+    )
+
+
+if __name__ == "__main__":
+    main()
