@@ -13,11 +13,10 @@ from zoopt.kernels import philox
 from zoopt.kernels.cpu_convert import FLOAT32, decode
 from zoopt.kernels.cpu_intrinsics import add_any_order, f32, jit
 from zoopt.kernels.cpu_moments import FLOAT, read_moment, write_moment
-from zoopt.kernels.cpu_tile import adam as add_quotient
-from zoopt.kernels.cpu_tile import halfwords, scale, store
+from zoopt.kernels.cpu_tile import halfwords, store
 
 #: Elements a tile: all that it needs fits into the first-level cache. A multiple of the blocks'.
-TILE = 1024
+TILE = 2048
 _MOMENTS = philox.PURPOSE_MOMENTS
 
 
@@ -38,6 +37,27 @@ def _quotient(out, m, v, factor, eps):
 
 
 @jit
+def _descend(theta, m, v, decay, factor, eps):
+    """theta <- decay theta + (factor m) / (sqrt(v) + eps), all float32 (k,)."""
+    for j in range(len(theta)):
+        quotient = f32(f32(factor * m[j]) / f32(f32(np.sqrt(v[j])) + eps))
+        theta[j] = f32(f32(decay * theta[j]) + quotient)
+
+
+@jit
+def _float32_pass(theta, g, m, v, decay, numbers):
+    """_average and _descend in one loop, for what is float32 already: at the memory's speed."""
+    beta1, beta2, complement1, complement2, factor, eps = numbers
+    for j in range(len(theta)):
+        x = g[j]
+        a = f32(f32(beta1 * m[j]) + f32(complement1 * x))
+        b = f32(f32(beta2 * v[j]) + f32(complement2 * f32(x * x)))
+        quotient = f32(f32(factor * a) / f32(f32(np.sqrt(b)) + eps))
+        theta[j] = f32(f32(decay * theta[j]) + quotient)
+        m[j], v[j] = a, b
+
+
+@jit
 def _read(tile, source, kind, start, stop):
     """Elements of theta or the gradient as float32: in the scratch tile, or where they are."""
     if kind == FLOAT32:
@@ -51,7 +71,7 @@ def _read(tile, source, kind, start, stop):
 def _scratch():
     """Four tiles of values, and the bytes, halfwords and words of one."""
     return (
-        np.empty((4, TILE), np.float32),
+        np.empty((4, TILE + 48), np.float32),
         np.empty(TILE, np.uint8),
         np.empty(TILE, np.uint16),
         np.empty(TILE // 2 + 4, np.uint32),
@@ -174,6 +194,12 @@ def adamw(
     span,
 ):
     """reference_adam.adamw."""
+    if form == FLOAT and kind == FLOAT32 and gradient_kind == FLOAT32:
+        part = slice(span[0], span[1])
+        arrays = theta.view(np.float32)[part], gradient.view(np.float32)[part]
+        moments = first.view(np.float32)[part], second.view(np.float32)[part]
+        _float32_pass(*arrays, *moments, decay, numbers)
+        return
     scratch = _scratch()
     tiles, words = scratch[0], scratch[3]
     for start in range(span[0], span[1], TILE):
@@ -181,9 +207,7 @@ def adamw(
         g = _read(tiles[2], gradient, gradient_kind, start, stop)
         m, v = _update(scratch, g, first, first_scale, second, second_scale, form, numbers, start)
         acc = _read(tiles[3], theta, kind, start, stop)
-        if decay != f32(1.0):
-            scale(acc, decay)
-        add_quotient(acc, m, v, numbers[4], numbers[5])
+        _descend(acc, m, v, decay, numbers[4], numbers[5])
         target = theta.view(np.uint16)[start:stop]
         store(target, acc, words, offset + start, kind, key[0], rounding, key[1], key[2])
         _keep(

@@ -12,7 +12,7 @@ import numpy as np
 
 from zoopt.kernels import moments
 from zoopt.kernels.cpu_convert import BFLOAT16, decode, encode, encode_stochastic
-from zoopt.kernels.cpu_intrinsics import bits_of, f32, float_of, i32, jit, u16
+from zoopt.kernels.cpu_intrinsics import bits_of, f32, float_of, i32, jit, u16, u64
 
 #: How moments are stored.
 FLOAT, HALF, INT8, INT4 = range(4)
@@ -33,9 +33,9 @@ def _levels(form, signed):
 
 
 @jit
-def _decode_block(values, codes, scale, flip, shift, unit):
-    """values, float32 (m,) <- level |level| unit scale, codes uint8 (m,)."""
-    for j in range(len(values)):
+def _decode_block(values, codes, start, stop, scale, flip, shift, unit):
+    """values[start:stop], float32 <- level |level| unit scale of its codes, uint8."""
+    for j in range(u64(start), u64(stop)):
         level = f32(f32(i32(codes[j] ^ flip)) + shift)
         values[j] = f32(f32(f32(level * abs(level)) * unit) * scale)
 
@@ -64,19 +64,19 @@ def read_moment(tile, unpacked, codes, scale, form, signed, start, count):
     flip = np.uint8(128 if signed and form == INT8 else 0)
     shift = f32((-128.0 if form == INT8 else -8.0) if signed else 1.0)
     for i in range(0, count, block):
-        part = slice(i, min(i + block, count))
-        _decode_block(values[part], stored[part], scale[(start + i) // block], flip, shift, unit)
+        stop = min(i + block, count)
+        _decode_block(values, stored, i, stop, scale[(start + i) // block], flip, shift, unit)
     return values
 
 
 @jit
-def _encode_block(codes, values, random, inverse, top, signed, bias, stochastic):
-    """codes, uint8 (m,) <- values, float32 (m,), by the formula of moments.encode.
+def _encode_block(codes, values, random, start, stop, inverse, top, signed, bias, stochastic):
+    """codes[start:stop], uint8 <- values, float32, by the formula of moments.encode.
 
-    `random` is uint16 (m,), and a signed moment's bits are its low eight.
+    `random` is uint16, and a signed moment's bits are its low eight.
     """
     half = u16(0 if signed else 8)
-    for j in range(len(values)):
+    for j in range(u64(start), u64(stop)):
         pattern = bits_of(values[j])
         squared = f32(float_of(i32(pattern & i32(0x7FFFFFFF))) * inverse)
         squared = squared if squared == squared else f32(0.0)
@@ -96,10 +96,10 @@ def _encode_block(codes, values, random, inverse, top, signed, bias, stochastic)
 
 
 @jit
-def _largest(values):
-    """The largest magnitude, as a pattern: NaNs are larger than all else."""
+def _largest(values, start, stop):
+    """The largest magnitude of values[start:stop]; in patterns NaNs are larger than all else."""
     largest = i32(0)
-    for j in range(len(values)):
+    for j in range(u64(start), u64(stop)):
         largest = max(largest, i32(bits_of(values[j]) & i32(0x7FFFFFFF)))
     return float_of(largest)
 
@@ -127,15 +127,13 @@ def write_moment(values, unpacked, shifted, codes, scale, form, signed, start, r
     bias = i32(8 if signed and form == INT4 else 0)
     stored = codes[start : start + count] if form == INT8 else unpacked[:count]
     for i in range(0, count, block):
-        part = slice(i, min(i + block, count))
-        largest = _largest(values[part])
+        stop = min(i + block, count)
+        largest = _largest(values, i, stop)
         if f32(0.0) < largest < _MIN_SCALE:
             largest = _MIN_SCALE
         scale[(start + i) // block] = largest
         inverse = f32(f32(top * top) / largest)
-        _encode_block(
-            stored[part], values[part], random[part], inverse, i32(top), signed, bias, stochastic
-        )
+        _encode_block(stored, values, random, i, stop, inverse, i32(top), signed, bias, stochastic)
     if form == INT4:
         if count % 2:
             unpacked[count] = 0
