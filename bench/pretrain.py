@@ -3,8 +3,10 @@
 All methods make the same number of steps on the same tokens: a seed names the initial weights, the
 order of the batches and the optimizer's noise. Learning rates warm up linearly over a tenth of the
 steps and fall to a tenth along a cosine; weight decay is 0 and nothing is clipped. Projected
-methods get the decoder's matrices at a quarter of the width, refreshed every 50 steps; embeddings
-and norms get plain Adam at the same learning rate. All weights are float32.
+methods get the decoder's matrices at a quarter of the width (ApolloMini: at rank 1), refreshed
+every 50 steps; embeddings and norms get plain Adam at the same learning rate. SLTrain and
+GradNormLoRP (half of the rank between its bases) have factors of that rank in the matrices' place.
+All weights are float32.
 
 Learning rates: a grid a method runs with seed 0 for --grid-steps, and the one with the lowest
 validation cross-entropy runs with --seeds seeds for --steps (successive halving). While the best

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-import zoopt.lowrank
 from bench.comparison import lr_grid
 from bench.pretrain_task import Settings
 
@@ -29,9 +28,10 @@ class Method:
         optimizer: module and class, looked up when the method is run.
         lrs: the learning rates to choose from, ascending and evenly spaced in their logarithm.
         options: the class's options, beside lr and seed.
-        projected: the decoder's matrices get the rank of the settings, or `rank`.
+        groups: what makes the param groups of a projected method, from the model and a rank.
+        rank: the projection's, from the settings' rank.
         refreshes: the projection is refreshed every `update_proj_gap` steps.
-        convert: what makes the model's layers anew: called with model, rank and seed.
+        convert: what makes the model's layers anew, from the model, the settings' rank and a seed.
     """
 
     name: str
@@ -39,16 +39,16 @@ class Method:
     optimizer: str
     lrs: tuple[float, ...]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    projected: bool = False
-    rank: int | None = None
+    groups: str | None = None
+    rank: Callable[[int], int] = int
     refreshes: bool = False
     convert: str | None = None
 
     def options_for(self, settings: Settings) -> dict[str, Any]:
         """All options of a run, beside lr and seed."""
         options = {**RECIPE, **self.options}
-        if self.projected:
-            options["rank"] = self.rank or settings.rank
+        if self.groups is not None:
+            options["rank"] = self.rank(settings.rank)
         if self.refreshes:
             options["update_proj_gap"] = settings.update_proj_gap
         return options
@@ -67,8 +67,8 @@ class Method:
         if self.optimizer.startswith("zoopt."):
             options["seed"] = seed
         params: Any = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if self.projected:
-            params = zoopt.lowrank.param_groups(model, rank=options.pop("rank"))
+        if self.groups is not None:
+            params = find(self.groups)(model, rank=options.pop("rank"))
         return model, optimizer(params, lr=lr, **options)
 
 
@@ -85,13 +85,15 @@ def _adam(name: str, label: str, optimizer: str, **options: Any) -> Method:
     return Method(name, label, optimizer, lr_grid(1e-2), options)
 
 
-def _projected(
-    name: str, optimizer: str, note: str = "", *, rank: int | None = None, **options: Any
-) -> Method:
+def _projected(name: str, optimizer: str, note: str = "", **options: Any) -> Method:
+    """A projected method of the decoder's matrices; embeddings and norms get its rule itself."""
+    label = optimizer + (note and f", {note}")
+    # GaLore's update is a quarter of Adam's by its scale.
+    centre = 2e-2 if optimizer == "GaLoreAdamW" else 1e-2
     return Method(
-        *(name, optimizer + (note and f", {note}"), f"zoopt.{optimizer}", lr_grid(2e-2), options),
-        projected=True,
-        rank=rank,
+        *(name, label, f"zoopt.{optimizer}", lr_grid(centre), options),
+        groups="zoopt.lowrank.param_groups",
+        rank=(lambda _: 1) if optimizer == "ApolloMini" else int,
         refreshes=optimizer != "LDAdamW",
     )
 
@@ -104,7 +106,7 @@ TABLE = (
     _projected("galore", "GaLoreAdamW", "warm"),
     _projected("galore-8bit", "GaLoreAdamW", "warm, int8", state_dtype="int8"),
     _projected("apollo", "Apollo"),
-    _projected("apollo-mini", "ApolloMini", rank=1),
+    _projected("apollo-mini", "ApolloMini"),
     _projected("fira", "Fira"),
     _projected("ldadamw", "LDAdamW"),
     Method("sm3", "SM3", "zoopt.SM3", lr_grid(1e-1)),
@@ -112,11 +114,13 @@ TABLE = (
         *("sltrain", "SLTrain, AdamW", "zoopt.AdamW", lr_grid(1e-2)),
         convert="zoopt.nn.convert",
     ),
+    # Factors of the settings' rank, projected to half of it.
     Method(
         *("gradnormlorp", "GradNormLoRP", "zoopt.GradNormLoRP", lr_grid(1e-2)),
-        projected=True,
+        convert="zoopt.lowrank.gradnormlorp.convert",
+        groups="zoopt.lowrank.gradnormlorp.param_groups",
+        rank=lambda rank: max(1, rank // 2),
         refreshes=True,
-        convert="zoopt.nn.gradnormlorp",
     ),
 )
 

@@ -101,10 +101,10 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
             if figure["mean"] is None:
                 continue
             x = record["state_bytes"] / 1e6
-            right.errorbar(x, figure["mean"], yerr=figure["std"], fmt="o", color=colour, capsize=3)
+            right.errorbar(x, figure["mean"], figure["std"], fmt="o", color=colour, capsize=3)
             right.annotate(
                 *(record["label"], (x, figure["mean"])),
-                xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=colour,
+                xytext=(5, 4), textcoords="offset points", fontsize=7.5,
             )  # fmt: skip
         left.set_xlabel("step")
         left.set_ylabel(f"training loss, means of {SMOOTH} steps and of the seeds")

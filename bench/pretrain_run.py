@@ -43,6 +43,7 @@ def configuration(run: Run, settings: Settings) -> dict[str, Any]:
         "optimizer": method.optimizer,
         "options": method.options_for(settings),
         "convert": method.convert,
+        "groups": method.groups,
         "schedule": "linear warm-up, cosine",
         "noise_version": NOISE_VERSION,
     }

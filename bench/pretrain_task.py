@@ -75,7 +75,7 @@ class Settings:
     final_lr: float = 0.1
     validation_rows: int = 256
     evaluations: int = 4
-    extensions: int = 1
+    extensions: int = 2
 
     @property
     def shape(self) -> Model:

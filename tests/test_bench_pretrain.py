@@ -169,7 +169,7 @@ def test_equal_rules_train_alike(settings: Settings, task: Task) -> None:
 def is_there(method: Method) -> bool:
     """Whether this version has the method's classes."""
     try:
-        for path in filter(None, (method.optimizer, method.convert)):
+        for path in filter(None, (method.optimizer, method.convert, method.groups)):
             find(path)
     except LookupError:
         return False
