@@ -16,6 +16,8 @@ from zoopt.kernels.philox import NOISE_VERSION
 #: What torch.optim.Optimizer accepts as `params`.
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
+#: State that Python reads in a step, which must not wait for the device: it lies on the CPU.
+PYTHON_NUMBERS = ("step", "agreements", "doublings")
 
 
 def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,8 +40,8 @@ class TensorSpec:
 
 
 def state_device(name: str, param: Tensor) -> torch.device:
-    """Where a state tensor of the parameter lies: with it, but for `step`, which Python reads."""
-    return torch.device("cpu") if name == "step" else param.device
+    """Where a state tensor of the parameter lies: with it, but for the numbers Python reads."""
+    return torch.device("cpu") if name in PYTHON_NUMBERS else param.device
 
 
 class DeclaredStateOptimizer(torch.optim.Optimizer):
@@ -66,13 +68,22 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
             for spec in self.declared_state(param, group).values()
         )
 
+    def allocate_state(self, param: Tensor, group: Group) -> None:
+        """Make the parameter's state, as its first step would."""
+        self._state(param, group)
+
     def _state(self, param: Tensor, group: Group) -> dict[str, Any]:
         """The parameter's state, allocated as zeros if it is not there yet."""
         state: dict[str, Any] = self.state[param]
         for name, spec in self.declared_state(param, group).items():
             if name not in state:
                 device = state_device(name, param)
-                state[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+                # Of a number, fake tensors keep the value: `step` counts under them too.
+                state[name] = (
+                    torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+                    if spec.shape
+                    else torch.tensor(0.0, dtype=spec.dtype, device=device)
+                )
         return state
 
     def _check_state(self) -> None:

@@ -7,11 +7,13 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+Number = TypeVar("Number", bool, int, float)
 Impl = Literal["reference", "numba", "triton"]
 
 _MODULES = {"reference": "reference", "numba": "cpu", "triton": "gpu"}
@@ -21,6 +23,18 @@ _REMEDY = {"numba": "pip install 'zoopt-torch[cpu]'", "triton": "pip install 'zo
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter, hence on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether the tensor has a shape but no values (torch's FakeTensor): nothing can be computed
+    with it, and its memory can be counted."""
+    return isinstance(tensor, FakeTensor)
+
+
+def known(value: Tensor, otherwise: Number) -> Number:
+    """The value of a tensor of one element, of the type of `otherwise`, which stands in for it
+    where it has none."""
+    return otherwise if is_fake(value) else type(otherwise)(value.item())
 
 
 @functools.cache
@@ -51,6 +65,8 @@ def choose(theta: Tensor, impl: str | None, family: str = "") -> ModuleType:
     Raises:
         ValueError: `impl` is unknown, not available, or cannot take this tensor.
     """
+    if is_fake(theta):
+        return importlib.import_module("zoopt.kernels.fake")
     if impl is None:
         impl = _best(theta)
     elif impl not in get_args(Impl):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,12 +109,13 @@ def perturb_rows(
         raise TypeError(f"rows must be int64 or int32, got {rows.dtype}")
     backend = dispatch.choose(weight, impl)
     out = weight.new_empty((*rows.shape, weight.shape[1]))
-    if out.numel():
+    if out.numel() and not dispatch.is_fake(rows):
         low, high = (int(bound) for bound in rows.aminmax())
         if low < 0 or high >= weight.shape[0]:
             raise IndexError(
                 f"rows must lie in [0, {weight.shape[0]}), got values from {low} to {high}"
             )
+    if out.numel():
         [coefficient] = scalars([alpha], weight.dtype)
         backend.gather_rows(
             weight.detach().contiguous(),
@@ -135,7 +137,9 @@ def scalars(values: Sequence[float], dtype: torch.dtype) -> list[float]:
     """The numbers as every implementation sees them: rounded to the accumulator's dtype."""
     if dtype == torch.float64:
         return [float(value) for value in values]
-    return torch.tensor(list(values), dtype=torch.float64).float().tolist()
+    with np.errstate(over="ignore"):
+        rounded: list[float] = np.array(list(values), np.float64).astype(np.float32).tolist()
+    return rounded
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.first_order import FirstOrderOptimizer, Site
+from zoopt.kernels.dispatch import known
 from zoopt.kernels.key import NoiseKey
 from zoopt.kernels.moments import Format
 from zoopt.kernels.ops_adam import adamw_
@@ -56,8 +58,9 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         state = self._state(site.param, site.group)
         grad = matrix(gradient)
         completed = int(state["step"])
-        if refresh_due(site, completed):
-            finite = bool(torch.isfinite(grad).all())
+        if refresh_due(site, state, completed) and not site.continues:
+            # A norm makes no temporaries of the gradient's size.
+            finite = known(torch.linalg.vector_norm(grad, math.inf).isfinite(), True)
             if finite:
                 refresh(site, state, grad, geo)
             elif not completed:
@@ -88,13 +91,18 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         if geo is None:
             self._apply_whole(site, reduced, state, step, key)
             return
-        direction = self._rule(group).direction(reduced, state, group, step, key)
-        direction = direction.to(reduced.dtype)
+        direction = self._direction(site, reduced, state, step, key).to(reduced.dtype)
         grad = None if gradient is None else matrix(gradient)
         terms = self._residual(group).terms(direction, reduced, grad, state, group, geo)
         up = terms.product is not None or terms.sign_step
         bases = load_bases(site, state, geo, step - 1) if up else {}
         self._write(site, terms, reduced, grad, bases, geo, step)
+
+    def _direction(
+        self, site: Site, reduced: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey
+    ) -> Tensor:
+        """The rule's direction of R, (channels, r), or of a whole gradient."""
+        return self._rule(site.group).direction(reduced, state, site.group, step, key)
 
     def _write(
         self,
@@ -161,18 +169,21 @@ class ProjectedOptimizer(FirstOrderOptimizer):
                 rounding_draw=site.rounding_draw(step),
             )
         else:
-            direction = rule.direction(gradient, state, group, step, key)
+            direction = self._direction(site, gradient, state, step, key)
+            theta = param.detach().reshape(1, -1)
             add_product_(
-                param.detach().view(1, -1),
+                theta,
                 None,
                 None,
                 decay=1.0 if after else decay,
-                gradient=direction.view(1, -1),
+                gradient=direction.reshape(1, -1),
                 channel_scale=direction.new_full((1, 1), descent),
                 seed=site.seed,
                 stream=site.stream,
                 rounding_draw=site.rounding_draw(step),
             )
+            if not param.is_contiguous():
+                param.copy_(theta.reshape(param.shape))
         if after and decay != 1.0:
             param.mul_(decay)
 
@@ -187,9 +198,11 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         if group.get("rank") is None:
             return
         check_positive_int("rank", group["rank"])
-        check_positive_int("update_proj_gap", group["update_proj_gap"])
-        check_number("scale", group["scale"], low=0.0)
         check_choice("proj_type", group["proj_type"], get_args(ProjType))
+        if "update_proj_gap" in group:
+            check_positive_int("update_proj_gap", group["update_proj_gap"])
+        if "scale" in group:
+            check_number("scale", group["scale"], low=0.0)
         if "projector" in group:
             check_choice("projector", group["projector"], get_args(Projector))
 

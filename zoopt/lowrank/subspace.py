@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from zoopt.kernels.dispatch import known
 from zoopt.lowrank.geometry import Geometry
 from zoopt.noise import normal
 
-Projector = Literal["svd", "gram", "randomized", "warm", "random"]
+Projector = Literal["svd", "gram", "randomized", "warm", "random", "orthogonal"]
 #: Elements of a gradient that are widened to float32 at a time.
 CHUNK = 1 << 20
 
@@ -76,7 +77,8 @@ def subspace(
         gradient: (m, n), finite.
         projector: `"svd"` and `"gram"` are exact; `"randomized"` (Halko et al., 2011) draws a
             sketch from the noise; `"warm"` takes one step of orthogonal iteration from `previous`,
-            and is `"randomized"` without one; `"random"` ignores the gradient: N(0, 1/r).
+            and is `"randomized"` without one; `"random"` and `"orthogonal"` ignore the gradient:
+            N(0, 1/r), and the same made orthonormal.
         previous: the last basis, or None.
         seed, stream, draw: name the sketch's noise.
         power, oversample: power iterations and extra columns of a randomised basis.
@@ -84,9 +86,10 @@ def subspace(
     m, n = gradient.shape
     dim = n if right else m
     dtype = wide(gradient)
-    if projector == "random":
+    if projector in ("random", "orthogonal"):
         z = normal(dim * rank, seed=seed, stream=stream, draw=draw, device=gradient.device)
-        return z.view(dim, rank).to(dtype).mul_(1.0 / math.sqrt(rank))
+        z = z.view(dim, rank).to(dtype)
+        return orthonormal(z) if projector == "orthogonal" else z.mul_(1.0 / math.sqrt(rank))
     if projector == "svd":
         u, _, vh = torch.linalg.svd(gradient.to(dtype), full_matrices=False)
         top: Tensor = vh[:rank].t() if right else u[:, :rank]
@@ -117,12 +120,12 @@ def orthonormal(columns: Tensor) -> Tensor:
         gram = q.t() @ q
         shift = 11.0 * (q.shape[0] + 1) * torch.finfo(q.dtype).eps
         factor, failed = torch.linalg.cholesky_ex(gram.add_(eye, alpha=shift))
-        if failed.item():
+        if known(failed > 0, False):
             break
         solved: Tensor = torch.linalg.solve_triangular(factor, q.t(), upper=False)
         q = solved.t()
     error = (q.t() @ q - eye).abs().amax()
-    if error <= 1e3 * torch.finfo(q.dtype).eps:
+    if known(error <= 1e3 * torch.finfo(q.dtype).eps, True):
         return q.contiguous()
     householder, r = torch.linalg.qr(columns)
     flips = torch.where(r.diagonal() < 0, -1.0, 1.0)

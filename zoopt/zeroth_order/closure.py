@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Closure = Callable[[], Any]
 
@@ -70,12 +71,16 @@ class PinnedRNG:
         self._before = self._get()
         self._after: list[Any] | None = None
 
+    # A mode that is active, of fake tensors say, would make tensors of its own of the states.
+
     def _get(self) -> list[Any]:
-        return [get() for get, _ in self._generators]
+        with _disable_current_modes():
+            return [get() for get, _ in self._generators]
 
     def _set(self, states: list[Any]) -> None:
-        for (_, put), state in zip(self._generators, states, strict=True):
-            put(state)
+        with _disable_current_modes():
+            for (_, put), state in zip(self._generators, states, strict=True):
+                put(state)
 
     def evaluate(self, closure: Closure) -> float:
         """The closure's loss, under the pinned state and without autograd."""

@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from zoopt.checks import check_nonnegative_int, check_number
+from zoopt.kernels.dispatch import known
 from zoopt.kernels.key import NoiseKey
 from zoopt.kernels.ops import accumulator_dtype
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -112,7 +113,7 @@ class ConMeZO(ZerothOrderOptimizer):
         ]
         # Exactly rounded, hence the same in any order of the parameters.
         square = math.fsum(
-            float(self._state(param, group)["momentum_buffer"].double().square().sum())
+            known(self._state(param, group)["momentum_buffer"].double().square().sum(), 1.0)
             for param, group in taking_part
         )
         self._norm, self._numel = math.sqrt(square), sum(p.numel() for p, _ in taking_part)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels import add_, apply_, momentum_, perturb, perturb_rows
+from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.key import NoiseKey, Rounding
 from zoopt.kernels.ops import accumulator_dtype
 
@@ -284,7 +285,9 @@ class Noise(Elementwise):
 
 
 def chunks(elements: Tensor) -> Iterator[slice]:
-    """Slices that cover a flat tensor, in order."""
+    """Slices that cover a flat tensor, in order; of a fake one the first: memory is counted there,
+    and each takes the same."""
     size = _CHUNK.get(elements.device.type, _CHUNK["cuda"])
-    for start in range(0, elements.numel(), size):
+    end = min(size, elements.numel()) if is_fake(elements) else elements.numel()
+    for start in range(0, end, size):
         yield slice(start, min(start + size, elements.numel()))

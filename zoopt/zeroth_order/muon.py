@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoopt.kernels.dispatch import known
 from zoopt.kernels.key import NoiseKey
 from zoopt.kernels.ops import accumulator_dtype
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -157,6 +158,6 @@ class ZOMuon(LowRankZerothOrder):
         else:
             assert isinstance(direction, Noise)
             estimate = direction.combine(slot.param.detach().flatten(), weights, 0)
-            norm = float(estimate.double().square().sum().sqrt())
+            norm = known(estimate.double().square().sum().sqrt(), 1.0)
             scale = 1.0 / norm if norm else 0.0
             self._descend(slot, pending, offset, {d: scale * w for d, w in weights.items()})

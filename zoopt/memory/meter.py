@@ -1,0 +1,119 @@
+"""Bytes of live tensor storage, followed operator by operator, on real and on fake tensors."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+Category = Literal["parameters", "gradients", "optimizer state", "activations", "workspace"]
+CATEGORIES: tuple[Category, ...] = (
+    *("parameters", "gradients", "optimizer state"),
+    *("activations", "workspace"),
+)
+
+
+@dataclasses.dataclass
+class _Storage:
+    nbytes: int
+    category: Category
+
+
+class StorageMeter(TorchDispatchMode):
+    """Follows every tensor that an operator makes, until its storage dies.
+
+    What is made in the phases `forward ...` and `backward` is an activation (autograd's saved
+    tensors and the operators' own results alike), what is made elsewhere is workspace, unless
+    `track` says otherwise. Memory that an operator takes and frees inside, and that compiled
+    kernels keep in caches and registers, is not seen.
+
+    Attributes:
+        live: bytes by category at this moment.
+        peak: the most bytes at one time, and `at_peak`, their categories then.
+        phases: the peak of each phase, in the order of their first beginnings.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: collections.Counter[Category] = collections.Counter()
+        self.peak = 0
+        self.at_peak: dict[Category, int] = {}
+        self.phases: dict[str, int] = {}
+        self._phase = "load"
+        self._storages: weakref.WeakKeyDictionary[UntypedStorage, _Storage] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    @property
+    def total(self) -> int:
+        """Bytes alive now."""
+        return sum(self.live.values())
+
+    def track(self, tensors: Iterable[Tensor], category: Category) -> None:
+        """Count the tensors' storages, from now on as of that category."""
+        for tensor in tensors:
+            known = self._storages.get(tensor.untyped_storage())
+            if known is None:
+                self._add(tensor, category)
+            elif known.category != category:
+                self.live[known.category] -= known.nbytes
+                self.live[category] += known.nbytes
+                known.category = category
+        self._record()
+
+    def enter_phase(self, name: str) -> None:
+        """Begin a phase: what is made from here on, and peaks, belong to it."""
+        self._phase = name
+        self._record()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase of the step, and then the one before again."""
+        before = self._phase
+        self.enter_phase(name)
+        yield
+        self.enter_phase(before)
+
+    def forget_peaks(self) -> None:
+        """Begin anew from what is alive."""
+        self.peak = 0
+        self.phases.clear()
+        self._record()
+
+    def _add(self, tensor: Tensor, category: Category) -> None:
+        storage = tensor.untyped_storage()
+        entry = _Storage(storage.nbytes(), category)
+        self._storages[storage] = entry
+        self.live[category] += entry.nbytes
+        weakref.finalize(storage, self._drop, entry).atexit = False
+
+    def _drop(self, entry: _Storage) -> None:
+        self.live[entry.category] -= entry.nbytes
+
+    def _record(self) -> None:
+        total = self.total
+        self.phases[self._phase] = max(self.phases.get(self._phase, 0), total)
+        if total > self.peak:
+            self.peak = total
+            self.at_peak = {category: self.live[category] for category in CATEGORIES}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        active = self._phase.startswith(("forward", "backward"))
+        grown = False
+        for value in tree_iter(result):
+            if isinstance(value, Tensor) and value.untyped_storage() not in self._storages:
+                self._add(value, "activations" if active else "workspace")
+                grown = True
+        if grown:
+            self._record()
+        return result

@@ -1,0 +1,114 @@
+"""How a model is trained: every optimizer of the package, and what people would use instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import zoopt
+from zoopt.lowrank.selection import param_groups
+from zoopt.modules import is_conv1d
+
+Kind = Literal["inference", "zeroth-order", "backprop"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        name: what the tables call it.
+        kind: whether it runs forward passes only, and whether it updates.
+        build: makes the optimizer of a prepared model.
+        adapter: adapts the model first (LoRA), and returns what is trained; default, nothing.
+        fused: each gradient is applied and freed as backward reaches it.
+    """
+
+    name: str
+    kind: Kind
+    build: Callable[[nn.Module], torch.optim.Optimizer]
+    adapter: Callable[[nn.Module], nn.Module] | None = None
+    fused: bool = False
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model that is trained."""
+        return model if self.adapter is None else self.adapter(model)
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+
+
+def _none(model: nn.Module) -> Any:
+    raise TypeError("inference has no optimizer")
+
+
+def _plain(cls: Any, **options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: cls(_trained(model), **options)
+
+
+def _projected(cls: Any, rank: int, **options: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: cls(param_groups(model, target="linear", rank=rank), **options)
+
+
+def lora(rank: int) -> Callable[[nn.Module], nn.Module]:
+    """Adapters of that rank on every linear layer, the rest frozen (needs peft)."""
+
+    def adapt(model: nn.Module) -> nn.Module:
+        import peft
+
+        transposed = any(map(is_conv1d, model.modules()))
+        config = peft.LoraConfig(r=rank, target_modules="all-linear", fan_in_fan_out=transposed)
+        with warnings.catch_warnings():
+            # peft asks transformers by a name that transformers deprecates.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            adapted: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+        return adapted
+
+    return adapt
+
+
+def methods(rank: int = 128, lora_rank: int = 8) -> list[Method]:
+    """Every method, the alternatives first.
+
+    Args:
+        rank: of the low-rank projections.
+        lora_rank: of LoRA's adapters.
+    """
+    zeroth_order = {
+        "MeZO": _plain(zoopt.MeZO),
+        "MeZO, in place": _plain(zoopt.MeZO, perturbation="inplace"),
+        "MeZO, momentum window": _plain(zoopt.MeZO, momentum=0.9, momentum_window=10),
+        "ZOAdam": _plain(zoopt.ZOAdam),
+        "ZOAdam, window": _plain(zoopt.ZOAdam, state="window"),
+        "ZOAdam, scalar": _plain(zoopt.ZOAdam, state="scalar"),
+        "ZOSignSGD": _plain(zoopt.ZOSignSGD),
+        "ZOConservativeSGD": _plain(zoopt.ZOConservativeSGD),
+        "FZOO": _plain(zoopt.FZOO),
+        "LOZO": _plain(zoopt.LOZO),
+        "SubZero": _plain(zoopt.SubZero),
+        "ZOMuon": _plain(zoopt.ZOMuon),
+        "HiZOO": _plain(zoopt.HiZOO),
+        "ConMeZO": _plain(zoopt.ConMeZO),
+    }
+    first_order = {
+        "SGD": _plain(torch.optim.SGD, lr=1e-3),
+        "AdamW": _plain(torch.optim.AdamW),
+        "zoopt.AdamW": _plain(zoopt.AdamW),
+        "zoopt.AdamW, bfloat16 state": _plain(zoopt.AdamW, state_dtype="bfloat16"),
+        "zoopt.AdamW, int8 state": _plain(zoopt.AdamW, state_dtype="int8"),
+        "zoopt.AdamW, int4 state": _plain(zoopt.AdamW, state_dtype="int4"),
+        "GaLoreAdamW": _projected(zoopt.GaLoreAdamW, rank),
+        "GaLoreAdamW, int8 state": _projected(zoopt.GaLoreAdamW, rank, state_dtype="int8"),
+    }
+    return [
+        Method("inference", "inference", _none),
+        *(Method(name, "zeroth-order", build) for name, build in zeroth_order.items()),
+        *(Method(name, "backprop", build) for name, build in first_order.items()),
+        Method("LoRA + AdamW", "backprop", _plain(torch.optim.AdamW), adapter=lora(lora_rank)),
+    ]

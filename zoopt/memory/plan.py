@@ -1,0 +1,123 @@
+"""The planner: what a training step takes, counted on tensors that have shapes and no values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from zoopt.checks import check_choice, check_positive_int
+from zoopt.memory.methods import Method, methods
+from zoopt.memory.models import ModelSpec, resolve
+from zoopt.memory.simulate import Estimate, Simulation, fake
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The estimates for one model, the smallest first.
+
+    Attributes:
+        model, batch, seq, dtype, checkpointing: what was planned.
+        parameters: how many the model has.
+        estimates: one a method.
+    """
+
+    model: str
+    batch: int
+    seq: int
+    dtype: str
+    checkpointing: bool
+    parameters: int
+    estimates: list[Estimate]
+
+    def __getitem__(self, name: str) -> Estimate:
+        for estimate in self.estimates:
+            if estimate.name == name:
+                return estimate
+        raise KeyError(f"{name!r} is not in the plan, which has {[e.name for e in self.estimates]}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def plan(
+    model: str | ModelSpec,
+    *,
+    optimizers: str | Sequence[str | Method] = "all",
+    batch: int = 1,
+    seq: int = 512,
+    dtype: str = "bfloat16",
+    checkpointing: bool = False,
+    rank: int = 128,
+    lora_rank: int = 8,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Predict the peak memory of a training step, for each optimizer; nothing is allocated.
+
+    The step runs operator by operator on fake tensors, under the same meter that
+    `zoopt.memory.measure` reads on real ones. What the meter cannot see is not in the figures: the
+    framework's own memory (a CUDA context takes some 0.5 GB), an allocator's fragmentation, and
+    temporaries inside operators.
+
+    Args:
+        model: a named architecture (`zoopt.memory.models.names()`), a directory or config.json of
+            a transformers causal or masked LM, or `module:function`, called with batch and seq and
+            returning a module and its keyword arguments.
+        optimizers: `"all"`, or names of methods (see `zoopt.memory.methods`), or `Method`s.
+        batch, seq: examples, and tokens an example.
+        dtype: of weights, gradients and activations: bfloat16, float16 or float32.
+        checkpointing: activations are computed again in the backward pass.
+        rank: of the low-rank projections.
+        lora_rank: of LoRA's adapters.
+        progress: called with the name of each method as its turn comes.
+
+    Returns:
+        The plan, smallest peak first.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, or an optimizer that is none.
+        ImportError: transformers (or peft, for LoRA) is needed and not installed.
+    """
+    check_positive_int("batch", batch)
+    check_positive_int("seq", seq)
+    check_positive_int("rank", rank)
+    check_positive_int("lora_rank", lora_rank)
+    check_choice("dtype", dtype, DTYPES)
+    chosen = select(optimizers, methods(rank, lora_rank))
+    spec = resolve(model) if isinstance(model, str) else model
+    with fake(DTYPES[dtype]):
+        simulation = Simulation(spec, checkpointing, seq)
+        estimates = []
+        for method in chosen:
+            if progress is not None:
+                progress(method.name)
+            estimates.append(simulation.estimate(method, batch))
+    parameters = simulation.parameters
+    estimates.sort(key=lambda estimate: estimate.peak)
+    name = model if isinstance(model, str) else model.name
+    return Plan(name, batch, seq, dtype, checkpointing, parameters, estimates)
+
+
+def select(wanted: str | Sequence[str | Method], known: Sequence[Method]) -> list[Method]:
+    """The methods asked for.
+
+    Raises:
+        ValueError: a name that is none of the known ones.
+    """
+    if wanted == "all":
+        return list(known)
+    table = {method.name.lower(): method for method in known}
+    chosen = []
+    for item in [wanted] if isinstance(wanted, str) else wanted:
+        if isinstance(item, str) and item.lower() not in table:
+            raise ValueError(
+                f"optimizers must be 'all' or some of {', '.join(m.name for m in known)}; "
+                f"got {item!r}"
+            )
+        chosen.append(table[item.lower()] if isinstance(item, str) else item)
+    return chosen

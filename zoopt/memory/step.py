@@ -1,0 +1,171 @@
+"""One training step, phase by phase, under a meter: on real tensors or on fake ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import zoopt
+from zoopt.kernels.dispatch import is_fake
+from zoopt.memory.meter import StorageMeter
+from zoopt.memory.methods import Method
+from zoopt.optimizer import DeclaredStateOptimizer
+
+Inputs = Mapping[str, Any]
+#: A zeroth-order step repeats its evaluations alike; this many are run, and the rest assumed.
+EVALUATIONS = 2
+_FORWARD = {1: "forward +", 2: "forward -"}
+
+
+def loss_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The model's loss: its `loss`, or the mean of its (first) result where it has none."""
+    output = model(**inputs)
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return output.float().mean()
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_of(item)
+
+
+def run_steps(
+    model: nn.Module,
+    inputs: Inputs,
+    method: Method,
+    meter: StorageMeter,
+    *,
+    steps: int = 2,
+    mark: Callable[[str], None] | None = None,
+) -> torch.optim.Optimizer | None:
+    """Take `steps` steps of the method: the first makes the state, the others have it throughout.
+
+    Args:
+        mark: called with the name of each phase as it begins.
+
+    Returns:
+        The optimizer, or None for inference.
+    """
+
+    def enter(phase: str) -> None:
+        meter.enter_phase(phase)
+        if mark is not None:
+            mark(phase)
+
+    enter("load")
+    meter.track(tensors_of(inputs), "activations")
+    model = method.prepare(model)
+    meter.track([*model.parameters(), *model.buffers()], "parameters")
+    model.train(method.kind == "backprop")
+    if method.kind == "inference":
+        enter("forward")
+        with torch.no_grad():
+            loss_of(model, inputs)
+        return None
+    optimizer = method.build(model)
+    if is_fake(next(model.parameters())) and isinstance(optimizer, DeclaredStateOptimizer):
+        allocate_state(optimizer, meter)
+        for param in repeated_shapes(optimizer):
+            param.requires_grad_(False)
+    fusion = zoopt.fuse_backward(model, optimizer) if method.fused else contextlib.nullcontext()
+    with fusion:
+        for _ in range(steps):
+            if method.kind == "zeroth-order":
+                _zeroth_order_step(model, inputs, optimizer, enter)
+            else:
+                backprop(model, inputs, meter, enter)
+                enter("update")
+                optimizer.step()
+                optimizer.zero_grad()
+            meter.track(tensors_of(list(optimizer.state.values())), "optimizer state")
+    return optimizer
+
+
+def repeated_shapes(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters but one of each shape and group: updates of one shape take the same memory."""
+    repeated = []
+    for group in optimizer.param_groups:
+        seen = set()
+        for param in group["params"]:
+            if param.shape in seen:
+                repeated.append(param)
+            seen.add(param.shape)
+    return repeated
+
+
+def allocate_state(optimizer: DeclaredStateOptimizer, meter: StorageMeter) -> None:
+    """Make all of the optimizer's state, as if it had stepped before."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.requires_grad:
+                optimizer.allocate_state(param, group)
+    meter.track(tensors_of(list(optimizer.state.values())), "optimizer state")
+
+
+def _zeroth_order_step(
+    model: nn.Module,
+    inputs: Inputs,
+    optimizer: torch.optim.Optimizer,
+    enter: Callable[[str], None],
+) -> None:
+    count = 0
+    # A run's first evaluation is repeated, to be compared.
+    repeats = int(not optimizer.param_groups[0].get("step", 1))
+    smallest = min(model.parameters(), key=lambda param: param.numel())
+
+    def closure(*_: Any) -> float:
+        nonlocal count
+        count += 1
+        fake = is_fake(smallest)
+        if fake and count - repeats > EVALUATIONS:
+            smallest.sum()  # Virtual perturbations want to be read.
+            return 0.0
+        enter(_FORWARD.get(max(1, count - repeats), "forward, later ones"))
+        loss = loss_of(model, inputs)
+        value = 0.0 if fake else float(loss)
+        del loss
+        enter("perturb")
+        return value
+
+    enter("perturb")
+    optimizer.step(closure)
+    enter("update")
+
+
+def backprop(
+    model: nn.Module, inputs: Inputs, meter: StorageMeter, enter: Callable[[str], None]
+) -> None:
+    """The loss and its gradients, as the meter's."""
+
+    def gradient_made(param: Tensor) -> None:
+        if param.grad is not None:
+            meter.track([param.grad], "gradients")
+
+    hooks = [
+        param.register_post_accumulate_grad_hook(gradient_made)
+        for param in model.parameters()
+        if param.requires_grad
+    ]
+    try:
+        enter("forward")
+        loss = loss_of(model, inputs)
+        enter("backward")
+        loss.backward()  # type: ignore[no-untyped-call]
+    finally:
+        for hook in hooks:
+            hook.remove()
