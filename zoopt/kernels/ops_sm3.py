@@ -96,7 +96,9 @@ def sm3_(
         return theta
     if values.dtype != theta.dtype:
         values = values.to(accumulator_dtype(theta.dtype))
-    row, column = _bound(accumulators[:split]), _bound(accumulators[split:])
+    unbounded = accumulators[0].new_full((1,), math.inf)
+    row = _bound(unbounded, accumulators[:split])
+    column = _bound(unbounded, accumulators[split:])
     if rows is not None:
         row = row[rows]
     n = column.numel()
@@ -133,11 +135,11 @@ def _split(shape: tuple[int, ...]) -> int:
     )
 
 
-def _bound(vectors: Sequence[Tensor]) -> Tensor:
-    """The least of vectors (a,), (b,) ... at each of a b ... positions: (a b ...,)."""
-    bound = torch.full((1,), math.inf)
+def _bound(unbounded: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+    """The least of infinity, (1,), and vectors (a,), (b,) ... at each of their a b ... positions."""
+    bound = unbounded
     for vector in vectors:
-        bound = torch.fmin(bound.to(vector)[:, None], vector).view(-1)
+        bound = torch.fmin(bound[:, None], vector).view(-1)
     return bound
 
 
