@@ -64,8 +64,13 @@ def _spans(key: NoiseKey, numel: int) -> list[tuple[int, int, dict[str, Any]]]:
     return spans
 
 
+def backend_name() -> str:
+    """What the kernels run on."""
+    return "interpreter" if interpreting() else "hip" if torch.version.hip else "cuda"
+
+
 def _noise(key: NoiseKey) -> dict[str, Any]:
-    backend = "interpreter" if interpreting() else "hip" if torch.version.hip else "cuda"
+    backend = backend_name()
     return {
         "stream": _int32(key.stream),
         "k0": _int32(key.seed & 0xFFFFFFFF),

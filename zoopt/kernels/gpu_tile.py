@@ -41,15 +41,8 @@ def _u32(x):
 
 
 @triton.jit
-def _words(
-    index, stream, draw, k0, k1, PURPOSE: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The words of the Philox blocks that hold BLOCK elements from index on: uint32.
-
-    index is a multiple of PER_BLOCK, the elements that one Philox block serves. The result has
-    shape (4 BLOCK / PER_BLOCK,).
-    """
-    block = index // PER_BLOCK + tl.arange(0, BLOCK // PER_BLOCK)
+def _philox(block, stream, draw, k0, k1, PURPOSE: tl.constexpr):
+    """The four words of each Philox block of a tensor of block numbers, int64: uint32."""
     c0 = block.to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32) + (PURPOSE << 24)
     c2 = _u32(draw) + tl.zeros_like(c0)
@@ -66,6 +59,20 @@ def _words(
         )
         key_0 = (key_0 + _W0).to(tl.uint32)
         key_1 = (key_1 + _W1).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _words(
+    index, stream, draw, k0, k1, PURPOSE: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The words of the Philox blocks that hold BLOCK elements from index on: uint32.
+
+    index is a multiple of PER_BLOCK, the elements that one Philox block serves. The result has
+    shape (4 BLOCK / PER_BLOCK,).
+    """
+    block = index // PER_BLOCK + tl.arange(0, BLOCK // PER_BLOCK)
+    c0, c1, c2, c3 = _philox(block, stream, draw, k0, k1, PURPOSE)
     return tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), [4 * BLOCK // PER_BLOCK])
 
 
@@ -86,17 +93,27 @@ def _quantile(half, BACKEND: tl.constexpr):
 
 
 @triton.jit
-def _halfwords(index, stream, draw, k0, k1, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
+def halfwords(index, stream, draw, k0, k1, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
     """16 bits for each of BLOCK elements from index on: uint32, (BLOCK,)."""
     w = _words(index, stream, draw, k0, k1, PURPOSE, 8, BLOCK)
     return tl.reshape(tl.join(w & 0xFFFF, w >> 16), [BLOCK])
 
 
 @triton.jit
+def halfwords_at(index, stream, draw, k0, k1, PURPOSE: tl.constexpr):
+    """16 bits for each element of a tensor of indices, int64: a Philox call for each."""
+    c0, c1, c2, c3 = _philox(index >> 3, stream, draw, k0, k1, PURPOSE)
+    low = tl.where((index & 2) == 0, c0, c1)
+    high = tl.where((index & 2) == 0, c2, c3)
+    word = tl.where((index & 4) == 0, low, high)
+    return tl.where((index & 1) == 0, word & 0xFFFF, word >> 16)
+
+
+@triton.jit
 def kept(index, stream, draw, k0, k1, threshold, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """Which of BLOCK elements a direction moves: (BLOCK,), or a scalar that nothing reads."""
     if MASKED:
-        return _halfwords(index, stream, draw, k0, k1, _MASK, BLOCK).to(tl.int32) < threshold
+        return halfwords(index, stream, draw, k0, k1, _MASK, BLOCK).to(tl.int32) < threshold
     else:
         return True
 
@@ -139,6 +156,39 @@ def direction(
 
 
 @triton.jit
+def nearest(x, dtype: tl.constexpr, BACKEND: tl.constexpr):
+    """x, float32, in a dtype, to nearest."""
+    if BACKEND != "cuda" and dtype == tl.bfloat16:
+        # A NaN stays one: those that come from bfloat16 or from arithmetic do not carry over.
+        pattern = x.to(tl.uint32, bitcast=True)
+        near = (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16
+        return near.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def stochastic(x, bits, dtype: tl.constexpr):
+    """x, float32, in bfloat16 or float16, by the random bits, uint32 below 65536."""
+    pattern = x.to(tl.uint32, bitcast=True)
+    if dtype == tl.bfloat16:
+        finite = (pattern & 0x7F800000) != 0x7F800000
+        carried = pattern + tl.where(finite, bits, 0)
+        return (carried >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        # The formula of reference.round_stochastic.
+        magnitude = tl.abs(x)
+        exponent = tl.maximum((pattern >> 23) & 0xFF, 113)
+        ulp = ((exponent - 10) << 23).to(tl.float32, bitcast=True)
+        inverse = ((264 - exponent) << 23).to(tl.float32, bitcast=True)
+        uniform = (bits & 0x1FFF).to(tl.float32) * 0.0001220703125
+        steps = tl.floor(magnitude * inverse + uniform)
+        near = tl.where(magnitude < 65536.0, steps * ulp, magnitude)
+        signed = near.to(tl.uint32, bitcast=True) | (pattern & 0x80000000)
+        return signed.to(tl.float32, bitcast=True).to(tl.float16)
+
+
+@triton.jit
 def rounded(
     x,
     index,
@@ -152,27 +202,7 @@ def rounded(
     BLOCK: tl.constexpr,
 ):
     """x, float32 (BLOCK,), in theta's dtype."""
-    pattern = x.to(tl.uint32, bitcast=True)
     if STOCHASTIC:
-        bits = _halfwords(index, stream, draw, k0, k1, _ROUNDING, BLOCK)
-        if dtype == tl.bfloat16:
-            finite = (pattern & 0x7F800000) != 0x7F800000
-            carried = pattern + tl.where(finite, bits, 0)
-            return (carried >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        else:
-            # The formula of reference.round_stochastic.
-            magnitude = tl.abs(x)
-            exponent = tl.maximum((pattern >> 23) & 0xFF, 113)
-            ulp = ((exponent - 10) << 23).to(tl.float32, bitcast=True)
-            inverse = ((264 - exponent) << 23).to(tl.float32, bitcast=True)
-            uniform = (bits & 0x1FFF).to(tl.float32) * 0.0001220703125
-            steps = tl.floor(magnitude * inverse + uniform)
-            near = tl.where(magnitude < 65536.0, steps * ulp, magnitude)
-            signed = near.to(tl.uint32, bitcast=True) | (pattern & 0x80000000)
-            return signed.to(tl.float32, bitcast=True).to(tl.float16)
-    elif BACKEND != "cuda" and dtype == tl.bfloat16:
-        # A NaN stays one: those that come from bfloat16 or from arithmetic do not carry over.
-        near = (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16
-        return near.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return stochastic(x, halfwords(index, stream, draw, k0, k1, _ROUNDING, BLOCK), dtype)
     else:
-        return x.to(dtype)
+        return nearest(x, dtype, BACKEND)
