@@ -50,7 +50,7 @@ def geometry(param: Tensor, group: Group) -> Geometry | None:
     rank above the matrix's own is cut to it. `density` is the rank as a fraction of the side that
     is projected.
     """
-    if group.get("rank", group.get("density")) is None or param.dim() < 2:
+    if not _is_projected(group) or param.dim() < 2:
         return None
     m, n = param.shape[0], math.prod(param.shape[1:])
     proj_type = group["proj_type"]
@@ -62,6 +62,13 @@ def geometry(param: Tensor, group: Group) -> Geometry | None:
         side = {"right": "right", "left": "left", "full": "both"}[proj_type]
     rank = min(m, n) and _rank(group, m if side == "left" else n, min(m, n))
     return Geometry(m, n, rank, side) if rank else None  # type: ignore[arg-type]
+
+
+def _is_projected(group: Group) -> bool:
+    """Not where `rank` or `density` is None, and not where all of a matrix is its density."""
+    if "density" in group:
+        return group["density"] not in (None, 1)
+    return group.get("rank") is not None
 
 
 def _rank(group: Group, dim: int, own: int) -> int:

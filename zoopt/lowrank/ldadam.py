@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -17,12 +17,10 @@ from zoopt.kernels.ops_adam import adam_
 from zoopt.kernels.ops_product import add_product_
 from zoopt.lowrank.adamw import AdamFamily, StateRounding
 from zoopt.lowrank.geometry import Geometry, geometry, matrix
-from zoopt.lowrank.residuals import Terms
+from zoopt.lowrank.residuals import OneSided, Terms
 from zoopt.lowrank.rules import adam_moments, adam_numbers, store_moment
 from zoopt.lowrank.subspace import factors, orthonormal, subspace, times
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
-
-OneSided = Literal["std", "reverse_std", "right", "left"]
 
 
 def next_basis(
@@ -179,13 +177,17 @@ class LDAdamW(AdamFamily):
         super()._check_group(group)
         check_number("rho", group["rho"], low=0.0, high=1.0, open_high=True)
         check_bool("error_feedback", group["error_feedback"])
-        check_choice("proj_type", group["proj_type"], ("std", "reverse_std", "right", "left"))
+        check_choice("proj_type", group["proj_type"], get_args(OneSided))
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         """The gradient itself: the basis is one of the whole step's, and so is the error."""
         if geometry(site.param, site.group) is None:
             return gradient
-        return gradient if known(torch.isfinite(gradient).all(), True) else None
+        return (
+            gradient
+            if known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True)
+            else None
+        )
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
         param, group = site.param, site.group
