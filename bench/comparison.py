@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from tqdm import tqdm
 
 from bench import common
+from zoopt.cli.terminal import Parser
 
 
 class Run(Protocol):
@@ -264,7 +265,7 @@ def run_all(
                 bar.update()
 
 
-def add_arguments(arguments: common.Parser, results: Path, chart: str) -> None:
+def add_arguments(arguments: Parser, results: Path, chart: str) -> None:
     """Where runs and the report go, and how many processes there are."""
     arguments.add_argument(
         "--workers", type=common.positive, default=1, help="processes, a thread each"
@@ -279,7 +280,7 @@ def add_arguments(arguments: common.Parser, results: Path, chart: str) -> None:
     arguments.add_argument("--only-report", action="store_true", help="start no runs")
 
 
-def make_folders(arguments: common.Parser, options: argparse.Namespace) -> None:
+def make_folders(arguments: Parser, options: argparse.Namespace) -> None:
     """Make the report's folders; exit if it could not be written."""
     for path in (options.json, options.plot):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -217,7 +217,7 @@ class Drift:
 
     def advance(self) -> None:
         for side in (self.left, self.right):
-            fresh = _orthonormal(*side.shape, side.device)
+            fresh = _orthonormal(len(side), side.shape[1], side.device)
             q, r = torch.linalg.qr(math.cos(self.angle) * side + math.sin(self.angle) * fresh)
             # Without Householder's signs, so that a direction stays itself.
             side.copy_(q * r.diagonal().sign())
@@ -235,7 +235,14 @@ def _orthonormal(dim: int, rank: int, device: torch.device) -> Tensor:
 
 def captured(gradient: Tensor, basis: Tensor) -> float:
     """The share of the gradient's energy in the span of an orthonormal basis (n, r)."""
-    return float((gradient @ basis).square().sum() / gradient.square().sum())
+    return ((gradient @ basis).square().sum() / gradient.square().sum()).item()
+
+
+def timed(work: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    """Seconds, and what was made."""
+    made: list[Tensor] = []
+    spent = common.seconds(lambda: made.append(work()), device)
+    return spent, made[0]
 
 
 def refresh_rows(options: argparse.Namespace, device: torch.device) -> list[common.Row]:
@@ -252,13 +259,12 @@ def refresh_rows(options: argparse.Namespace, device: torch.device) -> list[comm
         best = captured(held_out, drift.right[:, :rank])
         for name in times:
             common.progress(f"refresh {turn} of {options.refreshes}: {name}")
-            made: list[Tensor] = []
             work = functools.partial(new_basis, gradient, rank, True, name, previous)
-            spent = common.seconds(lambda made=made, work=work: made.append(work()), device)
+            spent, basis = timed(work, device)
             if turn:
                 times[name].append(spent)
-                energies[name].append(captured(held_out, made[0]) / best)
-        [previous] = made
+                energies[name].append(captured(held_out, basis) / best)
+        previous = basis
     common.progress("")
     return [
         common.measured(

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from bench import common, comparison
+from bench import comparison
 from bench.pretrain_methods import METHODS, state_bytes
 from bench.pretrain_task import Settings, Task, matrices
+from zoopt.machine import identity
 from zoopt.noise import NOISE_VERSION
 
 
@@ -86,7 +87,7 @@ def execute(run: Run, settings: Settings, task: Task) -> dict[str, Any]:
     return {
         "config_hash": comparison.config_hash(config),
         "config": config,
-        "machine": common.machine(torch.device("cpu")),
+        "machine": identity(torch.device("cpu")),
         "losses": losses,
         "validation": validation,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
