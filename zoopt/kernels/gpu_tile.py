@@ -41,7 +41,7 @@ def _u32(x):
 
 
 @triton.jit
-def _philox(block, stream, draw, k0, k1, PURPOSE: tl.constexpr):
+def philox4x32(block, stream, draw, k0, k1, PURPOSE: tl.constexpr):
     """The four words of each Philox block of a tensor of block numbers, int64: uint32."""
     c0 = block.to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32) + (PURPOSE << 24)
@@ -72,7 +72,7 @@ def _words(
     shape (4 BLOCK / PER_BLOCK,).
     """
     block = index // PER_BLOCK + tl.arange(0, BLOCK // PER_BLOCK)
-    c0, c1, c2, c3 = _philox(block, stream, draw, k0, k1, PURPOSE)
+    c0, c1, c2, c3 = philox4x32(block, stream, draw, k0, k1, PURPOSE)
     return tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), [4 * BLOCK // PER_BLOCK])
 
 
@@ -102,7 +102,7 @@ def halfwords(index, stream, draw, k0, k1, PURPOSE: tl.constexpr, BLOCK: tl.cons
 @triton.jit
 def halfwords_at(index, stream, draw, k0, k1, PURPOSE: tl.constexpr):
     """16 bits for each element of a tensor of indices, int64: a Philox call for each."""
-    c0, c1, c2, c3 = _philox(index >> 3, stream, draw, k0, k1, PURPOSE)
+    c0, c1, c2, c3 = philox4x32(index >> 3, stream, draw, k0, k1, PURPOSE)
     low = tl.where((index & 2) == 0, c0, c1)
     high = tl.where((index & 2) == 0, c2, c3)
     word = tl.where((index & 4) == 0, low, high)
