@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 import zoopt
+from tests.reference.apollo_float64 import Apollo64
+from tests.reference.fira_float64 import Fira64
+from tests.reference.frugal_float64 import Frugal64
 from tests.reference.galore_float64 import GaLore64
+from tests.reference.ldadam_float64 import LDAdam64
+from tests.reference.qgalore_float64 import QGaLore64
+from tests.reference.sm3_float64 import SM364
 
 #: shape, bytes of an element -> bytes of state of one parameter.
 StateBytes = Callable[[tuple[int, ...], int], int]
@@ -29,6 +35,8 @@ class Row:
         falls: to what fraction 200 steps take the loss.
         tolerance: against the oracle, in float64, relative to 1 + max |theta|.
         oracle_options: as the oracle calls them, where names or values differ.
+        matrices: whether the oracle gets tensors of more than two axes as matrices.
+        sparse: whether it takes sparse gradients.
     """
 
     name: str
@@ -39,6 +47,8 @@ class Row:
     falls: float = 0.5
     tolerance: float = 1e-9
     oracle_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    matrices: bool = True
+    sparse: bool = False
 
     def build(self, model: nn.Module, **options: Any) -> Any:
         return self.cls(model.named_parameters(), **{**self.options, **options})  # type: ignore[call-arg]
@@ -132,6 +142,84 @@ def galore(name: str, **options: Any) -> Row:
     return row(name, zoopt.GaLoreAdamW, oracle, kept, **{**base, **options})
 
 
+def residual(name: str, cls: type[Any], oracle: type[Any] | None, **options: Any) -> Row:
+    """Of the methods that keep their last norm."""
+    kept = projected(
+        options.get("rank", 1),
+        options.get("proj_type", "std"),
+        state_dtype=options.get("state_dtype", "float32"),
+        bases=options.get("projector", "random" if oracle is not Fira64 else "warm") != "random",
+        extra=1,
+    )
+    oracle = None if "state_dtype" in options else oracle
+    return row(name, cls, oracle, kept, **{"update_proj_gap": 5, "scale": 1.0, **options})
+
+
+def qgalore(name: str, basis_dtype: str = "int4", **options: Any) -> Row:
+    """Moments in int8 only where asked for; two numbers for the lazy refresh."""
+    rank, state_dtype = options["rank"], options.get("state_dtype", "float32")
+    lazy = options.get("cos_threshold", 0.4) is not None
+
+    def kept(shape: tuple[int, ...], itemsize: int) -> int:
+        full = projected(rank, state_dtype=state_dtype, bases=basis_dtype == "float32")
+        if len(shape) < 2:
+            return full(shape, itemsize)
+        m, n = shape[0], math.prod(shape[1:])
+        numel = min(m, n) * min(rank, m, n)
+        codes = math.ceil(numel / 2) + 4 * math.ceil(numel / 256)
+        return full(shape, itemsize) + 8 * lazy + codes * (basis_dtype == "int4")
+
+    oracle = QGaLore64 if options.get("projector") == "svd" else None
+    base = {"state_dtype": "float32", "basis_dtype": basis_dtype, "update_proj_gap": 5}
+    return row(name, zoopt.QGaLoreAdamW, oracle, kept, **{**base, "scale": 1.0, **options})
+
+
+def ldadam(name: str, **options: Any) -> Row:
+    low_rank = projected(
+        options["rank"],
+        options.get("proj_type", "std"),
+        state_dtype=options.get("state_dtype", "float32"),
+    )
+
+    def kept(shape: tuple[int, ...], itemsize: int) -> int:
+        error = len(shape) > 1 and options.get("error_feedback", True)
+        return low_rank(shape, itemsize) + (itemsize * math.prod(shape) if error else 0)
+
+    oracle = None if "state_dtype" in options else LDAdam64
+    return row(name, zoopt.LDAdamW, oracle, kept, **options)
+
+
+def frugal(name: str, **options: Any) -> Row:
+    """A density of 1/4, and its basis where it is not columns."""
+    density, projector = options.get("density", 0.25), options.get("projector", "columns")
+    moments = 2 if options.get("rule", "adam") == "adam" else 1
+    state_dtype = options.get("state_dtype", "float32")
+
+    def kept(shape: tuple[int, ...], itemsize: int) -> int:
+        if len(shape) < 2 or density == 1.0:
+            return whole(moments, state_dtype)(shape, itemsize)
+        m, n = shape[0], math.prod(shape[1:])
+        side, channels = (n, m) if m >= n or options.get("proj_type") == "right" else (m, n)
+        r = max(1, round(density * side))
+        basis = 0 if projector == "columns" else wide(itemsize) * side * r
+        return 4 + basis + moments * coded(channels * r, state_dtype, itemsize)
+
+    oracle = None if "state_dtype" in options else Frugal64
+    base = {"lr": 2e-3, "update_proj_gap": 5}
+    return row(name, zoopt.Frugal, oracle, kept, **{**base, **options})
+
+
+def sm3(name: str, **options: Any) -> Row:
+    """A number an index of each axis; the step where weights are rounded stochastically."""
+
+    def kept(shape: tuple[int, ...], itemsize: int) -> int:
+        buffer = math.prod(shape) if options.get("momentum") else 0
+        step = 4 if itemsize == 2 and options.get("rounding") != "nearest" else 0
+        return wide(itemsize) * (sum(shape) + buffer) + step
+
+    return row(name, zoopt.SM3, SM364, kept, matrices=False, sparse=True, **options)
+
+
 ROWS = [
     row("", zoopt.AdamW, GaLore64, whole(), oracle_options={"weight_decay": 1e-2}),
     row("decay", zoopt.AdamW, GaLore64, whole(), weight_decay=0.1, betas=(0.8, 0.9)),
@@ -153,6 +241,43 @@ ROWS = [
     galore("released", rank=8, projector="svd", stagger=False, decay="after", eps_correction=False),
     galore("int8", rank=48, state_dtype="int8"),
     galore("int4", rank=48, state_dtype="int4", state_rounding="nearest"),
+    residual("", zoopt.Apollo, Apollo64, rank=8),
+    residual("unlimited", zoopt.Apollo, Apollo64, rank=8, norm_growth_limit=None, scale=0.5),
+    residual("svd", zoopt.Apollo, Apollo64, rank=8, projector="svd", weight_decay=0.1),
+    residual("warm", zoopt.Apollo, Apollo64, rank=8, projector="warm", stagger=False),
+    residual("int8", zoopt.Apollo, Apollo64, rank=48, state_dtype="int8"),
+    residual("", zoopt.ApolloMini, Apollo64, oracle_options={"mini": True}),
+    residual("ascent", zoopt.ApolloMini, Apollo64, oracle_options={"mini": True}, maximize=True),
+    residual("", zoopt.Fira, Fira64, rank=8),
+    residual("svd", zoopt.Fira, Fira64, rank=8, projector="svd", scale=0.25, weight_decay=0.1),
+    residual("unlimited", zoopt.Fira, Fira64, rank=8, norm_growth_limit=None),
+    # Next to nothing of the last weight's gradient is outside: a norm that is a small difference.
+    residual("reverse", zoopt.Fira, Fira64, rank=8, proj_type="reverse_std", tolerance=1e-7),
+    residual("ascent", zoopt.Fira, Fira64, rank=8, maximize=True),
+    residual("int8", zoopt.Fira, Fira64, rank=48, state_dtype="int8"),
+    qgalore("", rank=8, projector="svd", weight_decay=0.1),
+    qgalore("lazy", rank=8, projector="svd", update_proj_gap=2, queue_size=1, cos_threshold=0.1),
+    qgalore("float32 basis", rank=8, projector="svd", basis_dtype="float32", cos_threshold=None),
+    qgalore("int8", rank=48, state_dtype="int8"),
+    qgalore("gram", rank=8, projector="gram", stagger=False),
+    ldadam("", rank=8),
+    ldadam("decay", rank=8, weight_decay=0.1, proj_type="left", rho=0.5),
+    ldadam("without feedback", rank=8, error_feedback=False),
+    ldadam("full rank", rank=1000),
+    ldadam("int8", rank=48, state_dtype="int8"),
+    frugal(""),
+    frugal("columns", proj_type="right", weight_decay=0.1, stagger=False),
+    frugal("svd", projector="svd", sign_lr_scale=0.1),
+    frugal("orthogonal", projector="orthogonal"),
+    frugal("lion", rule="lion"),
+    frugal("momentum", rule="momentum", momentum=0.5),
+    frugal("full", density=1.0, lr=1e-2),
+    frugal("ascent", maximize=True),
+    frugal("int8", density=0.9, state_dtype="int8"),
+    sm3("", lr=0.1),
+    sm3("momentum", lr=0.1, momentum=0.9, weight_decay=0.1),
+    sm3("average", beta=0.9, eps=1e-3, rounding="nearest"),
+    sm3("ascent", lr=0.1, maximize=True),
 ]
 
 

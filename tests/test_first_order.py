@@ -40,7 +40,8 @@ def run(row: Row, steps: int, dtype: torch.dtype = torch.float32, **options: Any
 
 def bases_of(optimizer: Any, param: torch.Tensor) -> dict[str, Any]:
     """The bases of the last step as numpy's, with the side that they are of."""
-    bases = {k: v.double().numpy().copy() for k, v in optimizer.bases(param).items()}
+    own = optimizer.bases(param) if hasattr(optimizer, "bases") else {}
+    bases = {k: v.double().numpy().copy() for k, v in own.items()}
     if bases and "basis_left" not in bases:
         m, n = param.shape[0], param[0].numel()
         side = optimizer.param_groups[0]["proj_type"]
@@ -61,7 +62,10 @@ def test_equals_the_float64_oracle(row: Row) -> None:
     names = [name for name, _ in model.named_parameters()]
     shadow = copy.deepcopy(model)
     theta = {name: p.detach().numpy() for name, p in shadow.named_parameters()}
-    flat = {name: w.reshape(w.shape[0], -1) if w.ndim > 1 else w for name, w in theta.items()}
+    flat = {
+        name: w.reshape(w.shape[0], -1) if w.ndim > 1 and row.matrices else w
+        for name, w in theta.items()
+    }
     for _ in range(12):
         backward(model)
         optimizer.step()
@@ -162,7 +166,7 @@ def test_zero_rate_and_gradient_only_make_state(row: Row) -> None:
     assert all(not value.any() for state in optimizer.state.values() for value in state.values())
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.sparse], ids=str)
 def test_sparse_gradients_are_refused_before_anything_changes(row: Row) -> None:
     embedding = torch.nn.Embedding(10, 4, sparse=True)
     linear = torch.nn.Linear(4, 4)

@@ -1,7 +1,24 @@
 """Low-rank projected and quantised Adam: projector x rule x codec."""
 
 from zoopt.lowrank.adamw import AdamW
+from zoopt.lowrank.apollo import Apollo, ApolloMini
+from zoopt.lowrank.fira import Fira
+from zoopt.lowrank.frugal import Frugal
 from zoopt.lowrank.galore import GaLoreAdamW
+from zoopt.lowrank.gradnormlorp import GradNormLoRP
+from zoopt.lowrank.ldadam import LDAdamW
+from zoopt.lowrank.qgalore import QGaLoreAdamW
 from zoopt.lowrank.selection import param_groups
 
-__all__ = ["AdamW", "GaLoreAdamW", "param_groups"]
+__all__ = [
+    "AdamW",
+    "Apollo",
+    "ApolloMini",
+    "Fira",
+    "Frugal",
+    "GaLoreAdamW",
+    "GradNormLoRP",
+    "LDAdamW",
+    "QGaLoreAdamW",
+    "param_groups",
+]

@@ -173,3 +173,25 @@ CHANNELS = Residual(_norm_specs, _scaled_channels, needs_gradient=True)
 TENSOR = Residual(_norm_specs, _scaled_tensor, needs_gradient=True)
 #: The part outside the subspace, its channels scaled as the rule scales R's (Fira).
 COMPLEMENT = Residual(_norm_specs, _scaled_complement, needs_gradient=True)
+
+
+def sign_rate(group: Group, geo: Geometry) -> float:
+    """The step of the signs: none where no dimension is outside, whose rounding has signs too."""
+    dim = geo.m if geo.side == "left" else geo.n
+    return 0.0 if geo.rank == dim else float(group["lr"]) * group["sign_lr_scale"]
+
+
+def _signs(
+    direction: Tensor,
+    reduced: Tensor,
+    gradient: Tensor | None,
+    state: State,
+    group: Group,
+    geo: Geometry,
+) -> Terms:
+    """N, and sign(G - up(R)) at a rate of its own."""
+    return Terms(direction, sign_step=sign_rate(group, geo))
+
+
+#: Of the part outside, the signs (FRUGAL).
+SIGNS = Residual(_no_specs, _signs, needs_gradient=True)
