@@ -1,5 +1,6 @@
 """Memory: `plan` predicts a training step's peak, `measure` measures it."""
 
+from zoopt.memory.measure import Measurement, measure
 from zoopt.memory.plan import Estimate, Plan, plan
 
-__all__ = ["Estimate", "Plan", "plan"]
+__all__ = ["Estimate", "Measurement", "Plan", "measure", "plan"]

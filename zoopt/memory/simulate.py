@@ -79,8 +79,12 @@ class _Part:
 
     @staticmethod
     def of(meter: StorageMeter) -> _Part:
-        categories = {category: meter.at_peak.get(category, 0) for category in CATEGORIES}
-        return _Part(categories, dict(meter.phases), meter.peak)
+        return _Part(categories_of(meter), dict(meter.phases), meter.peak)
+
+
+def categories_of(meter: StorageMeter) -> dict[Category, int]:
+    """What the meter's peak was made of."""
+    return {category: meter.at_peak.get(category, 0) for category in CATEGORIES}
 
 
 class Simulation:
