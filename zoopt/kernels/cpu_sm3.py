@@ -19,6 +19,9 @@ from zoopt.kernels.cpu_tile import TILE, load, store
 from zoopt.kernels.key import NoiseKey
 
 _MAGNITUDE = i32(0x7FFFFFFF)
+#: What stands for None. An optional array is a type of its own, and each combination of types a
+#: kernel to compile; these are tested once a tile.
+_NO_ROWS, _NO_BUFFER = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
 @jit
@@ -33,7 +36,7 @@ def _update(acc, g, buffer, row, column, greatest, keep, gain, eps, momentum, co
         nu = f32(f32(keep * bound) + f32(gain * f32(g[j] * g[j])))
         denominator = f32(f32(np.sqrt(nu)) + eps)
         u = f32(0.0) if denominator == f32(0.0) else f32(g[j] / denominator)
-        if buffer is not None:
+        if len(buffer):
             u = f32(f32(momentum * buffer[j]) + f32(complement * u))
             buffer[j] = u
         acc[j] = f32(acc[j] + f32(step * u))
@@ -74,13 +77,13 @@ def _sm3(
     words = np.empty(TILE // 2 + 4, np.uint32)
     n = len(column)
     # A tile is of one row, or of several whole ones where they are narrow and lie together.
-    together = max(1, TILE // n) if rows is None else 1
+    together = max(1, TILE // n) if len(rows) == 0 else 1
     for first in range(span[0], span[1], together):
         last = min(first + together, span[1])
         for start in range(0, n, TILE):
             stop = min(start + TILE, n)
             width = stop - start
-            at = (first if rows is None else rows[first]) * n + start
+            at = (first if len(rows) == 0 else rows[first]) * n + start
             size = (last - first) * width
             target, source = theta[at : at + size], gradient[first * n + start :][:size]
             acc = load(tile, target, target, kind, decay)
@@ -94,7 +97,7 @@ def _sm3(
                 found = _update(
                     acc[low : low + width],
                     g[low : low + width],
-                    None if buffer is None else buffer[at + low :][:width],
+                    buffer[at + low :][:width] if len(buffer) else buffer,
                     row[i],
                     column[start:stop],
                     new_column[start:stop],
@@ -139,12 +142,12 @@ def sm3(
         _sm3(
             _array(theta),
             _array(gradient),
-            None if rows is None else rows.numpy(),
+            _NO_ROWS if rows is None else rows.numpy(),
             row.view(torch.int32).numpy(),
             column.view(torch.int32).numpy(),
             new_row.view(torch.int32).numpy(),
             own.view(torch.int32).numpy(),
-            None if buffer is None else buffer.view(-1).numpy(),
+            _NO_BUFFER if buffer is None else buffer.view(-1).numpy(),
             _KINDS[theta.dtype],
             _KINDS[gradient.dtype],
             *map(f32, (keep, gain, eps, decay, momentum, complement, step_size)),

@@ -136,7 +136,7 @@ def _split(shape: tuple[int, ...]) -> int:
 
 
 def _bound(unbounded: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-    """The least of infinity, (1,), and vectors (a,), (b,) ... at each of their a b ... positions."""
+    """The least of infinity, (1,), and vectors (a,), (b,) ... at each of a b ... positions."""
     bound = unbounded
     for vector in vectors:
         bound = torch.fmin(bound[:, None], vector).view(-1)

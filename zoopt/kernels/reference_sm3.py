@@ -45,11 +45,8 @@ def sm3(
         new_row, new_column: (k,) and (n,), zeros.
         buffer: (m, n) or None.
     """
-    n = gradient.shape[1]
     for part in row_chunks(gradient):
-        place = torch.arange(part.start, part.stop, device=theta.device)
-        if rows is not None:
-            place = rows[part]
+        place = part if rows is None else rows[part]
         g = gradient[part].to(row.dtype)
         # abs: a NaN loses its sign, without which its bits are above infinity's.
         nu = (torch.fmin(row[part, None], column) * keep + g * g * gain).abs()
@@ -63,14 +60,31 @@ def sm3(
             buffer[place] = step
         acc = (theta[place].to(step.dtype) * decay + step * step_size).view(-1)
         if rounding_draw is None:
-            theta[place] = round_nearest(acc, theta.dtype).view(g.shape)
-            continue
-        index = key.offset + place[:, None] * n + torch.arange(n, device=theta.device)
-        bits = philox.halfwords(
-            index.view(-1),
-            seed=key.seed,
-            stream=key.stream,
-            draw=rounding_draw,
-            purpose=philox.PURPOSE_ROUNDING,
-        )
-        theta[place] = round_stochastic(acc, theta.dtype, bits).view(g.shape)
+            rounded = round_nearest(acc, theta.dtype)
+        else:
+            bits = _rounding_bits(place, g, key, rounding_draw)
+            rounded = round_stochastic(acc, theta.dtype, bits)
+        theta[place] = rounded.view(g.shape)
+
+
+def _rounding_bits(
+    place: slice | Tensor, like: Tensor, key: NoiseKey, rounding_draw: int
+) -> Tensor:
+    """16 bits for each element of theta's rows in that place: int64 (k n,), with like (k, n)."""
+    n, first = like.shape[1], key.offset
+    if isinstance(place, slice):
+        runs = [(first + place.start * n, first + place.stop * n)]
+    else:
+        runs = [(first + row * n, first + row * n + n) for row in place.tolist()]
+    return torch.cat(
+        [
+            philox.halfwords(
+                torch.arange(start, stop, device=like.device),
+                seed=key.seed,
+                stream=key.stream,
+                draw=rounding_draw,
+                purpose=philox.PURPOSE_ROUNDING,
+            )
+            for start, stop in runs
+        ]
+    )
