@@ -102,3 +102,24 @@ def _tied_layers(model: nn.Module) -> Iterator[str]:
     for shared in names.values():
         if len(shared) > 1:
             yield from (name.rpartition(".")[0] for name in shared)
+
+
+def repeated_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's repeated layers: the members of its outermost nn.ModuleLists, by name, in order.
+
+    Raises:
+        ValueError: it has none.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(
+            name.startswith(f"{outer}.") for outer in layers
+        ):
+            prefix = f"{name}." if name else ""
+            layers |= {f"{prefix}{number}": layer for number, layer in module.named_children()}
+    if not layers:
+        raise ValueError(
+            f"model must keep its repeated layers in an nn.ModuleList, got a "
+            f"{type(model).__name__} without one"
+        )
+    return layers
