@@ -88,10 +88,8 @@ def _adam(name: str, label: str, optimizer: str, **options: Any) -> Method:
 def _projected(name: str, optimizer: str, note: str = "", **options: Any) -> Method:
     """A projected method of the decoder's matrices; embeddings and norms get its rule itself."""
     label = optimizer + (note and f", {note}")
-    # GaLore's update is a quarter of Adam's by its scale.
-    centre = 2e-2 if optimizer == "GaLoreAdamW" else 1e-2
     return Method(
-        *(name, label, f"zoopt.{optimizer}", lr_grid(centre), options),
+        *(name, label, f"zoopt.{optimizer}", lr_grid(1e-2), options),
         groups="zoopt.lowrank.param_groups",
         rank=(lambda _: 1) if optimizer == "ApolloMini" else int,
         refreshes=optimizer != "LDAdamW",
