@@ -49,7 +49,7 @@ class Apollo(GradientScaling):
         scale: alpha; default 1 (paper).
         norm_growth_limit: gamma, or None for no limit; default 1.01 (paper).
         projector: `"random"` (paper), or the leading directions of the gradient by `"svd"` (its
-            ablation), `"gram"`, `"randomized"` or `"warm"`, as for `GaLoreAdamW`.
+            ablation), `"gram"`, `"randomized"`, `"warm"` or `"orthogonal"`, as for `GaLoreAdamW`.
         stagger: whether the parameters' bases change at different steps; default True.
         state_dtype, state_rounding, rounding, maximize, seed: as for `AdamW`.
 

@@ -47,7 +47,8 @@ class GaLoreAdamW(AdamFamily):
         projector: how a basis is made. `"svd"` (paper) and `"gram"` (eigenvectors of the smaller
             Gram matrix) are exact, `"randomized"` is Halko et al.'s (2011); `"warm"` (default) is
             randomized at first and then one step of orthogonal iteration, orth(G^T (G P));
-            `"random"` draws N(0, 1/r) from the seed and stores nothing.
+            `"random"` draws N(0, 1/r) from the seed and stores nothing, and `"orthogonal"`
+            draws orthonormal columns.
         stagger: whether the parameters' bases are refreshed at different steps, so that no step
             pays for all; default True.
         decay: `"before"` the step (default; AdamW) or `"after"` it (the authors' code).
