@@ -128,7 +128,7 @@ def orthonormal(columns: Tensor) -> Tensor:
     if known(error <= 1e3 * torch.finfo(q.dtype).eps, True):
         return q.contiguous()
     householder, r = torch.linalg.qr(columns)
-    flips = torch.where(r.diagonal() < 0, -1.0, 1.0)
+    flips = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r.dtype)
     return torch.mul(householder, flips).contiguous()
 
 
