@@ -15,7 +15,7 @@ from typing import Any
 
 import triton
 
-from zoopt.kernels import aot
+from zoopt.kernels import aot, aot_moments
 
 #: Instructions that do nothing but fill the end of a program.
 PADDING = ("NOP", "BRA", "s_nop", "s_code_end")
@@ -29,13 +29,14 @@ GCN_LINE = re.compile(r"^\s+([sv]_\w+|global_\w+|buffer_\w+|ds_\w+|flat_\w+|scra
 class Report:
     kernel: str
     dtype: str
-    distribution: str
     rounding: str
     target: str
     instructions_per_element: float
     registers: int
     spills: int
     access_bits: int
+    distribution: str = "-"
+    format: str = "-"
 
 
 def _read_cubin(cubin: bytes, tool: str, option: str) -> str:
@@ -75,12 +76,12 @@ def _amd(compiled: Any) -> tuple[list[str], int, int, list[int]]:
     return opcodes, int(registers), int(spills), widths
 
 
-def report(variant: aot.Variant, target: str) -> Report:
+def report(variant: aot.Variant | aot_moments.FirstOrderVariant, target: str) -> Report:
     """Compile one kernel for one target and count.
 
     The instructions of a loop over directions are counted once: the figure is that of one
-    direction. `access_bits` is 128 if every load and store of theta (and of a buffer or addend)
-    is: loads of coefficients, bounds, draws and row numbers are scalar by nature.
+    direction. `access_bits` is 128 if every load and store of theta (and of a buffer, an addend, a
+    gradient or moments) is: loads of coefficients, bounds, draws and row numbers are scalar by nature.
     """
     compiled = variant.compile(target)
     read = _amd if target.startswith("gfx") else _nvidia
@@ -88,10 +89,7 @@ def report(variant: aot.Variant, target: str) -> Report:
     machine = aot.TARGETS[target]
     threads = variant.num_warps(target) * machine.warp_size
     work = [opcode for opcode in opcodes if not opcode.startswith(PADDING)]
-    item = 4 if variant.dtype == "fp32" else 2
-    beside = {"momentum": 8, "add": 4, "sm3": item, "sm3_momentum": item + 8}
-    moved = 2 * item + beside.get(variant.kernel, 0)
-    full = moved * variant.block // (16 * threads)
+    full = int(variant.bytes_per_element * variant.block) // (16 * threads)
     return Report(
         **dataclasses.asdict(variant),
         target=target,

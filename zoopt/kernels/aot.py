@@ -94,6 +94,13 @@ class Variant:
         return gpu.NUM_WARPS[TARGETS[target].backend]
 
     @property
+    def bytes_per_element(self) -> int:
+        """What is read and written of tensors of theta's size."""
+        item = _DTYPES[self.dtype].itemsize
+        beside = {"momentum": 8, "add": 4, "sm3": item, "sm3_momentum": item + 8}
+        return 2 * item + beside.get(self.kernel, 0)
+
+    @property
     def masked(self) -> bool:
         """Whether the density is below 1."""
         return self.distribution.startswith("masked")
@@ -121,23 +128,47 @@ class Variant:
             constants["rows"] = None
         if self.kernel == "sm3":
             constants["buffer"] = None
-        constants = {name: constants[name] for name in function.arg_names if name in constants}
-        signature = {name: self._type(name, constants) for name in function.arg_names}
-        attributes = {
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(function.arg_names)
-            if name in _DIVISIBLE and name not in constants
-        }
-        source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": self.num_warps(target), "enable_fp_fusion": False}
-        return triton.compile(source, target=TARGETS[target], options=options)
+        return compile_for(
+            target,
+            function,
+            {name: self._type(name) for name in function.arg_names},
+            constants,
+            _DIVISIBLE,
+            self.num_warps(target),
+        )
 
-    def _type(self, name: str, constants: dict[str, Any]) -> str:
-        if name in constants:
-            return "constexpr"
+    def _type(self, name: str) -> str:
         if name in ("theta", "out", "weight", "gradient"):
             return f"*{self.dtype}"
         return _TYPES.get(name, "i32")
+
+
+def compile_for(
+    target: str,
+    function: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    divisible: set[str],
+    num_warps: int,
+) -> Any:
+    """A kernel compiled for a key of `TARGETS`.
+
+    Args:
+        types: each argument's, where it is not constant.
+        constants: constant arguments; those that the kernel lacks are left out.
+        divisible: arguments that are multiples of 16, as launches on whole tensors specialise.
+    """
+    names = function.arg_names
+    constants = {name: constants[name] for name in names if name in constants}
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name in divisible and name not in constants
+    }
+    source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def variants() -> Iterator[Variant]:

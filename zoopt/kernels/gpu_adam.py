@@ -93,6 +93,7 @@ def _launch(
                 decay,
                 *numbers,
                 stop - start,
+                -(-(stop - start) // 2),
                 key.offset + start,
                 **_noise(key, moment_draw, rounding_draw),
                 FORMAT=first.format,

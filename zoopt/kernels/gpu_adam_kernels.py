@@ -59,6 +59,7 @@ def moments_kernel(
     factor,
     eps,
     numel,
+    pairs,
     first,
     stream,
     moment_draw,
@@ -75,15 +76,16 @@ def moments_kernel(
 ):
     """reference_adam.adamw on theta or, where that is None, reference_adam.adam on out.
 
-    CODED and STOCHASTIC say whether moments and theta are rounded by random bits. Where GROUP is
-    not 0, direction_sums and gradient_sums receive the sums of squares of every GROUP elements.
+    pairs is numel / 2, rounded up. CODED and STOCHASTIC say whether moments and theta are rounded
+    by random bits. Where GROUP is not 0, direction_sums and gradient_sums receive the sums of
+    squares of every GROUP elements.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = start + tl.arange(0, BLOCK)
     inside = i < numel
     g = tl.load(gradient + i, mask=inside, other=0.0).to(tl.float32)
-    m = read_moment(first_codes, first_scale, start, numel, FORMAT, True, BLOCK)
-    v = read_moment(second_codes, second_scale, start, numel, FORMAT, False, BLOCK)
+    m = read_moment(first_codes, first_scale, start, numel, pairs, FORMAT, True, BLOCK)
+    v = read_moment(second_codes, second_scale, start, numel, pairs, FORMAT, False, BLOCK)
     m = beta1 * m + complement1 * g
     v = beta2 * v + complement2 * (g * g)
     step = tl.div_rn(factor * m, tl.sqrt_rn(v) + eps)
@@ -106,8 +108,19 @@ def moments_kernel(
     if CODED:
         bits = _bits(first + start, stream, moment_draw, k0, k1, _MOMENTS, ALIGNED, BLOCK)
     write_moment(
-        m, first_codes, first_scale, start, numel, bits, FORMAT, True, CODED, BACKEND, BLOCK
+        m, first_codes, first_scale, start, numel, pairs, bits, FORMAT, True, CODED, BACKEND, BLOCK
     )
     write_moment(
-        v, second_codes, second_scale, start, numel, bits, FORMAT, False, CODED, BACKEND, BLOCK
+        v,
+        second_codes,
+        second_scale,
+        start,
+        numel,
+        pairs,
+        bits,
+        FORMAT,
+        False,
+        CODED,
+        BACKEND,
+        BLOCK,
     )

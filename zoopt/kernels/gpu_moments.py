@@ -29,30 +29,40 @@ def _spread(numbers, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def read_moment(
-    codes, scale, start, numel, FORMAT: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr
+    codes,
+    scale,
+    start,
+    numel,
+    pairs,
+    FORMAT: tl.constexpr,
+    SIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Elements start ... start + BLOCK - 1 of a moment of numel: float32, (BLOCK,)."""
-    SIZE: tl.constexpr = _BLOCK8 if FORMAT == "int8" else _BLOCK4
-    if FORMAT == "int8":
-        TOP: tl.constexpr = _SIGNED8 if SIGNED else _UNSIGNED8
-    else:
-        TOP: tl.constexpr = _SIGNED4 if SIGNED else _UNSIGNED4
+    """Elements start ... start + BLOCK - 1 of a moment of numel: float32, (BLOCK,).
+
+    pairs is numel / 2, rounded up.
+    """
     i = start + tl.arange(0, BLOCK)
     if FORMAT == "float32" or FORMAT == "bfloat16":
-        return tl.load(codes + i, mask=i < numel, other=0.0).to(tl.float32)
-    elif FORMAT == "int8":
-        level = tl.load(codes + i, mask=i < numel, other=0).to(tl.float32)
+        value = tl.load(codes + i, mask=i < numel, other=0.0).to(tl.float32)
     else:
-        pair = start // 2 + tl.arange(0, BLOCK // 2)
-        packed = tl.load(codes + pair, mask=2 * pair < numel, other=0)
-        level = tl.reshape(tl.join(packed & 15, packed >> 4), [BLOCK]).to(tl.float32)
-        if SIGNED:
-            level = level - 8.0
-    if not SIGNED:
-        level = level + 1.0
-    row = start // SIZE + tl.arange(0, BLOCK // SIZE)
-    spread = _spread(tl.load(scale + row, mask=row * SIZE < numel, other=0.0), SIZE, BLOCK)
-    return level * tl.abs(level) * (1.0 / (TOP * TOP)) * spread
+        SIZE: tl.constexpr = _BLOCK8 if FORMAT == "int8" else _BLOCK4
+        if FORMAT == "int8":
+            TOP: tl.constexpr = _SIGNED8 if SIGNED else _UNSIGNED8
+            level = tl.load(codes + i, mask=i < numel, other=0).to(tl.float32)
+        else:
+            TOP: tl.constexpr = _SIGNED4 if SIGNED else _UNSIGNED4
+            pair = start // 2 + tl.arange(0, BLOCK // 2)
+            packed = tl.load(codes + pair, mask=pair < pairs, other=0)
+            level = tl.reshape(tl.join(packed & 15, packed >> 4), [BLOCK]).to(tl.float32)
+            if SIGNED:
+                level = level - 8.0
+        if not SIGNED:
+            level = level + 1.0
+        row = start // SIZE + tl.arange(0, BLOCK // SIZE)
+        spread = _spread(tl.load(scale + row, mask=row * SIZE < numel, other=0.0), SIZE, BLOCK)
+        value = level * tl.abs(level) * (1.0 / (TOP * TOP)) * spread
+    return value
 
 
 @triton.jit
@@ -62,6 +72,7 @@ def write_moment(
     scale,
     start,
     numel,
+    pairs,
     bits,
     FORMAT: tl.constexpr,
     SIGNED: tl.constexpr,
@@ -119,4 +130,4 @@ def write_moment(
             whole = tl.where(inside, code, 0.0).to(tl.int32)
             first, second = tl.split(tl.reshape(whole, [BLOCK // 2, 2]))
             pair = start // 2 + tl.arange(0, BLOCK // 2)
-            tl.store(codes + pair, (first | (second << 4)).to(dtype), mask=2 * pair < numel)
+            tl.store(codes + pair, (first | (second << 4)).to(dtype), mask=pair < pairs)

@@ -13,10 +13,10 @@ from zoopt.kernels.gpu_product_kernels import product_kernel
 from zoopt.kernels.key import NoiseKey
 
 #: Rows and columns of a program's tile with a product, and the columns of a factor at a time.
-TILE, K = (64, 64), 32
+TILE, K = (64, 64), 16
 #: Elements of a program's tile without one.
 PLAIN = 2048
-NUM_WARPS = {"cuda": 4, "hip": 4, "interpreter": 1}
+NUM_WARPS = {"cuda": 8, "hip": 8, "interpreter": 1}
 
 
 def add_product(
