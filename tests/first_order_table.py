@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import zoopt
+from tests.reference.adafactor_float64 import GaLoreAdafactor64
 from tests.reference.apollo_float64 import Apollo64
 from tests.reference.fira_float64 import Fira64
 from tests.reference.frugal_float64 import Frugal64
@@ -220,6 +221,26 @@ def sm3(name: str, **options: Any) -> Row:
     return row(name, zoopt.SM3, SM364, kept, matrices=False, sparse=True, **options)
 
 
+def adafactor(name: str, **options: Any) -> Row:
+    low_rank, rank = projected(options["rank"], options.get("proj_type", "std"), 0), options["rank"]
+    average = options.get("beta1") is not None
+    state_dtype = options.get("state_dtype", "float32")
+
+    def kept(shape: tuple[int, ...], itemsize: int) -> int:
+        if len(shape) < 2:
+            return whole(1 + average)(shape, itemsize)
+        m, n = shape[0], math.prod(shape[1:])
+        r = min(rank, m, n)
+        channels = r if options.get("proj_type") == "full" else max(m, n)
+        moments = wide(itemsize) * (channels + r)
+        moments += average * coded(channels * r, state_dtype, itemsize)
+        return low_rank(shape, itemsize) + moments
+
+    oracle = None if "state_dtype" in options else GaLoreAdafactor64
+    base = {"update_proj_gap": 5, "scale": 1.0}
+    return row(name, zoopt.GaLoreAdafactor, oracle, kept, **{**base, **options})
+
+
 ROWS = [
     row("", zoopt.AdamW, GaLore64, whole(), oracle_options={"weight_decay": 1e-2}),
     row("decay", zoopt.AdamW, GaLore64, whole(), weight_decay=0.1, betas=(0.8, 0.9)),
@@ -278,6 +299,12 @@ ROWS = [
     sm3("momentum", lr=0.1, momentum=0.9, weight_decay=0.1),
     sm3("average", beta=0.9, eps=1e-3, rounding="nearest"),
     sm3("ascent", lr=0.1, maximize=True),
+    adafactor("", rank=8),
+    adafactor("average", rank=8, beta1=0.9, weight_decay=0.1, beta2_decay=-0.5, projector="svd"),
+    adafactor("relative", rank=8, relative_step=True, eps=(1e-6, 1e-2), d=2.0, lr=1e-1),
+    adafactor("two-sided", rank=8, proj_type="full", lr=3e-2),
+    adafactor("ascent", rank=1000, maximize=True),
+    adafactor("int8", rank=48, beta1=0.9, state_dtype="int8"),
 ]
 
 

@@ -4,21 +4,24 @@ Zeroth order (the memory of inference): `MeZO`, `ZOAdam`, `ZOSignSGD`, `ZOConser
 `ForwardGrad`, `FZOO`, `LOZO`, `SubZero`, `ZOMuon`, `HiZOO`, `ConMeZO`, `EvolutionStrategy`.
 With backprop on the late layers: `Hybrid`.
 Compact state: `SM3`, `AdamW`. Low-rank projection: `GaLoreAdamW`, `QGaLoreAdamW`, `Apollo`,
-`ApolloMini`, `Fira`, `LDAdamW`, `Frugal`.
+`ApolloMini`, `Fira`, `LDAdamW`, `Frugal`, `GaLoreAdafactor`.
 """
 
 from zoopt import kernels, nn, noise
 from zoopt.compact import SM3
 from zoopt.fused_backward import fuse_backward
+from zoopt.half_fine_tuning import HalfFineTuning
 from zoopt.lowrank import (
     AdamW,
     Apollo,
     ApolloMini,
     Fira,
     Frugal,
+    GaLoreAdafactor,
     GaLoreAdamW,
     GradNormLoRP,
     LDAdamW,
+    OwLore,
     QGaLoreAdamW,
 )
 from zoopt.zeroth_order import (
@@ -49,12 +52,15 @@ __all__ = [
     "Fira",
     "ForwardGrad",
     "Frugal",
+    "GaLoreAdafactor",
     "GaLoreAdamW",
     "GradNormLoRP",
+    "HalfFineTuning",
     "HiZOO",
     "Hybrid",
     "LDAdamW",
     "MeZO",
+    "OwLore",
     "QGaLoreAdamW",
     "SubZero",
     "ZOAdam",

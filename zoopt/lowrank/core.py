@@ -141,8 +141,8 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         )
         if after and decay != 1.0:
             theta.mul_(decay)
-        if theta.data_ptr() != param.data_ptr():
-            param.copy_(theta.view_as(param))
+        if not param.is_contiguous():
+            param.copy_(theta.reshape(param.shape))
 
     def _apply_whole(
         self, site: Site, gradient: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey

@@ -244,12 +244,12 @@ class Frugal(ProjectedOptimizer):
         )
         theta.index_copy_(_axis(geo), columns, block)
         if not param.is_contiguous():
-            param.copy_(theta.view_as(param))
+            param.copy_(theta.reshape(param.shape))
 
 
 def _selects(site: Site) -> bool:
     """Whether R is columns of the gradient themselves."""
-    return site.group["projector"] == "columns"
+    return bool(site.group["projector"] == "columns")
 
 
 def _columns(site: Site, geo: Geometry, completed: int) -> Tensor:

@@ -74,7 +74,8 @@ def _is_projected(group: Group) -> bool:
 def _rank(group: Group, dim: int, own: int) -> int:
     """The rank of a basis of `dim` dimensions, of a matrix whose own rank is at most `own`."""
     if "density" not in group:
-        return min(group["rank"], own)
+        rank: int = group["rank"]
+        return min(rank, own)
     rank = max(1, round(group["density"] * dim))
     return rank if group["projector"] in SPANNING else min(rank, own)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.key import NoiseKey
 from zoopt.kernels.moments import Moment, decode, encode
 from zoopt.kernels.ops_adam import adam_
@@ -98,7 +99,7 @@ def store_moment(values: Tensor, stored: Moment, group: Group, step: int, key: N
     """Write a moment's values to its format, with the step's bits where they are rounded so."""
     draw = moment_draw(group, step)
     bits = None
-    if draw is not None and stored.format != "float32":
+    if draw is not None and stored.format != "float32" and not is_fake(values):
         index = torch.arange(key.offset, key.offset + values.numel(), device=values.device)
         bits = halfwords(
             index, seed=key.seed, stream=key.stream, draw=draw, purpose=PURPOSE_MOMENTS
