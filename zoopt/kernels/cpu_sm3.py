@@ -25,25 +25,39 @@ _NO_ROWS, _NO_BUFFER = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
 @jit
-def _update(acc, g, buffer, row, column, greatest, keep, gain, eps, momentum, complement, step):
-    """acc <- acc + step u, float32 (k,), and greatest <- max(greatest, nu); returns nu's maximum.
+def _bounds(nu, row, column):
+    """nu (k w,) <- min(row, column), (k,) and (w,), all of them bits."""
+    width = len(column)
+    for i in range(len(row)):
+        line, own = nu[i * width :][:width], row[i]
+        for j in range(width):
+            line[j] = min(own, column[j])
 
-    row, column (k,), greatest (k,) and the result are the bits of nu's.
-    """
-    highest = i32(0)
+
+@jit
+def _update(acc, nu, g, buffer, keep, gain, eps, momentum, complement, step):
+    """nu, the bits of bounds <- those of nu, and acc <- acc + step u, all (k,)."""
     for j in range(len(acc)):
-        bound = float_of(min(row, column[j]))
-        nu = f32(f32(keep * bound) + f32(gain * f32(g[j] * g[j])))
-        denominator = f32(f32(np.sqrt(nu)) + eps)
+        x = f32(f32(keep * float_of(nu[j])) + f32(gain * f32(g[j] * g[j])))
+        denominator = f32(f32(np.sqrt(x)) + eps)
         u = f32(0.0) if denominator == f32(0.0) else f32(g[j] / denominator)
         if len(buffer):
             u = f32(f32(momentum * buffer[j]) + f32(complement * u))
             buffer[j] = u
         acc[j] = f32(acc[j] + f32(step * u))
-        bits = i32(bits_of(nu) & _MAGNITUDE)
-        greatest[j] = max(greatest[j], bits)
-        highest = max(highest, bits)
-    return highest
+        nu[j] = i32(bits_of(x) & _MAGNITUDE)
+
+
+@jit
+def _maxima(nu, new_row, new_column):
+    """new_row (k,), new_column (w,) <- the greatest of themselves and nu (k w,), all bits."""
+    width = len(new_column)
+    for i in range(len(new_row)):
+        line, highest = nu[i * width :][:width], new_row[i]
+        for j in range(width):
+            new_column[j] = max(new_column[j], line[j])
+            highest = max(highest, line[j])
+        new_row[i] = highest
 
 
 @jit
@@ -74,6 +88,7 @@ def _sm3(
 ):
     """reference_sm3.sm3 on the gradient's rows span[0] ... span[1] - 1; all but column flat."""
     tile, gradient_tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    nu_tile = np.empty(TILE, np.int32)
     words = np.empty(TILE // 2 + 4, np.uint32)
     n = len(column)
     # A tile is of one row, or of several whole ones where they are narrow and lie together.
@@ -92,23 +107,11 @@ def _sm3(
             else:
                 g = gradient_tile[:size]
                 decode(g, source, gradient_kind)
-            for i in range(first, last):
-                low = (i - first) * width
-                found = _update(
-                    acc[low : low + width],
-                    g[low : low + width],
-                    buffer[at + low :][:width] if len(buffer) else buffer,
-                    row[i],
-                    column[start:stop],
-                    new_column[start:stop],
-                    keep,
-                    gain,
-                    eps,
-                    momentum,
-                    complement,
-                    step_size,
-                )
-                new_row[i] = max(new_row[i], found)
+            nu = nu_tile[:size]
+            average = buffer[at : at + size] if len(buffer) else buffer
+            _bounds(nu, row[first:last], column[start:stop])
+            _update(acc, nu, g, average, keep, gain, eps, momentum, complement, step_size)
+            _maxima(nu, new_row[first:last], new_column[start:stop])
             store(target, acc, words, offset + at, kind, stream, rounding, k0, k1)
 
 
