@@ -4,7 +4,9 @@ Zeroth order (the memory of inference): `MeZO`, `ZOAdam`, `ZOSignSGD`, `ZOConser
 `ForwardGrad`, `FZOO`, `LOZO`, `SubZero`, `ZOMuon`, `HiZOO`, `ConMeZO`, `EvolutionStrategy`.
 With backprop on the late layers: `Hybrid`.
 Compact state: `SM3`, `AdamW`. Low-rank projection: `GaLoreAdamW`, `QGaLoreAdamW`, `Apollo`,
-`ApolloMini`, `Fira`, `LDAdamW`, `Frugal`, `GaLoreAdafactor`.
+`ApolloMini`, `Fira`, `LDAdamW`, `Frugal`, `GaLoreAdafactor`,
+`GradNormLoRP`, `OwLore`. Reparametrised layers: `zoopt.nn`. Which parameters train:
+`HalfFineTuning`.
 """
 
 from zoopt import kernels, nn, noise

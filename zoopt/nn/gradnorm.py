@@ -140,7 +140,7 @@ class GradNormLinear(ReparametrisedLinear):
                 "weight of a GradNormLinear must stay frozen, got requires_grad=True; call "
                 "layer.weight.requires_grad_(False)"
             )
-        return _GradNorm.apply(  # type: ignore[no-any-return]
+        return _GradNorm.apply(  # type: ignore[no-any-return,no-untyped-call]
             x, self.weight, self.left, self.right, self.magnitude, self.bias
         )
 

@@ -177,7 +177,7 @@ class SLTrainLinear(ReparametrisedLinear):
         return low_rank_plus_sparse(self.left, self.right, self.values, self.columns(), self.scale)
 
     def _linear(self, x: Tensor) -> Tensor:
-        return _SparsePlusLowRank.apply(  # type: ignore[no-any-return]
+        return _SparsePlusLowRank.apply(  # type: ignore[no-any-return,no-untyped-call]
             x, self, self.left, self.right, self.values, self.bias
         )
 
