@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import datetime
+import importlib.util
 import json
 import os
-import platform
+import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+
+from zoopt.cli import terminal
+from zoopt.cli.terminal import STDOUT, CommandError, Parser, add_json_argument
+from zoopt.machine import identity as machine
 
 #: The checkout; `tests.reference` is imported from it.
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,24 +32,30 @@ DTYPES = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, with exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines, and states the defaults that there are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default else action.help
+#: Of the JSON that every benchmark writes. A document is
+#:
+#:   schema, benchmark, date, command    this number; the benchmark's name; when and how it was run
+#:   machine                             `zoopt.machine.identity`: device, driver, versions, commit
+#:   arguments                           the options, defaults among them
+#:   rows                                the figures, one a row; less is better in every unit
+#:
+#: and what else the benchmark tells. A row is
+#:
+#:   name, unit      together unique in the document
+#:   median          None if it could not be measured; `reason` says why
+#:   spread          interquartile range; 0 for what is counted, None for a single measurement
+#:   min, max
+#:   repeats         how often it was measured
+#:   ratio           the median over rounds of this to the `ratio_to` of the document, or None
+#:
+#: and what else belongs to it.
+SCHEMA = 1
+Row = dict[str, Any]
 
 
 def parser(description: str, example: str) -> Parser:
-    return Parser(
-        description=description, epilog=f"example:\n  {example}", formatter_class=_Formatter
-    )
+    """A benchmark's parser, called what its example begins with."""
+    return Parser(example.partition(" --")[0], description, example)
 
 
 def add_common_arguments(arguments: Parser, repeats: int) -> None:
@@ -54,7 +64,20 @@ def add_common_arguments(arguments: Parser, repeats: int) -> None:
         "--threads", type=positive, default=torch.get_num_threads(), help="CPU threads"
     )
     arguments.add_argument("--repeats", type=positive, default=repeats, help="rounds to time")
-    arguments.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    add_json_argument(arguments)
+    arguments.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw a chart here")
+
+
+def parse(arguments: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, and `command`, which repeats the call; exits if results had nowhere to go."""
+    options = arguments.parse_args(argv)
+    options.command = command(arguments, argv)
+    check_json(arguments, options.json)
+    if options.plot is not None:
+        check_writable(arguments, "--plot", options.plot)
+        if importlib.util.find_spec("matplotlib") is None:
+            arguments.error("--plot needs matplotlib; pip install 'zoopt-torch[cli]'")
+    return options
 
 
 def positive(text: str) -> int:
@@ -67,6 +90,11 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return value
+
+
+def command(arguments: Parser, argv: Sequence[str] | None) -> str:
+    """The call, as it is typed."""
+    return shlex.join([*arguments.prog.split(), *(sys.argv[1:] if argv is None else argv)])
 
 
 def open_device(arguments: Parser, options: argparse.Namespace) -> torch.device:
@@ -85,57 +113,16 @@ def open_device(arguments: Parser, options: argparse.Namespace) -> torch.device:
 
 def check_json(arguments: Parser, path: Path | None) -> None:
     """Exit if the results could not be written, before anything is measured."""
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        arguments.error(f"--json: cannot write to the folder {str(path.parent)!r}")
-    if path is not None and path.is_dir():
-        arguments.error(f"--json: {str(path)!r} is a folder")
+    if path is not None and path != STDOUT:
+        check_writable(arguments, "--json", path)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What identifies the machine and the software of a measurement."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else cpu_model(),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average_1_minute": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "numba": _version("numba"),
-        "transformers": _version("transformers"),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "commit": _commit(),
-    }
-
-
-def cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def check_writable(arguments: Parser, name: str, path: Path) -> None:
+    """Exit unless a file can be written there."""
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        arguments.error(f"{name}: cannot write to the folder {str(path.parent)!r}")
+    if path.is_dir():
+        arguments.error(f"{name}: {str(path)!r} is a folder")
 
 
 def seconds(function: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
@@ -182,13 +169,36 @@ def ratio(times: Sequence[float], to: Sequence[float], passes: int = 1) -> float
     return statistics.median(a / (passes * b) for a, b in zip(times, to, strict=True))
 
 
-def spread(times: Sequence[float], unit: str, scale: float) -> dict[str, float]:
-    """Median, least and greatest, as `median_<unit>` and so on."""
+def measured(
+    name: str, values: Sequence[float], unit: str, *, ratio: float | None = None, **extra: Any
+) -> Row:
+    """The row of a figure that was measured in several rounds."""
+    spread = None
+    if len(values) > 1:
+        first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+        spread = third - first
     return {
-        f"median_{unit}": statistics.median(times) * scale,
-        f"min_{unit}": min(times) * scale,
-        f"max_{unit}": max(times) * scale,
+        "name": name,
+        "median": statistics.median(values),
+        "spread": spread,
+        "min": min(values),
+        "max": max(values),
+        "repeats": len(values),
+        "unit": unit,
+        "ratio": ratio,
+        **extra,
     }
+
+
+def counted(name: str, value: float, unit: str, *, ratio: float | None = None, **extra: Any) -> Row:
+    """The row of a figure that is the same each time: bytes, instructions."""
+    return {**measured(name, [value], unit, ratio=ratio, **extra), "spread": 0.0}
+
+
+def failed(name: str, unit: str, reason: str) -> Row:
+    """The row of a figure that could not be measured: "out of memory", say."""
+    nothing: Row = dict.fromkeys(("median", "spread", "min", "max"))
+    return {"name": name, **nothing, "repeats": 0, "unit": unit, "ratio": None, "reason": reason}
 
 
 def progress(text: str) -> None:
@@ -222,15 +232,55 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+def say(text: str, json_path: Path | None) -> None:
+    """Print for a person: to standard error if standard output is taken by JSON."""
+    print(text, file=sys.stderr if json_path == STDOUT else sys.stdout, flush=True)
+
+
 def write_json(path: Path | None, content: Any) -> None:
+    terminal.write_json(path, content)
     if path is not None:
-        path.write_text(json.dumps(content, indent=2) + "\n")
-        print(f"\nwritten: {path}")
+        say(f"\nwritten: {path}", path)
 
 
-def document(device: torch.device, options: argparse.Namespace, **content: Any) -> dict[str, Any]:
-    """What a results file holds: the machine, the arguments, and the measurements."""
+def document(
+    benchmark: str,
+    options: argparse.Namespace,
+    device: torch.device,
+    rows: Sequence[Row],
+    **content: Any,
+) -> dict[str, Any]:
+    """What a results file holds; see `SCHEMA`. Content of the same names replaces the rest."""
     # Where the results go, and what only our own child processes are passed, say nothing of them.
-    hidden = ("json", "rss_of")
-    arguments = {key: value for key, value in vars(options).items() if key not in hidden}
-    return {"machine": machine(device), "arguments": arguments, **content}
+    hidden = ("json", "plot", "command", "rss_of")
+    return {
+        "schema": SCHEMA,
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": options.command,
+        "machine": machine(device),
+        "arguments": {key: value for key, value in vars(options).items() if key not in hidden},
+        **content,
+        "rows": list(rows),
+    }
+
+
+def load_document(path: Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises:
+        CommandError: it cannot be read, or is none of this schema.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise CommandError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise CommandError(f"{str(path)!r} is not JSON: {error}") from None
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise CommandError(
+            f"{str(path)!r} must be a result of zoopt bench with schema {SCHEMA}, got {schema}; "
+            f"measure again with --json"
+        )
+    return dict(content)

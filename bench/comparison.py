@@ -181,6 +181,14 @@ def figure(values: Sequence[float | None]) -> dict[str, Any]:
     }
 
 
+def row(name: str, values: Sequence[float | None], unit: str) -> common.Row:
+    """The row of a method in a results file: a value a seed."""
+    finite_values = [value for value in values if value is not None and math.isfinite(value)]
+    if len(finite_values) < len(values):
+        return common.failed(name, unit, "diverged")
+    return common.measured(name, finite_values, unit)
+
+
 class Inline(concurrent.futures.Executor):
     """Does the work at once, in this process, after `prepare`."""
 

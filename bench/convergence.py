@@ -92,26 +92,35 @@ def report(methods: Sequence[Method], settings: Settings, options: argparse.Name
         return
     runs = convergence_plan.final_runs(METHODS[records[0]["method"]], records[0]["lr"], settings)
     first = next(result for run in runs if (result := store(run)) is not None)
-    content = {
-        "machine": first["machine"],
-        "settings": settings.as_dict(),
-        "sizes": first["sizes"],
-        "protocol": str(__doc__),
-        "rule": convergence_plan.RULE,
-        "untrained": first["untrained"],
-        "records": records,
-    }
-    print(convergence_report.text(content))
+    rows = [
+        comparison.row(
+            record["label"], record["test_cross_entropy"]["values"], "test cross-entropy"
+        )
+        for record in records
+    ]
+    content = common.document(
+        *("convergence", options, torch.device("cpu"), rows),
+        arguments=settings.as_dict(),
+        machine=first["machine"],
+        settings=settings.as_dict(),
+        sizes=first["sizes"],
+        protocol=str(__doc__),
+        rule=convergence_plan.RULE,
+        untrained=first["untrained"],
+        records=records,
+    )
+    common.say(convergence_report.text(content), options.json)
     common.write_json(options.json, comparison.finite(content))
     convergence_report.draw(content, options.plot)
-    print(f"written: {options.plot}")
+    common.say(f"written: {options.plot}", options.json)
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settings]:
-    parser = common.parser(str(__doc__), "python bench/convergence.py --workers 2 --seeds 3")
+    parser = common.parser(str(__doc__), "zoopt bench convergence --workers 2 --seeds 3")
     names = [method.name for method in TABLE if method.available]
     parser.add_argument(
-        "--methods", nargs="+", choices=names, default=names, metavar="METHOD",
+        "--optimizers", "--methods", dest="methods", nargs="+", choices=names, default=names,
+        metavar="NAME",
         help=f"which to compare, of {', '.join(names)}; mezo always is",
     )  # fmt: skip
     defaults = Settings()
@@ -136,6 +145,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settin
     parser.add_argument("--data", default=defaults.data, help="labelled sentences")
     comparison.add_arguments(parser, RESULTS, "convergence.png")
     options = parser.parse_args(argv)
+    options.command = common.command(parser, argv)
     comparison.make_folders(parser, options)
     for path in (options.model, options.data):
         if not Path(path).exists():

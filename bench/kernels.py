@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +26,7 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import common
+from bench import charts, common
 from zoopt.kernels import adam_window_, add_, apply_, momentum_, perturb
 from zoopt.kernels.key import Distribution
 
@@ -37,16 +38,17 @@ DENSITY = 0.1
 #: The two whose ratio is reported: at most DRAWS, if what costs is the noise.
 APPLY, ADAM = "apply_ 1 draw", f"adam_window_ {DRAWS} draws"
 
+TIME_UNIT, SASS_UNIT = "ns/element", "instructions/element"
+FLOOR = "mul_ (floor)"
 TIME_COLUMNS = {
     "method": "method",
     "distribution": "distribution",
     "dtype": "dtype",
-    "median_ns_per_element": "ns/element",
-    "min_ns_per_element": "min",
-    "max_ns_per_element": "max",
+    "median": TIME_UNIT,
+    "spread": "+-",
     "gigabytes_per_second": "GB/s",
     "times_as_fast_as_published": "x published",
-    "ratio_to_floor": "/ floor",
+    "ratio": "/ floor",
     "fraction_of_copy_bandwidth": "of copy",
 }
 SASS_COLUMNS = {
@@ -55,7 +57,7 @@ SASS_COLUMNS = {
     "distribution": "distribution",
     "rounding": "rounding",
     "target": "target",
-    "instructions_per_element": "instructions/element",
+    "median": SASS_UNIT,
     "registers": "registers",
     "spills": "spills",
     "access_bits": "access bits",
@@ -94,7 +96,7 @@ def methods(theta: Tensor) -> Iterator[Method]:
     buffer, addend = (torch.zeros_like(theta, dtype=torch.float32) for _ in range(2))
     move = 2 * theta.element_size()
     yield Method("copy_", "-", lambda: other.copy_(theta), move, None)
-    yield Method("mul_ (floor)", "-", lambda: theta.mul_(1.0), move, None)
+    yield Method(FLOOR, "-", lambda: theta.mul_(1.0), move, None)
     yield Method("published", "normal", lambda: published(own), move)
     narrow = theta.dtype != torch.float32
     for distribution in get_args(Distribution):
@@ -153,64 +155,104 @@ def methods(theta: Tensor) -> Iterator[Method]:
         yield Method(ADAM, distribution, adam, move, DRAWS)
 
 
-def measure(dtype: str, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(dtype: str, device: torch.device, options: argparse.Namespace) -> list[common.Row]:
     theta = torch.randn(options.numel, device=device).to(common.DTYPES[dtype])
     chosen = {method.label: method for method in methods(theta)}
     calls = CUDA_CALLS if device.type == "cuda" else 1
     runs = {label: method.run for label, method in chosen.items()}
     times = common.round_robin(runs, device, options.repeats, dtype, calls)
-    copy, floor, reference = (times[k] for k in ("copy_", "mul_ (floor)", "published normal"))
-    records = []
+    copy, floor, reference = (times[k] for k in ("copy_", FLOOR, "published normal"))
+    rows = []
     for label, method in chosen.items():
         own, passes = times[label], method.published_passes
         traffic = method.bytes_per_element * options.numel
         moved = method.bytes_per_element / (2 * theta.element_size())
         apply = times[f"{APPLY} {method.distribution}"] if method.name == ADAM else None
-        records.append(
-            {
-                "method": method.name,
-                "distribution": method.distribution,
-                "dtype": dtype,
-                "numel": options.numel,
-                **common.spread(own, "ns_per_element", 1e9 / options.numel),
-                "bytes_per_element": method.bytes_per_element,
-                "gigabytes_per_second": traffic / statistics.median(own) / 1e9,
-                "published_passes": passes,
-                "times_as_fast_as_published": 1 / common.ratio(own, reference, passes)
+        rows.append(
+            common.measured(
+                f"{label}, {dtype}",
+                [second * 1e9 / options.numel for second in own],
+                TIME_UNIT,
+                ratio=common.ratio(own, floor),
+                method=method.name,
+                distribution=method.distribution,
+                dtype=dtype,
+                bytes_per_element=method.bytes_per_element,
+                gigabytes_per_second=traffic / statistics.median(own) / 1e9,
+                published_passes=passes,
+                times_as_fast_as_published=1 / common.ratio(own, reference, passes)
                 if passes
                 else None,
-                "ratio_to_floor": common.ratio(own, floor),
-                "fraction_of_copy_bandwidth": moved / common.ratio(own, copy),
-                "ratio_to_apply_1_draw": common.ratio(own, apply) if apply else None,
-            }
+                fraction_of_copy_bandwidth=moved / common.ratio(own, copy),
+                ratio_to_apply_1_draw=common.ratio(own, apply) if apply else None,
+            )
         )
-    return records
+    return rows
 
 
-def sass() -> list[dict[str, Any]]:
-    """A record for each kernel variant and target."""
+def sass() -> list[common.Row]:
+    """A row for each kernel variant and target."""
     from bench.sass import report
     from zoopt.kernels import aot
 
-    records = []
+    rows = []
     for variant in aot.variants():
         for target in aot.TARGETS:
             common.progress(f"compiling {variant.kernel} {variant.dtype} for {target}")
-            records.append(dataclasses.asdict(report(variant, target)))
+            rows.append(sass_row(dataclasses.asdict(report(variant, target))))
     common.progress("")
-    return records
+    return rows
 
 
-def main() -> None:
+def sass_row(counts: dict[str, Any]) -> common.Row:
+    """The row of one report of `bench.sass`."""
+    what = ("kernel", "dtype", "distribution", "format", "rounding", "target")
+    name = ", ".join(counts[key] for key in what if counts.get(key, "-") != "-")
+    extra = {key: value for key, value in counts.items() if key != "instructions_per_element"}
+    return common.counted(name, counts["instructions_per_element"], SASS_UNIT, **extra)
+
+
+def panels(rows: Sequence[common.Row]) -> list[charts.Panel]:
+    """A panel a dtype (or, of machine code, a target)."""
+    parted = "dtype" if rows[0]["unit"] == TIME_UNIT else "target"
+    found = []
+    for value in dict.fromkeys(row[parted] for row in rows):
+        chosen = [
+            {**row, "name": row["name"].replace(f", {value}", "")}
+            for row in rows
+            if row[parted] == value
+        ]
+        ours = frozenset(
+            row["name"] for row in chosen if row.get("method") not in ("copy_", FLOOR, "published")
+        )
+        title = f"{value}: {chosen[0]['unit']}"
+        found.append(charts.Panel(title, chosen, 1.0, ours, FLOOR))
+    return found
+
+
+def report_times(rows: Sequence[common.Row], options: argparse.Namespace) -> None:
+    """Print the table of one dtype."""
+    common.say(common.table(TIME_COLUMNS, rows), options.json)
+    for row in rows:
+        if row["ratio_to_apply_1_draw"]:
+            common.say(
+                f"adam_window {DRAWS} directions / apply_ 1 direction, "
+                f"{row['distribution']}: {row['ratio_to_apply_1_draw']:.2f}",
+                options.json,
+            )
+    common.say("", options.json)
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]:
     parser = common.parser(
         str(__doc__),
-        "python bench/kernels.py --numel 2**26 --dtypes float32 bfloat16 --json kernels.json",
+        "zoopt bench kernels --numel 2**26 --dtype float32 bfloat16 --json kernels.json",
     )
     parser.add_argument(
         "--numel", type=common.positive, default=1 << 26, help="elements of theta, 2**26 say"
     )
     parser.add_argument(
-        "--dtypes",
+        "--dtype",
         nargs="+",
         metavar="DTYPE",
         choices=("float32", "bfloat16", "float16"),
@@ -221,34 +263,38 @@ def main() -> None:
     parser.add_argument(
         "--sass", action="store_true", help="count machine instructions instead of timing"
     )
-    options = parser.parse_args()
-    common.check_json(parser, options.json)
+    options = common.parse(parser, argv)
+    if options.sass and importlib.util.find_spec("triton") is None:
+        parser.error("--sass needs triton; pip install 'zoopt-torch[gpu]'")
+    return options, common.open_device(parser, options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit status."""
+    options, device = parse(argv)
+    rows: list[common.Row] = []
     if options.sass:
-        try:
-            records = sass()
-        except ImportError:
-            parser.error("--sass needs triton; pip install 'zoopt-torch[gpu]'")
-        print(common.table(SASS_COLUMNS, records))
-        common.write_json(options.json, records)
-        return
-    device = common.open_device(parser, options)
-    records = []
-    for dtype in options.dtypes:
-        records += measure(dtype, device, options)
-        print(common.table(TIME_COLUMNS, records[-sum(r["dtype"] == dtype for r in records) :]))
-        for record in records:
-            if record["dtype"] == dtype and record["ratio_to_apply_1_draw"]:
-                print(
-                    f"adam_window {DRAWS} directions / apply_ 1 direction, "
-                    f"{record['distribution']}: {record['ratio_to_apply_1_draw']:.2f}"
-                )
-        print(flush=True)
-    print(
-        "x published: how many times as fast as the published way (as many passes as directions); "
-        "/ floor: time\nover that of theta.mul_(c); of copy: bandwidth over that of dst.copy_(src)"
-    )
-    common.write_json(options.json, common.document(device, options, records=records))
+        rows = sass()
+        common.say(common.table(SASS_COLUMNS, rows), options.json)
+    else:
+        for dtype in options.dtype:
+            of_dtype = measure(dtype, device, options)
+            report_times(of_dtype, options)
+            rows += of_dtype
+        common.say(
+            "x published: how many times as fast as the published way (as many passes as "
+            "directions); / floor: time\nover that of theta.mul_(c); of copy: bandwidth over that "
+            "of dst.copy_(src); +-: interquartile range",
+            options.json,
+        )
+    ratio_to = None if options.sass else "theta.mul_(c)"
+    content = common.document("kernels", options, device, rows, ratio_to=ratio_to)
+    common.write_json(options.json, content)
+    if options.plot:
+        charts.draw(options.plot, content, "The kernels", panels(rows))
+        common.say(f"written: {options.plot}", options.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,8 +16,9 @@ batch's layout, which happens once, falls into the round that warms up.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,15 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import zoopt
-from bench import common
+from bench import charts, common
 from bench.models import MODELS, build
 
 METHODS = ("plain", "batched", "separate")
 
 COLUMNS = {
-    "method": "method",
-    "median_seconds": "seconds",
-    "min_seconds": "min",
-    "max_seconds": "max",
+    "name": "method",
+    "median": "seconds",
+    "spread": "+-",
     "examples_per_second": "examples/s",
     "throughput_to_plain": "throughput / plain",
     "times_as_fast_as_separate": "x separate",
@@ -87,8 +87,8 @@ class Bench:
         return function
 
 
-def measure(options: argparse.Namespace, bench: Bench) -> list[dict[str, Any]]:
-    """A record a method."""
+def measure(options: argparse.Namespace, bench: Bench) -> list[common.Row]:
+    """A row a method."""
     names = [name for name in METHODS if name == "plain" or name in options.methods]
     times = common.round_robin(
         {name: bench.method(name) for name in names},
@@ -97,25 +97,24 @@ def measure(options: argparse.Namespace, bench: Bench) -> list[dict[str, Any]]:
         options.model,
     )
     count = bench.members * bench.examples
-    records = []
-    for name in names:
-        spread = common.spread(times[name], "seconds", 1.0)
-        records.append(
-            {
-                "method": name,
-                **spread,
-                "examples_per_second": count / spread["median_seconds"],
-                "throughput_to_plain": common.ratio(times["plain"], times[name]),
-                "times_as_fast_as_separate": common.ratio(times["separate"], times[name])
-                if "separate" in times
-                else None,
-                "round_seconds": times[name],
-            }
+    return [
+        common.measured(
+            name,
+            times[name],
+            "s",
+            ratio=common.ratio(times[name], times["plain"]),
+            examples_per_second=count / statistics.median(times[name]),
+            throughput_to_plain=common.ratio(times["plain"], times[name]),
+            times_as_fast_as_separate=common.ratio(times["separate"], times[name])
+            if "separate" in times
+            else None,
+            rounds=times[name],
         )
-    return records
+        for name in names
+    ]
 
 
-def parse() -> tuple[argparse.Namespace, torch.device]:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]:
     parser = common.parser(
         str(__doc__), "python bench/members.py --model gpt2 --members 16 --seq 64 --json FILE"
     )
@@ -135,8 +134,7 @@ def parse() -> tuple[argparse.Namespace, torch.device]:
         help=f"which to measure, of {', '.join(METHODS)}; plain always is",
     )
     common.add_common_arguments(parser, repeats=7)
-    options = parser.parse_args()
-    common.check_json(parser, options.json)
+    options = common.parse(parser, argv)
     return options, common.open_device(parser, options)
 
 
@@ -148,18 +146,30 @@ def even(text: str) -> int:
     return value
 
 
-def main() -> None:
-    options, device = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit status."""
+    options, device = parse(argv)
     common.progress(f"building {options.model}")
     bench = Bench(options, device)
-    records = measure(options, bench)
+    rows = measure(options, bench)
     parameters = sum(p.numel() for p in bench.model.parameters())
-    print(f"{options.model}: {parameters} parameters, {options.dtype}, rank {options.rank},")
-    print(f"{options.members} members of {options.examples} x {options.seq} tokens\n")
-    print(common.table(COLUMNS, records))
-    content = {"parameters": parameters, "records": records}
-    common.write_json(options.json, common.document(device, options, **content))
+    what = (
+        f"{options.model}, {options.dtype}, rank {options.rank}, "
+        f"{options.members} members of {options.examples} x {options.seq} tokens"
+    )
+    common.say(f"{what}: {parameters:,} parameters\n\n{common.table(COLUMNS, rows)}", options.json)
+    ratio_to = "plain inference"
+    content = common.document(
+        *("members", options, device, rows), ratio_to=ratio_to, parameters=parameters
+    )
+    common.write_json(options.json, content)
+    if options.plot:
+        ours = frozenset(METHODS) - {"plain"}
+        panel = charts.Panel("seconds a population", rows, 1.0, ours, "plain")
+        charts.draw(options.plot, content, f"A population: {what}", [panel])
+        common.say(f"written: {options.plot}", options.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

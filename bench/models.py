@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ class Spec:
 
 
 def _gpt2(seq: int, **sizes: Any) -> Any:
-    return transformers.GPT2Config(n_positions=max(seq, 1024), **sizes)
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return transformers.GPT2Config(n_positions=max(seq, 1024), **dropout, **sizes)
 
 
 def _tiny(seq: int) -> Any:
@@ -58,3 +60,22 @@ def build(name: str, seq: int, dtype: torch.dtype, device: torch.device) -> Any:
     with device:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def checkpointing(model: Any) -> Iterator[None]:
+    """The model computes its layers' activations again in the backward pass."""
+    # The second is the older name.
+    enable, disable = (
+        getattr(model, f"activation_checkpointing_{what}", None)
+        or getattr(model, f"gradient_checkpointing_{what}")
+        for what in ("enable", "disable")
+    )
+    enable({"use_reentrant": False})
+    # transformers does so in training only; there is no dropout that this would turn on.
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        disable()

@@ -93,17 +93,27 @@ def report(methods: Sequence[Method], settings: Settings, options: argparse.Name
         print("no method has finished a run of the full budget yet")
         return
     first = pretrain_plan.finals(METHODS[records[0]["method"]], settings, results)[0]
-    content = {
-        "machine": first["machine"],
-        "settings": settings.as_dict(),
-        "sizes": Task(settings).sizes(),
-        "protocol": str(__doc__),
-        "records": records,
-    }
-    print(pretrain_report.text(content))
+    rows = [
+        comparison.row(
+            record["label"],
+            record["validation_cross_entropy"]["values"],
+            "validation cross-entropy",
+        )
+        for record in records
+    ]
+    content = common.document(
+        *("pretrain", options, torch.device("cpu"), rows),
+        arguments=settings.as_dict(),
+        machine=first["machine"],
+        settings=settings.as_dict(),
+        sizes=Task(settings).sizes(),
+        protocol=str(__doc__),
+        records=records,
+    )
+    common.say(pretrain_report.text(content), options.json)
     common.write_json(options.json, comparison.finite(content))
     pretrain_report.draw(content, options.plot)
-    print(f"written: {options.plot}")
+    common.say(f"written: {options.plot}", options.json)
 
 
 def method_names(text: str) -> list[str]:
@@ -118,10 +128,11 @@ def method_names(text: str) -> list[str]:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settings]:
-    parser = common.parser(str(__doc__), "python bench/pretrain.py --model 1m --workers 2")
+    parser = common.parser(str(__doc__), "zoopt bench pretrain --model 1m --workers 2")
     parser.add_argument("--model", choices=list(MODELS), default="1m", help="size of the LLaMA")
     parser.add_argument(
-        "--methods", type=method_names, default=list(METHODS), metavar="NAME,NAME",
+        "--optimizers", "--methods", dest="methods", type=method_names, default=list(METHODS),
+        metavar="NAME,NAME",
         help=f"which to compare; {REFERENCE} always is",
     )  # fmt: skip
     for name, text in {
@@ -154,6 +165,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settin
     # A model's own summary, unless another place is asked for.
     parser.set_defaults(json=None, plot=None)
     options = parser.parse_args(argv)
+    options.command = common.command(parser, argv)
     shape = MODELS[options.model]
     for name in ("steps", "grid_steps", "seeds"):
         if getattr(options, name) is None:

@@ -1,35 +1,26 @@
-"""Time and memory of one MeZO step against two plain forwards, and against the alternatives.
+"""Time and memory of one training step, by method, against plain inference.
 
-The model has random weights and is never downloaded. Methods:
-
-  forwards   two forward passes without autograd: what any two-sided step must pay
-  inplace    zoopt.MeZO, parameters perturbed in place
-  virtual    zoopt.MeZO, parameters perturbed as they are read, and never written but to update
-  published  the algorithm as published (tests/reference/published_mezo.py)
-  adamw      forward, backward and torch.optim.AdamW
-  lozo       zoopt.LOZO: low-rank directions added at the operators
-  lozo-m     zoopt.LOZO with momentum in the factors
-  subzero    zoopt.SubZero, rank 24
-  window     zoopt.ZOAdam, moments rebuilt from ten steps' directions in one pass
-  dense      zoopt.ZOAdam with stored moments
-  forward    zoopt.ForwardGrad: one pass in dual numbers
+The model has random weights and is never downloaded. `inference` is two forward passes without
+autograd: what any two-sided zeroth-order step must pay. `MeZO, published` is the algorithm as
+published (tests/reference/published_mezo.py), written plainly. A method with a backward pass is
+there twice, plain and checkpointed: activations computed again in the backward pass. Other
+packages' optimizers are measured where they are installed (torchao, bitsandbytes, galore-torch,
+apollo-torch). What a projected method does once in 200 steps is not in its time.
 
 All are timed in turn, round by round; a ratio is the median of the rounds' own. Memory is measured
-apart from time: the peak of one step less the peak of one forward, both above the model itself. On
-the CPU that is the exact sum of the live tensors' storages, and with --rss the resident set of a
-process a method; on a GPU it is what the allocator says.
+apart from time: the peak of two steps (the first makes the state, the second has it from the
+start), above the model itself. On the CPU that is the exact sum of the live tensors' storages, and
+with --rss the resident set of a process a method; on a GPU it is what the allocator says.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
-import json
-import resource
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,237 +31,252 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import zoopt
-from bench import common
-from bench.models import MODELS, build
+from bench import charts, common, methods, resident
+from bench.methods import INFERENCE, PUBLISHED, Entry
+from bench.models import MODELS, build, checkpointing
 from tests.meter import LiveStorages
-from tests.reference.published_mezo import PublishedMeZO
+from zoopt.cli.terminal import CommandError
+from zoopt.memory.methods import Method
 
-LR, EPS = 1e-6, 1e-3
-#: Zeroth-order methods: class and options.
-ZEROTH_ORDER: dict[str, tuple[Any, dict[str, Any]]] = {
-    "inplace": (zoopt.MeZO, {"zo_eps": EPS, "perturbation": "inplace"}),
-    "virtual": (zoopt.MeZO, {"zo_eps": EPS, "perturbation": "virtual"}),
-    "lozo": (zoopt.LOZO, {"zo_eps": EPS}),
-    "lozo-m": (zoopt.LOZO, {"zo_eps": EPS, "momentum": 0.7}),
-    "subzero": (zoopt.SubZero, {"zo_eps": EPS}),
-    "window": (zoopt.ZOAdam, {"zo_eps": EPS, "state": "window"}),
-    "dense": (zoopt.ZOAdam, {"zo_eps": EPS}),
-    "forward": (zoopt.ForwardGrad, {}),
-}
-METHODS = ("forwards", "published", "adamw", *ZEROTH_ORDER)
-DEFAULT_METHODS = ("forwards", "inplace", "virtual", "published", "adamw")
+DEFAULT = ("baselines", "mezo-in-place", "mezo-virtual", "galoreadamw")
 MIB = 1 << 20
+RATIO_TO = "inference (two forward passes)"
 
 COLUMNS = {
-    "method": "method",
-    "median_seconds": "seconds",
-    "min_seconds": "min",
-    "max_seconds": "max",
-    "ratio_to_two_forwards": "/ 2 forwards",
+    "name": "method",
+    "median": "seconds",
+    "spread": "+-",
+    "ratio": "/ inference",
     "times_as_fast_as_published": "x published",
     "peak_mebibytes": "peak MiB",
-    "peak_beyond_forward_bytes": "bytes beyond forward",
-    "rss_beyond_forward_mebibytes": "RSS beyond, MiB",
+    "beyond_mebibytes": "beyond inference",
+    "rss_mebibytes": "RSS beyond, MiB",
 }
 
 
 class Bench:
-    """A model, a batch, and the methods on them."""
+    """Models, a batch, and the methods on them."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
-        self.device = device
-        torch.manual_seed(0)
-        dtype = common.DTYPES[options.dtype]
-        self.model = build(options.model, options.seq, dtype, device)
+        self.device, self._options = device, options
+        self._adapted: dict[str, Any] = {}
+        self.model = self._build()
         vocabulary = self.model.config.vocab_size
         self.ids = torch.randint(vocabulary, (options.batch, options.seq), device=device)
 
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return list(self.model.parameters())
+    def _build(self) -> Any:
+        torch.manual_seed(0)
+        options = self._options
+        return build(options.model, options.seq, common.DTYPES[options.dtype], self.device)
 
-    @property
-    def largest_parameter_bytes(self) -> int:
-        return max(p.numel() * p.element_size() for p in self.parameters)
+    def model_of(self, method: Method) -> Any:
+        """The model that the method trains: all share one, but for those that adapt it."""
+        if method.adapter is None:
+            return self.model
+        if method.name not in self._adapted:
+            self._adapted[method.name] = method.prepare(self._build())
+        return self._adapted[method.name]
 
-    def loss(self) -> Tensor:
-        loss: Tensor = self.model(input_ids=self.ids, labels=self.ids).loss
+    def loss(self, model: Any) -> Tensor:
+        loss: Tensor = model(input_ids=self.ids, labels=self.ids).loss
         return loss
 
     @torch.no_grad()
     def forwards(self, count: int = 2) -> None:
         for _ in range(count):
             # As MeZO's closure does: the loss is read before the next forward begins.
-            float(self.loss())
+            float(self.loss(self.model))
 
-    def method(self, name: str) -> Callable[[], Any]:
-        """The method as a function, with a new optimizer."""
-        if name == "forwards":
+    def step(self, entry: Entry) -> Callable[[], Any]:
+        """One step of the method as a function, with a new optimizer."""
+        method = entry.method
+        if method.kind == "inference":
             return self.forwards
-        if name == "published":
-            plain = PublishedMeZO(self.parameters, lr=LR, zo_eps=EPS)
-            return lambda: plain.step(self.loss)
-        if name == "adamw":
-            return self._adamw(torch.optim.AdamW(self.parameters, lr=LR))
-        cls, options = ZEROTH_ORDER[name]
-        optimizer = cls(self.parameters, lr=LR, seed=0, **options)
-        return lambda: optimizer.step(self.loss)
+        model = self.model_of(method)
+        optimizer = method.build(model)
+        for group in getattr(optimizer, "param_groups", []):
+            # Some keep it in a tensor.
+            group["lr"] = (
+                torch.full_like(group["lr"], methods.LR)
+                if isinstance(group["lr"], Tensor)
+                else methods.LR
+            )
+        if method.kind == "zeroth-order":
+            return lambda: optimizer.step(lambda: self.loss(model))  # type: ignore[arg-type]
+        return lambda: self._backprop(model, optimizer, entry)
 
-    def _adamw(self, optimizer: torch.optim.AdamW) -> Callable[[], Any]:
-        def step() -> None:
-            loss = self.loss()
+    def _backprop(self, model: Any, optimizer: torch.optim.Optimizer, entry: Entry) -> None:
+        with contextlib.ExitStack() as stack:
+            if entry.checkpointing:
+                stack.enter_context(checkpointing(model))
+            if entry.method.fused:
+                stack.enter_context(zoopt.fuse_backward(model, optimizer))
+            loss = self.loss(model)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             float(loss.detach())
 
-        return step
-
-    def peak_bytes(self, name: str) -> int:
-        """The most memory in use during one call, above what is in use before it.
-
-        The call is the first of its optimizer, so the state that it allocates counts as well.
-        """
-        run = (lambda: self.forwards(1)) if name == "forward" else self.method(name)
+    def peak_bytes(self, entry: Entry) -> int:
+        """The most memory in use during two steps, above what is in use before them."""
+        model = self.model_of(entry.method)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-            run()
+            self._two_steps(entry)
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - before
-        tracker = LiveStorages([*self.parameters, *self.model.buffers(), self.ids])
+        tracker = LiveStorages([*model.parameters(), *model.buffers(), self.ids])
         with tracker:
-            run()
+            self._two_steps(entry)
         return tracker.peak
 
-
-def resident_peak(reset: bool) -> int:
-    """The process's largest resident set in bytes, since the last reset where that can be done."""
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if reset:
-        clear.write_text("5")
-    [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
+    def _two_steps(self, entry: Entry) -> None:
+        step = self.step(entry)
+        for _ in range(2):
+            step()
 
 
-def rss_of(name: str, bench: Bench) -> dict[str, int]:
-    """In a process of its own: the peaks of a forward and of one call of a method."""
-    # Whatever compiles or loads on first use does so now, on something small.
-    small = torch.nn.Parameter(torch.zeros(1 << 16, dtype=bench.parameters[0].dtype))
-    zoopt.MeZO([small], perturbation="inplace").step(lambda: float(small[0]))
-    zoopt.kernels.perturb(small, EPS, seed=0, stream=0, draw=0)
-    rows = torch.zeros(8, dtype=torch.int64)
-    zoopt.kernels.perturb_rows(small.view(256, 256), rows, EPS, seed=0, stream=0, draw=0)
-    bench.forwards()
-    run = bench.method(name)
-    gc.collect()
-    resident_peak(reset=True)
-    bench.forwards(1)
-    forward = resident_peak(reset=False)
-    resident_peak(reset=True)
-    run()
-    return {"forward_bytes": forward, "method_bytes": resident_peak(reset=False)}
-
-
-def spawn_rss(name: str, options: argparse.Namespace) -> dict[str, int]:
-    command = [sys.executable, __file__, "--rss-of", name, "--model", options.model]
-    for key in ("dtype", "batch", "seq", "threads"):
-        command += [f"--{key}", str(getattr(options, key))]
+def spawn_rss(entry: Entry, options: argparse.Namespace) -> int:
+    command = [sys.executable, __file__, "--rss-of", methods.key(entry.name)]
+    for name in ("model", "dtype", "batch", "seq", "threads"):
+        command += [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        sys.exit(f"step.py: error: --rss: the process for {name} failed: {reason}")
-    peaks: dict[str, int] = json.loads(done.stdout)
-    return peaks
+        raise CommandError(f"--rss: the process for {entry.name} failed: {reason}; leave it out")
+    return int(done.stdout)
 
 
-def measure(options: argparse.Namespace, bench: Bench) -> list[dict[str, Any]]:
-    """A record a method: memory, then time."""
-    names = ["forwards", *(name for name in options.methods if name != "forwards")]
+def measure(options: argparse.Namespace, bench: Bench) -> list[common.Row]:
+    """Rows of seconds and of bytes, a method each: memory first, then time."""
+    entries = methods.chosen(options.optimizers)
     bench.forwards(1)
-    forward = bench.peak_bytes("forward")
-    peaks = {}
-    for name in names:
+    peaks: dict[str, int | None] = {}
+    for name, entry in entries.items():
         common.progress(f"memory: {name}")
-        peaks[name] = bench.peak_bytes(name)
-    residents: dict[str, dict[str, int]] = {}
-    for name in names if options.rss else []:
+        try:
+            peaks[name] = bench.peak_bytes(entry)
+        except torch.OutOfMemoryError:
+            peaks[name] = None
+            torch.cuda.empty_cache()
+    residents = {}
+    for name, entry in entries.items() if options.rss else ():
         common.progress(f"resident set: {name}")
-        residents[name] = spawn_rss(name, options)
-    runs = {name: bench.method(name) for name in names}
+        residents[name] = spawn_rss(entry, options)
+    runs = {name: bench.step(entries[name]) for name, peak in peaks.items() if peak is not None}
     times = common.round_robin(runs, bench.device, options.repeats, options.model)
-    records = []
-    for name in names:
-        own, resident = times[name], residents.get(name)
-        beyond = resident["method_bytes"] - resident["forward_bytes"] if resident else None
-        records.append(
-            {
-                "method": name,
-                **common.spread(own, "seconds", 1.0),
-                "ratio_to_two_forwards": common.ratio(own, times["forwards"]),
-                "times_as_fast_as_published": common.ratio(times["published"], own)
-                if "published" in times
-                else None,
-                "peak_bytes": peaks[name],
-                "peak_mebibytes": peaks[name] / MIB,
-                "peak_beyond_forward_bytes": peaks[name] - forward,
-                "rss_bytes": resident["method_bytes"] if resident else None,
-                "rss_beyond_forward_mebibytes": None if beyond is None else beyond / MIB,
-                "round_seconds": own,
-            }
-        )
-    return records
+    plain, published = peaks[INFERENCE], times.get(PUBLISHED)
+    assert plain is not None
+    rows = []
+    for name, peak in peaks.items():
+        if peak is None:
+            rows += [common.failed(name, unit, "out of memory") for unit in ("s", "bytes")]
+            continue
+        own = times[name]
+        rows += [
+            common.measured(
+                name,
+                own,
+                "s",
+                ratio=common.ratio(own, times[INFERENCE]),
+                times_as_fast_as_published=published and common.ratio(published, own),
+                rounds=own,
+            ),
+            common.counted(name, peak, "bytes", ratio=peak / plain, beyond=peak - plain),
+        ]
+        if name in residents:
+            rows.append(common.counted(name, residents[name], "bytes resident beyond a forward"))
+    return rows
 
 
-def parse() -> tuple[argparse.Namespace, torch.device]:
+def text(rows: Sequence[common.Row]) -> str:
+    """The table: a line a method."""
+    lines: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        line = lines.setdefault(row["name"], {"name": row["name"]})
+        if row["unit"] == "s":
+            line.update(row)
+        elif row["unit"] == "bytes" and row["median"] is not None:
+            line["peak_mebibytes"] = row["median"] / MIB
+            line["beyond_mebibytes"] = row["beyond"] / MIB
+        elif row["median"] is not None:
+            line["rss_mebibytes"] = row["median"] / MIB
+        line["median"] = line.get("median") or row.get("reason")
+    columns = {
+        key: heading
+        for key, heading in COLUMNS.items()
+        if any(line.get(key) is not None for line in lines.values())
+    }
+    return common.table(columns, list(lines.values()))
+
+
+def panels(rows: Sequence[common.Row]) -> list[charts.Panel]:
+    ours = frozenset(
+        entry.name
+        for entry in methods.table().values()
+        if entry.name not in methods.BASELINES or entry.name.startswith("zoopt.")
+    )
+    seconds, peaks = ([row for row in rows if row["unit"] == unit] for unit in ("s", "bytes"))
+    return [
+        charts.Panel("seconds a step", seconds, 1.0, ours, INFERENCE),
+        charts.Panel("peak memory above the model, MiB", peaks, 1 / MIB, ours, INFERENCE),
+    ]
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]:
     parser = common.parser(
-        str(__doc__), "python bench/step.py --model gpt2 --batch 8 --seq 64 --json step.json"
+        str(__doc__), "zoopt bench step --model gpt2 --batch 8 --seq 64 --json step.json"
     )
     sizes = "; ".join(f"{name}: {spec.summary}" for name, spec in MODELS.items())
     parser.add_argument("--model", choices=list(MODELS), default="gpt2", help=sizes)
+    methods.add_argument(parser, DEFAULT)
     parser.add_argument("--dtype", choices=list(common.DTYPES), default="float32", help="weights")
     parser.add_argument("--batch", type=common.positive, default=8, help="sequences a batch")
     parser.add_argument("--seq", type=common.positive, default=64, help="tokens a sequence")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        metavar="METHOD",
-        choices=METHODS,
-        default=list(DEFAULT_METHODS),
-        help=f"which to measure, of {', '.join(METHODS)}; forwards always are",
-    )
     parser.add_argument("--rss", action="store_true", help="also measure resident sets (CPU)")
-    parser.add_argument("--rss-of", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--rss-of", metavar="NAME", help=argparse.SUPPRESS)
     common.add_common_arguments(parser, repeats=7)
-    options = parser.parse_args()
+    options = common.parse(parser, argv)
     if options.rss and options.device != "cpu":
         parser.error("--rss measures the CPU's memory; leave it out on a GPU")
-    common.check_json(parser, options.json)
     return options, common.open_device(parser, options)
 
 
-def main() -> None:
-    options, device = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit status."""
+    options, device = parse(argv)
     common.progress(f"building {options.model}")
     bench = Bench(options, device)
     if options.rss_of:
-        print(json.dumps(rss_of(options.rss_of, bench)))
-        return
-    records = measure(options, bench)
-    parameters = sum(p.numel() for p in bench.parameters)
-    largest = bench.largest_parameter_bytes
-    print(f"{options.model}: {parameters} parameters, {options.dtype}, {options.batch} sequences")
-    print(f"of {options.seq} tokens; the largest parameter has {largest} bytes\n")
-    print(common.table(COLUMNS, records))
-    forwards = statistics.median(records[0]["round_seconds"])
-    print(f"\ntwo forwards: {forwards:.3f} s; peaks are above the model's own memory")
-    content = {"parameters": parameters, "largest_parameter_bytes": largest, "records": records}
-    common.write_json(options.json, common.document(device, options, **content))
+        step = bench.step(methods.table()[options.rss_of])
+        print(resident.beyond_forward(step, bench.forwards))
+        return 0
+    rows = measure(options, bench)
+    sizes = [p.numel() * p.element_size() for p in bench.model.parameters()]
+    parameters = sum(p.numel() for p in bench.model.parameters())
+    what = f"{options.model}, {options.dtype}, {options.batch} x {options.seq} tokens"
+    common.say(
+        f"{what}: {parameters:,} parameters, the largest of {max(sizes):,} bytes\n\n"
+        f"{text(rows)}\n\n/ inference: over two forward passes; "
+        f"+-: interquartile range of {options.repeats} rounds; peaks are above the model's own "
+        f"memory",
+        options.json,
+    )
+    content = common.document(
+        *("step", options, device, rows),
+        ratio_to=RATIO_TO,
+        parameters=parameters,
+        largest_parameter_bytes=max(sizes),
+    )
+    common.write_json(options.json, content)
+    if options.plot:
+        charts.draw(options.plot, content, f"One training step: {what}", panels(rows))
+        common.say(f"written: {options.plot}", options.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
