@@ -8,6 +8,7 @@ import torch
 import zoopt
 from tests.optimizer_table import CASES, PERTURBATIONS, Row, mlp, regression
 from tests.test_kernels import DISTRIBUTIONS, DTYPES, KEY, same_bits, weights
+from tests.test_sm3 import SHAPES, kernel_steps
 from zoopt import kernels, noise
 
 
@@ -84,3 +85,13 @@ def test_mezo_trains(dtype: torch.dtype, perturbation: str) -> None:
     for _ in range(100):
         last = optimizer.step(lambda: model(x).square().double().mean())
     assert last < first
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sm3_has_the_bits_of_the_cpu(dtype: torch.dtype, sparse: bool) -> None:
+    """Also of matrices with many programs, whose maxima meet in any order."""
+    for shape in [*filter(None, SHAPES), (1000, 1023), (700, 2048)]:
+        ours = kernel_steps(None, shape, dtype, sparse=sparse, device="cuda")
+        theirs = kernel_steps(None, shape, dtype, sparse=sparse)
+        assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True)), shape

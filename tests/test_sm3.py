@@ -46,14 +46,21 @@ def gradients(shape: tuple[int, ...], dtype: torch.dtype, steps: int) -> list[to
 
 
 def kernel_steps(
-    impl: str, shape: tuple[int, ...], dtype: torch.dtype, *, sparse: bool = False, steps: int = 2
+    impl: str | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    sparse: bool = False,
+    steps: int = 2,
+    device: str = "cpu",
 ) -> list[torch.Tensor]:
     """What sums, then averages with momentum, leave of theta, the accumulators and the buffer."""
     theta = torch.linspace(-2, 2, math.prod(shape)).reshape(shape).to(dtype)
     accumulators, buffer = zeros(theta), torch.zeros(shape)
+    theta, buffer, *accumulators = (x.to(device) for x in (theta, buffer, *accumulators))
     for step, gradient in enumerate(gradients(shape, dtype, 2 * steps)):
         if sparse:
-            rows = torch.arange(step % 2, shape[0], 2)
+            rows = torch.arange(shape[0])[step % 2 :: 2]
             gradient = torch.sparse_coo_tensor(
                 rows[None], gradient[rows], shape, is_coalesced=True, check_invariants=False
             )
@@ -61,14 +68,14 @@ def kernel_steps(
         options: dict[str, Any] = average if step >= steps else {}
         draw = None if step % 2 else step
         sm3_(
-            *(theta, gradient, accumulators),
+            *(theta, gradient.to(device), accumulators),
             step_size=-0.1,
             rounding_draw=draw,
             impl=impl,
             **options,
             **KEY,
         )
-    return [theta, *accumulators, buffer]
+    return [tensor.cpu() for tensor in (theta, *accumulators, buffer)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
