@@ -7,10 +7,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from zoopt.kernels import reference_product
+
 
 def nothing(*args: Any) -> None:
     """Leave everything as it is."""
 
 
 weighted_sum = momentum_sum = adam_window = gather_rows = nothing
-adam = adamw = add_product = sm3 = nothing
+adam = adamw = sm3 = nothing
+
+
+def add_product(theta: Tensor, left: Any, right: Any, decay: float, *terms: Any) -> None:
+    """Allocate what one chunk of rows takes; BLAS adds a product to float32 in place."""
+    gradient, channel_scale, sign_of, sign_step, *_ = terms
+    if theta.dtype == torch.float32:
+        left = right = None
+        if gradient is None:
+            return
+    rows = reference_product.row_chunks(theta)[0]
+    reference_product.update(
+        theta, rows, left, right, decay, gradient, channel_scale, sign_of, sign_step
+    )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import zoopt
+from zoopt.lowrank import gradnormlorp
 from zoopt.lowrank.selection import param_groups
 from zoopt.modules import is_conv1d
 
@@ -95,6 +96,7 @@ def methods(rank: int = 128, lora_rank: int = 8) -> list[Method]:
         "ZOMuon": _plain(zoopt.ZOMuon),
         "HiZOO": _plain(zoopt.HiZOO),
         "ConMeZO": _plain(zoopt.ConMeZO),
+        "EvolutionStrategy": _plain(zoopt.EvolutionStrategy),
     }
     first_order = {
         "SGD": _plain(torch.optim.SGD, lr=1e-3),
@@ -103,12 +105,39 @@ def methods(rank: int = 128, lora_rank: int = 8) -> list[Method]:
         "zoopt.AdamW, bfloat16 state": _plain(zoopt.AdamW, state_dtype="bfloat16"),
         "zoopt.AdamW, int8 state": _plain(zoopt.AdamW, state_dtype="int8"),
         "zoopt.AdamW, int4 state": _plain(zoopt.AdamW, state_dtype="int4"),
+        "SM3": _plain(zoopt.SM3),
+        "Frugal": _plain(zoopt.Frugal),
         "GaLoreAdamW": _projected(zoopt.GaLoreAdamW, rank),
         "GaLoreAdamW, int8 state": _projected(zoopt.GaLoreAdamW, rank, state_dtype="int8"),
+        "GaLoreAdafactor": _projected(zoopt.GaLoreAdafactor, rank),
+        "QGaLoreAdamW": _projected(zoopt.QGaLoreAdamW, rank),
+        "Apollo": _projected(zoopt.Apollo, rank),
+        "ApolloMini": _projected(zoopt.ApolloMini, 1),
+        "Fira": _projected(zoopt.Fira, rank),
+        "LDAdamW": _projected(zoopt.LDAdamW, rank),
     }
+    fused = ("SM3", "zoopt.AdamW, int8 state", "GaLoreAdamW, int8 state", "ApolloMini")
     return [
         Method("inference", "inference", _none),
         *(Method(name, "zeroth-order", build) for name, build in zeroth_order.items()),
         *(Method(name, "backprop", build) for name, build in first_order.items()),
+        *(
+            Method(f"{name}, fused backward", "backprop", first_order[name], fused=True)
+            for name in fused
+        ),
         Method("LoRA + AdamW", "backprop", _plain(torch.optim.AdamW), adapter=lora(lora_rank)),
+        Method("GradNormLoRP", "backprop", _gradnormlorp(rank), adapter=_gradnorm(rank)),
+        Method("SLTrain + AdamW", "backprop", _plain(torch.optim.AdamW), adapter=_sltrain(rank)),
     ]
+
+
+def _gradnorm(rank: int) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: gradnormlorp.convert(model, rank=rank)
+
+
+def _gradnormlorp(rank: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: zoopt.GradNormLoRP(_trained(model), rank=rank, state_dtype="int8")
+
+
+def _sltrain(rank: int) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: zoopt.nn.convert(model, rank=rank)

@@ -24,6 +24,7 @@ class Plan:
         model, batch, seq, dtype, checkpointing: what was planned.
         parameters: how many the model has.
         estimates: one a method.
+        left_out: methods that this model cannot be trained by, and why.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Plan:
     checkpointing: bool
     parameters: int
     estimates: list[Estimate]
+    left_out: dict[str, str]
 
     def __getitem__(self, name: str) -> Estimate:
         for estimate in self.estimates:
@@ -93,14 +95,21 @@ def plan(
     with fake(DTYPES[dtype]):
         simulation = Simulation(spec, checkpointing, seq)
         estimates = []
+        left_out = {}
         for method in chosen:
             if progress is not None:
                 progress(method.name)
-            estimates.append(simulation.estimate(method, batch))
+            try:
+                estimates.append(simulation.estimate(method, batch))
+            except (ImportError, TypeError, ValueError) as error:
+                # Of all methods, some ask for linear layers, or for peft.
+                if optimizers != "all":
+                    raise
+                left_out[method.name] = str(error)
     parameters = simulation.parameters
     estimates.sort(key=lambda estimate: estimate.peak)
     name = model if isinstance(model, str) else model.name
-    return Plan(name, batch, seq, dtype, checkpointing, parameters, estimates)
+    return Plan(name, batch, seq, dtype, checkpointing, parameters, estimates, left_out)
 
 
 def select(wanted: str | Sequence[str | Method], known: Sequence[Method]) -> list[Method]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -36,7 +35,8 @@ class Estimate:
         categories: what they are, at that point.
         phases: the peak of each phase of the step.
         state: bytes of optimizer state between steps.
-        slope: bytes that one more example adds at the peak.
+        per_example: bytes that one more example adds to the peak of a phase.
+        per_token: bytes that one more token in every example adds to it.
     """
 
     name: str
@@ -45,7 +45,8 @@ class Estimate:
     categories: dict[Category, int]
     phases: dict[str, int]
     state: int
-    slope: int
+    per_example: dict[str, int]
+    per_token: dict[str, int]
 
     def fits(self, budget: int) -> bool:
         """Whether the peak is within the budget, in bytes."""
@@ -53,8 +54,24 @@ class Estimate:
 
     def largest_batch(self, budget: int, batch: int) -> int:
         """The largest batch that fits a budget in bytes, or 0; peaks grow in proportion."""
-        constant = self.peak - self.slope * batch
-        return max(0, (budget - constant) // self.slope) if self.slope > 0 else 0
+        return self._largest(self.per_example, budget, batch)
+
+    def largest_seq(self, budget: int, seq: int) -> int:
+        """The longest sequence that fits a budget in bytes, or 0; peaks grow in proportion."""
+        return self._largest(self.per_token, budget, seq)
+
+    def _largest(self, slopes: dict[str, int], budget: int, size: int) -> int:
+        """The largest size at which no phase exceeds the budget."""
+        if max(self.phases.values()) > budget and not any(slopes.values()):
+            return 0
+        sizes = []
+        for phase, peak in self.phases.items():
+            slope = slopes.get(phase, 0)
+            if slope > 0:
+                sizes.append(size + (budget - peak) // slope)
+            elif peak > budget:
+                return 0
+        return max(0, min(sizes, default=0))
 
 
 @contextlib.contextmanager
@@ -67,6 +84,9 @@ def fake(dtype: torch.dtype) -> Iterator[FakeTensorMode]:
             yield mode
         finally:
             torch.set_default_dtype(before)
+
+
+_INFERENCE = Method("inference", "inference", lambda model: None)  # type: ignore[arg-type, return-value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +119,7 @@ class Simulation:
         self._plain = self._build(lambda model: model)
         self.parameters = sum(param.numel() for param in self._plain.parameters())
         self._adapted: dict[str, nn.Module] = {}
-        self._passes: dict[tuple[str, bool, int], _Part] = {}
+        self._passes: dict[tuple[str, bool, int, int], _Part] = {}
 
     def estimate(self, method: Method, batch: int) -> Estimate:
         """The method's memory at that batch."""
@@ -107,28 +127,42 @@ class Simulation:
             warnings.simplefilter("ignore")
             if method.kind == "backprop":
                 return self._backprop(method, batch)
-            part, state = self._forward_only(method, batch)
-            slope = self._slope(method, batch)
+            part, state = self._forward_only(method, batch, self.seq)
+            slopes = self._slopes(method, batch)
         return Estimate(
-            method.name, method.kind, part.peak, part.categories, part.phases, state, slope
+            method.name, method.kind, part.peak, part.categories, part.phases, state, *slopes
         )
 
-    def _slope(self, method: Method, batch: int) -> int:
-        """Bytes that an example adds: those of the passes over the model."""
-        if method.kind == "backprop":
-            first, second = (self._pass(method, size).peak for size in (batch, 2 * batch))
-        else:
-            first, second = (self._inference(size).peak for size in (batch, 2 * batch))
-        return (second - first) // batch
+    def _slopes(self, method: Method, batch: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes that an example, and a token an example, add to each pass over the model."""
 
-    @functools.cache  # noqa: B019 - the simulation ends with the plan
-    def _inference(self, batch: int) -> _Part:
-        inference = Method("inference", "inference", lambda model: None)  # type: ignore[arg-type, return-value]
-        return self._forward_only(inference, batch)[0]
+        def phases(batch: int, seq: int) -> dict[str, int]:
+            if method.kind == "backprop":
+                return self._pass(method, batch, seq).phases
+            return self._inference(batch, seq).phases
 
-    def _forward_only(self, method: Method, batch: int) -> tuple[_Part, int]:
+        # Twice as long could be more than the model's positions.
+        half = max(1, self.seq // 2)
+        here, wider = phases(batch, self.seq), phases(2 * batch, self.seq)
+        shorter = phases(batch, half)
+        per_example, per_token = {}, {}
+        for phase in here.keys() - {"load"}:
+            per_example[phase] = (wider[phase] - here[phase]) // batch
+            per_token[phase] = (here[phase] - shorter[phase]) // max(1, self.seq - half)
+        if method.kind == "zeroth-order":
+            for slopes in (per_example, per_token):
+                slopes |= dict.fromkeys(("forward +", "forward -"), slopes["forward"])
+        return per_example, per_token
+
+    def _inference(self, batch: int, seq: int) -> _Part:
+        key = ("inference", False, batch, seq)
+        if key not in self._passes:
+            self._passes[key] = self._forward_only(_INFERENCE, batch, seq)[0]
+        return self._passes[key]
+
+    def _forward_only(self, method: Method, batch: int, seq: int) -> tuple[_Part, int]:
         meter = StorageMeter()
-        inputs = self.spec.inputs(batch, self.seq)
+        inputs = self.spec.inputs(batch, seq)
         trained = [param for param in self._plain.parameters() if param.requires_grad]
         with meter:
             optimizer = run_steps(self._plain, inputs, method, meter, steps=1)
@@ -150,14 +184,14 @@ class Simulation:
             self._adapted[method.name] = self._build(method.adapter)
         return self._adapted[method.name]
 
-    def _pass(self, method: Method, batch: int) -> _Part:
+    def _pass(self, method: Method, batch: int, seq: int) -> _Part:
         """Forward and backward, without any optimizer."""
-        key = (method.name if method.adapter else "", method.fused, batch)
+        key = (method.name if method.adapter else "", method.fused, batch, seq)
         if key not in self._passes:
             model = self._model(method)
             model.train()
             meter = StorageMeter()
-            inputs = self.spec.inputs(batch, self.seq)
+            inputs = self.spec.inputs(batch, seq)
             freed = [
                 param.register_post_accumulate_grad_hook(_free)
                 for param in model.parameters()
@@ -174,7 +208,7 @@ class Simulation:
         return self._passes[key]
 
     def _backprop(self, method: Method, batch: int) -> Estimate:
-        passes = self._pass(method, batch)
+        passes = self._pass(method, batch, self.seq)
         update, state = self._update(method)
         phases = {name: peak + state for name, peak in passes.phases.items()}
         phases["update"] = update.peak
@@ -185,8 +219,8 @@ class Simulation:
             categories, peak = categories | {"workspace": workspace}, peak + workspace
         elif update.peak > peak:
             categories, peak = update.categories, update.peak
-        slope = self._slope(method, batch)
-        return Estimate(method.name, method.kind, peak, categories, phases, state, slope)
+        slopes = self._slopes(method, batch)
+        return Estimate(method.name, method.kind, peak, categories, phases, state, *slopes)
 
     def _update(self, method: Method) -> tuple[_Part, int]:
         """One update, all state and all gradients being there (fused: one gradient)."""

@@ -1,0 +1,145 @@
+"""`zoopt plan`: will it fit, and with which optimizer?"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from zoopt.cli.terminal import (
+    CommandError,
+    add_json_argument,
+    open_console,
+    print_table,
+    styled,
+    write_json,
+)
+
+DESCRIPTION = """\
+Predict the peak memory of one training step, for every optimizer, without allocating anything: the
+step runs on tensors that have shapes and no values. Not counted: the framework's own memory (a CUDA
+context takes some 0.5 GB), fragmentation, and temporaries inside operators.
+
+MODEL is a named architecture (gpt2, opt-1.3b ... opt-66b, llama-7b, llama-3-8b, qwen2.5-7b,
+roberta-large ...: any wrong name lists them), a directory or config.json of a transformers causal
+or masked language model, or module:function, which is called with batch and sequence length and
+returns a module and the keyword arguments of its call."""
+_UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_UNITS |= {"KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40}
+
+
+def size(text: str) -> int:
+    """Bytes of "24GB", "80GiB" or "24000000000"."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    try:
+        value = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
+    except (ValueError, KeyError):
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 24GB or 80GiB, got {text!r}")
+    return int(value)
+
+
+def positive(text: str) -> int:
+    """A positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "plan",
+        prog="zoopt plan",
+        help="predict the memory of training a model, by optimizer",
+        description=DESCRIPTION,
+        example="zoopt plan llama-7b --gpu 24GB --seq 512 --checkpointing",
+    )
+    parser.add_argument("model", metavar="MODEL", help="what is trained, see above")
+    parser.add_argument(
+        "--optimizer",
+        nargs="+",
+        default=["all"],
+        metavar="NAME",
+        help="some of the table's methods; default: all",
+    )
+    parser.add_argument("--batch", type=positive, default=1, help="examples a step")
+    parser.add_argument("--seq", type=positive, default=512, help="tokens an example")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float16", "float32"),
+        help="of weights, gradients and activations",
+    )
+    parser.add_argument("--gpu", type=size, metavar="SIZE", help="mark what fits, 24GB say")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="compute activations again in backward"
+    )
+    parser.add_argument(
+        "--rank", type=positive, default=128, help="of low-rank projections and factors"
+    )
+    parser.add_argument("--lora-rank", type=positive, default=8, help="of LoRA's adapters")
+    add_json_argument(parser)
+    parser.set_defaults(func=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan; returns 0."""
+    from zoopt.memory.plan import plan
+
+    console = open_console(options.json)
+    wanted = "all" if options.optimizer == ["all"] else options.optimizer
+    try:
+        with console.status("planning") as status:
+            result = plan(
+                options.model,
+                optimizers=wanted,
+                batch=options.batch,
+                seq=options.seq,
+                dtype=options.dtype,
+                checkpointing=options.checkpointing,
+                rank=options.rank,
+                lora_rank=options.lora_rank,
+                progress=lambda name: status.update(f"planning: {name}"),
+            )
+    except (ImportError, TypeError, ValueError) as error:
+        raise CommandError(str(error)) from None
+    fits = options.gpu
+    headings = ["method", "peak GB", *(c for c in _CATEGORIES)]
+    if fits is not None:
+        headings += ["fits", "largest batch", "largest sequence"]
+    rows = []
+    for estimate in result.estimates:
+        row: list[Any] = [estimate.name, _gb(estimate.peak)]
+        row += [_gb(estimate.categories[category]) for category in _CATEGORIES]
+        if fits is not None:
+            batch = estimate.largest_batch(fits, options.batch)
+            row += [
+                styled("yes", "green") if estimate.fits(fits) else styled("no", "red"),
+                str(batch) if batch else "-",
+                str(estimate.largest_seq(fits, options.seq) or "-"),
+            ]
+        rows.append(row)
+    checkpointed = ", checkpointed" if options.checkpointing else ""
+    title = (
+        f"{options.model}: {result.parameters / 1e6:,.0f}M parameters, {options.dtype}, batch "
+        f"{options.batch} x {options.seq} tokens{checkpointed}"
+    )
+    print_table(console, title, headings, rows)
+    for name, reason in result.left_out.items():
+        console.print(f"left out: {name}: {reason}", markup=False)
+    if fits is not None:
+        console.print(
+            f"fits: within {fits / 1e9:.1f} GB; the largest batch (sequence) at this sequence "
+            f"(batch), by the growth from one size to its double"
+        )
+    write_json(options.json, result.as_dict())
+    return 0
+
+
+_CATEGORIES = ("parameters", "gradients", "optimizer state", "activations", "workspace")
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.3f}"
