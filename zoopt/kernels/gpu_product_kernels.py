@@ -13,7 +13,8 @@ _ROUNDING = tl.constexpr(philox.PURPOSE_ROUNDING)
 
 
 @triton.jit
-def _product(
+def _add_product(
+    total,
     left,
     right,
     rows,
@@ -25,8 +26,7 @@ def _product(
     COLUMNS: tl.constexpr,
     K: tl.constexpr,
 ):
-    """A tile of left right^T, of contiguous (m, RANK) and (n, RANK): float32, (ROWS, COLUMNS)."""
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    """total, float32 (ROWS, COLUMNS), plus a tile of left right^T, contiguous (m or n, RANK)."""
     for begin in range(0, RANK, K):
         k = begin + tl.arange(0, K)
         mask = (rows < m)[:, None] & (k < RANK)[None, :]
@@ -106,26 +106,25 @@ def product_kernel(
     columns = (tile % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     at = rows[:, None] * n + columns[None, :]
-    x = decay * tl.load(theta + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.zeros([ROWS, COLUMNS], tl.float32)
+    place = rows[:, None] * gradient_row + columns[None, :] * gradient_column
+    if sign_left is not None:
+        # The gradient is read anew below: held until then, its tile would not fit in registers.
+        x = _add_product(x, sign_left, sign_right, rows, columns, m, n, SIGN_RANK, ROWS, COLUMNS, K)
+        x = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) - x
+        # A NaN remains one.
+        x = sign_step * tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
     if left is not None:
-        x += _product(left, right, rows, columns, m, n, RANK, ROWS, COLUMNS, K)
-    if gradient is not None:
-        place = rows[:, None] * gradient_row + columns[None, :] * gradient_column
+        x = _add_product(x, left, right, rows, columns, m, n, RANK, ROWS, COLUMNS, K)
+    x += decay * tl.load(theta + at, mask=inside, other=0.0).to(tl.float32)
+    if channel_scale is not None:
         g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
-        if channel_scale is not None:
-            if BY_ROW:
-                x += tl.load(channel_scale + rows, mask=rows < m, other=0.0)[:, None] * g
-            elif BY_COLUMN:
-                x += tl.load(channel_scale + columns, mask=columns < n, other=0.0)[None, :] * g
-            else:
-                x += tl.load(channel_scale) * g
-        if sign_left is not None:
-            rest = g - _product(
-                sign_left, sign_right, rows, columns, m, n, SIGN_RANK, ROWS, COLUMNS, K
-            )
-            # A NaN remains one.
-            rest = tl.where(rest > 0.0, 1.0, tl.where(rest < 0.0, -1.0, rest))
-            x += sign_step * rest
+        if BY_ROW:
+            x += tl.load(channel_scale + rows, mask=rows < m, other=0.0)[:, None] * g
+        elif BY_COLUMN:
+            x += tl.load(channel_scale + columns, mask=columns < n, other=0.0)[None, :] * g
+        else:
+            x += tl.load(channel_scale) * g
     dtype: tl.constexpr = theta.dtype.element_ty
     if STOCHASTIC:
         bits = _bits(first, rows, columns, n, stream, rounding_draw, k0, k1, ALIGNED, ROWS, COLUMNS)

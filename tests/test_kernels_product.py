@@ -1,0 +1,104 @@
+"""theta plus a low-rank product: the formula in float64, from every implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoopt import kernels
+
+#: Which terms there are beside decay theta.
+CASES = ["product", "by row", "by column", "scalar", "sign", "all", "none"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def difference(
+    impl: str,
+    dtype: torch.dtype,
+    terms: str,
+    m: int,
+    n: int,
+    r: int,
+    offset: int = 0,
+    rounding_draw: int | None = 9,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """How far theta is from the formula in float64, and how far it may be: (m, n)."""
+    torch.manual_seed(r)
+    theta = torch.randn(m, n).to(dtype)
+    left, right = torch.randn(m, r), torch.randn(n, r)
+    away, back = torch.randn(m, r), torch.randn(n, r)
+    gradient = torch.randn(n, m).to(dtype).t()
+    kwargs: dict[str, Any] = {"decay": 0.9}
+    expected = 0.9 * theta.double()
+    size = expected.abs()
+    product = terms in ("product", "by row", "all")
+    if product:
+        expected = expected + left.double() @ right.double().t()
+        size = size + left.double().abs() @ right.double().abs().t()
+    shape = {"by row": (m, 1), "by column": (1, n), "scalar": (1, 1), "all": (m, 1)}.get(terms)
+    if shape:
+        scale = torch.randn(shape)
+        kwargs |= {"gradient": gradient, "channel_scale": scale}
+        expected = expected + scale.double() * gradient.double()
+        size = size + (scale.double() * gradient.double()).abs()
+    if terms in ("sign", "all"):
+        rest = gradient.double() - away.double() @ back.double().t()
+        # Signs of numbers that are not rounding errors.
+        gradient = torch.where(rest.abs() < 1e-2, gradient + 1.0, gradient).to(dtype)
+        rest = gradient.double() - away.double() @ back.double().t()
+        kwargs |= {"gradient": gradient, "sign_of": (away, back), "sign_step": 0.25}
+        if shape:
+            expected = 0.9 * theta.double() + left.double() @ right.double().t()
+            expected = expected + kwargs["channel_scale"].double() * gradient.double()
+        expected = expected + 0.25 * rest.sign()
+        size = size + 1.0
+    moved = {
+        name: tuple(t.to(device) for t in value)
+        if isinstance(value, tuple)
+        else (value.to(device) if isinstance(value, Tensor) else value)
+        for name, value in kwargs.items()
+    }
+    got = kernels.add_product_(
+        theta.to(device, copy=True),
+        left.to(device) if product else None,
+        right.to(device) if product else None,
+        seed=5,
+        stream=2**31 + 3,
+        offset=offset,
+        rounding_draw=rounding_draw,
+        impl=impl,
+        **moved,
+    )
+    # Sums of r + 4 terms in any order; then less than a spacing of the dtype, or half of one.
+    form = torch.finfo(dtype)
+    spacing = (0.0 if dtype == torch.float32 else form.eps) * (expected.abs() + form.tiny)
+    bound = (r + 8) * 2.0**-24 * size + spacing * (1.0 if rounding_draw is not None else 0.5)
+    return (got.cpu().double() - expected).abs(), bound
+
+
+@pytest.mark.parametrize("impl", [i for i in kernels.available_impls() if i != "triton"])
+@pytest.mark.parametrize("terms", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "r"), [(70, 40, 5), (600, 700, 33)])
+def test_the_formula(impl: str, dtype: torch.dtype, terms: str, m: int, n: int, r: int) -> None:
+    for rounding_draw in (None, 9):
+        error, bound = difference(impl, dtype, terms, m, n, r, 3, rounding_draw)
+        assert (error <= bound).all()
+
+
+@pytest.mark.parametrize("impl", [i for i in kernels.available_impls() if i != "triton"])
+def test_rounding_is_the_noises(impl: str) -> None:
+    """Without terms the bits are `apply_`'s: the same random bits for the same elements."""
+    theta = torch.randn(300, 1000).bfloat16()
+    key: dict[str, Any] = {"seed": 5, "stream": 6, "offset": 11}
+    expected = kernels.apply_(
+        theta.clone(), [], draws=[], decay=0.7, rounding="stochastic", rounding_draw=4, **key
+    )
+    got = kernels.add_product_(
+        theta.clone(), None, None, decay=0.7, rounding_draw=4, impl=impl, **key
+    )
+    assert torch.equal(got, expected)
