@@ -91,7 +91,7 @@ def sm3_(
     backend = dispatch.choose(theta, impl, "sm3")
     values, rows, split = gradient.detach(), None, _split(shape)
     if gradient.is_sparse:
-        values, rows, split = values.values(), values.indices()[0], 1
+        values, rows, split = values.values(), values.indices()[0].contiguous(), 1
     if values.numel() == 0:
         return theta
     if values.dtype != theta.dtype:
