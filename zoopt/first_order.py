@@ -15,6 +15,7 @@ from zoopt.kernels.ops import DTYPES
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
 from zoopt.parameters import check_streams, named_params
+from zoopt.sharding import anywhere, check_placement, is_sharded, local, local_like, offset
 
 RoundingMode = Literal["auto", "nearest", "stochastic"]
 _NARROW = (torch.bfloat16, torch.float16)
@@ -31,6 +32,7 @@ class Site:
         position, count: its number among the optimizer's parameters, and how many there are.
         continues: whether a micro-batch of this step has been reduced before: what the reduction
             is made with, a basis say, then stays as it is.
+        offset: the position of the parameter's first element, where it is a shard, in the whole.
     """
 
     param: Tensor
@@ -39,6 +41,7 @@ class Site:
     position: int
     count: int
     continues: bool = False
+    offset: int = 0
 
     @property
     def seed(self) -> int:
@@ -98,6 +101,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         try:
             self._check_group(self.param_groups[-1])
             check_streams(self.param_groups)
+            self._check_shards(self.param_groups[-1])
         except BaseException:
             self.param_groups.pop()
             raise
@@ -144,9 +148,26 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         if self._initialises(site, gradient):
             self._state(site.param, site.group)
             return
+        if is_sharded(site.param):
+            self._step_shard(site, gradient)
+            return
         reduced = self._reduce(site, gradient)
         if reduced is not None:
             self._apply(site, reduced, gradient)
+
+    def _step_shard(self, site: Site, gradient: Tensor) -> None:
+        """Step the part of a sharded parameter that lies here, as if it were all of it."""
+        state, part = self._state(site.param, site.group), local(site.param)
+        gradient = local_like(gradient, site.param)
+        # In the same memory as the whole state: what is written to one is in the other.
+        self.state[part] = {name: local(value) for name, value in state.items()}
+        try:
+            shard = dataclasses.replace(site, param=part, offset=offset(site.param))
+            reduced = self._reduce(shard, gradient)
+            if reduced is not None:
+                self._apply(shard, reduced, gradient)
+        finally:
+            del self.state[part]
 
     def _initialises(self, site: Site, gradient: Tensor) -> bool:
         """Whether the step only asks for state to load a checkpoint into: no rate, no gradient,
@@ -156,7 +177,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             (not state or not state.get("step", True))
             and float(site.group["lr"]) == 0.0
             and not gradient.is_sparse
-            and not bool(gradient.any())
+            and not anywhere(bool(local(gradient).any()), site.param)
         )
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
@@ -178,6 +199,26 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         named = list(named_params(self.param_groups))
         for position, (_, group, param, name) in enumerate(named):
             yield Site(param, group, name, position, len(named))
+
+    def _is_elementwise(self, param: Tensor, group: Group) -> bool:
+        """Whether the update of an element depends on nothing but its own gradient and state."""
+        return False
+
+    def _check_shards(self, group: Group) -> None:
+        """Raise if a parameter is sharded in a way that its update cannot be."""
+        for _, own, param, name in named_params(self.param_groups):
+            if own is not group or not is_sharded(param):
+                continue
+            check_placement(param, name)
+            whole = {k: s for k, s in self.declared_state(param, group).items() if k != "step"}
+            shaped = all(spec.shape == tuple(param.shape) for spec in whole.values())
+            if not shaped or not self._is_elementwise(param, group):
+                raise ValueError(
+                    f"{type(self).__name__} must have whole parameters where its update or state "
+                    f"is not one of single elements, got {name!r}, which is sharded; use "
+                    f"zoopt.AdamW with state_dtype 'float32' or 'bfloat16' (or rank=None), or keep "
+                    f"the parameter out of fully_shard"
+                )
 
     def _check_gradient(self, site: Site) -> None:
         if site.param.grad is not None and site.param.grad.layout != torch.strided:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.first_order import FirstOrderOptimizer, Site
+from zoopt.sharding import is_sharded
 
 Clip = Literal["global", "parameter"]
 #: Wrappers that take gradients away before a hook could see what all processes have summed.
@@ -200,6 +201,11 @@ class FusedBackward:
                 raise ValueError(
                     f"optimizer must hold parameters of the model only, got {site.name!r}, which "
                     f"is not one; pass the module that holds all of them"
+                )
+            if is_sharded(site.param):
+                raise ValueError(
+                    f"parameters must not be sharded, got {site.name!r}, which is: its gradient is "
+                    f"summed over processes later than its backward; leave the backward unfused"
                 )
             if self._deferred and optimizer._needs_gradient(site):
                 raise ValueError(

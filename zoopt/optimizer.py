@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels.philox import NOISE_VERSION
+from zoopt.sharding import distributed_like, is_sharded
 
 #: What torch.optim.Optimizer accepts as `params`.
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -42,6 +43,13 @@ class TensorSpec:
 def state_device(name: str, param: Tensor) -> torch.device:
     """Where a state tensor of the parameter lies: with it, but for the numbers Python reads."""
     return torch.device("cpu") if name in PYTHON_NUMBERS else param.device
+
+
+def placed(name: str, value: Tensor, param: Tensor) -> Tensor:
+    """A copy of a saved state tensor where the parameter needs it."""
+    if name != "step":
+        value = distributed_like(value, param)
+    return value.to(state_device(name, param), copy=True)
 
 
 class DeclaredStateOptimizer(torch.optim.Optimizer):
@@ -79,6 +87,9 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
             if name not in state:
                 device = state_device(name, param)
                 # Of a number, fake tensors keep the value: `step` counts under them too.
+                if is_sharded(param) and spec.shape == tuple(param.shape) and name != "step":
+                    state[name] = torch.zeros_like(param, dtype=spec.dtype)
+                    continue
                 state[name] = (
                     torch.zeros(spec.shape, dtype=spec.dtype, device=device)
                     if spec.shape
@@ -193,8 +204,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                     self._check_entry(name, value, declared, index)
                 if entries:
                     exact[param] = {
-                        name: value.to(state_device(name, param), copy=True)
-                        for name, value in entries.items()
+                        name: placed(name, value, param) for name, value in entries.items()
                     }
         return exact
 

@@ -18,7 +18,7 @@ from zoopt.kernels.ops_product import add_product_
 from zoopt.lowrank.basis import basis_specs, load_bases, refresh, refresh_due
 from zoopt.lowrank.geometry import Geometry, ProjType, geometry, matrix
 from zoopt.lowrank.residuals import NONE, Residual, Terms
-from zoopt.lowrank.rules import ADAM, Rule, adam_moments, adam_numbers, moment_draw
+from zoopt.lowrank.rules import ADAM, LION, MOMENTUM, Rule, adam_moments, adam_numbers, moment_draw
 from zoopt.lowrank.subspace import Projector, down, factors
 from zoopt.optimizer import Group, TensorSpec
 
@@ -87,7 +87,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         geo = geometry(param, group)
         state["step"] += 1
         step = int(state["step"])
-        key = NoiseKey(site.seed, site.stream)
+        key = NoiseKey(site.seed, site.stream, site.offset)
         if geo is None:
             self._apply_whole(site, reduced, state, step, key)
             return
@@ -165,6 +165,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
                 decay=1.0 if after else decay,
                 seed=site.seed,
                 stream=site.stream,
+                offset=site.offset,
                 moment_draw=moment_draw(group, step),
                 rounding_draw=site.rounding_draw(step),
             )
@@ -180,12 +181,16 @@ class ProjectedOptimizer(FirstOrderOptimizer):
                 channel_scale=direction.new_full((1, 1), descent),
                 seed=site.seed,
                 stream=site.stream,
+                offset=site.offset,
                 rounding_draw=site.rounding_draw(step),
             )
             if not param.is_contiguous():
                 param.copy_(theta.reshape(param.shape))
         if after and decay != 1.0:
             param.mul_(decay)
+
+    def _is_elementwise(self, param: Tensor, group: Group) -> bool:
+        return geometry(param, group) is None and self._rule(group) in (ADAM, MOMENTUM, LION)
 
     def _needs_gradient(self, site: Site) -> bool:
         geo = geometry(site.param, site.group)

@@ -1,0 +1,279 @@
+"""Parameters sharded over processes by FSDP2: the bits of the unsharded run."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import zoopt
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+#: Seconds after which a process that waits for another gives up.
+PATIENCE = 60
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """5, 3 and 70 rows: of unequal shards, on four processes of empty ones too."""
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Linear(3, 70))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator))
+    return model.to(dtype)
+
+
+def gradients(model: nn.Module, step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(p.shape, generator=generator).to(p.dtype) / 64 for p in model.parameters()]
+
+
+def go_on(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        for param, gradient in zip(model.parameters(), gradients(model, step), strict=True):
+            if zoopt.sharding.is_sharded(param):
+                mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+                gradient = distribute_tensor(gradient, mesh, placements, src_data_rank=None)
+            param.grad = gradient
+        optimizer.step()
+
+
+def whole(value: Any) -> Any:
+    return value.full_tensor() if zoopt.sharding.is_sharded(value) else value
+
+
+def assert_same(sharded: Any, plain: Any, what: str) -> None:
+    sharded, plain = (whole(value).detach() for value in (sharded, plain))
+    assert sharded.dtype == plain.dtype, what
+    assert torch.equal(sharded.view(-1).view(torch.uint8), plain.view(-1).view(torch.uint8)), what
+
+
+def assert_same_run(model: nn.Module, optimizer: Any, plain: nn.Module, other: Any) -> None:
+    """Weights and state agree to the bit, and state lies where its parameter does."""
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert_same(p, q, name)
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        for key, value in optimizer.state[p].items():
+            assert_same(value, other.state[q][key], f"{key} of {name}")
+            if key != "step" and zoopt.sharding.is_sharded(p):
+                assert value.placements == p.placements  # type: ignore[attr-defined]
+                part, own = value.to_local(), p.to_local()  # type: ignore[attr-defined]
+                assert part.shape == own.shape
+
+
+def adamw(model: nn.Module, **options: Any) -> zoopt.AdamW:
+    return zoopt.AdamW(model.named_parameters(), **{"lr": 2.0**-6, "seed": 7, **options})  # type: ignore[arg-type]
+
+
+VARIANTS: dict[str, Any] = {
+    "float32": lambda m: adamw(m),
+    "bfloat16 moments": lambda m: adamw(m, state_dtype="bfloat16"),
+    "rank=None": lambda m: zoopt.GaLoreAdamW(
+        m.named_parameters(), rank=None, seed=7, weight_decay=0.1, decay="after"
+    ),
+}
+
+
+def equals_the_unsharded_run(folder: Path) -> None:
+    """bfloat16 weights and moments are rounded stochastically, by their places in the whole."""
+    for build in VARIANTS.values():
+        for dtype in (torch.float32, torch.bfloat16):
+            plain, model = net(dtype), fully_shard(net(dtype))
+            optimizer, other = build(model), build(plain)
+            go_on(model, optimizer, range(4))
+            go_on(plain, other, range(4))
+            assert_same_run(model, optimizer, plain, other)
+            assert len(optimizer.state) == len(other.state)
+
+
+def trains_by_backward(folder: Path) -> None:
+    """Two equal gradients have an exact mean. Clipping, a schedule and accumulation on the way."""
+    plain, model = net(), net()
+    fully_shard(model[3])
+    fully_shard(model)
+    optimizer, other = adamw(model), adamw(plain)
+    x = torch.linspace(-1.0, 1.0, 28).view(4, 7)
+    losses = []
+    for m, opt in ((model, optimizer), (plain, other)):
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 8)
+        for step in range(6):
+            loss = m(x).square().mean()
+            loss.backward()
+            if step % 2:
+                opt.step()
+                opt.zero_grad()
+                schedule.step()
+            losses.append(loss.item())
+    assert losses[:6] == losses[6:]
+    assert losses[5] < losses[0]
+    assert_same_run(model, optimizer, plain, other)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert whole(norm).isfinite()
+
+
+def a_shard_of_zeros_counts_the_steps_of_the_others(folder: Path) -> None:
+    model = fully_shard(nn.Linear(4, 8, bias=False))
+    optimizer = adamw(model, lr=0.0)
+    for rows, expected in ((0, 0), (2, 1)):
+        gradient = torch.zeros(8, 4)
+        gradient[:rows] = 1.0
+        param = model.weight
+        param.grad = distribute_tensor(  # type: ignore[assignment]
+            gradient, param.device_mesh, param.placements, src_data_rank=None
+        )
+        optimizer.step()
+        assert int(optimizer.state[param]["step"]) == expected
+
+
+def checkpoints_resume_to_the_bit(folder: Path) -> None:
+    """Saved at step 3 by two processes; loaded by as many processes as there are."""
+    plain = net(torch.bfloat16)
+    other = adamw(plain, state_dtype="bfloat16")
+    go_on(plain, other, range(3))
+    path = folder / "checkpoint"
+    if dist.get_world_size() == 2:
+        model = fully_shard(net(torch.bfloat16))
+        optimizer = adamw(model, state_dtype="bfloat16")
+        go_on(model, optimizer, range(3))
+        record = get_optimizer_state_dict(model, optimizer)
+        dcp.save({"model": model.state_dict(), "optimizer": record}, checkpoint_id=path)
+    again = fully_shard(net(torch.bfloat16))
+    resumed = adamw(again, state_dtype="bfloat16", lr=0.5, seed=99)
+    loaded = {"model": again.state_dict(), "optimizer": get_optimizer_state_dict(again, resumed)}
+    dcp.load(loaded, checkpoint_id=path)
+    again.load_state_dict(loaded["model"])
+    set_optimizer_state_dict(again, resumed, loaded["optimizer"])
+    assert resumed.param_groups[0]["lr"] == 2.0**-6
+    assert_same_run(again, resumed, plain, other)
+    go_on(again, resumed, range(3, 6))
+    go_on(plain, other, range(3, 6))
+    assert_same_run(again, resumed, plain, other)
+
+
+def whole_state_dicts_go_in_and_out(folder: Path) -> None:
+    """torch's full_state_dict; and the state_dict of an unsharded run, loaded as it is."""
+    plain, model = net(), fully_shard(net())
+    optimizer, other = adamw(model), adamw(plain)
+    go_on(plain, other, range(2))
+    optimizer.load_state_dict(other.state_dict())
+    model_state = {
+        n: distribute_tensor(v, p.device_mesh, p.placements, src_data_rank=None)  # type: ignore[attr-defined]
+        for (n, v), p in zip(plain.state_dict().items(), model.parameters(), strict=True)
+    }
+    model.load_state_dict(model_state)
+    assert_same_run(model, optimizer, plain, other)
+    go_on(model, optimizer, range(2, 4))
+    go_on(plain, other, range(2, 4))
+    assert_same_run(model, optimizer, plain, other)
+
+    full = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True)
+    )
+    for name, param in plain.named_parameters():
+        assert_same(full["state"][name]["exp_avg"], other.state[param]["exp_avg"], name)
+    # torch makes state to load into only where there are no gradients.
+    model.zero_grad()
+    fresh = adamw(model, seed=99)
+    set_optimizer_state_dict(model, fresh, full, options=StateDictOptions(full_state_dict=True))
+    assert_same_run(model, fresh, plain, other)
+    assert fresh.param_groups[0]["seed"] == 7
+
+
+def refuses(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def refuses_what_has_no_shards(folder: Path) -> None:
+    model = fully_shard(nn.Linear(64, 80))
+    named = list(model.named_parameters())
+    rest = r"must have whole parameters .* got 'weight', which is sharded; use zoopt.AdamW"
+    refuses(lambda: adamw(model, state_dtype="int8"), "AdamW " + rest)
+    refuses(lambda: zoopt.GaLoreAdamW(named, rank=4), "GaLoreAdamW " + rest)
+    refuses(lambda: zoopt.SM3(named), "SM3 " + rest)
+    optimizer = adamw(model)
+    refuses(lambda: zoopt.fuse_backward(model, optimizer), "DDP or FSDP, got FSDPModule")
+    other = fully_shard(nn.Linear(4, 4, bias=False), shard_placement_fn=lambda _: Shard(1))
+    refuses(lambda: adamw(other), r"sharded along dimension 0, got dimension 1 for 'weight'")
+
+
+SCENARIOS = {
+    2: [
+        equals_the_unsharded_run,
+        trains_by_backward,
+        a_shard_of_zeros_counts_the_steps_of_the_others,
+        checkpoints_resume_to_the_bit,
+        whole_state_dicts_go_in_and_out,
+        refuses_what_has_no_shards,
+    ],
+    4: [equals_the_unsharded_run, checkpoints_resume_to_the_bit],
+}
+
+
+def work(rank: int, processes: int, folder: Path) -> None:
+    """One process: every scenario in turn; what went wrong is written to a file of its name."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / f"store{processes}"), processes)
+    patience = datetime.timedelta(seconds=PATIENCE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=patience)
+    torch.use_deterministic_algorithms(True)
+    for scenario in SCENARIOS[processes]:
+        try:
+            scenario(folder)
+        except BaseException:
+            path = folder / f"{scenario.__name__}{processes}.{rank}"
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the scenarios' failures, after all of them have run."""
+    folder = tmp_path_factory.mktemp("distributed")
+    # One process imports torch, and the others are its forks.
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    for processes in SCENARIOS:
+        torch.multiprocessing.start_processes(
+            work, (processes, folder), nprocs=processes, start_method="forkserver"
+        )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("processes", "scenario"),
+    [(processes, scenario) for processes, each in SCENARIOS.items() for scenario in each],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_sharded(processes: int, scenario: Callable[[Path], None], ran: Path) -> None:
+    failures = sorted(ran.glob(f"{scenario.__name__}{processes}.*"))
+    assert not failures, failures[0].read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:.*process group.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
+def test_one_process_loads_what_two_saved(ran: Path) -> None:
+    plain, model = net(torch.bfloat16), net(torch.bfloat16)
+    other, optimizer = (adamw(m, state_dtype="bfloat16") for m in (plain, model))
+    go_on(plain, other, range(3))
+    loaded = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(loaded, checkpoint_id=ran / "checkpoint")
+    model.load_state_dict(loaded["model"])
+    set_optimizer_state_dict(model, optimizer, copy.deepcopy(loaded["optimizer"]))
+    assert_same_run(model, optimizer, plain, other)

@@ -1,0 +1,108 @@
+"""Sharded parameters, FSDP2's: which part of a tensor lies here, and where in the whole it begins.
+
+An update that treats elements alike runs on the local part as on any tensor. Its noise is that of
+the elements' places in the whole, so that sharding changes no bit.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether the tensor is a DTensor."""
+    # Who has one has imported this module, which takes its time.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of the tensor that lies here, in the same memory; a plain tensor is its own."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = _dtensor(tensor).to_local()
+    return part
+
+
+def local_like(value: Tensor, param: Tensor) -> Tensor:
+    """The part of a value that lies where the parameter's part does."""
+    if is_sharded(value) and is_sharded(param):
+        placements = _dtensor(param).placements
+        if _dtensor(value).placements != placements:
+            value = _dtensor(value).redistribute(placements=placements)
+    return local(value)
+
+
+def distributed_like(value: Tensor, param: Tensor) -> Tensor:
+    """A value of the parameter's shape, placed as the parameter is; others as they are.
+
+    A plain value is the whole tensor, the same in every process.
+    """
+    if not is_sharded(param) or is_sharded(value) or value.shape != param.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = _dtensor(param)
+    return distribute_tensor(
+        value.to(param.device), whole.device_mesh, whole.placements, src_data_rank=None
+    )
+
+
+def offset(param: Tensor) -> int:
+    """The position of the local part's first element in the whole tensor, row-major."""
+    if not is_sharded(param) or not param.dim():
+        return 0
+    whole = _dtensor(param)
+    coordinate = whole.device_mesh.get_coordinate()
+    first, rows = 0, param.shape[0]
+    for i, placement in enumerate(whole.placements):
+        if placement.is_shard():
+            # Shards are of ceil(rows / size) rows, the last ones of fewer or none.
+            size = -(-rows // whole.device_mesh.size(i))
+            skipped = min(size * (coordinate[i] if coordinate else 0), rows)
+            first, rows = first + skipped, min(size, rows - skipped)
+    return first * math.prod(param.shape[1:])
+
+
+def anywhere(flag: bool, param: Tensor) -> bool:
+    """Whether the flag is set in any of the processes that the parameter is sharded over."""
+    if not is_sharded(param):
+        return flag
+    mesh = _dtensor(param).device_mesh
+    set_ = torch.tensor(int(flag), device=local(param).device)
+    for i in range(mesh.ndim):
+        torch.distributed.all_reduce(set_, torch.distributed.ReduceOp.MAX, mesh.get_group(i))
+    return bool(set_)
+
+
+def check_placement(param: Tensor, name: str | int) -> None:
+    """Raise unless the local part is a contiguous run of the whole tensor's rows."""
+    if not is_sharded(param):
+        return
+    from torch.distributed.tensor import Replicate, Shard
+
+    for placement in _dtensor(param).placements:
+        # Not a subclass, whose shards interleave.
+        if type(placement) is Shard and placement.dim:
+            raise ValueError(
+                f"a sharded parameter must be sharded along dimension 0, got dimension "
+                f"{placement.dim} for {name!r}; use fully_shard without a shard_placement_fn"
+            )
+        if type(placement) not in (Shard, Replicate):
+            raise ValueError(
+                f"a parameter must be sharded by Shard(0) or replicated, got {placement!r} for "
+                f"{name!r}; use fully_shard on its own"
+            )
+
+
+def _dtensor(tensor: Tensor) -> DTensor:
+    return tensor  # type: ignore[return-value]
