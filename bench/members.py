@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    # Not this folder itself: its modules have names that other packages import.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import zoopt
 from bench import charts, common

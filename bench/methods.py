@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import re
@@ -102,6 +103,10 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [param for param in model.parameters() if param.requires_grad]
 
 
+def _build(cls: Any, options: dict[str, Any], model: nn.Module) -> Any:
+    return cls(_trained(model), **options)
+
+
 def _zeroth_order() -> list[Method]:
     """Variants that are worth a measurement of time, and the algorithm as published."""
     variants: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -111,7 +116,7 @@ def _zeroth_order() -> list[Method]:
         PUBLISHED: (PublishedMeZO, {"lr": LR, "zo_eps": ZO_EPS}),
     }
     return [
-        Method(name, "zeroth-order", lambda model, c=cls, o=options: c(_trained(model), **o))
+        Method(name, "zeroth-order", functools.partial(_build, cls, options))
         for name, (cls, options) in variants.items()
     ]
 

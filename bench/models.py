@@ -18,7 +18,7 @@ class Spec:
 
 
 def _gpt2(seq: int, **sizes: Any) -> Any:
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    dropout: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     return transformers.GPT2Config(n_positions=max(seq, 1024), **dropout, **sizes)
 
 

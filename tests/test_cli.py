@@ -29,7 +29,7 @@ def exit_status(argv: list[str]) -> int:
         return int(stop.code or 0)
 
 
-@pytest.mark.parametrize("command", [[], ["doctor"], ["bench"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["doctor"], ["bench"], ["plan"]], ids=" ".join)
 def test_help_is_complete(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status([*command, "--help"]) == 0
     text = capsys.readouterr().out

@@ -6,6 +6,7 @@ They take seconds, and up to a minute where kernels have yet to be compiled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
@@ -16,7 +17,7 @@ from torch import Tensor
 from zoopt import noise
 from zoopt.doctor import devices
 from zoopt.kernels import apply_, available_impls, perturb
-from zoopt.kernels.key import Distribution
+from zoopt.kernels.key import Distribution, Rounding
 from zoopt.kernels.moments import Format
 from zoopt.kernels.ops_adam import adam_
 from zoopt.lowrank.codecs import moment, moment_specs
@@ -81,15 +82,13 @@ def self_tests() -> Iterator[tuple[str, Callable[[], str]]]:
     yield "Philox4x32-10, published answers", _known_answers
     for device in devices():
         for impl in _impls(device):
-            yield f"noise, {impl} on {device}", lambda d=device, i=impl: _golden(d, i)
+            yield f"noise, {impl} on {device}", functools.partial(_golden, device, impl)
         for impl in _impls(device):
             if impl == "reference" and device == "cpu":
                 continue
             for name, parity in {"perturb": _perturb, "apply_": _apply, "adam_": _adam}.items():
-                yield (
-                    f"{name}, {impl} on {device}",
-                    lambda d=device, i=impl, f=parity: _same_as_reference(f, d, i),
-                )
+                test = functools.partial(_same_as_reference, parity, device, impl)
+                yield f"{name}, {impl} on {device}", test
 
 
 def run(name: str, test: Callable[[], str]) -> Result:
@@ -176,7 +175,7 @@ def _apply(device: str, impl: str) -> list[Tensor]:
         apply_(_theta(dtype, device), [0.1, -0.2], rounding=rounding, **options, **key)
         for dtype in DTYPES
         for key in _keys()
-        for rounding in (("nearest",) if dtype == torch.float32 else ("nearest", "stochastic"))
+        for rounding in get_args(Rounding)
     ]
 
 
