@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoopt import kernels
+from zoopt.kernels.dispatch import native_bfloat16
 
 #: Which terms there are beside decay theta.
 CASES = ["product", "by row", "by column", "scalar", "sign", "all", "none"]
@@ -74,6 +75,10 @@ def difference(
         **moved,
     )
     # Sums of r + 4 terms in any order; then less than a spacing of the dtype, or half of one.
+    if product and impl == "numba" and native_bfloat16(theta):
+        # Both factors and their product are rounded to bfloat16, each to 2^-8 of itself.
+        rounded = 3.1 * 2.0**-8 * (left.double().abs() @ right.double().abs().t())
+        size = size + rounded * 2.0**24 / (r + 8)
     form = torch.finfo(dtype)
     spacing = (0.0 if dtype == torch.float32 else form.eps) * (expected.abs() + form.tiny)
     bound = (r + 8) * 2.0**-24 * size + spacing * (1.0 if rounding_draw is not None else 0.5)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels import cpu
+from zoopt.kernels.dispatch import native_bfloat16
 from zoopt.kernels.key import NoiseKey
-from zoopt.kernels.reference_product import row_chunks, update
+from zoopt.kernels.reference_product import addend, row_chunks
 
 
 def add_product(
@@ -24,27 +25,27 @@ def add_product(
     rounding_draw: int | None,
 ) -> None:
     """See reference_product.add_product."""
-    if theta.dtype == torch.float32:
+    if theta.dtype == torch.float32 and channel_scale is None and sign_of is None:
         if left is not None and right is not None:
             theta.addmm_(left, right.t(), beta=decay)
         elif decay != 1.0:
             theta.mul_(decay)
-        decay, left, right = 1.0, None, None
-        if gradient is None:
-            return
+        return
+    if native_bfloat16(theta) and left is not None and right is not None:
+        # Rounding factors and product to bfloat16 is 2^-7 of a step, not of theta.
+        left, right = left.to(theta.dtype), right.to(theta.dtype)
     for rows in row_chunks(theta):
-        acc = update(theta, rows, left, right, decay, gradient, channel_scale, sign_of, sign_step)
         part = theta[rows].view(-1)
-        if theta.dtype == torch.float32:
-            part.copy_(acc.view(-1))
-            continue
+        added = addend(
+            rows, left, right, gradient, channel_scale, sign_of, sign_step, torch.float32
+        )
         cpu.weighted_sum(
             part,
             part,
             [],
             [],
-            0.0,
+            decay,
             key.shifted(rows.start * theta.shape[1]),
             rounding_draw,
-            acc.view(-1),
+            None if added is None else added.reshape(-1),
         )

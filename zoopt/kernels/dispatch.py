@@ -37,6 +37,21 @@ def known(value: Tensor, otherwise: Number) -> Number:
     return otherwise if is_fake(value) else type(otherwise)(value.item())
 
 
+def native_bfloat16(tensor: Tensor) -> bool:
+    """Whether the tensor is of bfloat16 and its device multiplies such matrices by itself: 2 to 4
+    times as fast as widened to float32."""
+    if tensor.dtype != torch.bfloat16:
+        return False
+    return tensor.is_cuda or (tensor.device.type == "cpu" and _cpu_multiplies_bfloat16())
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    # Private to torch, hence asked for with care; without them products are widened.
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+
+
 @functools.cache
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None

@@ -24,11 +24,9 @@ adam = adamw = sm3 = nothing
 def add_product(theta: Tensor, left: Any, right: Any, decay: float, *terms: Any) -> None:
     """Allocate what one chunk of rows takes; BLAS adds a product to float32 in place."""
     gradient, channel_scale, sign_of, sign_step, *_ = terms
-    if theta.dtype == torch.float32:
-        left = right = None
-        if gradient is None:
-            return
+    if theta.dtype == torch.float32 and channel_scale is None and sign_of is None:
+        return
     rows = reference_product.row_chunks(theta)[0]
-    reference_product.update(
-        theta, rows, left, right, decay, gradient, channel_scale, sign_of, sign_step
+    reference_product.addend(
+        rows, left, right, gradient, channel_scale, sign_of, sign_step, torch.float32
     )

@@ -26,8 +26,12 @@ def add_product(
     rounding_draw: int | None,
 ) -> None:
     """theta (m, n) <- round(decay theta + left right^T + channel_scale gradient + sign_step S)."""
+    wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
     for rows in row_chunks(theta):
-        acc = update(theta, rows, left, right, decay, gradient, channel_scale, sign_of, sign_step)
+        acc = theta[rows].to(wide) * decay
+        added = addend(rows, left, right, gradient, channel_scale, sign_of, sign_step, wide)
+        if added is not None:
+            acc = acc + added
         if rounding_draw is None:
             theta[rows] = round_nearest(acc, theta.dtype)
             continue
@@ -50,30 +54,28 @@ def row_chunks(theta: Tensor) -> list[slice]:
     return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
 
 
-def update(
-    theta: Tensor,
+def addend(
     rows: slice,
     left: Tensor | None,
     right: Tensor | None,
-    decay: float,
     gradient: Tensor | None,
     channel_scale: Tensor | None,
     sign_of: tuple[Tensor, Tensor] | None,
     sign_step: float,
-) -> Tensor:
-    """The new theta[rows] before it is rounded, in the accumulator's dtype."""
-    wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
-    acc = theta[rows].to(wide) * decay
+    wide: torch.dtype,
+) -> Tensor | None:
+    """What theta[rows] receives, in the accumulator's dtype; None if nothing."""
+    total = None
     if left is not None and right is not None:
-        acc.addmm_(left[rows], right.t())
-    if gradient is not None:
-        part = gradient[rows].to(wide)
-        if channel_scale is not None:
-            by_row = channel_scale.shape[0] > 1
-            acc.addcmul_(part, channel_scale[rows] if by_row else channel_scale)
-        if sign_of is not None:
-            acc.add_(
-                torch.addmm(part, sign_of[0][rows], sign_of[1].t(), alpha=-1).sign_(),
-                alpha=sign_step,
-            )
-    return acc
+        total = (left[rows] @ right.t()).to(wide)
+    if gradient is None or (channel_scale is None and sign_of is None):
+        return total
+    part = gradient[rows].to(wide)
+    if channel_scale is not None:
+        scaled = part * (channel_scale[rows] if channel_scale.shape[0] > 1 else channel_scale)
+        total = scaled if total is None else total.add_(scaled)
+    if sign_of is not None:
+        outside = torch.addmm(part, sign_of[0][rows], sign_of[1].t(), alpha=-1)
+        signs = outside.sign_().mul_(sign_step)
+        total = signs if total is None else total.add_(signs)
+    return total

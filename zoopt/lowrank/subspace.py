@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from zoopt.kernels.dispatch import known
+from zoopt.kernels.dispatch import known, native_bfloat16
 from zoopt.lowrank.geometry import Geometry
 from zoopt.noise import normal
 
@@ -31,6 +31,10 @@ def times(gradient: Tensor, factor: Tensor, *, transposed: bool = False) -> Tens
     """G F, or G^T F, with G (m, n) in any dtype and F (n, k) or (m, k) in the accumulator's."""
     if gradient.dtype == factor.dtype:
         return (gradient.t() if transposed else gradient) @ factor
+    if native_bfloat16(gradient):
+        # Sums are float32 inside, and rounded once, to the precision of the gradient's own entries.
+        narrow = factor.to(gradient.dtype)
+        return ((gradient.t() if transposed else gradient) @ narrow).to(factor.dtype)
     m, n = gradient.shape
     out = factor.new_zeros(n if transposed else m, factor.shape[1])
     rows = max(1, CHUNK // max(n, 1))
