@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import zoopt
+from tests import test_kernels_adam, test_kernels_product
 from tests.optimizer_table import CASES, PERTURBATIONS, Row, mlp, regression
 from tests.test_kernels import DISTRIBUTIONS, DTYPES, KEY, same_bits, weights
 from tests.test_sm3 import SHAPES, kernel_steps
 from zoopt import kernels, noise
+from zoopt.kernels.moments import Moment
 
 
 @pytest.mark.parametrize("offset", [0, 5, 2**32 - 3, 2**40 + 7])
@@ -95,3 +97,47 @@ def test_sm3_has_the_bits_of_the_cpu(dtype: torch.dtype, sparse: bool) -> None:
         ours = kernel_steps(None, shape, dtype, sparse=sparse, device="cuda")
         theirs = kernel_steps(None, shape, dtype, sparse=sparse)
         assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True)), shape
+
+
+@pytest.mark.parametrize(("numel", "offset"), [(2, 3), (100_097, 0), (70_000, 2**32 - 5)])
+@pytest.mark.parametrize("draw", [None, 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", test_kernels_adam.FORMATS)
+def test_adam_has_the_bits_of_the_cpu(
+    form: str, dtype: torch.dtype, draw: int | None, numel: int, offset: int
+) -> None:
+    case = (numel, form, dtype, dtype == torch.float16, offset, draw, numel == 70_000)
+    got = test_kernels_adam.trajectory("triton", *case, device="cuda")
+    expected = test_kernels_adam.trajectory("reference", *case)
+    assert all(test_kernels_adam.agree(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("terms", test_kernels_product.CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "r", "offset"), [(70, 40, 5, 8), (1000, 1001, 300, 3)])
+def test_product_is_the_formula(
+    dtype: torch.dtype, terms: str, m: int, n: int, r: int, offset: int
+) -> None:
+    error, bound = test_kernels_product.difference(
+        "triton", dtype, terms, m, n, r, offset, device="cuda"
+    )
+    assert (error <= bound).all()
+
+
+@pytest.mark.parametrize(("rows", "r"), [(3, 5), (700, 128), (5, 3000)])
+def test_norms(rows: int, r: int) -> None:
+    gradient, norms = torch.randn(rows, r), torch.empty(2, rows, device="cuda")
+    moments = [
+        Moment(torch.zeros(rows * r, device="cuda"), None, rows * r, sign) for sign in (True, False)
+    ]
+    out = kernels.adam_(
+        gradient.cuda(),
+        *moments,
+        betas=(0.9, 0.999),
+        scale=1.0,
+        eps=1e-8,
+        norms=norms,
+        **KEY,
+    )
+    expected = torch.stack((out.cpu(), gradient)).double().square().sum(2)
+    assert ((norms.cpu().double() - expected).abs() <= r * 2.0**-24 * expected).all()
