@@ -36,7 +36,7 @@ def draw(path: Path, document: Mapping[str, Any], title: str, panels: Sequence[P
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style: dict[str, Any] = {
+    style: Any = {
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,

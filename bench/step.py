@@ -95,7 +95,7 @@ class Bench:
         if method.kind == "inference":
             return self.forwards
         model = self.model_of(method)
-        optimizer = method.build(model)
+        optimizer: Any = method.build(model)
         for group in getattr(optimizer, "param_groups", []):
             # Some keep it in a tensor.
             group["lr"] = (
@@ -104,16 +104,16 @@ class Bench:
                 else methods.LR
             )
         if method.kind == "zeroth-order":
-            return lambda: optimizer.step(lambda: self.loss(model))  # type: ignore[arg-type]
+            return lambda: optimizer.step(lambda: self.loss(model))
         return lambda: self._backprop(model, optimizer, entry)
 
-    def _backprop(self, model: Any, optimizer: torch.optim.Optimizer, entry: Entry) -> None:
+    def _backprop(self, model: Any, optimizer: Any, entry: Entry) -> None:
         with contextlib.ExitStack() as stack:
             if entry.checkpointing:
                 stack.enter_context(checkpointing(model))
             if entry.method.fused:
                 stack.enter_context(zoopt.fuse_backward(model, optimizer))
-            loss = self.loss(model)
+            loss: Any = self.loss(model)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
