@@ -28,6 +28,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from bench import charts, common
+from bench.kernels_adam import first_order
 from zoopt.kernels import adam_window_, add_, apply_, momentum_, perturb
 from zoopt.kernels.key import Distribution
 
@@ -56,6 +57,7 @@ SASS_COLUMNS = {
     "kernel": "kernel",
     "dtype": "dtype",
     "distribution": "distribution",
+    "format": "format",
     "rounding": "rounding",
     "target": "target",
     "median": SASS_UNIT,
@@ -99,6 +101,8 @@ def methods(theta: Tensor) -> Iterator[Method]:
     yield Method("copy_", "-", lambda: other.copy_(theta), move, None)
     yield Method(FLOOR, "-", lambda: theta.mul_(1.0), move, None)
     yield Method("published", "normal", lambda: published(own), move)
+    for name, run, size in first_order(theta):
+        yield Method(name, "-", run, size, None)
     narrow = theta.dtype != torch.float32
     for distribution in get_args(Distribution):
         key: dict[str, Any] = {"seed": 1, "stream": 2, "distribution": distribution}
@@ -194,10 +198,10 @@ def measure(dtype: str, device: torch.device, options: argparse.Namespace) -> li
 def sass() -> list[common.Row]:
     """A row for each kernel variant and target."""
     from bench.sass import report
-    from zoopt.kernels import aot
+    from zoopt.kernels import aot, aot_moments
 
     rows = []
-    for variant in aot.variants():
+    for variant in (*aot.variants(), *aot_moments.variants()):
         for target in aot.TARGETS:
             common.progress(f"compiling {variant.kernel} {variant.dtype} for {target}")
             rows.append(sass_row(dataclasses.asdict(report(variant, target))))

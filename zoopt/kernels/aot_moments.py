@@ -60,8 +60,8 @@ class FirstOrderVariant:
 
     def num_warps(self, target: str) -> int:
         """Warps a program."""
-        module = gpu_product if self.format == "none" else gpu_adam
-        return module.NUM_WARPS[TARGETS[target].backend]
+        warps = gpu_product.NUM_WARPS if self.format == "none" else gpu_adam.NUM_WARPS
+        return warps[TARGETS[target].backend]
 
     @property
     def bytes_per_element(self) -> float:
@@ -102,8 +102,8 @@ class FirstOrderVariant:
         if self.format in ("float32", "bfloat16"):
             absent += ("first_scale", "second_scale")
         group = _RANK if self.kernel == "adam_norms" else 0
-        shape = {"FORMAT": self.format, "GROUP": group, "BLOCK": self.block}
-        return {**dict.fromkeys(absent), **shape, "CODED": coded}
+        own = {"FORMAT": self.format, "GROUP": group, "BLOCK": self.block, "CODED": coded}
+        return {**dict.fromkeys(absent), **own}
 
     def _type(self, name: str) -> str:
         if name in ("theta", "gradient"):

@@ -47,11 +47,12 @@ def read_moment(
         value = tl.load(codes + i, mask=i < numel, other=0.0).to(tl.float32)
     else:
         SIZE: tl.constexpr = _BLOCK8 if FORMAT == "int8" else _BLOCK4
+        TOP8: tl.constexpr = _SIGNED8 if SIGNED else _UNSIGNED8
+        TOP4: tl.constexpr = _SIGNED4 if SIGNED else _UNSIGNED4
+        TOP: tl.constexpr = TOP8 if FORMAT == "int8" else TOP4
         if FORMAT == "int8":
-            TOP: tl.constexpr = _SIGNED8 if SIGNED else _UNSIGNED8
             level = tl.load(codes + i, mask=i < numel, other=0).to(tl.float32)
         else:
-            TOP: tl.constexpr = _SIGNED4 if SIGNED else _UNSIGNED4
             pair = start // 2 + tl.arange(0, BLOCK // 2)
             packed = tl.load(codes + pair, mask=pair < pairs, other=0)
             level = tl.reshape(tl.join(packed & 15, packed >> 4), [BLOCK]).to(tl.float32)
@@ -95,10 +96,9 @@ def write_moment(
         tl.store(codes + i, nearest(x, tl.bfloat16, BACKEND), mask=inside)
     else:
         SIZE: tl.constexpr = _BLOCK8 if FORMAT == "int8" else _BLOCK4
-        if FORMAT == "int8":
-            TOP: tl.constexpr = _SIGNED8 if SIGNED else _UNSIGNED8
-        else:
-            TOP: tl.constexpr = _SIGNED4 if SIGNED else _UNSIGNED4
+        TOP8: tl.constexpr = _SIGNED8 if SIGNED else _UNSIGNED8
+        TOP4: tl.constexpr = _SIGNED4 if SIGNED else _UNSIGNED4
+        TOP: tl.constexpr = TOP8 if FORMAT == "int8" else TOP4
         pattern = tl.where(inside, x, 0.0).to(tl.int32, bitcast=True)
         # In patterns NaNs are larger than all else, and are so on every backend.
         magnitude = pattern & 0x7FFFFFFF
