@@ -168,6 +168,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
                 self._apply(shard, reduced, gradient)
         finally:
             del self.state[part]
+        self._merge(site)
 
     def _initialises(self, site: Site, gradient: Tensor) -> bool:
         """Whether the step only asks for state to load a checkpoint into: no rate, no gradient,
@@ -200,9 +201,12 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         for position, (_, group, param, name) in enumerate(named):
             yield Site(param, group, name, position, len(named))
 
-    def _is_elementwise(self, param: Tensor, group: Group) -> bool:
-        """Whether the update of an element depends on nothing but its own gradient and state."""
+    def _can_shard(self, param: Tensor, group: Group) -> bool:
+        """Whether a part of the rows can be stepped as a parameter of its own, up to `_merge`."""
         return False
+
+    def _merge(self, site: Site) -> None:
+        """Bring the whole state together after the step of a sharded parameter's parts."""
 
     def _check_shards(self, group: Group) -> None:
         """Raise if a parameter is sharded in a way that its update cannot be."""
@@ -210,9 +214,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             if own is not group or not is_sharded(param):
                 continue
             check_placement(param, name)
-            whole = {k: s for k, s in self.declared_state(param, group).items() if k != "step"}
-            shaped = all(spec.shape == tuple(param.shape) for spec in whole.values())
-            if not shaped or not self._is_elementwise(param, group):
+            if not self._can_shard(param, group):
                 raise ValueError(
                     f"{type(self).__name__} must have whole parameters where its update or state "
                     f"is not one of single elements, got {name!r}, which is sharded; use "

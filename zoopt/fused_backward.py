@@ -165,7 +165,8 @@ class FusedBackward:
                 "itself; call loss.backward(), then step(), or remove() the fusion"
             )
         if hasattr(optimizer, "grad_scale"):
-            del optimizer.grad_scale, optimizer.found_inf
+            for left in ("grad_scale", "found_inf"):
+                delattr(optimizer, left)
             raise RuntimeError(
                 "a GradScaler cannot drive a fused backward, got one: its scaled gradients have "
                 "been applied; train in bfloat16 without a scaler, or unfused"
@@ -217,7 +218,7 @@ class FusedBackward:
             param, required = site.param, site.param.requires_grad
             # torch hooks no frozen parameter, but a hook survives freezing and unfreezing.
             param.requires_grad_(True)
-            hook = param.register_post_accumulate_grad_hook(self._receive)
+            hook = param.register_post_accumulate_grad_hook(self._receive)  # type: ignore[no-untyped-call]
             param.requires_grad_(required)
             self._hooks[param] = hook
 

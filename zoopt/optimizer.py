@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels.philox import NOISE_VERSION
-from zoopt.sharding import distributed_like, is_sharded
+from zoopt.sharding import is_sharded, sharded_as, sharded_zeros
 
 #: What torch.optim.Optimizer accepts as `params`.
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -43,13 +43,6 @@ class TensorSpec:
 def state_device(name: str, param: Tensor) -> torch.device:
     """Where a state tensor of the parameter lies: with it, but for the numbers Python reads."""
     return torch.device("cpu") if name in PYTHON_NUMBERS else param.device
-
-
-def placed(name: str, value: Tensor, param: Tensor) -> Tensor:
-    """A copy of a saved state tensor where the parameter needs it."""
-    if name != "step":
-        value = distributed_like(value, param)
-    return value.to(state_device(name, param), copy=True)
 
 
 class DeclaredStateOptimizer(torch.optim.Optimizer):
@@ -87,8 +80,8 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
             if name not in state:
                 device = state_device(name, param)
                 # Of a number, fake tensors keep the value: `step` counts under them too.
-                if is_sharded(param) and spec.shape == tuple(param.shape) and name != "step":
-                    state[name] = torch.zeros_like(param, dtype=spec.dtype)
+                if is_sharded(param) and self._follows_rows(name, spec, param):
+                    state[name] = sharded_zeros(spec.shape, spec.dtype, param)
                     continue
                 state[name] = (
                     torch.zeros(spec.shape, dtype=spec.dtype, device=device)
@@ -96,6 +89,16 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                     else torch.tensor(0.0, dtype=spec.dtype, device=device)
                 )
         return state
+
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor) -> bool:
+        """Whether the state of a sharded parameter is sharded as its rows are, or else whole."""
+        return name != "step" and spec.shape == tuple(param.shape)
+
+    def _placed(self, name: str, value: Tensor, spec: TensorSpec, param: Tensor) -> Tensor:
+        """A copy of a saved state tensor where the parameter needs it."""
+        if is_sharded(param) and self._follows_rows(name, spec, param):
+            value = sharded_as(value, param)
+        return value.to(state_device(name, param), copy=True)
 
     def _check_state(self) -> None:
         """Raise if a parameter no longer has the shape or dtype that its state was made for."""
@@ -204,7 +207,8 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                     self._check_entry(name, value, declared, index)
                 if entries:
                     exact[param] = {
-                        name: placed(name, value, param) for name, value in entries.items()
+                        name: self._placed(name, value, declared[name], param)
+                        for name, value in entries.items()
                     }
         return exact
 

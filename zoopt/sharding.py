@@ -42,19 +42,26 @@ def local_like(value: Tensor, param: Tensor) -> Tensor:
     return local(value)
 
 
-def distributed_like(value: Tensor, param: Tensor) -> Tensor:
-    """A value of the parameter's shape, placed as the parameter is; others as they are.
+def sharded_as(value: Tensor, param: Tensor) -> Tensor:
+    """A value with as many rows as the sharded parameter, sharded as those are.
 
     A plain value is the whole tensor, the same in every process.
     """
-    if not is_sharded(param) or is_sharded(value) or value.shape != param.shape:
+    if is_sharded(value):
         return value
     from torch.distributed.tensor import distribute_tensor
 
     whole = _dtensor(param)
-    return distribute_tensor(
-        value.to(param.device), whole.device_mesh, whole.placements, src_data_rank=None
-    )
+    value = value.to(whole.to_local().device)
+    return distribute_tensor(value, whole.device_mesh, whole.placements, src_data_rank=None)
+
+
+def sharded_zeros(shape: tuple[int, ...], dtype: torch.dtype, param: Tensor) -> Tensor:
+    """Zeros with as many rows as the sharded parameter, sharded as those are."""
+    from torch.distributed.tensor import zeros
+
+    whole = _dtensor(param)
+    return zeros(*shape, dtype=dtype, device_mesh=whole.device_mesh, placements=whole.placements)
 
 
 def offset(param: Tensor) -> int:
@@ -77,11 +84,16 @@ def anywhere(flag: bool, param: Tensor) -> bool:
     """Whether the flag is set in any of the processes that the parameter is sharded over."""
     if not is_sharded(param):
         return flag
+    number = torch.tensor(int(flag), device=local(param).device)
+    greatest_(number, param)
+    return bool(number)
+
+
+def greatest_(values: Tensor, param: Tensor) -> None:
+    """The greatest of each value over the processes that the parameter is sharded over."""
     mesh = _dtensor(param).device_mesh
-    set_ = torch.tensor(int(flag), device=local(param).device)
     for i in range(mesh.ndim):
-        torch.distributed.all_reduce(set_, torch.distributed.ReduceOp.MAX, mesh.get_group(i))
-    return bool(set_)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, mesh.get_group(i))
 
 
 def check_placement(param: Tensor, name: str | int) -> None:

@@ -10,6 +10,7 @@ from zoopt.first_order import FirstOrderOptimizer, RoundingMode, Site
 from zoopt.kernels import sm3_
 from zoopt.lowrank.core import descent_rate
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.sharding import greatest_, local
 
 
 class SM3(FirstOrderOptimizer):
@@ -122,8 +123,24 @@ class SM3(FirstOrderOptimizer):
             momentum=group["momentum"],
             seed=site.seed,
             stream=site.stream,
+            offset=site.offset,
             rounding_draw=rounding_draw,
         )
+
+    def _can_shard(self, param: Tensor, group: Group) -> bool:
+        return True
+
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor) -> bool:
+        return name in ("accumulator_0", "momentum_buffer")
+
+    def _merge(self, site: Site) -> None:
+        """Accumulators of the other axes: the greatest nu of all rows is that of all parts."""
+        state = self._state(site.param, site.group)
+        for axis in range(1, site.param.dim()):
+            accumulator = state[f"accumulator_{axis}"]
+            if not local(site.param).numel():
+                accumulator.zero_()
+            greatest_(accumulator, site.param)
 
     def _check_gradient(self, site: Site) -> None:
         gradient = site.param.grad

@@ -189,8 +189,14 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         if after and decay != 1.0:
             param.mul_(decay)
 
-    def _is_elementwise(self, param: Tensor, group: Group) -> bool:
-        return geometry(param, group) is None and self._rule(group) in (ADAM, MOMENTUM, LION)
+    def _can_shard(self, param: Tensor, group: Group) -> bool:
+        """Where the rule is one of single elements, and so is all state: no codes in blocks."""
+        if geometry(param, group) is not None or self._rule(group) not in (ADAM, MOMENTUM, LION):
+            return False
+        specs = self.declared_state(param, group)
+        return all(
+            name == "step" or spec.shape == tuple(param.shape) for name, spec in specs.items()
+        )
 
     def _needs_gradient(self, site: Site) -> bool:
         geo = geometry(site.param, site.group)
