@@ -196,6 +196,76 @@ def whole_state_dicts_go_in_and_out(folder: Path) -> None:
     assert fresh.param_groups[0]["seed"] == 7
 
 
+def galore(model: nn.Module, cls: Any = zoopt.GaLoreAdamW, **options: Any) -> Any:
+    options = {"lr": 2.0**-6, "rank": 2, "update_proj_gap": 2, "scale": 1.0, "seed": 7, **options}
+    return cls(model.named_parameters(), **options)
+
+
+def projections_equal_the_unsharded_run_to_rounding(folder: Path) -> None:
+    """In float64, where R sums its at most 70 terms in another order than one process does: 1e-14
+    a step, which Adam divides by roots of second moments that are 1e-2 or more here."""
+    for options in (
+        {"projector": "warm"},
+        {"projector": "svd", "proj_type": "reverse_std"},
+        {"projector": "randomized", "proj_type": "full"},
+        {"projector": "random", "stagger": False},
+        {"projector": "gram", "proj_type": "left", "state_dtype": "int8"},
+        {"cls": zoopt.QGaLoreAdamW, "state_dtype": "float32"},
+    ):
+        plain, model = net(torch.float64), fully_shard(net(torch.float64))
+        optimizer, other = galore(model, **options), galore(plain, **options)
+        go_on(model, optimizer, range(5))
+        go_on(plain, other, range(5))
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(whole(p), q, rtol=0.0, atol=1e-10)
+            for name, value in optimizer.state[p].items():
+                expected = other.state[q][name]
+                torch.testing.assert_close(whole(value), expected, rtol=0.0, atol=1e-10)
+        large = optimizer.state[model[3].weight]["exp_avg"]
+        sharded = options.get("proj_type", "std") == "std"  # 70 rows against 3
+        assert zoopt.sharding.is_sharded(large) == sharded
+    # A gradient with a NaN in the rows of one process makes no basis in any.
+    first = net(torch.float64)
+    for param in model.parameters():
+        bad = torch.zeros(param.shape, dtype=param.dtype)
+        bad.view(-1)[0] = torch.nan
+        param.grad = distribute_tensor(  # type: ignore[assignment]
+            bad,
+            param.device_mesh,
+            param.placements,
+            src_data_rank=None,  # type: ignore[attr-defined]
+        )
+    model.load_state_dict(fully_shard(net(torch.float64)).state_dict())
+    fresh = galore(model)
+    fresh.step()
+    for p, q in zip(model.parameters(), first.parameters(), strict=True):
+        assert_same(p, q, "a weight") if p.dim() > 1 else None
+
+
+def projections_resume_to_the_bit(folder: Path) -> None:
+    for state_dtype in ("float32", "bfloat16"):
+        model, path = fully_shard(net(torch.bfloat16)), folder / f"galore {state_dtype}"
+        optimizer = galore(model, state_dtype=state_dtype)
+        go_on(model, optimizer, range(3))
+        record = get_optimizer_state_dict(model, optimizer)
+        dcp.save({"model": model.state_dict(), "optimizer": record}, checkpoint_id=path)
+        again = fully_shard(net(torch.bfloat16))
+        resumed = galore(again, state_dtype=state_dtype, lr=0.5, seed=99)
+        loaded = {
+            "model": again.state_dict(),
+            "optimizer": get_optimizer_state_dict(again, resumed),
+        }
+        dcp.load(loaded, checkpoint_id=path)
+        again.load_state_dict(loaded["model"])
+        set_optimizer_state_dict(again, resumed, loaded["optimizer"])
+        go_on(model, optimizer, range(3, 6))
+        go_on(again, resumed, range(3, 6))
+        for p, q in zip(model.parameters(), again.parameters(), strict=True):
+            assert_same(p, whole(q), "a weight")
+            for name, value in optimizer.state[p].items():
+                assert_same(value, whole(resumed.state[q][name]), name)
+
+
 def refuses(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
@@ -204,9 +274,11 @@ def refuses(build: Callable[[], Any], message: str) -> None:
 def refuses_what_has_no_shards(folder: Path) -> None:
     model = fully_shard(nn.Linear(64, 80))
     named = list(model.named_parameters())
-    rest = r"must have whole parameters .* got 'weight', which is sharded; use zoopt.AdamW"
+    rest = r"must have whole parameters .* got 'weight', which is sharded; use zoopt.AdamW, SM3"
     refuses(lambda: adamw(model, state_dtype="int8"), "AdamW " + rest)
-    refuses(lambda: zoopt.GaLoreAdamW(named, rank=4), "GaLoreAdamW " + rest)
+    refuses(lambda: galore(model, state_dtype="int8"), "GaLoreAdamW " + rest)
+    refuses(lambda: zoopt.Apollo(named, rank=4), "Apollo " + rest)
+    refuses(lambda: zoopt.LDAdamW(named, rank=4), "LDAdamW " + rest)
     optimizer = adamw(model)
     refuses(lambda: zoopt.fuse_backward(model, optimizer), "DDP or FSDP, got FSDPModule")
     other = fully_shard(nn.Linear(4, 4, bias=False), shard_placement_fn=lambda _: Shard(1))
@@ -220,9 +292,15 @@ SCENARIOS = {
         a_shard_of_zeros_counts_the_steps_of_the_others,
         checkpoints_resume_to_the_bit,
         whole_state_dicts_go_in_and_out,
+        projections_equal_the_unsharded_run_to_rounding,
+        projections_resume_to_the_bit,
         refuses_what_has_no_shards,
     ],
-    4: [equals_the_unsharded_run, checkpoints_resume_to_the_bit],
+    4: [
+        equals_the_unsharded_run,
+        checkpoints_resume_to_the_bit,
+        projections_equal_the_unsharded_run_to_rounding,
+    ],
 }
 
 

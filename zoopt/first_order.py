@@ -216,10 +216,10 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             check_placement(param, name)
             if not self._can_shard(param, group):
                 raise ValueError(
-                    f"{type(self).__name__} must have whole parameters where its update or state "
-                    f"is not one of single elements, got {name!r}, which is sharded; use "
-                    f"zoopt.AdamW with state_dtype 'float32' or 'bfloat16' (or rank=None), or keep "
-                    f"the parameter out of fully_shard"
+                    f"{type(self).__name__} must have whole parameters under these "
+                    f"hyperparameters, got {name!r}, which is sharded; use zoopt.AdamW, SM3 or "
+                    f"GaLoreAdamW, with state_dtype 'float32' or 'bfloat16', or keep the parameter "
+                    f"out of fully_shard"
                 )
 
     def _check_gradient(self, site: Site) -> None:

@@ -80,7 +80,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
             if name not in state:
                 device = state_device(name, param)
                 # Of a number, fake tensors keep the value: `step` counts under them too.
-                if is_sharded(param) and self._follows_rows(name, spec, param):
+                if is_sharded(param) and self._follows_rows(name, spec, param, group):
                     state[name] = sharded_zeros(spec.shape, spec.dtype, param)
                     continue
                 state[name] = (
@@ -90,13 +90,15 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                 )
         return state
 
-    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor) -> bool:
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
         """Whether the state of a sharded parameter is sharded as its rows are, or else whole."""
         return name != "step" and spec.shape == tuple(param.shape)
 
-    def _placed(self, name: str, value: Tensor, spec: TensorSpec, param: Tensor) -> Tensor:
+    def _placed(
+        self, name: str, value: Tensor, spec: TensorSpec, param: Tensor, group: Group
+    ) -> Tensor:
         """A copy of a saved state tensor where the parameter needs it."""
-        if is_sharded(param) and self._follows_rows(name, spec, param):
+        if is_sharded(param) and self._follows_rows(name, spec, param, group):
             value = sharded_as(value, param)
         return value.to(state_device(name, param), copy=True)
 
@@ -207,7 +209,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                     self._check_entry(name, value, declared, index)
                 if entries:
                     exact[param] = {
-                        name: self._placed(name, value, declared[name], param)
+                        name: self._placed(name, value, declared[name], param, saved)
                         for name, value in entries.items()
                     }
         return exact

@@ -96,6 +96,35 @@ def greatest_(values: Tensor, param: Tensor) -> None:
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, mesh.get_group(i))
 
 
+def sum_(values: Tensor, param: Tensor) -> None:
+    """The sum of each value over the parts of a sharded parameter."""
+    mesh = _dtensor(param).device_mesh
+    for i, placement in enumerate(_dtensor(param).placements):
+        if placement.is_shard():
+            torch.distributed.all_reduce(values, group=mesh.get_group(i))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, here."""
+    full: Tensor = _dtensor(tensor).full_tensor()
+    return full
+
+
+def is_owner(param: Tensor, number: int) -> bool:
+    """Whether this is the process, of those that share the parameter, that the number falls to."""
+    mesh = _dtensor(param).device_mesh
+    coordinate = mesh.get_coordinate() or ()
+    return all(own == number % mesh.size(i) for i, own in enumerate(coordinate))
+
+
+def broadcast_(values: Tensor, param: Tensor, number: int) -> None:
+    """The owner's values in the place of everyone's."""
+    mesh = _dtensor(param).device_mesh
+    for i in range(mesh.ndim):
+        group = mesh.get_group(i)
+        torch.distributed.broadcast(values, group=group, group_src=number % mesh.size(i))
+
+
 def check_placement(param: Tensor, name: str | int) -> None:
     """Raise unless the local part is a contiguous run of the whole tensor's rows."""
     if not is_sharded(param):

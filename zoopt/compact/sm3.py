@@ -130,7 +130,7 @@ class SM3(FirstOrderOptimizer):
     def _can_shard(self, param: Tensor, group: Group) -> bool:
         return True
 
-    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor) -> bool:
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
         return name in ("accumulator_0", "momentum_buffer")
 
     def _merge(self, site: Site) -> None:

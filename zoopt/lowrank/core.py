@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import get_args
 
@@ -19,8 +20,10 @@ from zoopt.lowrank.basis import basis_specs, load_bases, refresh, refresh_due
 from zoopt.lowrank.geometry import Geometry, ProjType, geometry, matrix
 from zoopt.lowrank.residuals import NONE, Residual, Terms
 from zoopt.lowrank.rules import ADAM, LION, MOMENTUM, Rule, adam_moments, adam_numbers, moment_draw
+from zoopt.lowrank.sharded import first_row, refresh_together, rows_of
 from zoopt.lowrank.subspace import Projector, down, factors
 from zoopt.optimizer import Group, TensorSpec
+from zoopt.sharding import anywhere, local, local_like, offset, sum_
 
 
 class ProjectedOptimizer(FirstOrderOptimizer):
@@ -30,6 +33,9 @@ class ProjectedOptimizer(FirstOrderOptimizer):
     A subclass picks the parts: `_rule` and `_residual`. Hyperparameters are in the param groups:
     `rank`, `update_proj_gap`, `scale`, `proj_type`, `projector`, `state_dtype`, `state_rounding`.
     """
+
+    #: Whether it takes nothing but R of a gradient, so that sharded ones can be projected.
+    _projects_shards = False
 
     def _rule(self, group: Group) -> Rule:
         return ADAM
@@ -104,6 +110,31 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         """The rule's direction of R, (channels, r), or of a whole gradient."""
         return self._rule(site.group).direction(reduced, state, site.group, step, key)
 
+    def _step_shard(self, site: Site, gradient: Tensor) -> None:
+        param, group = site.param, site.group
+        geo = geometry(param, group)
+        if geo is None:
+            super()._step_shard(site, gradient)
+            return
+        state = {name: local(value) for name, value in self._state(param, group).items()}
+        completed, grad = int(state["step"]), matrix(local_like(gradient, param))
+        if refresh_due(site, state, completed):
+            if not anywhere(not grad.isfinite().all(), param):
+                refresh_together(site, state, geo)
+            elif not completed:
+                return
+        bases = rows_of(load_bases(site, state, geo, completed), param, geo)
+        reduced = down(grad, bases, geo)
+        if geo.side != "right":
+            sum_(reduced, param)
+        state["step"] += 1
+        part = dataclasses.replace(site, param=local(param), offset=offset(param))
+        first = first_row(param) * geo.rank if geo.side == "right" else 0
+        key = NoiseKey(site.seed, site.stream, first)
+        direction = self._direction(part, reduced, state, completed + 1, key).to(reduced.dtype)
+        terms = self._residual(group).terms(direction, reduced, None, state, group, geo)
+        self._write(part, terms, reduced, None, bases, geo, completed + 1)
+
     def _write(
         self,
         site: Site,
@@ -137,6 +168,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
             sign_step=terms.sign_step * (1.0 if group["maximize"] else -1.0),
             seed=site.seed,
             stream=site.stream,
+            offset=site.offset,
             rounding_draw=site.rounding_draw(step),
         )
         if after and decay != 1.0:
@@ -189,10 +221,22 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         if after and decay != 1.0:
             param.mul_(decay)
 
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
+        geo = geometry(param, group)
+        if geo is None:
+            return super()._follows_rows(name, spec, param, group)
+        return geo.side == "right" and name not in geo.bases and spec.shape == geo.reduced_shape
+
     def _can_shard(self, param: Tensor, group: Group) -> bool:
-        """Where the rule is one of single elements, and so is all state: no codes in blocks."""
-        if geometry(param, group) is not None or self._rule(group) not in (ADAM, MOMENTUM, LION):
+        """Where the rule is one of single elements, and so is the state of what is sharded: no
+        codes in blocks. In a subspace too, if nothing but R is taken of the gradient."""
+        if self._rule(group) not in (ADAM, MOMENTUM, LION):
             return False
+        geo = geometry(param, group)
+        if geo is not None:
+            return self._projects_shards and (
+                geo.side != "right" or group["state_dtype"] in ("float32", "bfloat16")
+            )
         specs = self.declared_state(param, group)
         return all(
             name == "step" or spec.shape == tuple(param.shape) for name, spec in specs.items()

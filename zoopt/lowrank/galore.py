@@ -72,6 +72,8 @@ class GaLoreAdamW(AdamFamily):
         >>> opt.step()
     """
 
+    _projects_shards = True
+
     def __init__(
         self,
         params: Params,

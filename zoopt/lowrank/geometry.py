@@ -82,4 +82,4 @@ def _rank(group: Group, dim: int, own: int) -> int:
 
 def matrix(tensor: Tensor) -> Tensor:
     """The tensor as (shape[0], product of the rest), a view where its memory allows it."""
-    return tensor.reshape(tensor.shape[0], -1)
+    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))

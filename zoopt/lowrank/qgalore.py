@@ -74,6 +74,8 @@ class QGaLoreAdamW(AdamFamily):
         >>> opt.step()
     """
 
+    _projects_shards = True
+
     def __init__(
         self,
         params: Params,

@@ -132,8 +132,9 @@ def orthonormal(columns: Tensor) -> Tensor:
     if known(error <= 1e3 * torch.finfo(q.dtype).eps, True):
         return q.contiguous()
     householder, r = torch.linalg.qr(columns)
-    flips = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r.dtype)
-    return torch.mul(householder, flips).contiguous()
+    flips = torch.where(r.diagonal() < 0, -1.0, 1.0).to(columns.dtype)
+    columns = torch.mul(householder, flips)
+    return columns.contiguous()
 
 
 def _there_and_back(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
