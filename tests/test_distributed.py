@@ -281,6 +281,9 @@ def refuses_what_has_no_shards(folder: Path) -> None:
     refuses(lambda: zoopt.LDAdamW(named, rank=4), "LDAdamW " + rest)
     optimizer = adamw(model)
     refuses(lambda: zoopt.fuse_backward(model, optimizer), "DDP or FSDP, got FSDPModule")
+    plain = net()
+    replicated = nn.parallel.DistributedDataParallel(plain)
+    refuses(lambda: zoopt.fuse_backward(replicated, adamw(plain)), "got DistributedDataParallel")
     other = fully_shard(nn.Linear(4, 4, bias=False), shard_placement_fn=lambda _: Shard(1))
     refuses(lambda: adamw(other), r"sharded along dimension 0, got dimension 1 for 'weight'")
 

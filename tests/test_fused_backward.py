@@ -481,17 +481,37 @@ def test_refuses_wrapped_models() -> None:
         zoopt.fuse_backward(DistributedDataParallel(model), optimizer)
 
 
-def test_refuses_what_needs_whole_gradients_where_none_are_kept(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_refuses_what_needs_whole_gradients_where_none_are_kept() -> None:
     model = net()
-    optimizer = galore(model)
-    monkeypatch.setattr(type(optimizer), "_needs_gradient", lambda self, site: True)
-    for options in ({"accumulation_steps": 2}, {"max_grad_norm": 1.0}):
-        with pytest.raises(ValueError, match="GaLoreAdamW needs the whole gradient of parameter"):
-            zoopt.fuse_backward(model, optimizer, **options)  # type: ignore[arg-type]
-    zoopt.fuse_backward(model, optimizer, max_grad_norm=1.0, clip="parameter")
+    for cls in (zoopt.Fira, zoopt.Apollo):
+        optimizer = cls(model.named_parameters(), rank=4)
+        for options in ({"accumulation_steps": 2}, {"max_grad_norm": 1.0}):
+            message = f"{cls.__name__} needs the whole gradient of parameter '0.weight'"
+            with pytest.raises(ValueError, match=message):
+                zoopt.fuse_backward(model, optimizer, **options)  # type: ignore[arg-type]
     backward(model)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_clips_whole_gradients_by_the_norms_of_their_projections() -> None:
+    """In float64: R of a clipped gradient and a clipped R differ by some roundings, 1e-15."""
+    models = []
+    for fused in (False, True):
+        model = net(torch.float64)
+        optimizer = zoopt.Fira(model.named_parameters(), lr=1e-2, rank=8, seed=1, eps=1e-3)
+        if fused:
+            zoopt.fuse_backward(model, optimizer, max_grad_norm=0.05, clip="parameter")
+        for _ in range(3):
+            backward(model)
+            for site in [] if fused else optimizer._sites():
+                assert site.param.grad is not None
+                reduced = optimizer._reduce(site, site.param.grad)
+                assert reduced is not None
+                site.param.grad.mul_(min(1.0, 0.05 / (float(reduced.norm()) + 1e-6)))
+            optimizer.step()
+        models.append(model)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=0.0, atol=1e-10)
 
 
 def test_refuses_what_cannot_be_done_in_backward() -> None:

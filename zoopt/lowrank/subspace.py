@@ -118,7 +118,7 @@ def orthonormal(columns: Tensor) -> Tensor:
     R's diagonal is positive, so that a basis moves with its columns and does not change sign.
     """
     # Columns of one size: the Gram matrix squares their condition number.
-    q = columns / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+    q: Tensor = columns / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
     eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
     for _ in range(2):
         gram = q.t() @ q
@@ -133,8 +133,7 @@ def orthonormal(columns: Tensor) -> Tensor:
         return q.contiguous()
     householder, r = torch.linalg.qr(columns)
     flips = torch.where(r.diagonal() < 0, -1.0, 1.0).to(columns.dtype)
-    columns = torch.mul(householder, flips)
-    return columns.contiguous()
+    return torch.mul(householder, flips).contiguous()
 
 
 def _there_and_back(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
