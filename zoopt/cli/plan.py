@@ -86,6 +86,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan; returns 0."""
+    from zoopt.memory.meter import CATEGORIES
     from zoopt.memory.plan import plan
 
     console = open_console(options.json)
@@ -106,19 +107,20 @@ def run(options: argparse.Namespace) -> int:
     except (ImportError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from None
     fits = options.gpu
-    headings = ["method", "peak GB", *(c for c in _CATEGORIES)]
+    headings = ["method", "peak GB", *CATEGORIES]
     if fits is not None:
         headings += ["fits", "largest batch", "largest sequence"]
     rows = []
     for estimate in result.estimates:
         row: list[Any] = [estimate.name, _gb(estimate.peak)]
-        row += [_gb(estimate.categories[category]) for category in _CATEGORIES]
+        row += [_gb(estimate.categories[category]) for category in CATEGORIES]
         if fits is not None:
             batch = estimate.largest_batch(fits, options.batch)
+            seq = estimate.largest_seq(fits, options.seq)
             row += [
                 styled("yes", "green") if estimate.fits(fits) else styled("no", "red"),
-                str(batch) if batch else "-",
-                str(estimate.largest_seq(fits, options.seq) or "-"),
+                str(batch or "-"),
+                str(min(seq, result.longest or seq) or "-"),
             ]
         rows.append(row)
     checkpointed = ", checkpointed" if options.checkpointing else ""
@@ -131,14 +133,11 @@ def run(options: argparse.Namespace) -> int:
         console.print(f"left out: {name}: {reason}", markup=False)
     if fits is not None:
         console.print(
-            f"fits: within {fits / 1e9:.1f} GB; the largest batch (sequence) at this sequence "
-            f"(batch), by the growth from one size to its double"
+            f"fits: within {fits / 1e9:.1f} GB; the largest batch at this sequence and the "
+            f"longest sequence at this batch, from their growth around these sizes"
         )
     write_json(options.json, result.as_dict())
     return 0
-
-
-_CATEGORIES = ("parameters", "gradients", "optimizer state", "activations", "workspace")
 
 
 def _gb(count: int) -> str:

@@ -11,9 +11,9 @@ import sys
 import warnings
 from typing import Any
 
-import psutil
 import torch
 
+import zoopt
 from zoopt.checks import check_choice, check_positive_int
 from zoopt.memory.meter import Category, StorageMeter
 from zoopt.memory.methods import Method, methods
@@ -117,6 +117,7 @@ def measure_here(
     steps: int = 2,
 ) -> Measurement:
     """As `measure`, in this process: what else it holds is in `resident`, not in `peak`."""
+    _load_kernels(device)
     before = _resident()
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -137,7 +138,8 @@ def measure_here(
         optimizer = run_steps(model, inputs, method, meter, steps=steps, mark=mark)
     state = 0
     if optimizer is not None:
-        state = sum(tensor.nbytes for tensor in tensors_of(list(optimizer.state.values())))
+        kept = getattr(optimizer, "state", {})
+        state = sum(tensor.nbytes for tensor in tensors_of(list(kept.values())))
     if allocator is not None:
         allocator.enter("end")
     return Measurement(
@@ -170,8 +172,18 @@ class _Allocator:
         torch.cuda.reset_peak_memory_stats()
 
 
+def _load_kernels(device: str) -> None:
+    """Compile or load what the first step of a process would."""
+    param = torch.nn.Parameter(torch.zeros(64, 64, device=device))
+    zoopt.MeZO([param], perturbation="inplace", seed=0).step(lambda: 0.0)
+    param.grad = torch.ones_like(param)
+    zoopt.AdamW([param], seed=0).step()
+
+
 def _resident() -> int:
     """Bytes of this process in memory now."""
+    import psutil  # type: ignore[import-untyped]
+
     gc.collect()
     size: int = psutil.Process().memory_info().rss
     return size

@@ -26,7 +26,7 @@ class _Storage:
     category: Category
 
 
-class StorageMeter(TorchDispatchMode):
+class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every tensor that an operator makes, until its storage dies.
 
     What is made in the phases `forward ...` and `backward` is an activation (autograd's saved
@@ -41,7 +41,7 @@ class StorageMeter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live: collections.Counter[Category] = collections.Counter()
         self.peak = 0
         self.at_peak: dict[Category, int] = {}

@@ -68,7 +68,7 @@ def lora(rank: int) -> Callable[[nn.Module], nn.Module]:
         with warnings.catch_warnings():
             # peft asks transformers by a name that transformers deprecates.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            adapted: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+            adapted: nn.Module = peft.get_peft_model(model, config)
         return adapted
 
     return adapt

@@ -72,11 +72,13 @@ class ModelSpec:
         name: what the user called it.
         build: (checkpointing) -> the model, on torch's default device and in its default dtype.
         inputs: batch, sequence length -> what the model is called with.
+        longest: the sequence length that it has positions for; None if there is no limit.
     """
 
     name: str
     build: Callable[[bool], nn.Module]
     inputs: Callable[[int, int], Mapping[str, Any]]
+    longest: int | None = None
 
 
 def resolve(model: str) -> ModelSpec:
@@ -177,19 +179,28 @@ def _from_config(name: str, kind: str, content: dict[str, Any]) -> ModelSpec:
     def build(checkpointing: bool) -> nn.Module:
         model: nn.Module = factory.from_config(config)
         if checkpointing:
-            model.gradient_checkpointing_enable(  # type: ignore[operator]
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            enable_checkpointing(model)
         return model
 
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and kind in ("roberta", "xlm-roberta"):
+        limit -= 2  # its positions begin at 2
+
     def inputs(batch: int, seq: int) -> Mapping[str, Any]:
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit is not None and seq > limit - (2 if kind == "roberta" else 0):
+        if limit is not None and seq > limit:
             raise ValueError(f"seq must be at most {limit} for {name}, got {seq}")
         ids = torch.arange(batch * seq).remainder(config.vocab_size).view(batch, seq)
         return {"input_ids": ids, "labels": ids}
 
-    return ModelSpec(name, build, inputs)
+    return ModelSpec(name, build, inputs, limit)
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Let a transformers model compute its layers' activations again in the backward pass."""
+    # The second is the older name.
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _from_function(name: str) -> ModelSpec:

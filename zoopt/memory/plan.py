@@ -23,6 +23,7 @@ class Plan:
     Attributes:
         model, batch, seq, dtype, checkpointing: what was planned.
         parameters: how many the model has.
+        longest: the sequence length that it has positions for; None if there is no limit.
         estimates: one a method.
         left_out: methods that this model cannot be trained by, and why.
     """
@@ -33,6 +34,7 @@ class Plan:
     dtype: str
     checkpointing: bool
     parameters: int
+    longest: int | None
     estimates: list[Estimate]
     left_out: dict[str, str]
 
@@ -93,6 +95,7 @@ def plan(
     chosen = select(optimizers, methods(rank, lora_rank))
     spec = resolve(model) if isinstance(model, str) else model
     with fake(DTYPES[dtype]):
+        spec.inputs(batch, seq)
         simulation = Simulation(spec, checkpointing, seq)
         estimates = []
         left_out = {}
@@ -109,7 +112,9 @@ def plan(
     parameters = simulation.parameters
     estimates.sort(key=lambda estimate: estimate.peak)
     name = model if isinstance(model, str) else model.name
-    return Plan(name, batch, seq, dtype, checkpointing, parameters, estimates, left_out)
+    return Plan(
+        name, batch, seq, dtype, checkpointing, parameters, spec.longest, estimates, left_out
+    )
 
 
 def select(wanted: str | Sequence[str | Method], known: Sequence[Method]) -> list[Method]:

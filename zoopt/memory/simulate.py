@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -36,7 +36,8 @@ class Estimate:
         phases: the peak of each phase of the step.
         state: bytes of optimizer state between steps.
         per_example: bytes that one more example adds to the peak of a phase.
-        per_token: bytes that one more token in every example adds to it.
+        per_token: of the bytes that tokens in every example take in it, those that grow with their
+            number and those that grow with its square.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Estimate:
     phases: dict[str, int]
     state: int
     per_example: dict[str, int]
-    per_token: dict[str, int]
+    per_token: dict[str, tuple[float, float]]
 
     def fits(self, budget: int) -> bool:
         """Whether the peak is within the budget, in bytes."""
@@ -54,24 +55,29 @@ class Estimate:
 
     def largest_batch(self, budget: int, batch: int) -> int:
         """The largest batch that fits a budget in bytes, or 0; peaks grow in proportion."""
-        return self._largest(self.per_example, budget, batch)
+        growth = {phase: (float(slope), 0.0) for phase, slope in self.per_example.items()}
+        return self._largest(growth, budget, batch)
 
     def largest_seq(self, budget: int, seq: int) -> int:
-        """The longest sequence that fits a budget in bytes, or 0; peaks grow in proportion."""
+        """The longest sequence that fits a budget in bytes, or 0."""
         return self._largest(self.per_token, budget, seq)
 
-    def _largest(self, slopes: dict[str, int], budget: int, size: int) -> int:
+    def _largest(self, growth: dict[str, tuple[float, float]], budget: int, size: int) -> int:
         """The largest size at which no phase exceeds the budget."""
-        if max(self.phases.values()) > budget and not any(slopes.values()):
-            return 0
-        sizes = []
-        for phase, peak in self.phases.items():
-            slope = slopes.get(phase, 0)
-            if slope > 0:
-                sizes.append(size + (budget - peak) // slope)
-            elif peak > budget:
-                return 0
-        return max(0, min(sizes, default=0))
+
+        def fits(other: int) -> bool:
+            for phase, peak in self.phases.items():
+                linear, square = growth.get(phase, (0.0, 0.0))
+                grown = linear * (other - size) + square * (other * other - size * size)
+                if peak + grown > budget:
+                    return False
+            return True
+
+        low, high = 0, 1 << 30
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
 
 
 @contextlib.contextmanager
@@ -133,25 +139,27 @@ class Simulation:
             method.name, method.kind, part.peak, part.categories, part.phases, state, *slopes
         )
 
-    def _slopes(self, method: Method, batch: int) -> tuple[dict[str, int], dict[str, int]]:
-        """Bytes that an example, and a token an example, add to each pass over the model."""
+    def _slopes(
+        self, method: Method, batch: int
+    ) -> tuple[dict[str, int], dict[str, tuple[float, float]]]:
+        """What an example and a token add to each pass over the model, see `Estimate`."""
 
         def phases(batch: int, seq: int) -> dict[str, int]:
             if method.kind == "backprop":
                 return self._pass(method, batch, seq).phases
             return self._inference(batch, seq).phases
 
-        # Twice as long could be more than the model's positions.
-        half = max(1, self.seq // 2)
-        here, wider = phases(batch, self.seq), phases(2 * batch, self.seq)
-        shorter = phases(batch, half)
+        # Shorter ones: twice as long could be more than the model's positions.
+        sizes = [self.seq, max(1, self.seq // 2), max(1, self.seq // 4)]
+        here, half, quarter = (phases(batch, seq) for seq in sizes)
+        wider = phases(2 * batch, self.seq)
         per_example, per_token = {}, {}
         for phase in here.keys() - {"load"}:
             per_example[phase] = (wider[phase] - here[phase]) // batch
-            per_token[phase] = (here[phase] - shorter[phase]) // max(1, self.seq - half)
+            per_token[phase] = _parabola(sizes, [here[phase], half[phase], quarter[phase]])
         if method.kind == "zeroth-order":
-            for slopes in (per_example, per_token):
-                slopes |= dict.fromkeys(("forward +", "forward -"), slopes["forward"])
+            for name in ("forward +", "forward -"):
+                per_example[name], per_token[name] = per_example["forward"], per_token["forward"]
         return per_example, per_token
 
     def _inference(self, batch: int, seq: int) -> _Part:
@@ -193,7 +201,7 @@ class Simulation:
             meter = StorageMeter()
             inputs = self.spec.inputs(batch, seq)
             freed = [
-                param.register_post_accumulate_grad_hook(_free)
+                param.register_post_accumulate_grad_hook(_free)  # type: ignore[no-untyped-call]
                 for param in model.parameters()
                 if method.fused and param.requires_grad
             ]
@@ -247,6 +255,16 @@ class Simulation:
             optimizer.step()
             model.zero_grad()
         return _Part.of(meter), state
+
+
+def _parabola(sizes: Sequence[int], values: Sequence[int]) -> tuple[float, float]:
+    """The coefficients of s and of s^2 through three points; (0, 0) if two of them are one."""
+    (a, b, c), (x, y, z) = sizes, values
+    if len({a, b, c}) < 3:
+        return 0.0, 0.0
+    first, second = (x - y) / (a - b), (y - z) / (b - c)
+    square = max(0.0, (first - second) / (a - c))
+    return first - square * (a + b), square
 
 
 def _faked(model: nn.Module) -> nn.Module:

@@ -78,11 +78,14 @@ def run_steps(
             loss_of(model, inputs)
         return None
     optimizer = method.build(model)
+    state = getattr(optimizer, "state", {})
     if is_fake(next(model.parameters())) and isinstance(optimizer, DeclaredStateOptimizer):
         allocate_state(optimizer, meter)
         for param in repeated_shapes(optimizer):
             param.requires_grad_(False)
-    fusion = zoopt.fuse_backward(model, optimizer) if method.fused else contextlib.nullcontext()
+    fusion: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if method.fused:
+        fusion = zoopt.fuse_backward(model, optimizer)  # type: ignore[arg-type]
     with fusion:
         for _ in range(steps):
             if method.kind == "zeroth-order":
@@ -92,7 +95,7 @@ def run_steps(
                 enter("update")
                 optimizer.step()
                 optimizer.zero_grad()
-            meter.track(tensors_of(list(optimizer.state.values())), "optimizer state")
+            meter.track(tensors_of(list(state.values())), "optimizer state")
     return optimizer
 
 
@@ -125,19 +128,21 @@ def _zeroth_order_step(
 ) -> None:
     count = 0
     # A run's first evaluation is repeated, to be compared.
-    repeats = int(not optimizer.param_groups[0].get("step", 1))
+    repeats = int(not getattr(optimizer, "param_groups", [{}])[0].get("step", 1))
     smallest = min(model.parameters(), key=lambda param: param.numel())
 
     def closure(*_: Any) -> float:
         nonlocal count
         count += 1
+        number = max(1, count - repeats)
         fake = is_fake(smallest)
-        if fake and count - repeats > EVALUATIONS:
+        if fake and number > EVALUATIONS:
             smallest.sum()  # Virtual perturbations want to be read.
-            return 0.0
-        enter(_FORWARD.get(max(1, count - repeats), "forward, later ones"))
+            return float(number)
+        enter(_FORWARD.get(number, "forward, later ones"))
         loss = loss_of(model, inputs)
-        value = 0.0 if fake else float(loss)
+        # Of fake losses any that differ: an estimate of 0 would need no update.
+        value = float(number) if fake else float(loss)
         del loss
         enter("perturb")
         return value
@@ -157,7 +162,7 @@ def backprop(
             meter.track([param.grad], "gradients")
 
     hooks = [
-        param.register_post_accumulate_grad_hook(gradient_made)
+        param.register_post_accumulate_grad_hook(gradient_made)  # type: ignore[no-untyped-call]
         for param in model.parameters()
         if param.requires_grad
     ]

@@ -1,0 +1,214 @@
+"""The planner, the meter, and that they agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from zoopt.cli import main
+from zoopt.memory import measure, plan
+from zoopt.memory.measure import measure_here
+from zoopt.memory.meter import StorageMeter
+from zoopt.memory.methods import methods
+from zoopt.memory.models import ModelSpec, names, resolve
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 128,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 1000,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "opt": {
+        "model_type": "opt",
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 512,
+        "vocab_size": 1000,
+        "word_embed_proj_dim": 128,
+    },
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 344,
+        "vocab_size": 1000,
+    },
+    "bert": {
+        "model_type": "bert",
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+        "vocab_size": 1000,
+    },
+}
+#: Each with each model: forward passes only, plain and projected Adam, codes, factors, adapters.
+METHODS = [
+    *("inference", "MeZO", "MeZO, in place", "LOZO", "ZOAdam"),
+    *("SGD", "AdamW", "zoopt.AdamW", "zoopt.AdamW, int8 state", "GaLoreAdamW", "SM3"),
+    *("Apollo", "Fira", "SM3, fused backward", "LoRA + AdamW"),
+]
+BATCH, SEQ, RANK = 2, 32, 16
+
+
+@pytest.fixture
+def spec(request: pytest.FixtureRequest, tmp_path: Path) -> ModelSpec:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIGS[request.param]))
+    return resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("spec", CONFIGS, indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_planned_peaks_are_measured_ones(spec: ModelSpec, dtype: str) -> None:
+    """Within 5 %, and the optimizer's state to the byte."""
+    known = {method.name: method for method in methods(RANK, 8)}
+    planned = plan(spec, optimizers=METHODS, batch=BATCH, seq=SEQ, dtype=dtype, rank=RANK)
+    for name in METHODS:
+        real = measure_here(
+            spec, known[name], batch=BATCH, seq=SEQ, dtype=getattr(torch, dtype), steps=2
+        )
+        estimate = planned[name]
+        assert estimate.state == real.state, name
+        assert estimate.peak == pytest.approx(real.peak, rel=0.05), name
+        assert sum(estimate.categories.values()) == estimate.peak
+        assert sum(real.categories.values()) == real.peak
+
+
+@pytest.mark.parametrize("spec", ["llama"], indirect=True)
+def test_every_method_can_be_planned(spec: ModelSpec) -> None:
+    planned = plan(spec, batch=1, seq=16, rank=8)
+    assert {estimate.name for estimate in planned.estimates} == {m.name for m in methods()}
+    assert not planned.left_out
+    peaks = [estimate.peak for estimate in planned.estimates]
+    assert peaks == sorted(peaks)
+    forward = planned["inference"].peak
+    assert planned["MeZO"].peak == pytest.approx(forward, rel=0.01)
+    assert planned["AdamW"].peak > planned["GaLoreAdamW, int8 state"].peak > 1.5 * forward
+    with pytest.raises(KeyError, match="'Adam' is not in the plan"):
+        planned["Adam"]
+
+
+@pytest.mark.parametrize("spec", ["llama"], indirect=True)
+def test_checkpointing_saves_activations(spec: ModelSpec) -> None:
+    plain, less = (
+        plan(spec, optimizers=["SGD"], batch=8, seq=128, checkpointing=checkpointing)["SGD"]
+        for checkpointing in (False, True)
+    )
+    assert less.categories["activations"] < 0.8 * plain.categories["activations"]
+
+
+@pytest.mark.parametrize("spec", ["gpt2"], indirect=True)
+def test_the_largest_batch_and_sequence_fit_and_the_next_do_not(spec: ModelSpec) -> None:
+    """Nearly: batches grow in proportion, sequences by a parabola through three short ones."""
+    for name in ("MeZO", "AdamW"):
+        one = plan(spec, optimizers=[name], batch=1, seq=64)[name]
+        budget = 3 * one.peak
+        batch, seq = one.largest_batch(budget, 1), one.largest_seq(budget, 64)
+        at_batch = plan(spec, optimizers=[name], batch=batch, seq=64)[name].peak
+        beyond = plan(spec, optimizers=[name], batch=batch + 1, seq=64)[name].peak
+        assert at_batch <= 1.02 * budget
+        assert beyond >= 0.98 * budget
+        at_seq = plan(spec, optimizers=[name], batch=1, seq=seq)[name].peak
+        assert 0.8 * budget <= at_seq <= 1.05 * budget
+        assert one.fits(one.peak)
+        assert not one.fits(one.peak - 1)
+        assert one.largest_batch(1, 1) == 0
+
+
+def test_measures_in_a_process_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIGS["gpt2"]))
+    measured = measure(str(path), "AdamW", batch=2, seq=16, dtype="float32")
+    assert measured.state == 8 * (measured.categories["parameters"] // 4) + 4 * 28
+    assert measured.resident is not None
+    assert measured.resident > 0.5 * measured.peak
+    assert list(measured.phases) == ["load", "forward", "backward", "update"]
+    phases = measure(str(path), "MeZO", batch=2, seq=16, dtype="float32").phases
+    assert list(phases) == ["load", "perturb", "forward +", "forward -", "update"]
+
+
+def test_the_meter_follows_storages() -> None:
+    with StorageMeter() as meter:
+        a = torch.zeros(1000)
+        view = a[:10]
+        meter.enter_phase("forward")
+        b = a + 1
+        del a
+        assert meter.total == 8000
+        del view
+        assert meter.total == 4000
+        meter.track([b], "parameters")
+    assert meter.live["parameters"] == 4000
+    assert meter.peak == 8000
+    assert meter.at_peak["activations"] == 4000
+    assert meter.at_peak["workspace"] == 4000
+
+
+def function_of_a_module(batch: int, seq: int) -> tuple[nn.Module, dict[str, Any]]:
+    return nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)), {"input": torch.ones(batch, seq, 8)}
+
+
+def test_any_module_by_its_function() -> None:
+    planned = plan(f"{__name__}:function_of_a_module", batch=3, seq=8, dtype="float32")
+    assert planned.parameters == 8 * 16 + 16 + 16 * 4 + 4
+    assert planned["zoopt.AdamW"].state == 8 * planned.parameters + 4 * 4
+
+
+def test_named_architectures_have_the_parameters_they_are_named_for() -> None:
+    """In billions; OPT's names count no embeddings of positions, LLaMA's are rounded."""
+    sizes = {"gpt2": 0.124, "opt-1.3b": 1.316, "llama-7b": 6.738, "roberta-large": 0.355}
+    for name, billions in sizes.items():
+        planned = plan(name, optimizers=["inference"], seq=8)
+        assert planned.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    assert {*sizes} < {*names()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-model"], "MODEL must be a directory, a config.json, module:function or one of"),
+        (["gpt2", "--optimizer", "Adam"], "optimizers must be 'all' or some of inference, MeZO"),
+        (["gpt2", "--seq", "5000"], "seq must be at most 1024 for gpt2, got 5000"),
+        (["zoopt:nothing"], "MODEL must be module:function that can be imported from here"),
+    ],
+)
+def test_errors_take_a_line_and_exit_by_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_bad_sizes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for bad in ("24XB", "0GB", "-3GB", "much"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["plan", "gpt2", f"--gpu={bad}"])
+        assert stopped.value.code == 2
+        assert "expected a size such as 24GB" in capsys.readouterr().err
+
+
+def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--optimizer", "MeZO", "AdamW", "--seq", "16", "--gpu", "1GB"]
+    assert main(["plan", "gpt2", *arguments]) == 0
+    table = capsys.readouterr().out
+    assert "largest batch" in table
+    assert "\x1b[" not in table
+    assert main(["plan", "gpt2", *arguments, "--json", "-"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [estimate["name"] for estimate in document["estimates"]] == ["MeZO", "AdamW"]
+    assert document["parameters"] == 124439808
