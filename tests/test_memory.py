@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench import paper_memory
 from zoopt.cli import main
 from zoopt.memory import measure, plan
 from zoopt.memory.measure import measure_here
@@ -174,6 +175,16 @@ def test_named_architectures_have_the_parameters_they_are_named_for() -> None:
         planned = plan(name, optimizers=["inference"], seq=8)
         assert planned.parameters / 1e9 == pytest.approx(billions, rel=0.01)
     assert {*sizes} < {*names()}
+
+
+@pytest.mark.parametrize("model", ["opt-1.3b", "opt-13b"])
+def test_the_plan_explains_the_mezo_papers_table(model: str) -> None:
+    """Within 10 %, with the framework's own memory, for the algorithm that the paper ran."""
+    published, ours, adam = paper_memory.rows_of(model)
+    assert published["ratio"] == pytest.approx(1.0, abs=0.1)
+    assert ours["median"] < published["median"]
+    categories = adam["categories"]
+    assert categories["optimizer state"] == pytest.approx(2 * categories["parameters"], rel=0.01)
 
 
 @pytest.mark.parametrize(
