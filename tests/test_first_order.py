@@ -10,23 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.compare import same, state_bytes
 from tests.first_order_table import ROWS, Row, backward, net
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(
-        value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
-
-
-def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    return all(
-        torch.equal(p.view(torch.uint8), q.view(torch.uint8))
-        for p, q in zip(a.parameters(), b.parameters(), strict=True)
-    )
 
 
 def run(row: Row, steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

@@ -14,26 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import zoopt
+from tests.compare import equal, same
 from tests.first_order_table import ROWS, Row, backward, batch, net
 from tests.meter import LiveStorages
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(
-        torch.equal(p.view(torch.uint8), q.view(torch.uint8))
-        for p, q in zip(a.parameters(), b.parameters(), strict=True)
-    )
-
-
-def equal(first: Any, second: Any) -> bool:
-    """Whether two state dicts agree to the bit."""
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(equal(first[k], second[k]) for k in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(equal, first, second))
-    if isinstance(first, Tensor):
-        return first.dtype == second.dtype and torch.equal(first, second)
-    return bool(first == second)
 
 
 def by_name(name: str) -> Row:

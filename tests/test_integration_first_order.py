@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 import zoopt
+from tests.compare import equal
 from zoopt.lowrank import param_groups
 
 VOCABULARY, LENGTH = 32, 10
@@ -61,17 +62,6 @@ def sentences(count: int = 12) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCABULARY, (count, LENGTH), generator=generator)
     return [{"input_ids": row, "labels": row.clone()} for row in ids]
-
-
-def same(first: Any, second: Any) -> bool:
-    """Whether two state dicts agree to the bit."""
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    if isinstance(first, Tensor):
-        return first.dtype == second.dtype and torch.equal(first, second)
-    return bool(first == second)
 
 
 def logged(trainer: Any, key: str) -> list[float]:
@@ -162,8 +152,8 @@ def test_the_trainer_resumes_to_the_bit_in_the_middle_of_an_epoch(
     other = build(again, lr=0.5, seed=99)
     resumed = trainer_of(again, tmp_path / "again", optimizer_cls_and_kwargs=other, **RESUMED)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert same(model.state_dict(), again.state_dict())
-    assert same(whole.optimizer.state_dict(), resumed.optimizer.state_dict())
+    assert equal(model.state_dict(), again.state_dict())
+    assert equal(whole.optimizer.state_dict(), resumed.optimizer.state_dict())
     for key in ("loss", "grad_norm", "learning_rate"):
         assert logged(whole, key) == logged(resumed, key)
 
@@ -188,7 +178,7 @@ def test_the_trainer_with_a_fused_backward(accumulation_steps: int, tmp_path: Pa
         )
         trainer.train()
         models.append(model.state_dict())
-    assert same(*models)
+    assert equal(*models)
 
 
 def train(model: Any, optimizer: Any, steps: int, accelerator: Any = None) -> list[float]:
@@ -218,18 +208,18 @@ def test_accelerate_changes_no_bit(build: Any, dtype: torch.dtype, tmp_path: Pat
     before = copy.deepcopy(optimizer.state_dict())
     accelerator = accelerate.Accelerator(cpu=True)
     prepared, wrapped = accelerator.prepare(model, optimizer)
-    assert same(optimizer.state_dict(), before)
+    assert equal(optimizer.state_dict(), before)
 
     train(prepared, wrapped, 2, accelerator)
     train(plain, other, 2)
-    assert same(model.state_dict(), plain.state_dict())
+    assert equal(model.state_dict(), plain.state_dict())
     accelerator.save_state(str(tmp_path), safe_serialization=False)
     train(prepared, wrapped, 2, accelerator)
     accelerator.load_state(str(tmp_path))
-    assert same(optimizer.state_dict(), other.state_dict())
+    assert equal(optimizer.state_dict(), other.state_dict())
     train(prepared, wrapped, 2, accelerator)
     train(plain, other, 2)
-    assert same(model.state_dict(), plain.state_dict())
+    assert equal(model.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -293,4 +283,4 @@ def test_lora_with_coded_moments_learns_and_resumes_to_the_bit(fused: bool) -> N
     resumed = build(again, lr=0.5, seed=99)
     resumed.load_state_dict(state)
     assert train(again, resumed, 10) == losses[10:]
-    assert same(again.state_dict(), model.state_dict())
+    assert equal(again.state_dict(), model.state_dict())

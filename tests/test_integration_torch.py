@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import lr_scheduler
 
 import zoopt
+from tests.compare import same
 from zoopt.noise import stream
 
 SEED = 7
@@ -29,11 +30,6 @@ def build(**options: Any) -> tuple[nn.Module, zoopt.MeZO, Callable[[nn.Module], 
     x = torch.randn(16, 4)
     options = {"lr": 1e-2, "seed": SEED, **options}
     return model, zoopt.MeZO(model.named_parameters(), **options), lambda m: m(x).square().mean()
-
-
-def same(model: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return all(torch.equal(p, q) for p, q in pairs)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 import zoopt
+from tests.compare import equal
 from tests.optimizer_table import ROWS, Row, mlp
 from zoopt.integrations.transformers import ZOTrainer
 from zoopt.zeroth_order.base import ZerothOrderOptimizer
@@ -133,17 +134,6 @@ def bits(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone().view(torch.uint8) for p in model.parameters()]
 
 
-def same(first: Any, second: Any) -> bool:
-    """Whether two state dicts agree to the bit."""
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    if isinstance(first, Tensor):
-        return first.dtype == second.dtype and torch.equal(first, second)
-    return bool(first == second)
-
-
 def logged(trainer: Any, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
@@ -211,7 +201,7 @@ def test_equals_a_plain_loop(kind: str, tmp_path: Path) -> None:
         norms.append(abs(plain.last_step.projected_grads[0]))
         rates.append(plain.param_groups[0]["lr"])
         schedule.step()
-    assert same(list(model.parameters()), list(twin.parameters()))
+    assert equal(list(model.parameters()), list(twin.parameters()))
     assert logged(trainer, "learning_rate") == rates
     assert logged(trainer, "grad_norm") == norms
     assert min(norms) > 0
@@ -255,8 +245,8 @@ RESUMED = {
 
 
 def assert_same_run(whole: Any, resumed: Any) -> None:
-    assert same(whole.model.state_dict(), resumed.model.state_dict())
-    assert same(whole.optimizer.state_dict(), resumed.optimizer.state_dict())
+    assert equal(whole.model.state_dict(), resumed.model.state_dict())
+    assert equal(whole.optimizer.state_dict(), resumed.optimizer.state_dict())
     assert whole.optimizer.optimizer.last_step == resumed.optimizer.optimizer.last_step
     for key in ("loss", "grad_norm", "learning_rate"):
         assert logged(whole, key) == logged(resumed, key)
@@ -269,7 +259,7 @@ def test_resumes_to_the_bit_in_the_middle_of_an_epoch(dtype: torch.dtype, tmp_pa
     whole = build(model, tmp_path, (zoopt.MeZO, options), **RESUMED)
     whole.train()
     again = opt(dropout=0.1, seed=1).to(dtype)
-    assert not same(model.state_dict(), again.state_dict())
+    assert not equal(model.state_dict(), again.state_dict())
     # Hyperparameters come from the checkpoint.
     other = (zoopt.MeZO, {**options, "lr": 0.5, "seed": 99})
     resumed = build(again, tmp_path / "again", other, **RESUMED)
@@ -317,7 +307,7 @@ def test_an_optimizer_that_cannot_add_probes_up_says_so(tmp_path: Path) -> None:
     trainer = build(model, tmp_path, (zoopt.ZOConservativeSGD, MEZO))
     with pytest.raises(RuntimeError, match="cannot add up probes of several"):
         trainer.train()
-    assert same(bits(model), before)
+    assert equal(bits(model), before)
 
 
 def test_logs_the_root_mean_square_of_several_projected_gradients(tmp_path: Path) -> None:
@@ -394,7 +384,7 @@ def test_learns_evaluates_saves_the_best_and_predicts(tmp_path: Path) -> None:
     evaluated = logged(trainer, "eval_loss")[1:]
     assert trainer.state.best_metric == min(evaluated) < before - 0.3
     best = transformers.OPTForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
-    assert same(model.state_dict(), best.state_dict())
+    assert equal(model.state_dict(), best.state_dict())
     predicted = trainer.predict(sentences(4))
     assert predicted.predictions.shape == (4, LENGTH, VOCABULARY)
     assert predicted.metrics["test_loss"] == pytest.approx(min(evaluated), rel=1e-5)
@@ -460,7 +450,7 @@ def test_probes_of_a_stopped_run_are_not_added_to_the_next(tmp_path: Path) -> No
     for group in twin.optimizer.param_groups:
         group.update(step=1, draw=1)
     twin.train()
-    assert same(twin.model.state_dict(), stopped.model.state_dict())
+    assert equal(twin.model.state_dict(), stopped.model.state_dict())
 
 
 def test_a_failing_loss_leaves_trainer_and_weights_as_they_were(tmp_path: Path) -> None:
@@ -479,7 +469,7 @@ def test_refuses_to_let_the_loss_rise(tmp_path: Path) -> None:
     trainer = build(model, tmp_path, (zoopt.MeZO, {**MEZO, "maximize": True}))
     with pytest.raises(ValueError, match=r"maximize must be False, got True: .* arguments of MeZO"):
         trainer.train()
-    assert same(bits(model), before)
+    assert equal(bits(model), before)
 
 
 @pytest.mark.parametrize(
@@ -509,7 +499,7 @@ def test_refuses_set_ups_that_it_cannot_serve(
     monkeypatch.setattr(holder, name, found)
     with pytest.raises(ValueError, match=message):
         trainer.training_step(model, transformers.default_data_collator(sentences(2)))
-    assert same([*before], [bits(model), trainer.optimizer.state_dict()])
+    assert equal([*before], [bits(model), trainer.optimizer.state_dict()])
 
 
 @pytest.mark.parametrize(
@@ -524,7 +514,7 @@ def test_refuses_optimizers_of_another_kind(
     before = bits(model)
     with pytest.raises(TypeError, match=f"a zeroth-order optimizer, got {name}; pass optimizer_cl"):
         build(model, tmp_path, optimizer).train()
-    assert same(bits(model), before)
+    assert equal(bits(model), before)
 
 
 def test_importing_zoopt_imports_no_framework() -> None:

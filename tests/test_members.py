@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor, nn
 
 import zoopt
+from tests.compare import same
 from tests.meter import peak_bytes
-from tests.test_contract import same
 from zoopt.zeroth_order import members
 
 VOCABULARY, WIDTH, SIGMA = 97, 32, 0.02
