@@ -97,9 +97,18 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         if geo is None:
             self._apply_whole(site, reduced, state, step, key)
             return
-        direction = self._direction(site, reduced, state, step, key).to(reduced.dtype)
+        residual = self._residual(group)
         grad = None if gradient is None else matrix(gradient)
-        terms = self._residual(group).terms(direction, reduced, grad, state, group, geo)
+        norms = None
+        if residual.needs_norms:
+            accumulator = adam_moments(state, reduced.numel())[0].accumulator
+            squares = reduced.new_empty((2, geo.reduced_shape[0]), dtype=accumulator)
+            direction = ADAM.direction(reduced, state, group, step, key, squares)
+            norms = squares.to(reduced.dtype).sqrt_()
+        else:
+            direction = self._direction(site, reduced, state, step, key)
+        direction = direction.to(reduced.dtype)
+        terms = residual.terms(direction, reduced, grad, norms, state, group, geo)
         up = terms.product is not None or terms.sign_step
         bases = load_bases(site, state, geo, step - 1) if up else {}
         self._write(site, terms, reduced, grad, bases, geo, step)
@@ -132,7 +141,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         first = first_row(param) * geo.rank if geo.side == "right" else 0
         key = NoiseKey(site.seed, site.stream, first)
         direction = self._direction(part, reduced, state, completed + 1, key).to(reduced.dtype)
-        terms = self._residual(group).terms(direction, reduced, None, state, group, geo)
+        terms = self._residual(group).terms(direction, reduced, None, None, state, group, geo)
         self._write(part, terms, reduced, None, bases, geo, completed + 1)
 
     def _write(

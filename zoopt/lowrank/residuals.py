@@ -42,13 +42,16 @@ class Residual(NamedTuple):
 
     Attributes:
         specs: geometry, accumulator's dtype -> the state tensors.
-        terms: direction, R, gradient (m, n), state, group, geometry -> what is descended.
+        terms: direction, R, gradient (m, n), norms, state, group, geometry -> what is descended.
         needs_gradient: whether `terms` has one that multiplies the whole gradient.
+        needs_norms: whether it takes the norms of the direction's and R's rows, (2, channels), as
+            Adam's pass over its moments gives them.
     """
 
     specs: Callable[[Geometry, torch.dtype], dict[str, TensorSpec]]
-    terms: Callable[[Tensor, Tensor, Tensor | None, State, Group, Geometry], Terms]
+    terms: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, State, Group, Geometry], Terms]
     needs_gradient: bool
+    needs_norms: bool = False
 
 
 def _no_specs(geo: Geometry, accumulator: torch.dtype) -> dict[str, TensorSpec]:
@@ -59,6 +62,7 @@ def _dropped(
     direction: Tensor,
     reduced: Tensor,
     gradient: Tensor | None,
+    norms: Tensor | None,
     state: State,
     group: Group,
     geo: Geometry,
@@ -113,26 +117,29 @@ def _scaled_channels(
     direction: Tensor,
     reduced: Tensor,
     gradient: Tensor | None,
+    norms: Tensor | None,
     state: State,
     group: Group,
     geo: Geometry,
 ) -> Terms:
     """scale G s with s_j = ||N_j|| / ||R_j||."""
-    return _scaled(
-        _quotient(direction.norm(dim=1), reduced.norm(dim=1)), gradient, state, group, geo
-    )
+    assert norms is not None
+    return _scaled(_quotient(norms[0], norms[1]), gradient, state, group, geo)
 
 
 def _scaled_tensor(
     direction: Tensor,
     reduced: Tensor,
     gradient: Tensor | None,
+    norms: Tensor | None,
     state: State,
     group: Group,
     geo: Geometry,
 ) -> Terms:
     """scale s G with s = ||N|| / ||R||."""
-    return _scaled(_quotient(direction.norm(), reduced.norm()).view(1), gradient, state, group, geo)
+    assert norms is not None
+    whole = norms.norm(dim=1, keepdim=True)
+    return _scaled(_quotient(whole[0], whole[1]), gradient, state, group, geo)
 
 
 def _scaled(
@@ -148,6 +155,7 @@ def _scaled_complement(
     direction: Tensor,
     reduced: Tensor,
     gradient: Tensor | None,
+    norms: Tensor | None,
     state: State,
     group: Group,
     geo: Geometry,
@@ -157,11 +165,12 @@ def _scaled_complement(
     The second term's norm needs no complement: ||G_j||^2 - ||R_j||^2, the basis being orthonormal.
     Nor does its write: it is phi_j G, less phi_j R on the way up.
     """
-    inside = reduced.norm(dim=1)
-    scale = _quotient(direction.norm(dim=1), inside)
+    assert norms is not None
+    inside = norms[1]
+    scale = _quotient(norms[0], inside)
     if group["norm_growth_limit"] is not None and gradient is not None:
-        norms = channel_norms(gradient, geo, scale.dtype)
-        outside = (norms.square() - inside.square()).clamp_min(0.0).sqrt()
+        whole = channel_norms(gradient, geo, scale.dtype)
+        outside = (whole.square() - inside.square()).clamp_min(0.0).sqrt()
         scale = scale * limited((scale * outside).norm(), state, group)
     return Terms(direction * group["scale"] - scale.unsqueeze(1) * reduced, scale)
 
@@ -169,10 +178,10 @@ def _scaled_complement(
 #: The part outside the subspace is dropped (GaLore).
 NONE = Residual(_no_specs, _dropped, needs_gradient=False)
 #: The gradient itself, its channels, or the whole of it, scaled as the rule scales R (APOLLO).
-CHANNELS = Residual(_norm_specs, _scaled_channels, needs_gradient=True)
-TENSOR = Residual(_norm_specs, _scaled_tensor, needs_gradient=True)
+CHANNELS = Residual(_norm_specs, _scaled_channels, needs_gradient=True, needs_norms=True)
+TENSOR = Residual(_norm_specs, _scaled_tensor, needs_gradient=True, needs_norms=True)
 #: The part outside the subspace, its channels scaled as the rule scales R's (Fira).
-COMPLEMENT = Residual(_norm_specs, _scaled_complement, needs_gradient=True)
+COMPLEMENT = Residual(_norm_specs, _scaled_complement, needs_gradient=True, needs_norms=True)
 
 
 def sign_rate(group: Group, geo: Geometry) -> float:
@@ -185,6 +194,7 @@ def _signs(
     direction: Tensor,
     reduced: Tensor,
     gradient: Tensor | None,
+    norms: Tensor | None,
     state: State,
     group: Group,
     geo: Geometry,

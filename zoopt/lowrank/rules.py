@@ -27,10 +27,12 @@ class Rule(NamedTuple):
         specs: shape, group, accumulator's dtype -> the state tensors.
         direction: gradient (c, r), state, group, step from 1, noise -> what is descended: (c, r),
             in the accumulator's dtype. It updates the state; the gradient keeps its values.
+            Adam's takes `norms`, (2, c), too, and writes there the squared norms of the
+            direction's rows and of the gradient's, in the pass that makes the direction.
     """
 
     specs: Callable[[tuple[int, ...], Group, torch.dtype], dict[str, TensorSpec]]
-    direction: Callable[[Tensor, State, Group, int, NoiseKey], Tensor]
+    direction: Callable[..., Tensor]
 
 
 def adam_numbers(group: Group, step: int) -> tuple[float, float]:
@@ -66,7 +68,14 @@ def adam_moments(state: State, numel: int) -> tuple[Moment, Moment]:
     )
 
 
-def _adam(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
+def _adam(
+    gradient: Tensor,
+    state: State,
+    group: Group,
+    step: int,
+    key: NoiseKey,
+    norms: Tensor | None = None,
+) -> Tensor:
     """mhat / (sqrt(vhat) + eps)."""
     scale, eps = adam_numbers(group, step)
     return adam_(
@@ -78,6 +87,7 @@ def _adam(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey
         seed=key.seed,
         stream=key.stream,
         moment_draw=moment_draw(group, step),
+        norms=norms,
     )
 
 
