@@ -26,7 +26,7 @@ from zoopt.kernels.cpu_tile import NORMALS_PER_WORD, SIGNS_PER_WORD, TILE
 from zoopt.kernels.key import NoiseKey
 
 #: Below this many elements a thread costs more than it saves.
-MIN_PER_THREAD = 1 << 15
+MIN_PER_THREAD = 1 << 18
 
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 

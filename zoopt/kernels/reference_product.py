@@ -10,7 +10,7 @@ from zoopt.kernels.key import NoiseKey
 from zoopt.kernels.reference import round_nearest, round_stochastic
 
 #: Elements of theta a chunk of rows.
-CHUNK = 1 << 18
+CHUNK = 1 << 20
 
 
 def add_product(
@@ -48,7 +48,7 @@ def add_product(
 
 
 def row_chunks(theta: Tensor) -> list[slice]:
-    """Slices of some 2^18 elements of theta (m, n)."""
+    """Slices of some 2^20 elements of theta (m, n)."""
     m, n = theta.shape
     rows = max(1, CHUNK // max(n, 1))
     return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]

@@ -117,7 +117,12 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         self, site: Site, reduced: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey
     ) -> Tensor:
         """The rule's direction of R, (channels, r), or of a whole gradient."""
-        return self._rule(site.group).direction(reduced, state, site.group, step, key)
+        group = site.group
+        rule = self._rule(group)
+        if rule is ADAM and self._residual(group) is NONE and reduced.dtype == torch.float32:
+            # Nothing else asks for R: fresh memory would cost as much as Adam does.
+            return ADAM.direction(reduced, state, group, step, key, out=reduced)
+        return rule.direction(reduced, state, group, step, key)
 
     def _step_shard(self, site: Site, gradient: Tensor) -> None:
         param, group = site.param, site.group
@@ -159,7 +164,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         descent = descent_rate(group)
         left, right = (None, None)
         if terms.product is not None:
-            left, right = factors(terms.product * descent, bases, geo)
+            left, right = factors(terms.product.mul_(descent * terms.rate), bases, geo)
         scale = terms.channel_scale
         if scale is not None:
             scale = (scale * descent).view((1, -1) if geo.side == "left" else (-1, 1))

@@ -23,18 +23,20 @@ OneSided = Literal["std", "reverse_std", "right", "left"]
 
 
 class Terms(NamedTuple):
-    """What is descended: the way up of `product`, plus channel_scale times the gradient, plus
-    sign_step times the signs of the gradient outside its subspace.
+    """What is descended: the way up of rate times `product`, plus channel_scale times the gradient,
+    plus sign_step times the signs of the gradient outside its subspace.
 
     Attributes:
-        product: (channels, r), or None.
+        product: (channels, r), which the write may use up, or None.
         channel_scale: (channels,), or (1,) for all, or None.
         sign_step: a number; 0 for no such term.
+        rate: a number.
     """
 
     product: Tensor | None
     channel_scale: Tensor | None = None
     sign_step: float = 0.0
+    rate: float = 1.0
 
 
 class Residual(NamedTuple):
@@ -68,7 +70,7 @@ def _dropped(
     geo: Geometry,
 ) -> Terms:
     """scale N."""
-    return Terms(direction * group["scale"])
+    return Terms(direction, rate=group["scale"])
 
 
 def channel_norms(gradient: Tensor, geo: Geometry, dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,8 @@ class Rule(NamedTuple):
         direction: gradient (c, r), state, group, step from 1, noise -> what is descended: (c, r),
             in the accumulator's dtype. It updates the state; the gradient keeps its values.
             Adam's takes `norms`, (2, c), too, and writes there the squared norms of the
-            direction's rows and of the gradient's, in the pass that makes the direction.
+            direction's rows and of the gradient's, in the pass that makes the direction; and `out`,
+            where the direction goes, which may be the gradient.
     """
 
     specs: Callable[[tuple[int, ...], Group, torch.dtype], dict[str, TensorSpec]]
@@ -75,6 +76,7 @@ def _adam(
     step: int,
     key: NoiseKey,
     norms: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """mhat / (sqrt(vhat) + eps)."""
     scale, eps = adam_numbers(group, step)
@@ -88,6 +90,7 @@ def _adam(
         stream=key.stream,
         moment_draw=moment_draw(group, step),
         norms=norms,
+        out=out,
     )
 
 
