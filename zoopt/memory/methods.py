@@ -13,7 +13,7 @@ from torch import nn
 import zoopt
 from zoopt.lowrank import gradnormlorp
 from zoopt.lowrank.selection import param_groups
-from zoopt.modules import is_conv1d
+from zoopt.modules import is_conv1d, repeated_layers
 
 Kind = Literal["inference", "zeroth-order", "backprop"]
 
@@ -28,6 +28,7 @@ class Method:
         build: makes the optimizer of a prepared model.
         adapter: adapts the model first (LoRA), and returns what is trained; default, nothing.
         fused: each gradient is applied and freed as backward reaches it.
+        graph: the closure of a zeroth-order step returns the loss with what derivatives it carries.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Method:
     build: Callable[[nn.Module], torch.optim.Optimizer]
     adapter: Callable[[nn.Module], nn.Module] | None = None
     fused: bool = False
+    graph: bool = False
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model that is trained."""
@@ -76,6 +78,8 @@ def lora(rank: int) -> Callable[[nn.Module], nn.Module]:
 
 def methods(rank: int = 128, lora_rank: int = 8) -> list[Method]:
     """Every method, the alternatives first.
+
+    `ForwardGrad` is missing: torch's forward derivatives make real tensors among fake ones.
 
     Args:
         rank: of the low-rank projections.
@@ -120,15 +124,39 @@ def methods(rank: int = 128, lora_rank: int = 8) -> list[Method]:
     return [
         Method("inference", "inference", _none),
         *(Method(name, "zeroth-order", build) for name, build in zeroth_order.items()),
+        Method("Hybrid, last two layers", "zeroth-order", _hybrid, graph=True),
         *(Method(name, "backprop", build) for name, build in first_order.items()),
         *(
             Method(f"{name}, fused backward", "backprop", first_order[name], fused=True)
             for name in fused
         ),
         Method("LoRA + AdamW", "backprop", _plain(torch.optim.AdamW), adapter=lora(lora_rank)),
+        Method(
+            "OwLore, five layers",
+            "backprop",
+            _projected(zoopt.GaLoreAdamW, rank),
+            adapter=_five_layers,
+        ),
         Method("GradNormLoRP", "backprop", _gradnormlorp(rank), adapter=_gradnorm(rank)),
         Method("SLTrain + AdamW", "backprop", _plain(torch.optim.AdamW), adapter=_sltrain(rank)),
     ]
+
+
+def _hybrid(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW on the last two layers, MeZO on what is before and around them."""
+    layers = list(repeated_layers(model).values())[-2:]
+    late = {id(param) for layer in layers for param in layer.parameters()}
+    split: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for _, param in _trained(model):
+        split[id(param) in late].append(param)
+    return zoopt.Hybrid(zoopt.MeZO(split[0]), zoopt.AdamW(split[1]))
+
+
+def _five_layers(model: nn.Module) -> nn.Module:
+    """What OwLore trains between two draws: five layers, and all that is in none."""
+    for layer in list(repeated_layers(model).values())[5:]:
+        layer.requires_grad_(False)
+    return model
 
 
 def _gradnorm(rank: int) -> Callable[[nn.Module], nn.Module]:

@@ -147,6 +147,8 @@ class Simulation:
         def phases(batch: int, seq: int) -> dict[str, int]:
             if method.kind == "backprop":
                 return self._pass(method, batch, seq).phases
+            if method.graph:
+                return self._forward_only(method, batch, seq)[0].phases
             return self._inference(batch, seq).phases
 
         # Shorter ones: twice as long could be more than the model's positions.
@@ -157,7 +159,7 @@ class Simulation:
         for phase in here.keys() - {"load"}:
             per_example[phase] = (wider[phase] - here[phase]) // batch
             per_token[phase] = _parabola(sizes, [here[phase], half[phase], quarter[phase]])
-        if method.kind == "zeroth-order":
+        if method.kind == "zeroth-order" and not method.graph:
             for name in ("forward +", "forward -"):
                 per_example[name], per_token[name] = per_example["forward"], per_token["forward"]
         return per_example, per_token
@@ -173,7 +175,9 @@ class Simulation:
         inputs = self.spec.inputs(batch, seq)
         trained = [param for param in self._plain.parameters() if param.requires_grad]
         with meter:
-            optimizer = run_steps(self._plain, inputs, method, meter, steps=1)
+            # What keeps its own graph makes its state as it goes: it is there in a second step.
+            steps = 2 if method.graph else 1
+            optimizer = run_steps(self._plain, inputs, method, meter, steps=steps)
             state = meter.live["optimizer state"]
         for param in trained:
             param.requires_grad_()

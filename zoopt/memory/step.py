@@ -78,7 +78,6 @@ def run_steps(
             loss_of(model, inputs)
         return None
     optimizer = method.build(model)
-    state = getattr(optimizer, "state", {})
     if is_fake(next(model.parameters())) and isinstance(optimizer, DeclaredStateOptimizer):
         allocate_state(optimizer, meter)
         for param in repeated_shapes(optimizer):
@@ -89,12 +88,13 @@ def run_steps(
     with fusion:
         for _ in range(steps):
             if method.kind == "zeroth-order":
-                _zeroth_order_step(model, inputs, optimizer, enter)
+                _zeroth_order_step(model, inputs, optimizer, enter, graph=method.graph)
             else:
                 backprop(model, inputs, meter, enter)
                 enter("update")
                 optimizer.step()
                 optimizer.zero_grad()
+            state = getattr(optimizer, "state", {})  # the published MeZO has none
             meter.track(tensors_of(list(state.values())), "optimizer state")
     return optimizer
 
@@ -125,22 +125,26 @@ def _zeroth_order_step(
     inputs: Inputs,
     optimizer: torch.optim.Optimizer,
     enter: Callable[[str], None],
+    *,
+    graph: bool,
 ) -> None:
     count = 0
     # A run's first evaluation is repeated, to be compared.
     repeats = int(not getattr(optimizer, "param_groups", [{}])[0].get("step", 1))
     smallest = min(model.parameters(), key=lambda param: param.numel())
 
-    def closure(*_: Any) -> float:
+    def closure(*_: Any) -> Tensor | float:
         nonlocal count
         count += 1
         number = max(1, count - repeats)
         fake = is_fake(smallest)
-        if fake and number > EVALUATIONS:
+        if fake and number > EVALUATIONS and not graph:
             smallest.sum()  # Virtual perturbations want to be read.
             return float(number)
         enter(_FORWARD.get(number, "forward, later ones"))
         loss = loss_of(model, inputs)
+        if graph:
+            return loss
         # Of fake losses any that differ: an estimate of 0 would need no update.
         value = float(number) if fake else float(loss)
         del loss
@@ -148,7 +152,7 @@ def _zeroth_order_step(
         return value
 
     enter("perturb")
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[arg-type]
     enter("update")
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from zoopt.kernels.dispatch import known
+
 Closure = Callable[[], Any]
 
 
@@ -38,7 +40,7 @@ def loss_value(result: Any) -> float:
                 f"the closure must return one real number, got a {result.dtype} tensor of shape "
                 f"{tuple(result.shape)}; reduce it first, with .mean() say"
             )
-        return float(result.item())
+        return known(result, 1.0)
     if isinstance(result, Real):
         return float(result)
     remedy = "end it with `return loss`" if result is None else "return the loss itself"
