@@ -82,7 +82,8 @@ def find(path: str) -> Any:
 
 
 def _adam(name: str, label: str, optimizer: str, **options: Any) -> Method:
-    return Method(name, label, optimizer, lr_grid(1e-2), options)
+    # Wider and lower than the projected methods', whose directions are scaled down.
+    return Method(name, label, optimizer, lr_grid(2e-3, points=5), options)
 
 
 def _projected(name: str, optimizer: str, note: str = "", **options: Any) -> Method:
@@ -109,7 +110,7 @@ TABLE = (
     _projected("ldadamw", "LDAdamW"),
     Method("sm3", "SM3", "zoopt.SM3", lr_grid(1e-1)),
     Method(
-        *("sltrain", "SLTrain, AdamW", "zoopt.AdamW", lr_grid(1e-2)),
+        *("sltrain", "SLTrain, AdamW", "zoopt.AdamW", lr_grid(5e-3, points=5)),
         convert="zoopt.nn.convert",
     ),
     # Factors of the settings' rank, projected to half of it.
