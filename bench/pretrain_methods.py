@@ -108,7 +108,7 @@ TABLE = (
     _projected("apollo-mini", "ApolloMini"),
     _projected("fira", "Fira"),
     _projected("ldadamw", "LDAdamW"),
-    Method("sm3", "SM3", "zoopt.SM3", lr_grid(1e-1)),
+    Method("sm3", "SM3", "zoopt.SM3", lr_grid(2e-2, points=5)),
     Method(
         *("sltrain", "SLTrain, AdamW", "zoopt.AdamW", lr_grid(5e-3, points=5)),
         convert="zoopt.nn.convert",
