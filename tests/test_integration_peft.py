@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 import zoopt
-from tests.test_integration_trainer import same
+from tests.compare import equal
 
 # peft asks transformers for the old name of gradient checkpointing's flag.
 pytestmark = pytest.mark.filterwarnings(
@@ -157,7 +157,7 @@ def test_learns_with_a_frozen_base(method: Method, perturbation: str) -> None:
     losses = method.train(model, optimizer, method.steps)
     assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - method.falls
     assert before
-    assert same(frozen(model), before)
+    assert equal(frozen(model), before)
     moved = {name for name, p in trained(model).items() if not torch.equal(p, start[name])}
     assert moved == start.keys()
     if method.base is classifier:
@@ -185,8 +185,8 @@ def test_resumes_to_the_bit(method: Method, perturbation: str) -> None:
     resumed.load_state_dict(state)
     torch.set_rng_state(rng)
     assert method.train(again, resumed, 4) == losses
-    assert same(trained(again), trained(model))
-    assert same(resumed.state_dict(), optimizer.state_dict())
+    assert equal(trained(again), trained(model))
+    assert equal(resumed.state_dict(), optimizer.state_dict())
     assert len(resumed.state) == len(trained(model))
 
 
@@ -198,7 +198,7 @@ def test_adalora_allocates_no_ranks_without_gradients() -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TypeError, match=r"unsupported operand type.*'NoneType'"):
         model.base_model.update_and_allocate(2)
-    assert same(dict(model.state_dict()), dict(before))
+    assert equal(dict(model.state_dict()), dict(before))
 
 
 @perturbations
@@ -240,7 +240,7 @@ def test_an_adapter_that_is_added_joins_the_run(perturbation: str) -> None:
     kept = state_of(optimizer, first)
     optimizer.add_param_group({"params": second})
     assert [group["step"] for group in optimizer.param_groups] == [20, 20]
-    assert same(state_of(optimizer, first), kept)
+    assert equal(state_of(optimizer, first), kept)
     before = trained(model)
     losses += LORA.train(model, optimizer, 60)
     assert all(not torch.equal(p, before[name]) for name, p in first + second)
@@ -252,7 +252,7 @@ def test_an_adapter_that_is_added_joins_the_run(perturbation: str) -> None:
     resting = copy.deepcopy(([p for _, p in first], state_of(optimizer, first)))
     moving = trained(model)
     LORA.train(model, optimizer, 2)
-    assert same(([p for _, p in first], state_of(optimizer, first)), resting)
+    assert equal(([p for _, p in first], state_of(optimizer, first)), resting)
     assert moving.keys() == {name for name, _ in second}
     assert not any(torch.equal(p, moving[name]) for name, p in second)
 
@@ -274,7 +274,7 @@ def test_deleting_an_adapter_does_not_disturb_the_others(perturbation: str) -> N
     alone.param_groups[0].update(step=3, draw=3)
     torch.set_rng_state(rng)
     LORA.train(twin, alone, 3)
-    assert same(trained(model), trained(twin))
+    assert equal(trained(model), trained(twin))
     assert optimizer.last_step == alone.last_step
 
 
@@ -293,7 +293,7 @@ def test_merged_adapters_are_missed() -> None:
             LORA.train(merged, optimizer, 1)
             assert optimizer.last_step is not None
             assert optimizer.last_step.projected_grads == (0.0,)
-        assert same(dict(merged.state_dict()), dict(before))
+        assert equal(dict(merged.state_dict()), dict(before))
 
 
 @perturbations
@@ -313,7 +313,7 @@ def test_parameters_freeze_and_thaw_with_their_state(perturbation: str) -> None:
         p.requires_grad_(False)
     kept = copy.deepcopy(([p for _, p in norms], state_of(optimizer, norms)))
     LORA.train(model, optimizer, 2)
-    assert same(([p for _, p in norms], state_of(optimizer, norms)), kept)
+    assert equal(([p for _, p in norms], state_of(optimizer, norms)), kept)
 
 
 def test_a_checkpoint_is_refused_over_resized_embeddings() -> None:
@@ -344,7 +344,7 @@ def test_a_parameter_that_shrinks_outgrows_its_state(perturbation: str) -> None:
     before, state = trained(model), copy.deepcopy(optimizer.state_dict())
     with pytest.raises(RuntimeError, match=r"of shape \(2, 32\) must be .* got .* \(4, 32\)"):
         LORA.train(model, optimizer, 1)
-    assert same([trained(model), optimizer.state_dict()], [before, state])
+    assert equal([trained(model), optimizer.state_dict()], [before, state])
 
     for _, p in named(model, "lora_"):
         optimizer.state.pop(p)

@@ -52,8 +52,8 @@ def adam(
     """See reference_adam.adam."""
     numel = gradient.numel()
     rows = 0 if norms is None else norms.shape[1]
-    totals = torch.empty(2, 0) if norms is None else norms
-    heads = torch.zeros(2, -(-numel // TILE) if rows else 0)
+    totals = torch.empty(2, 0, dtype=torch.float32) if norms is None else norms
+    heads = torch.zeros(2, -(-numel // TILE) if rows else 0, dtype=torch.float32)
     _parallel(
         cpu_adam_kernels.adam,
         numel,

@@ -42,7 +42,7 @@ def adam(
     if norms is not None:
         # A group lies in one row, so what is left to sum is a few numbers a row.
         group = math.gcd(gradient.numel() // norms.shape[1], _UNIT)
-        sums = torch.empty(2, gradient.numel() // group, device=out.device)
+        sums = torch.empty(2, gradient.numel() // group, dtype=torch.float32, device=out.device)
     _launch(None, gradient, out, first, second, 0.0, numbers, key, moment_draw, None, sums, group)
     if norms is not None and sums is not None:
         torch.sum(sums.view(2, norms.shape[1], -1), -1, out=norms)
