@@ -93,6 +93,7 @@ def fake(dtype: torch.dtype) -> Iterator[FakeTensorMode]:
 
 
 _INFERENCE = Method("inference", "inference", lambda model: None)  # type: ignore[arg-type, return-value]
+_PLAIN = dataclasses.replace(_INFERENCE, kind="backprop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,14 +143,15 @@ class Simulation:
     def _slopes(
         self, method: Method, batch: int
     ) -> tuple[dict[str, int], dict[str, tuple[float, float]]]:
-        """What an example and a token add to each pass over the model, see `Estimate`."""
+        """What an example and a token add to each pass over the model, see `Estimate`.
+
+        They are the plain model's: adapters and frozen layers change them little.
+        """
+        backward = method.kind == "backprop" or method.graph
 
         def phases(batch: int, seq: int) -> dict[str, int]:
-            if method.kind == "backprop":
-                return self._pass(method, batch, seq).phases
-            if method.graph:
-                return self._forward_only(method, batch, seq)[0].phases
-            return self._inference(batch, seq).phases
+            part = self._pass(_PLAIN, batch, seq) if backward else self._inference(batch, seq)
+            return part.phases
 
         # Shorter ones: twice as long could be more than the model's positions.
         sizes = [self.seq, max(1, self.seq // 2), max(1, self.seq // 4)]
@@ -159,7 +161,7 @@ class Simulation:
         for phase in here.keys() - {"load"}:
             per_example[phase] = (wider[phase] - here[phase]) // batch
             per_token[phase] = _parabola(sizes, [here[phase], half[phase], quarter[phase]])
-        if method.kind == "zeroth-order" and not method.graph:
+        if method.kind == "zeroth-order":
             for name in ("forward +", "forward -"):
                 per_example[name], per_token[name] = per_example["forward"], per_token["forward"]
         return per_example, per_token
