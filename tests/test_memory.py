@@ -114,7 +114,7 @@ def test_checkpointing_saves_activations(spec: ModelSpec) -> None:
 @pytest.mark.parametrize("spec", ["gpt2"], indirect=True)
 def test_the_largest_batch_and_sequence_fit_and_the_next_do_not(spec: ModelSpec) -> None:
     """Nearly: batches grow in proportion, sequences by a parabola through three short ones."""
-    for name in ("MeZO", "AdamW"):
+    for name in ("MeZO", "AdamW", "SM3, fused backward"):
         one = plan(spec, optimizers=[name], batch=1, seq=64)[name]
         budget = 3 * one.peak
         batch, seq = one.largest_batch(budget, 1), one.largest_seq(budget, 64)

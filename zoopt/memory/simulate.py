@@ -231,6 +231,7 @@ class Simulation:
             # Updates run while backward does.
             workspace = update.categories["workspace"]
             categories, peak = categories | {"workspace": workspace}, peak + workspace
+            phases["update"] = update.peak - update.categories["gradients"]
         elif update.peak > peak:
             categories, peak = update.categories, update.peak
         slopes = self._slopes(method, batch)
