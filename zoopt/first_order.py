@@ -255,3 +255,8 @@ def check_betas(group: Group) -> None:
         raise TypeError(f"betas must be a pair of numbers, got {group['betas']!r}")
     for i, beta in enumerate(group["betas"]):
         check_number(f"betas[{i}]", beta, low=0.0, high=1.0, open_high=True)
+
+
+def descent_rate(group: Group) -> float:
+    """What a direction is multiplied by: -lr, or lr where the objective is maximised."""
+    return float(group["lr"]) * (1.0 if group["maximize"] else -1.0)

@@ -18,7 +18,7 @@ from zoopt.cli.terminal import (
 DESCRIPTION = """\
 Predict the peak memory of one training step, for every optimizer, without allocating anything: the
 step runs on tensors that have shapes and no values. Not counted: the framework's own memory (a CUDA
-context takes some 0.5 GB), fragmentation, and temporaries inside operators.
+context takes some 0.7 GB), fragmentation, and temporaries inside operators.
 
 MODEL is a named architecture (gpt2, opt-1.3b ... opt-66b, llama-7b, llama-3-8b, qwen2.5-7b,
 roberta-large ...: any wrong name lists them), a directory or config.json of a transformers causal

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_number
-from zoopt.first_order import FirstOrderOptimizer, RoundingMode, Site
+from zoopt.first_order import FirstOrderOptimizer, RoundingMode, Site, descent_rate
 from zoopt.kernels import sm3_
-from zoopt.lowrank.core import descent_rate
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.sharding import greatest_, local
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_choice, check_number, check_positive_int
-from zoopt.first_order import FirstOrderOptimizer, Site
+from zoopt.first_order import FirstOrderOptimizer, Site, descent_rate
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.key import NoiseKey
 from zoopt.kernels.moments import Format
@@ -274,8 +274,3 @@ class ProjectedOptimizer(FirstOrderOptimizer):
             check_number("scale", group["scale"], low=0.0)
         if "projector" in group:
             check_choice("projector", group["projector"], get_args(Projector))
-
-
-def descent_rate(group: Group) -> float:
-    """What a direction is multiplied by: -lr, or lr where the objective is maximised."""
-    return float(group["lr"]) * (1.0 if group["maximize"] else -1.0)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
-from zoopt.first_order import RoundingMode, Site, check_betas
+from zoopt.first_order import RoundingMode, Site, check_betas, descent_rate
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.key import NoiseKey
 from zoopt.kernels.moments import Format
 from zoopt.kernels.ops_product import add_product_
 from zoopt.lowrank.adamw import StateRounding
 from zoopt.lowrank.basis import age, cycle, refresh_due
-from zoopt.lowrank.core import ProjectedOptimizer, descent_rate
+from zoopt.lowrank.core import ProjectedOptimizer
 from zoopt.lowrank.geometry import Geometry, geometry, matrix
 from zoopt.lowrank.residuals import SIGNS, OneSided, Residual, sign_rate
 from zoopt.lowrank.rules import ADAM, LION, MOMENTUM, Rule

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import Tensor, UntypedStorage
@@ -72,14 +71,6 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Begin a phase: what is made from here on, and peaks, belong to it."""
         self._phase = name
         self._record()
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A phase of the step, and then the one before again."""
-        before = self._phase
-        self.enter_phase(name)
-        yield
-        self.enter_phase(before)
 
     def forget_peaks(self) -> None:
         """Begin anew from what is alive."""

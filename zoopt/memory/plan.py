@@ -65,7 +65,7 @@ def plan(
 
     The step runs operator by operator on fake tensors, under the same meter that
     `zoopt.memory.measure` reads on real ones. What the meter cannot see is not in the figures: the
-    framework's own memory (a CUDA context takes some 0.5 GB), an allocator's fragmentation, and
+    framework's own memory (a CUDA context takes some 0.7 GB), an allocator's fragmentation, and
     temporaries inside operators.
 
     Args:
