@@ -9,9 +9,10 @@ GradNormLoRP (half of the rank between its bases) have factors of that rank in t
 All weights are float32.
 
 Learning rates: a grid a method runs with seed 0 for --grid-steps, and the one with the lowest
-validation cross-entropy runs with --seeds seeds for --steps (successive halving). While the best
-one is at the edge of its grid, another is added beyond it, --extensions at most; what is at the
-edge even then is marked with *.
+validation cross-entropy runs with --seeds seeds for --steps. Both are the full budget by default:
+Adam's best rate of 120 steps was far too high for 400. While the best one is at the edge of its
+grid, another is added beyond it, --extensions at most; what is at the edge even then is marked
+with *.
 
 Text: introductions of the English Wikipedia and Shakespeare's works, fetched once into
 .data/pretrain/ (bench/pretrain_data.py). Every twentieth document is held out to validate with.

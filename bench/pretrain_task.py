@@ -36,8 +36,8 @@ class Model:
 
 
 MODELS = {
-    "1m": Model(width=128, layers=4, heads=4, mlp_width=344, steps=400, grid_steps=120, seeds=3),
-    "6m": Model(width=256, layers=6, heads=8, mlp_width=688, steps=1000, grid_steps=200, seeds=1),
+    "1m": Model(width=128, layers=4, heads=4, mlp_width=344, steps=400, grid_steps=400, seeds=3),
+    "6m": Model(width=256, layers=6, heads=8, mlp_width=688, steps=500, grid_steps=500, seeds=1),
 }
 
 
@@ -75,7 +75,7 @@ class Settings:
     final_lr: float = 0.1
     validation_rows: int = 256
     evaluations: int = 4
-    extensions: int = 2
+    extensions: int = 4
 
     @property
     def shape(self) -> Model:
