@@ -20,8 +20,10 @@ def check_number(
     open_high: bool = False,
 ) -> None:
     """Raise unless `value` is a finite number (or tensor of one element) in the interval."""
-    scalar = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    number = isinstance(scalar, Real) and not isinstance(scalar, bool)
+    scalar, number = value, type(value) in (float, int)
+    if not number:
+        scalar = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        number = isinstance(scalar, Real) and not isinstance(scalar, bool)
     if (
         number
         and math.isfinite(scalar)

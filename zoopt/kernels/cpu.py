@@ -87,7 +87,9 @@ def weighted_sum(
     rounding_draw: int | None,
     addend: Tensor | None = None,
 ) -> None:
-    """See reference.weighted_sum."""
+    """See reference.weighted_sum; the addend may be bfloat16 too."""
+    wide = None if addend is None or addend.dtype != torch.float32 else addend.numpy()
+    narrow = None if addend is None or addend.dtype == torch.float32 else _array(addend)
     _parallel(
         cpu_kernels.weighted_sum,
         theta.numel(),
@@ -95,7 +97,8 @@ def weighted_sum(
         MIN_PER_THREAD,
         _array(theta),
         _array(out),
-        None if addend is None else addend.numpy(),
+        wide,
+        narrow,
         _KINDS[theta.dtype],
         np.array(coefficients, np.float32),
         np.array(draws, np.uint32),

@@ -18,6 +18,7 @@ from zoopt.kernels.moments import Moment
 from zoopt.kernels.reference_adam import Numbers
 
 _NO_SCALE = np.empty(0, np.float32)
+_NO_NORMS = torch.empty(2, 0, dtype=torch.float32)
 
 
 def _bytes(tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -52,8 +53,9 @@ def adam(
     """See reference_adam.adam."""
     numel = gradient.numel()
     rows = 0 if norms is None else norms.shape[1]
-    totals = torch.empty(2, 0, dtype=torch.float32) if norms is None else norms
-    heads = torch.zeros(2, -(-numel // TILE) if rows else 0, dtype=torch.float32)
+    totals = heads = _NO_NORMS
+    if norms is not None:
+        totals, heads = norms, torch.zeros(2, -(-numel // TILE), dtype=torch.float32)
     _parallel(
         cpu_adam_kernels.adam,
         numel,

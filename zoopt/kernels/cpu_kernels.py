@@ -17,6 +17,7 @@ from zoopt.kernels.cpu_tile import (
     accumulate,
     adam,
     add,
+    add_bfloat16,
     close,
     estimate,
     generate,
@@ -34,6 +35,7 @@ def weighted_sum(
     theta,
     out,
     addend,
+    narrow_addend,
     kind,
     coefficients,
     draws,
@@ -47,12 +49,13 @@ def weighted_sum(
     rounding,
     span,
 ):
-    """reference.weighted_sum; numba compiles a kernel of its own where the addend is None."""
+    """reference.weighted_sum; the addend is float32, or bfloat16's bits, or both are None: numba
+    compiles a kernel of its own for each."""
     tile, z, words, random = scratch(threshold)
     # One sign an element costs so little that passes through a tile would double it.
     plain_signs = kind == BFLOAT16 and per_word == SIGNS_PER_WORD and len(draws) == 1
     plain_signs = plain_signs and decay == f32(1.0) and rounding < 0
-    plain_signs = plain_signs and addend is None and threshold is None
+    plain_signs = plain_signs and addend is None and narrow_addend is None and threshold is None
     for start in range(span[0], span[1], TILE):
         stop = min(start + TILE, span[1])
         index, count = offset + start, stop - start
@@ -68,6 +71,8 @@ def weighted_sum(
             accumulate(acc, coefficients[j], z, words, random, lead, per_word, threshold)
         if addend is not None:
             add(acc, addend[start:stop])
+        if narrow_addend is not None:
+            add_bfloat16(acc, narrow_addend[start:stop])
         store(out[start:stop], acc, words, index, kind, stream, rounding, k0, k1)
 
 
@@ -174,6 +179,7 @@ def gather_rows(
         weighted_sum(
             source,
             target,
+            None,
             None,
             kind,
             alphas,

@@ -9,7 +9,7 @@ from torch import Tensor
 from zoopt.kernels import cpu
 from zoopt.kernels.dispatch import native_bfloat16
 from zoopt.kernels.key import NoiseKey
-from zoopt.kernels.reference_product import addend, row_chunks
+from zoopt.kernels.reference_product import addend, chunk_rows, row_chunks
 
 
 def add_product(
@@ -25,23 +25,30 @@ def add_product(
     rounding_draw: int | None,
 ) -> None:
     """See reference_product.add_product."""
-    if theta.dtype == torch.float32 and channel_scale is None and sign_of is None:
+    product_alone = channel_scale is None and sign_of is None
+    if theta.dtype == torch.float32 and product_alone:
         if left is not None and right is not None:
             theta.addmm_(left, right.t(), beta=decay)
         elif decay != 1.0:
             theta.mul_(decay)
         return
+    narrow = None
     if native_bfloat16(theta) and left is not None and right is not None:
         # Rounding factors and product to bfloat16 is 2^-7 of a step, not of theta.
         left, right = left.to(theta.dtype), right.to(theta.dtype)
+        if product_alone:
+            narrow = theta.new_empty(chunk_rows(theta), theta.shape[1])
     for rows in row_chunks(theta):
-        part = theta[rows].view(-1)
-        added = addend(
-            rows, left, right, gradient, channel_scale, sign_of, sign_step, torch.float32
-        )
+        part = theta[rows]
+        if narrow is not None and left is not None and right is not None:
+            added = torch.mm(left[rows], right.t(), out=narrow[: len(part)])
+        else:
+            added = addend(
+                rows, left, right, gradient, channel_scale, sign_of, sign_step, torch.float32
+            )
         cpu.weighted_sum(
-            part,
-            part,
+            part.view(-1),
+            part.view(-1),
             [],
             [],
             decay,

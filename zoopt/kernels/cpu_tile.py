@@ -175,6 +175,13 @@ def add(y, x):
 
 
 @jit
+def add_bfloat16(y, bits):
+    """y <- y + x, float32 (m,), from the bits of x in bfloat16, (m,)."""
+    for j in range(len(y)):
+        y[j] = f32(y[j] + float_of(i32(i32(bits[j]) << i32(16))))
+
+
+@jit
 def estimate(acc, ghat, z, random, a, g, threshold):
     """acc <- acc + a z, ghat <- ghat + g z, all float32 (m,), where the mask is 1."""
     for j in range(len(acc)):

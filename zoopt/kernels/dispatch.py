@@ -81,7 +81,7 @@ def choose(theta: Tensor, impl: str | None, family: str = "") -> ModuleType:
         ValueError: `impl` is unknown, not available, or cannot take this tensor.
     """
     if is_fake(theta):
-        return importlib.import_module("zoopt.kernels.fake")
+        return _module("fake")
     if impl is None:
         impl = _best(theta)
     elif impl not in get_args(Impl):
@@ -99,7 +99,12 @@ def choose(theta: Tensor, impl: str | None, family: str = "") -> ModuleType:
     elif impl == "triton" and not (theta.is_cuda or interpreting()):
         raise ValueError(f"impl='triton' needs a CUDA tensor, got one on {theta.device}")
     module = _MODULES[impl] + (f"_{family}" if family else "")
-    return importlib.import_module(f"zoopt.kernels.{module}")
+    return _module(module)
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"zoopt.kernels.{name}")
 
 
 def _best(theta: Tensor) -> Impl:

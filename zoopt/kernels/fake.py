@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels import reference_product
+from zoopt.kernels.dispatch import native_bfloat16
 
 
 def nothing(*args: Any) -> None:
@@ -26,6 +27,11 @@ def add_product(theta: Tensor, left: Any, right: Any, decay: float, *terms: Any)
     gradient, channel_scale, sign_of, sign_step, *_ = terms
     if theta.dtype == torch.float32 and channel_scale is None and sign_of is None:
         return
+    if native_bfloat16(theta) and left is not None:
+        left, right = left.to(theta.dtype), right.to(theta.dtype)
+        if channel_scale is None and sign_of is None:
+            theta.new_empty(reference_product.chunk_rows(theta), theta.shape[1])
+            return
     rows = reference_product.row_chunks(theta)[0]
     reference_product.addend(
         rows, left, right, gradient, channel_scale, sign_of, sign_step, torch.float32

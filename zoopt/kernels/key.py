@@ -53,6 +53,8 @@ class NoiseKey:
         check_unsigned("stream", self.stream, 32)
         if not 0 <= self.offset < MAX_INDEX:
             raise ValueError(f"offset must be an int in [0, 2^59), got {self.offset!r}")
+        if self.distribution == "normal" and self.density == 1.0:
+            return  # As in every step of a first-order optimizer, of which this is a fair part.
         if self.distribution not in get_args(Distribution):
             raise ValueError(
                 f"distribution must be one of {', '.join(map(repr, get_args(Distribution)))}, "

@@ -5,9 +5,9 @@ An operation checks its arguments, chooses an implementation and runs it.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,9 +137,7 @@ def scalars(values: Sequence[float], dtype: torch.dtype) -> list[float]:
     """The numbers as every implementation sees them: rounded to the accumulator's dtype."""
     if dtype == torch.float64:
         return [float(value) for value in values]
-    with np.errstate(over="ignore"):
-        rounded: list[float] = np.array(list(values), np.float64).astype(np.float32).tolist()
-    return rounded
+    return [ctypes.c_float(value).value for value in values]
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:

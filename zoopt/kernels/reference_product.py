@@ -47,10 +47,15 @@ def add_product(
         theta[rows] = round_stochastic(acc.view(-1), theta.dtype, bits).view(acc.shape)
 
 
-def row_chunks(theta: Tensor) -> list[slice]:
-    """Slices of some 2^20 elements of theta (m, n)."""
+def chunk_rows(theta: Tensor) -> int:
+    """How many rows of theta (m, n) have some 2^20 elements, and no more than there are."""
     m, n = theta.shape
-    rows = max(1, CHUNK // max(n, 1))
+    return min(m, max(1, CHUNK // max(n, 1)))
+
+
+def row_chunks(theta: Tensor) -> list[slice]:
+    """Slices of so many rows of theta (m, n)."""
+    m, rows = len(theta), max(1, chunk_rows(theta))
     return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
 
 

@@ -89,8 +89,9 @@ class ProjectedOptimizer(FirstOrderOptimizer):
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
         param, group = site.param, site.group
-        state = self._state(param, group)
         geo = geometry(param, group)
+        # Of what is projected, the reduction has made the state.
+        state = self._state(param, group) if geo is None else self.state[param]
         state["step"] += 1
         step = int(state["step"])
         key = NoiseKey(site.seed, site.stream, site.offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -29,12 +30,12 @@ class Geometry:
     rank: int
     side: Literal["right", "left", "both"]
 
-    @property
+    @functools.cached_property
     def reduced_shape(self) -> tuple[int, int]:
         """Of R: (channels, r)."""
         return {"right": self.m, "left": self.n, "both": self.rank}[self.side], self.rank
 
-    @property
+    @functools.cached_property
     def bases(self) -> dict[str, tuple[int, int]]:
         """The bases' state keys and shapes, columns orthonormal."""
         right, left = (self.n, self.rank), (self.m, self.rank)
@@ -50,17 +51,34 @@ def geometry(param: Tensor, group: Group) -> Geometry | None:
     rank above the matrix's own is cut to it. `density` is the rank as a fraction of the side that
     is projected.
     """
-    if not _is_projected(group) or param.dim() < 2:
+    if param.dim() < 2 or not _is_projected(group):
         return None
-    m, n = param.shape[0], math.prod(param.shape[1:])
-    proj_type = group["proj_type"]
+    share = (group["density"], group["projector"]) if "density" in group else None
+    return _geometry(tuple(param.shape), group["proj_type"], group.get("rank"), share)
+
+
+@functools.cache
+def _geometry(
+    shape: tuple[int, ...],
+    proj_type: ProjType,
+    rank: int | None,
+    share: tuple[float, str] | None,
+) -> Geometry | None:
+    """By rank, or by density and projector."""
+    m, n = shape[0], math.prod(shape[1:])
     if proj_type == "std":
         side = "right" if m >= n else "left"
     elif proj_type == "reverse_std":
         side = "left" if m >= n else "right"
     else:
         side = {"right": "right", "left": "left", "full": "both"}[proj_type]
-    rank = min(m, n) and _rank(group, m if side == "left" else n, min(m, n))
+    dim, own = m if side == "left" else n, min(m, n)
+    if share is not None:
+        density, projector = share
+        rank = max(1, round(density * dim))
+        own = dim if projector in SPANNING else own
+    assert rank is not None
+    rank = min(m, n) and min(rank, own)
     return Geometry(m, n, rank, side) if rank else None  # type: ignore[arg-type]
 
 
@@ -69,15 +87,6 @@ def _is_projected(group: Group) -> bool:
     if "density" in group:
         return group["density"] not in (None, 1)
     return group.get("rank") is not None
-
-
-def _rank(group: Group, dim: int, own: int) -> int:
-    """The rank of a basis of `dim` dimensions, of a matrix whose own rank is at most `own`."""
-    if "density" not in group:
-        rank: int = group["rank"]
-        return min(rank, own)
-    rank = max(1, round(group["density"] * dim))
-    return rank if group["projector"] in SPANNING else min(rank, own)
 
 
 def matrix(tensor: Tensor) -> Tensor:
