@@ -110,8 +110,12 @@ def projected(
     state_dtype: str = "float32",
     bases: bool = True,
     extra: int = 0,
+    narrow: bool = True,
 ) -> StateBytes:
-    """Of a matrix: bases, moments in the subspace, the step; `extra` numbers of the accumulator."""
+    """Of a matrix: bases, moments in the subspace, the step; `extra` numbers of the accumulator.
+
+    Bases have the weights' size a number, unless they are not `narrow`.
+    """
 
     def state_bytes(shape: tuple[int, ...], itemsize: int) -> int:
         if len(shape) < 2:
@@ -125,7 +129,8 @@ def projected(
             "left": (n, m),
             "full": (r, m + n),
         }[proj_type]
-        basis = wide(itemsize) * projected_side * r if bases else 0
+        number = itemsize if narrow else wide(itemsize)
+        basis = number * projected_side * r if bases else 0
         return 4 + basis + extra * wide(itemsize) + moments * coded(kept * r, state_dtype, itemsize)
 
     return state_bytes
@@ -162,7 +167,8 @@ def qgalore(name: str, basis_dtype: str = "int4", **options: Any) -> Row:
     lazy = options.get("cos_threshold", 0.4) is not None
 
     def kept(shape: tuple[int, ...], itemsize: int) -> int:
-        full = projected(rank, state_dtype=state_dtype, bases=basis_dtype == "float32")
+        kept = basis_dtype == "float32"
+        full = projected(rank, state_dtype=state_dtype, bases=kept, narrow=False)
         if len(shape) < 2:
             return full(shape, itemsize)
         m, n = shape[0], math.prod(shape[1:])
@@ -180,6 +186,7 @@ def ldadam(name: str, **options: Any) -> Row:
         options["rank"],
         options.get("proj_type", "std"),
         state_dtype=options.get("state_dtype", "float32"),
+        narrow=False,
     )
 
     def kept(shape: tuple[int, ...], itemsize: int) -> int:
@@ -202,7 +209,7 @@ def frugal(name: str, **options: Any) -> Row:
         m, n = shape[0], math.prod(shape[1:])
         side, channels = (n, m) if m >= n or options.get("proj_type") == "right" else (m, n)
         r = max(1, round(density * side))
-        basis = 0 if projector == "columns" else wide(itemsize) * side * r
+        basis = 0 if projector == "columns" else itemsize * side * r
         return 4 + basis + moments * coded(channels * r, state_dtype, itemsize)
 
     oracle = None if "state_dtype" in options else Frugal64

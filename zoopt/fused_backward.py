@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.first_order import FirstOrderOptimizer, Site
+from zoopt.kernels.ops import accumulator_dtype
 from zoopt.sharding import is_sharded
 
 Clip = Literal["global", "parameter"]
@@ -115,6 +116,8 @@ class FusedBackward:
         self._max_grad_norm, self._clip = max_grad_norm, clip
         #: Whether updates wait for `step`.
         self._deferred = accumulation_steps > 1 or (max_grad_norm is not None and clip == "global")
+        #: Whether what has arrived is computed with before it is applied.
+        self._changes = self._deferred or max_grad_norm is not None
         self._hooks: dict[Tensor, RemovableHandle] = {}
         #: Between two steps: each parameter's place, how often it was reached, and its R, which is
         #: None where there is to be no update.
@@ -253,8 +256,7 @@ class FusedBackward:
                 f"most (accumulation_steps), got {arrivals} that reached parameter {site.name!r}; "
                 f"call step(), or zero_grad() to drop what has arrived"
             )
-        changes = self._deferred or self._max_grad_norm is not None
-        if gradient is not None and gradient.layout != torch.strided and changes:
+        if gradient is not None and gradient.layout != torch.strided and self._changes:
             raise RuntimeError(
                 f"gradients must be dense to be accumulated or clipped, got layout "
                 f"{gradient.layout} for parameter {site.name!r}; use an embedding with sparse=False"
@@ -268,6 +270,8 @@ class FusedBackward:
         if again and kept is None:
             return
         reduced = self._optimizer._reduce(dataclasses.replace(site, continues=again), gradient)
+        if reduced is not None and reduced is not gradient and self._changes:
+            reduced = reduced.to(accumulator_dtype(reduced.dtype))
         if kept is None or reduced is None:
             self._kept[site.param] = reduced
         else:

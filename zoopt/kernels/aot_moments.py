@@ -106,7 +106,8 @@ class FirstOrderVariant:
         return {**dict.fromkeys(absent), **own}
 
     def _type(self, name: str) -> str:
-        if name in ("theta", "gradient"):
+        # A projection up is one of float32's direction by a basis of theta's dtype.
+        if name in ("theta", "gradient") or (name == "right" and self.dtype == "bf16"):
             return f"*{self.dtype}"
         if name in ("first_codes", "second_codes"):
             return _CODES[self.format][name == "second_codes"]

@@ -9,13 +9,14 @@ from torch import Tensor
 from zoopt.kernels import cpu
 from zoopt.kernels.dispatch import native_bfloat16
 from zoopt.kernels.key import NoiseKey
-from zoopt.kernels.reference_product import addend, chunk_rows, row_chunks
+from zoopt.kernels.reference_product import addend, chunk_rows, row_chunks, scaled_factors
 
 
 def add_product(
     theta: Tensor,
     left: Tensor | None,
     right: Tensor | None,
+    alpha: float,
     decay: float,
     gradient: Tensor | None,
     channel_scale: Tensor | None,
@@ -28,18 +29,20 @@ def add_product(
     product_alone = channel_scale is None and sign_of is None
     if theta.dtype == torch.float32 and product_alone:
         if left is not None and right is not None:
-            theta.addmm_(left, right.t(), beta=decay)
+            left, right = left.to(theta.dtype), right.to(theta.dtype)
+            theta.addmm_(left, right.t(), alpha=alpha, beta=decay)
         elif decay != 1.0:
             theta.mul_(decay)
         return
+    native = native_bfloat16(theta)
+    # Rounding factors and product to bfloat16 is 2^-7 of a step, not of theta.
+    left, right = scaled_factors(left, right, alpha, theta.dtype if native else torch.float32)
     narrow = None
-    if native_bfloat16(theta) and left is not None and right is not None:
-        # Rounding factors and product to bfloat16 is 2^-7 of a step, not of theta.
-        left, right = left.to(theta.dtype), right.to(theta.dtype)
-        if product_alone:
-            narrow = theta.new_empty(chunk_rows(theta), theta.shape[1])
+    if native and product_alone and left is not None:
+        narrow = theta.new_empty(chunk_rows(theta), theta.shape[1])
     for rows in row_chunks(theta):
         part = theta[rows]
+        added: Tensor | None
         if narrow is not None and left is not None and right is not None:
             added = torch.mm(left[rows], right.t(), out=narrow[: len(part)])
         else:

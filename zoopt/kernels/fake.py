@@ -22,16 +22,17 @@ weighted_sum = momentum_sum = adam_window = gather_rows = nothing
 adam = adamw = sm3 = nothing
 
 
-def add_product(theta: Tensor, left: Any, right: Any, decay: float, *terms: Any) -> None:
+def add_product(theta: Tensor, left: Any, right: Any, *numbers_and_terms: Any) -> None:
     """Allocate what one chunk of rows takes; BLAS adds a product to float32 in place."""
-    gradient, channel_scale, sign_of, sign_step, *_ = terms
-    if theta.dtype == torch.float32 and channel_scale is None and sign_of is None:
+    alpha, _, gradient, channel_scale, sign_of, sign_step, *_ = numbers_and_terms
+    product_alone = channel_scale is None and sign_of is None
+    if theta.dtype == torch.float32 and product_alone:
         return
-    if native_bfloat16(theta) and left is not None:
-        left, right = left.to(theta.dtype), right.to(theta.dtype)
-        if channel_scale is None and sign_of is None:
-            theta.new_empty(reference_product.chunk_rows(theta), theta.shape[1])
-            return
+    dtype = theta.dtype if native_bfloat16(theta) else torch.float32
+    left, right = reference_product.scaled_factors(left, right, alpha, dtype)
+    if native_bfloat16(theta) and product_alone and left is not None:
+        theta.new_empty(reference_product.chunk_rows(theta), theta.shape[1])
+        return
     rows = reference_product.row_chunks(theta)[0]
     reference_product.addend(
         rows, left, right, gradient, channel_scale, sign_of, sign_step, torch.float32

@@ -17,6 +17,7 @@ def _add_product(
     total,
     left,
     right,
+    alpha,
     rows,
     columns,
     m,
@@ -26,14 +27,16 @@ def _add_product(
     COLUMNS: tl.constexpr,
     K: tl.constexpr,
 ):
-    """total, float32 (ROWS, COLUMNS), plus a tile of left right^T, contiguous (m or n, RANK)."""
+    """total, float32 (ROWS, COLUMNS), plus a tile of alpha left right^T, contiguous
+    (m or n, RANK)."""
     for begin in range(0, RANK, K):
         k = begin + tl.arange(0, K)
         mask = (rows < m)[:, None] & (k < RANK)[None, :]
         a = tl.load(left + rows[:, None] * RANK + k[None, :], mask=mask, other=0.0)
+        a = alpha * a.to(tl.float32)
         mask = (columns < n)[:, None] & (k < RANK)[None, :]
         b = tl.load(right + columns[:, None] * RANK + k[None, :], mask=mask, other=0.0)
-        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+        total = tl.dot(a, tl.trans(b.to(tl.float32)), total, input_precision="ieee")
     return total
 
 
@@ -73,6 +76,7 @@ def product_kernel(
     channel_scale,
     sign_left,
     sign_right,
+    alpha,
     decay,
     sign_step,
     m,
@@ -110,12 +114,14 @@ def product_kernel(
     place = rows[:, None] * gradient_row + columns[None, :] * gradient_column
     if sign_left is not None:
         # The gradient is read anew below: held until then, its tile would not fit in registers.
-        x = _add_product(x, sign_left, sign_right, rows, columns, m, n, SIGN_RANK, ROWS, COLUMNS, K)
+        x = _add_product(
+            x, sign_left, sign_right, 1.0, rows, columns, m, n, SIGN_RANK, ROWS, COLUMNS, K
+        )
         x = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) - x
         # A NaN remains one.
         x = sign_step * tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
     if left is not None:
-        x = _add_product(x, left, right, rows, columns, m, n, RANK, ROWS, COLUMNS, K)
+        x = _add_product(x, left, right, alpha, rows, columns, m, n, RANK, ROWS, COLUMNS, K)
     x += decay * tl.load(theta + at, mask=inside, other=0.0).to(tl.float32)
     if channel_scale is not None:
         g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)

@@ -14,6 +14,7 @@ def add_product_(
     left: Tensor | None,
     right: Tensor | None,
     *,
+    alpha: float = 1.0,
     decay: float = 1.0,
     gradient: Tensor | None = None,
     channel_scale: Tensor | None = None,
@@ -25,13 +26,15 @@ def add_product_(
     rounding_draw: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """theta <- round(decay theta + left right^T + channel_scale gradient + sign_step S), in place,
+    """theta <- round(decay theta + alpha left right^T + channel_scale gradient + sign_step S),
+    in place,
 
     with S = sign(gradient - sign_of[0] sign_of[1]^T). Terms whose tensors are None are absent.
 
     Args:
         theta: (m, n), a dense float32, bfloat16, float16 or float64 tensor.
-        left, right: (m, r) and (n, r), in the accumulator's dtype.
+        left, right: (m, r) and (n, r), in the accumulator's dtype or in theta's.
+        alpha: multiplies their product.
         decay: multiplies theta, 1 - lr weight_decay say.
         gradient: (m, n), any of theta's dtypes.
         channel_scale: (m, 1) or (1, n) or (1, 1), in the accumulator's dtype.
@@ -78,11 +81,21 @@ def add_product_(
         check_unsigned("rounding_draw", rounding_draw, 32)
         if theta.dtype == accumulator_dtype(theta.dtype):
             rounding_draw = None
-    decay, sign_step = scalars([decay, sign_step], theta.dtype)
+    alpha, decay, sign_step = scalars([alpha, decay, sign_step], theta.dtype)
     target = theta.detach()
     dense = target.contiguous()
     dispatch.choose(theta, impl, "product").add_product(
-        dense, left, right, decay, gradient, channel_scale, sign_of, sign_step, key, rounding_draw
+        dense,
+        left,
+        right,
+        alpha,
+        decay,
+        gradient,
+        channel_scale,
+        sign_of,
+        sign_step,
+        key,
+        rounding_draw,
     )
     if dense is not target:
         target.copy_(dense)

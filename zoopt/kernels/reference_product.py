@@ -17,6 +17,7 @@ def add_product(
     theta: Tensor,
     left: Tensor | None,
     right: Tensor | None,
+    alpha: float,
     decay: float,
     gradient: Tensor | None,
     channel_scale: Tensor | None,
@@ -25,8 +26,10 @@ def add_product(
     key: NoiseKey,
     rounding_draw: int | None,
 ) -> None:
-    """theta (m, n) <- round(decay theta + left right^T + channel_scale gradient + sign_step S)."""
+    """theta (m, n) <- round(decay theta + alpha left right^T + channel_scale gradient
+    + sign_step S)."""
     wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    left, right = scaled_factors(left, right, alpha, wide)
     for rows in row_chunks(theta):
         acc = theta[rows].to(wide) * decay
         added = addend(rows, left, right, gradient, channel_scale, sign_of, sign_step, wide)
@@ -45,6 +48,26 @@ def add_product(
             purpose=philox.PURPOSE_ROUNDING,
         )
         theta[rows] = round_stochastic(acc.view(-1), theta.dtype, bits).view(acc.shape)
+
+
+def scaled_factors(
+    left: Tensor | None, right: Tensor | None, alpha: float, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The factors in this dtype, alpha times the one that must be cast to it, in one pass."""
+    if left is None or right is None:
+        return None, None
+    if left.dtype == dtype and right.dtype != dtype:
+        right, left = _times(right, alpha, dtype), left
+    else:
+        left, right = _times(left, alpha, dtype), right.to(dtype)
+    return left, right
+
+
+def _times(factor: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    if alpha == 1.0:
+        return factor.to(dtype)
+    product = torch.empty(factor.shape, dtype=dtype, device=factor.device)
+    return torch.mul(factor, alpha, out=product)
 
 
 def chunk_rows(theta: Tensor) -> int:

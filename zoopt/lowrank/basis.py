@@ -15,8 +15,10 @@ from zoopt.optimizer import Group, TensorSpec
 State = dict[str, Tensor]
 
 
-def basis_specs(geo: Geometry, group: Group, accumulator: torch.dtype) -> dict[str, TensorSpec]:
-    """The state tensors that hold the bases; none for random ones, which the seed remakes.
+def basis_specs(geo: Geometry, group: Group, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """The state tensors that hold the bases, of parameters (m, n) of this dtype; none for random
+    ones, which the seed remakes. Of bfloat16 parameters they are bfloat16, unless `basis_dtype`
+    says otherwise.
 
     With `cos_threshold`, two numbers too: `agreements`, how many refreshes in a row have found
     the subspace where it was, and `doublings`, how often the gap between them has doubled.
@@ -24,9 +26,12 @@ def basis_specs(geo: Geometry, group: Group, accumulator: torch.dtype) -> dict[s
     if group.get("projector") == "random":
         return {}
     specs: dict[str, TensorSpec] = {}
+    asked = group.get("basis_dtype")
+    stored = torch.float64 if dtype == torch.float64 else torch.float32
+    if asked is None and dtype == torch.bfloat16:
+        stored = dtype
     for name, shape in geo.bases.items():
-        quantised = group.get("basis_dtype") == "int4"
-        specs |= int4_specs(name, shape) if quantised else {name: TensorSpec(shape, accumulator)}
+        specs |= int4_specs(name, shape) if asked == "int4" else {name: TensorSpec(shape, stored)}
     if _is_lazy(group):
         number = TensorSpec((), torch.float32)
         specs |= {"agreements": number, "doublings": number}
@@ -40,7 +45,7 @@ def refresh(site: Site, state: State, gradient: Tensor, geo: Geometry) -> None:
     first = not int(state["step"])
     agreements = []
     for name in geo.bases:
-        previous = None if first else _stored(site, state, geo, name)
+        previous = None if first else _stored(site, state, geo, name).to(wide(gradient))
         basis = subspace(
             gradient,
             geo.rank,
@@ -77,7 +82,8 @@ def agreement(previous: Tensor, basis: Tensor) -> Tensor:
 
 
 def load_bases(site: Site, state: State, geo: Geometry, completed: int) -> dict[str, Tensor]:
-    """The bases of the step after `completed` ones, in the accumulator's dtype."""
+    """The bases of the step after `completed` ones: stored ones as they are, others in the
+    accumulator's dtype."""
     if site.group.get("projector") != "random":
         return {name: _stored(site, state, geo, name) for name in geo.bases}
     return {

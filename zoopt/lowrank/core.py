@@ -21,7 +21,7 @@ from zoopt.lowrank.geometry import Geometry, ProjType, geometry, matrix
 from zoopt.lowrank.residuals import NONE, Residual, Terms
 from zoopt.lowrank.rules import ADAM, LION, MOMENTUM, Rule, adam_moments, adam_numbers, moment_draw
 from zoopt.lowrank.sharded import first_row, refresh_together, rows_of
-from zoopt.lowrank.subspace import Projector, down, factors
+from zoopt.lowrank.subspace import Projector, down, factors, wide
 from zoopt.optimizer import Group, TensorSpec
 from zoopt.sharding import anywhere, local, local_like, offset, sum_
 
@@ -52,7 +52,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
             return declared | self._rule(group).specs(tuple(param.shape), group, accumulator)
         return (
             declared
-            | basis_specs(geo, group, accumulator)
+            | basis_specs(geo, group, param.dtype)
             | self._rule(group).specs(geo.reduced_shape, group, accumulator)
             | self._residual(group).specs(geo, accumulator)
         )
@@ -71,7 +71,9 @@ class ProjectedOptimizer(FirstOrderOptimizer):
                 refresh(site, state, grad, geo)
             elif not completed:
                 return None  # There is no basis yet, and none can be had from this gradient.
-        return down(grad, load_bases(site, state, geo, completed), geo)
+        reduced = down(grad, load_bases(site, state, geo, completed), geo)
+        # Adam's kernel reads every dtype; other rules and residuals compute with R.
+        return reduced if self._is_plain_adam(site.group) else reduced.to(wide(reduced))
 
     def bases(self, param: Tensor) -> dict[str, Tensor]:
         """The subspace of the parameter's last step, columns orthonormal (random: N(0, 1/r)).
@@ -108,7 +110,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
             norms = squares.to(reduced.dtype).sqrt_()
         else:
             direction = self._direction(site, reduced, state, step, key)
-        direction = direction.to(reduced.dtype)
+        direction = direction.to(wide(reduced))
         terms = residual.terms(direction, reduced, grad, norms, state, group, geo)
         up = terms.product is not None or terms.sign_step
         bases = load_bases(site, state, geo, step - 1) if up else {}
@@ -120,10 +122,13 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         """The rule's direction of R, (channels, r), or of a whole gradient."""
         group = site.group
         rule = self._rule(group)
-        if rule is ADAM and self._residual(group) is NONE and reduced.dtype == torch.float32:
+        if self._is_plain_adam(group) and reduced.dtype == torch.float32:
             # Nothing else asks for R: fresh memory would cost as much as Adam does.
             return ADAM.direction(reduced, state, group, step, key, out=reduced)
         return rule.direction(reduced, state, group, step, key)
+
+    def _is_plain_adam(self, group: Group) -> bool:
+        return self._rule(group) is ADAM and self._residual(group) is NONE
 
     def _step_shard(self, site: Site, gradient: Tensor) -> None:
         param, group = site.param, site.group
@@ -139,14 +144,15 @@ class ProjectedOptimizer(FirstOrderOptimizer):
             elif not completed:
                 return
         bases = rows_of(load_bases(site, state, geo, completed), param, geo)
-        reduced = down(grad, bases, geo)
+        reduced = down(grad, bases, geo).to(wide(grad))
         if geo.side != "right":
             sum_(reduced, param)
         state["step"] += 1
         part = dataclasses.replace(site, param=local(param), offset=offset(param))
         first = first_row(param) * geo.rank if geo.side == "right" else 0
         key = NoiseKey(site.seed, site.stream, first)
-        direction = self._direction(part, reduced, state, completed + 1, key).to(reduced.dtype)
+        direction = self._direction(part, reduced, state, completed + 1, key)
+        direction = direction.to(wide(reduced))
         terms = self._residual(group).terms(direction, reduced, None, None, state, group, geo)
         self._write(part, terms, reduced, None, bases, geo, completed + 1)
 
@@ -165,10 +171,14 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         descent = descent_rate(group)
         left, right = (None, None)
         if terms.product is not None:
-            left, right = factors(terms.product.mul_(descent * terms.rate), bases, geo)
+            left, right = factors(terms.product, bases, geo)
         scale = terms.channel_scale
         if scale is not None:
             scale = (scale * descent).view((1, -1) if geo.side == "left" else (-1, 1))
+        sign_of = None
+        if terms.sign_step:
+            whole = {name: basis.to(reduced.dtype) for name, basis in bases.items()}
+            sign_of = factors(reduced, whole, geo)
         decay = 1.0 - float(group["lr"]) * group["weight_decay"]
         after = group.get("decay", "before") == "after"
         theta = matrix(param.detach())
@@ -176,10 +186,11 @@ class ProjectedOptimizer(FirstOrderOptimizer):
             theta,
             left,
             right,
+            alpha=descent * terms.rate,
             decay=1.0 if after else decay,
             gradient=grad if scale is not None or terms.sign_step else None,
             channel_scale=scale,
-            sign_of=factors(reduced, bases, geo) if terms.sign_step else None,
+            sign_of=sign_of,
             sign_step=terms.sign_step * (1.0 if group["maximize"] else -1.0),
             seed=site.seed,
             stream=site.stream,

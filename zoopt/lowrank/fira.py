@@ -30,8 +30,9 @@ class Fira(AdamFamily):
     S is not formed: its norm follows from ||G_j||^2 - ||R_j||^2, and it is added to W as a
     multiple of each row of G, and a product. Vectors, and groups with `rank=None`, get AdamW.
 
-    State, in bytes of a matrix with m >= n: 4 n r for the basis, 8 m r for float32 moments
-    (float64: twice as many; by `state_dtype`: bfloat16 4 m r, int8 2.03, int4 1.06), 4 for `step`
+    State, in bytes of a matrix with m >= n: 4 n r for the basis (2 n r where weights are
+    bfloat16), 8 m r for float32 moments (float64: twice as many; by `state_dtype`: bfloat16 4 m r,
+    int8 2.03, int4 1.06), 4 for `step`
     and 4 for ||S||.
 
     Args:

@@ -58,7 +58,7 @@ class Frugal(ProjectedOptimizer):
 
     State, in bytes of a matrix (m, n): 8 density m n (Adam; Lion and momentum 4) + 4 (`step`); the
     columns are those of the seed. Other projectors keep a basis: with l = min(m, n), 4 density l^2
-    more. The rule's own on other parameters.
+    more (2 where weights are bfloat16). The rule's own on other parameters.
 
     Args:
         params: parameters, or groups of them.

@@ -29,8 +29,9 @@ class GaLoreAdamW(AdamFamily):
     matrices (shape[0], rest). Vectors, and groups with `rank=None`, get AdamW; see
     `zoopt.lowrank.param_groups`.
 
-    State, in bytes of a matrix with m >= n: 4 n r for the basis, 8 m r for float32 moments
-    (float64: twice as many; by `state_dtype`: bfloat16 4 m r, int8 2.03, int4 1.06), 4 for `step`.
+    State, in bytes of a matrix with m >= n: 4 n r for the basis (2 n r where weights are
+    bfloat16), 8 m r for float32 moments (float64: twice as many; by `state_dtype`: bfloat16 4 m r,
+    int8 2.03, int4 1.06), 4 for `step`.
 
     Args:
         params: parameters, named parameters, or param groups.

@@ -88,8 +88,8 @@ class GradNormLoRP(AdamFamily):
     Parameters of groups with `rank=None`, and vectors such as M, get AdamW. Until a matrix has a
     gradient (J has none while I = 0) it stays as it is.
 
-    State, in bytes: of a matrix (m, k), 4 r (m + k) for the bases (0 with projector="random") and
-    8 r^2 for the moments (int8: 2 r^2 + r^2 / 32, from 4096 elements on), r = min(rank, m, k);
+    State, in bytes: of a matrix (m, k), 4 r (m + k) for the bases (0 with projector="random"; half
+    of it where weights are bfloat16) and 8 r^2 for the moments (int8: 2 r^2 + r^2 / 32, from 4096 elements on), r = min(rank, m, k);
     AdamW's of any other; and 4 each for `step`. float64 parameters: twice that.
 
     Args:

@@ -19,7 +19,7 @@ from zoopt.lowrank.adamw import AdamFamily, StateRounding
 from zoopt.lowrank.geometry import Geometry, geometry, matrix
 from zoopt.lowrank.residuals import OneSided, Terms
 from zoopt.lowrank.rules import adam_moments, adam_numbers, store_moment
-from zoopt.lowrank.subspace import factors, orthonormal, subspace, times
+from zoopt.lowrank.subspace import factors, orthonormal, subspace, times, wide
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 
 
@@ -167,9 +167,13 @@ class LDAdamW(AdamFamily):
         super().__init__(params, hyperparameters(locals()), seed=seed)
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
-        """As GaLore's, and `error`, of the parameter's shape and dtype."""
-        declared = super().declared_state(param, group)
-        if group["error_feedback"] and geometry(param, group) is not None:
+        """As GaLore's, but a basis in the accumulator's dtype, for it is turned in every step; and
+        `error`, of the parameter's shape and dtype."""
+        declared, geo = super().declared_state(param, group), geometry(param, group)
+        if geo is None:
+            return declared
+        declared |= {name: TensorSpec(shape, wide(param)) for name, shape in geo.bases.items()}
+        if group["error_feedback"]:
             declared["error"] = TensorSpec(tuple(param.shape), param.dtype)
         return declared
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from zoopt.first_order import Site
 from zoopt.lowrank.basis import basis_specs, refresh
 from zoopt.lowrank.geometry import Geometry, matrix
-from zoopt.lowrank.subspace import wide
 from zoopt.sharding import broadcast_, is_owner, local, offset, whole
 
 State = dict[str, Tensor]
@@ -26,7 +25,7 @@ def refresh_together(site: Site, state: State, geo: Geometry) -> None:
     gradient = matrix(whole(site.param.grad))
     if is_owner(site.param, site.position):
         refresh(site, state, gradient, geo)
-    for name in basis_specs(geo, site.group, wide(gradient)):
+    for name in basis_specs(geo, site.group, gradient.dtype):
         broadcast_(state[name], site.param, site.position)
 
 

@@ -48,9 +48,16 @@ def times(gradient: Tensor, factor: Tensor, *, transposed: bool = False) -> Tens
 
 
 def down(gradient: Tensor, bases: dict[str, Tensor], geo: Geometry) -> Tensor:
-    """R of G (m, n): (channels, r)."""
-    reduced = times(gradient, bases["basis"], transposed=geo.side == "left")
-    return bases["basis_left"].t() @ reduced if geo.side == "both" else reduced
+    """R of G (m, n): (channels, r), in the accumulator's dtype.
+
+    Where bfloat16 is multiplied as it is, R comes in bfloat16, whose precision it has anyway.
+    """
+    left = geo.side == "left"
+    if native_bfloat16(gradient) and geo.side != "both":
+        return (gradient.t() if left else gradient) @ bases["basis"].to(gradient.dtype)
+    dtype = wide(gradient)
+    reduced = times(gradient, bases["basis"].to(dtype), transposed=left)
+    return bases["basis_left"].to(dtype).t() @ reduced if geo.side == "both" else reduced
 
 
 def factors(reduced: Tensor, bases: dict[str, Tensor], geo: Geometry) -> tuple[Tensor, Tensor]:
@@ -58,7 +65,7 @@ def factors(reduced: Tensor, bases: dict[str, Tensor], geo: Geometry) -> tuple[T
     if geo.side == "left":
         return bases["basis"], reduced
     if geo.side == "both":
-        return bases["basis_left"] @ reduced, bases["basis"]
+        return bases["basis_left"].to(reduced.dtype) @ reduced, bases["basis"]
     return reduced, bases["basis"]
 
 
