@@ -89,8 +89,9 @@ class GradNormLoRP(AdamFamily):
     gradient (J has none while I = 0) it stays as it is.
 
     State, in bytes: of a matrix (m, k), 4 r (m + k) for the bases (0 with projector="random"; half
-    of it where weights are bfloat16) and 8 r^2 for the moments (int8: 2 r^2 + r^2 / 32, from 4096 elements on), r = min(rank, m, k);
-    AdamW's of any other; and 4 each for `step`. float64 parameters: twice that.
+    of it where weights are bfloat16) and 8 r^2 for the moments (int8: 2 r^2 + r^2 / 32, from 4096
+    elements on), r = min(rank, m, k); AdamW's of any other; and 4 each for `step`. float64
+    parameters: twice that.
 
     Args:
         params: the groups of `zoopt.lowrank.gradnormlorp.param_groups`, or any parameters.
