@@ -1,18 +1,18 @@
 """Time of a GaLore step against its floor and against the published code; cost of a new basis.
 
-Steps: one matrix at a time, of the shapes of a LLaMA layer (attention d x d; gate and up h x d;
-down d x h), at the GaLore paper's rank. Methods:
+Steps: of the matrices of one shape in a LLaMA layer (4 of attention d x d; gate and up h x d; down
+d x h), as one optimizer holds them, at the GaLore paper's rank. Methods:
 
   floor      the least that a step must do: G Q, theta + R Q^T in place, both in the weights' dtype,
              and one pass over both moments in float32
-  floor32    in bfloat16: the same with both products in float32, the gradient widened once
   zoopt      zoopt.GaLoreAdamW, between two refreshes
+  nearest    in bfloat16: the same, its weights rounded to nearest, as published, and not
+             stochastically; the floor rounds them to nearest too
   published  galore_torch 1.0's AdamW, between two refreshes
 
 All are timed in turn, round by round; a ratio is the median of the rounds' own. A refresh (warm
 orthogonal iteration; torch.linalg.svd in the published code) is timed apart, once, and a T-th of it
-is added to a step: T = 200, as published. `layer` is the sum over a layer: four attention matrices,
-two up, one down.
+is added to a step: T = 200, as published. `layer` is the sum over a layer's shapes.
 
 Refresh: a chain of drifting gradients, 2048 x 2048, r = 128. They are made up: G = S + noise, with
 S of rank 512, singular values 1/k, turning a little from one refresh to the next, and white noise
@@ -73,70 +73,78 @@ def shapes(size: Size) -> dict[str, tuple[int, int, int]]:
 class Floor:
     """What a step of a matrix (m, n) at rank r cannot do without."""
 
-    def __init__(self, theta: Tensor, rank: int, dtype: torch.dtype) -> None:
+    def __init__(self, theta: Tensor, rank: int) -> None:
         m, n = theta.shape
         self.gradient = torch.randn(m, n, device=theta.device).to(theta.dtype)
-        self.theta, self.dtype, self.right = theta, dtype, m >= n
+        self.theta, self.right = theta, m >= n
         short, long = min(m, n), max(m, n)
-        self.basis = torch.randn(short, rank, device=theta.device, dtype=dtype)
+        self.basis = torch.randn(short, rank, device=theta.device, dtype=theta.dtype)
         self.moments = [torch.ones(long, rank, device=theta.device) for _ in range(2)]
 
     def __call__(self) -> None:
-        gradient = self.gradient.to(self.dtype)
-        reduced = (gradient if self.right else gradient.t()) @ self.basis
+        reduced = (self.gradient if self.right else self.gradient.t()) @ self.basis
         torch._foreach_mul_(self.moments, 0.999)
         up = (reduced, self.basis.t()) if self.right else (self.basis, reduced.t())
-        if self.theta.dtype == self.dtype:
-            self.theta.addmm_(*up, alpha=1e-3)
-        else:
-            self.theta.add_(up[0] @ up[1], alpha=1e-3)
+        self.theta.addmm_(*up, alpha=1e-3)
 
 
-def steps(theta: Tensor, rank: int) -> dict[str, Callable[[], Any]]:
-    """A step of each method, no refresh among them."""
+def steps(theta: Tensor, rank: int, count: int) -> dict[str, Callable[[], Any]]:
+    """A step of each method on so many matrices like theta, no refresh among them."""
 
-    def parameter() -> torch.nn.Parameter:
-        param = torch.nn.Parameter(theta.clone())
-        param.grad = torch.randn(theta.shape, device=theta.device).to(theta.dtype)
-        return param
+    def parameters() -> list[torch.nn.Parameter]:
+        params = [torch.nn.Parameter(theta.clone()) for _ in range(count)]
+        for param in params:
+            param.grad = torch.randn(theta.shape, device=theta.device).to(theta.dtype)
+        return params
+
+    def ours(rounding: str) -> Callable[[], Any]:
+        optimizer = zoopt.GaLoreAdamW(
+            parameters(),
+            **options,
+            **group,
+            stagger=False,
+            rounding=rounding,
+            seed=0,  # type: ignore[arg-type]
+        )
+        return optimizer.step
 
     never = 1 << 30
     options = {"lr": 1e-3, "betas": BETAS, "eps": 1e-6}
     group = {"rank": rank, "update_proj_gap": never, "scale": SCALE, "proj_type": "std"}
-    ours = zoopt.GaLoreAdamW([parameter()], **options, **group, stagger=False, seed=0)  # type: ignore[arg-type]
     theirs = published_galore()(
-        [{"params": [parameter()], **group}], **options, no_deprecation_warning=True
+        [{"params": parameters(), **group}], **options, no_deprecation_warning=True
     )
     # Its first basis comes from an SVD: any of the size will do for a step.
     projector_class = sys.modules["galore_torch.galore_projector"].GaLoreProjector
-    projector = projector_class(rank, update_proj_gap=never, scale=SCALE)
     m, n = theta.shape
     shape = (rank, n) if m >= n else (m, rank)
-    projector.ortho_matrix = torch.randn(shape, device=theta.device).to(theta.dtype)
-    [param] = theirs.param_groups[0]["params"]
-    theirs.state[param] = {"step": 1, "projector": projector}
-    return {"zoopt": ours.step, "published": theirs.step}
+    for param in theirs.param_groups[0]["params"]:
+        projector = projector_class(rank, update_proj_gap=never, scale=SCALE)
+        projector.ortho_matrix = torch.randn(shape, device=theta.device).to(theta.dtype)
+        theirs.state[param] = {"step": 1, "projector": projector}
+    floors = [Floor(theta.clone(), rank) for _ in range(count)]
+    nearest = {} if theta.dtype == torch.float32 else {"nearest": ours("nearest")}
+    return {
+        "floor": lambda: [floor() for floor in floors],
+        "zoopt": ours("auto"),
+        **nearest,
+        "published": theirs.step,
+    }
 
 
-def measure_matrix(
-    theta: Tensor, rank: int, repeats: int, label: str
+def measure_shape(
+    theta: Tensor, rank: int, count: int, repeats: int, label: str
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Durations of each method's steps, a round each, and of its refresh; in seconds."""
+    """Durations of each method's steps, a round each, and of its refreshes; in seconds."""
     device = theta.device
-    floors = {"floor": Floor(theta.clone(), rank, theta.dtype)}
-    if theta.dtype != torch.float32:
-        floors["floor32"] = Floor(theta.clone(), rank, torch.float32)
-    times = common.round_robin({**floors, **steps(theta, rank)}, device, repeats, label)
-    gradient, right = floors["floor"].gradient, theta.shape[0] >= theta.shape[1]
+    times = common.round_robin(steps(theta, rank, count), device, repeats, label)
+    gradient, right = torch.randn_like(theta), theta.shape[0] >= theta.shape[1]
     previous = new_basis(gradient, rank, right, "randomized", None)
     common.progress(f"{label}: refresh")
-    refreshes = {
-        "zoopt": common.seconds(lambda: new_basis(gradient, rank, right, "warm", previous), device),
-        "published": common.seconds(
-            lambda: torch.linalg.svd(gradient.float(), full_matrices=False), device
-        ),
-    }
-    return times, refreshes
+    ours = common.seconds(lambda: new_basis(gradient, rank, right, "warm", previous), device)
+    theirs = common.seconds(lambda: torch.linalg.svd(gradient.float(), full_matrices=False), device)
+    refreshes = {"zoopt": count * ours, "published": count * theirs}
+    return times, refreshes | ({"nearest": count * ours} if "nearest" in times else {})
 
 
 def new_basis(
@@ -161,17 +169,17 @@ def step_rows(options: argparse.Namespace, device: torch.device) -> list[common.
         size = SIZES[name]
         for dtype in options.dtypes:
             layer: dict[str, list[float]] = {}
-            spent = dict.fromkeys(("zoopt", "published"), 0.0)
+            spent: dict[str, float] = {}
             for kind, (m, n, count) in shapes(size).items():
                 theta = torch.randn(m, n, device=device).to(common.DTYPES[dtype])
-                label = f"{name} {dtype} {kind} {m}x{n}"
-                times, refreshes = measure_matrix(theta, size.rank, options.repeats, label)
+                label = f"{name} {dtype} {kind} {count} x {m}x{n}"
+                times, refreshes = measure_shape(theta, size.rank, count, options.repeats, label)
                 rows += method_rows(label, times, refreshes)
                 for method, own in times.items():
                     total = layer.setdefault(method, [0.0] * len(own))
-                    layer[method] = [a + count * b for a, b in zip(total, own, strict=True)]
+                    layer[method] = [a + b for a, b in zip(total, own, strict=True)]
                 for method, own_refresh in refreshes.items():
-                    spent[method] += count * own_refresh
+                    spent[method] = spent.get(method, 0.0) + own_refresh
             rows += method_rows(f"{name} {dtype} layer", layer, spent)
     return rows
 

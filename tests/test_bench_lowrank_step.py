@@ -17,7 +17,7 @@ def test_the_floor_makes_both_products(shape: tuple[int, int], dtype: torch.dtyp
     torch.manual_seed(0)
     theta = torch.randn(shape).to(dtype)
     before = theta.double()
-    floor = Floor(theta, 3, dtype)
+    floor = Floor(theta, 3)
     floor()
     gradient, basis = floor.gradient.double(), floor.basis.double()
     projected = gradient @ basis @ basis.t() if floor.right else basis @ basis.t() @ gradient
