@@ -10,16 +10,15 @@ result does not depend on their number.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from zoopt.kernels import cpu_kernels
+from zoopt.kernels import cpu_kernels, cpu_threads
 from zoopt.kernels.cpu_convert import BFLOAT16, FLOAT16, FLOAT32
 from zoopt.kernels.cpu_intrinsics import f32, u16, u32
 from zoopt.kernels.cpu_tile import NORMALS_PER_WORD, SIGNS_PER_WORD, TILE
@@ -31,27 +30,18 @@ MIN_PER_THREAD = 1 << 18
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 
-_pool: tuple[tuple[int, int], ThreadPoolExecutor] | None = None
-
-
 def _parallel(kernel: Callable[..., None], count: int, unit: int, least: int, *args: Any) -> None:
     """Call kernel(*args, (start, stop)) on disjoint spans of 0 ... count - 1.
 
     Spans start at multiples of `unit`, and there are no more of them than spans of `least`.
     """
-    global _pool
     threads = min(torch.get_num_threads(), -(-count // least))
     if threads <= 1:
         kernel(*args, (0, count))
         return
-    # Threads do not survive a fork, so the pool belongs to the process that made it.
-    owner = (os.getpid(), torch.get_num_threads())
-    if _pool is None or _pool[0] != owner:
-        _pool = owner, ThreadPoolExecutor(owner[1], thread_name_prefix="zoopt")
     share = -(-count // (threads * unit)) * unit
     spans = [(start, min(start + share, count)) for start in range(0, count, share)]
-    for future in [_pool[1].submit(kernel, *args, span) for span in spans]:
-        future.result()
+    cpu_threads.run(functools.partial(kernel, *args), spans)
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
