@@ -12,7 +12,7 @@ Learning rates: a grid a method runs with seed 0 for --grid-steps, and the one w
 validation cross-entropy runs with --seeds seeds for --steps. Both are the full budget by default:
 Adam's best rate of 120 steps was far too high for 400. While the best one is at the edge of its
 grid, another is added beyond it, --extensions at most; what is at the edge even then is marked
-with *.
+with *. The 6m model has a grid of two: what was best for the 1m model, and half of it.
 
 Text: introductions of the English Wikipedia and Shakespeare's works, fetched once into
 .data/pretrain/ (bench/pretrain_data.py). Every twentieth document is held out to validate with.

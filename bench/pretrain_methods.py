@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bench.comparison import lr_grid
-from bench.pretrain_task import Settings
+from bench.pretrain_task import MODELS, Settings, matrices
 
 REFERENCE = "adamw"
 #: Pretraining's, as in the GaLore paper.
@@ -27,6 +27,8 @@ class Method:
         label: what it is called in tables and charts.
         optimizer: module and class, looked up when the method is run.
         lrs: the learning rates to choose from, ascending and evenly spaced in their logarithm.
+        best_lr: the one that the 1m model was trained best with.
+        matrix_rate: the decoder's matrices' learning rate, as a share of the others'.
         options: the class's options, beside lr and seed.
         groups: what makes the param groups of a projected method, from the model and a rank.
         rank: the projection's, from the settings' rank.
@@ -38,11 +40,19 @@ class Method:
     label: str
     optimizer: str
     lrs: tuple[float, ...]
+    best_lr: float
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     groups: str | None = None
     rank: Callable[[int], int] = int
     refreshes: bool = False
     convert: str | None = None
+    matrix_rate: float = 1.0
+
+    def grid(self, settings: Settings) -> tuple[tuple[float, ...], int]:
+        """The learning rates to choose from, and how many may be added beyond them."""
+        if MODELS[settings.model].transferred:
+            return lr_grid(self.best_lr, points=2), 0
+        return self.lrs, settings.extensions
 
     def options_for(self, settings: Settings) -> dict[str, Any]:
         """All options of a run, beside lr and seed."""
@@ -69,6 +79,13 @@ class Method:
         params: Any = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if self.groups is not None:
             params = find(self.groups)(model, rank=options.pop("rank"))
+        if self.matrix_rate != 1.0:
+            slow = matrices(model)
+            fast = {name: param for name, param in params if name not in slow}
+            params = [
+                {"params": list(fast.items())},
+                {"params": list(slow.items()), "lr": lr * self.matrix_rate},
+            ]
         return model, optimizer(params, lr=lr, **options)
 
 
@@ -83,14 +100,16 @@ def find(path: str) -> Any:
 
 def _adam(name: str, label: str, optimizer: str, **options: Any) -> Method:
     # Wider and lower than the projected methods', whose directions are scaled down.
-    return Method(name, label, optimizer, lr_grid(2e-3, points=5), options)
+    return Method(name, label, optimizer, lr_grid(2e-3, points=5), 2e-3, options)
 
 
-def _projected(name: str, optimizer: str, note: str = "", **options: Any) -> Method:
+def _projected(
+    name: str, optimizer: str, note: str = "", best_lr: float = 1e-2, **options: Any
+) -> Method:
     """A projected method of the decoder's matrices; embeddings and norms get its rule itself."""
     label = optimizer + (note and f", {note}")
     return Method(
-        *(name, label, f"zoopt.{optimizer}", lr_grid(1e-2), options),
+        *(name, label, f"zoopt.{optimizer}", lr_grid(1e-2), best_lr, options),
         groups="zoopt.lowrank.param_groups",
         rank=(lambda _: 1) if optimizer == "ApolloMini" else int,
         refreshes=optimizer != "LDAdamW",
@@ -99,23 +118,29 @@ def _projected(name: str, optimizer: str, note: str = "", **options: Any) -> Met
 
 TABLE = (
     _adam("adamw", "torch.optim.AdamW", "torch.optim.AdamW"),
+    # What the projected methods' default scale of 1/4 does, without a projection.
+    Method(
+        *("adamw-quarter", "torch.optim.AdamW, matrices at lr / 4", "torch.optim.AdamW"),
+        *(lr_grid(1e-2), 1e-2),
+        matrix_rate=0.25,
+    ),
     _adam("zoopt-adamw", "AdamW", "zoopt.AdamW"),
     _adam("zoopt-adamw-8bit", "AdamW, int8", "zoopt.AdamW", state_dtype="int8"),
     _projected("galore-svd", "GaLoreAdamW", "svd", projector="svd"),
     _projected("galore", "GaLoreAdamW", "warm"),
     _projected("galore-8bit", "GaLoreAdamW", "warm, int8", state_dtype="int8"),
     _projected("apollo", "Apollo"),
-    _projected("apollo-mini", "ApolloMini"),
+    _projected("apollo-mini", "ApolloMini", best_lr=5e-3),
     _projected("fira", "Fira"),
     _projected("ldadamw", "LDAdamW"),
-    Method("sm3", "SM3", "zoopt.SM3", lr_grid(2e-2, points=5)),
+    Method("sm3", "SM3", "zoopt.SM3", lr_grid(2e-2, points=5), 2e-2),
     Method(
-        *("sltrain", "SLTrain, AdamW", "zoopt.AdamW", lr_grid(5e-3, points=5)),
+        *("sltrain", "SLTrain, AdamW", "zoopt.AdamW", lr_grid(5e-3, points=5), 2.5e-3),
         convert="zoopt.nn.convert",
     ),
     # Factors of the settings' rank, projected to half of it.
     Method(
-        *("gradnormlorp", "GradNormLoRP", "zoopt.GradNormLoRP", lr_grid(1e-2)),
+        *("gradnormlorp", "GradNormLoRP", "zoopt.GradNormLoRP", lr_grid(1e-2), 1e-2),
         convert="zoopt.lowrank.gradnormlorp.convert",
         groups="zoopt.lowrank.gradnormlorp.param_groups",
         rank=lambda rank: max(1, rank // 2),

@@ -24,9 +24,10 @@ def grid_score(result: Mapping[str, Any]) -> float:
 
 def plan(method: Method, settings: Settings, results: Results) -> Halving[Run]:
     """The method's plan: seed 0 for few steps on the grid, all seeds for all steps on its best."""
+    lrs, extensions = method.grid(settings)
     return Halving(
-        method.lrs,
-        settings.extensions,
+        lrs,
+        extensions,
         lambda lr: Run(settings.model, method.name, lr, 0, settings.grid_steps),
         lambda lr: [
             Run(settings.model, method.name, lr, seed, settings.steps)
@@ -77,7 +78,7 @@ def _record(
         "optimizer": method.optimizer,
         "options": first["config"]["options"],
         "lr": best,
-        "lr_at_edge": best in (lrs[0], lrs[-1]),
+        "lr_at_edge": len(lrs) > 2 and best in (lrs[0], lrs[-1]),
         "grid_validation_cross_entropy": scores,
         "seeds": len(done),
         "validation_perplexity": figure([f["validation"][-1]["perplexity"] for f in done]),

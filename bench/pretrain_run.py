@@ -35,7 +35,7 @@ class Run:
 def configuration(run: Run, settings: Settings) -> dict[str, Any]:
     """Everything that a run's figures depend on, but the machine and the versions."""
     method = METHODS[run.method]
-    of_comparison = ("steps", "grid_steps", "seeds", "extensions")
+    of_comparison = ("steps", "grid_steps", "seeds", "extensions", "transferred")
     shared = {k: v for k, v in settings.as_dict().items() if k not in of_comparison}
     return {
         **shared,
@@ -45,6 +45,7 @@ def configuration(run: Run, settings: Settings) -> dict[str, Any]:
         "options": method.options_for(settings),
         "convert": method.convert,
         "groups": method.groups,
+        **({} if method.matrix_rate == 1.0 else {"matrix_rate": method.matrix_rate}),
         "schedule": "linear warm-up, cosine",
         "noise_version": NOISE_VERSION,
     }

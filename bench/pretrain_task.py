@@ -24,6 +24,7 @@ class Model:
         steps: of a run.
         grid_steps: of the runs that choose the learning rate.
         seeds: runs of a method at the chosen learning rate.
+        transferred: whether a grid is but the smaller model's best learning rate and half of it.
     """
 
     width: int
@@ -33,11 +34,12 @@ class Model:
     steps: int
     grid_steps: int
     seeds: int
+    transferred: bool = False
 
 
 MODELS = {
     "1m": Model(width=128, layers=4, heads=4, mlp_width=344, steps=400, grid_steps=400, seeds=3),
-    "6m": Model(width=256, layers=6, heads=8, mlp_width=688, steps=500, grid_steps=500, seeds=1),
+    "6m": Model(*(256, 6, 8, 688), steps=400, grid_steps=400, seeds=1, transferred=True),
 }
 
 

@@ -343,3 +343,22 @@ def test_state_is_counted_once() -> None:
     optimizer.state[weight]["view"] = optimizer.state[weight]["momentum_buffer"][:2]
     assert state_bytes(optimizer) == 32
     assert state_bytes(optimizer, []) == 0
+
+
+def test_matrices_can_have_a_rate_of_their_own(settings: Settings, task: Task) -> None:
+    model, optimizer = METHODS["adamw-quarter"].build(task.model(0), 4e-3, 0, settings)
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    slow = set(matrices(model).values())
+    assert set(rates) == set(model.parameters())
+    assert {rates[p] for p in slow} == {1e-3}
+    assert {rates[p] for p in rates if p not in slow} == {4e-3}
+
+
+def test_the_larger_model_is_offered_what_was_best_for_the_smaller(settings: Settings) -> None:
+    larger = dataclasses.replace(settings, model="6m")
+    for method in TABLE:
+        lrs, extensions = method.grid(larger)
+        # Learning rates have two digits.
+        assert lrs == pytest.approx((method.best_lr / 2, method.best_lr), rel=0.05)
+        assert extensions == 0
+        assert method.grid(settings) == (method.lrs, settings.extensions)
