@@ -46,9 +46,8 @@ def _parallel(kernel: Callable[..., None], count: int, unit: int, least: int, *a
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
     """The memory of a contiguous tensor as integers of its width, (numel,)."""
-    width = torch.int32 if tensor.dtype == torch.float32 else torch.int16
-    array = tensor.detach().view(-1).view(width).numpy()
-    return array.view(np.uint32 if tensor.dtype == torch.float32 else np.uint16)
+    width = torch.uint32 if tensor.dtype == torch.float32 else torch.uint16
+    return tensor.detach().view(width).numpy().reshape(-1)
 
 
 def _noise(key: NoiseKey) -> tuple[int, np.uint32, np.uint32, np.uint32, int, np.uint16 | None]:

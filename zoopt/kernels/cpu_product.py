@@ -55,7 +55,7 @@ def add_product(
             [],
             [],
             decay,
-            key.shifted(rows.start * theta.shape[1]),
+            key.shifted(rows.start * theta.shape[1]) if rows.start else key,
             rounding_draw,
             None if added is None else added.reshape(-1),
         )
