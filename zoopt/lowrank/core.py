@@ -18,7 +18,7 @@ from zoopt.kernels.ops_adam import adamw_
 from zoopt.kernels.ops_product import add_product_
 from zoopt.lowrank.basis import basis_specs, load_bases, refresh, refresh_due
 from zoopt.lowrank.geometry import Geometry, ProjType, geometry, matrix
-from zoopt.lowrank.residuals import NONE, Residual, Terms
+from zoopt.lowrank.residuals import NONE, Parts, Residual, Terms
 from zoopt.lowrank.rules import ADAM, LION, MOMENTUM, Rule, adam_moments, adam_numbers, moment_draw
 from zoopt.lowrank.sharded import first_row, refresh_together, rows_of
 from zoopt.lowrank.subspace import Projector, down, factors, wide
@@ -111,7 +111,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         else:
             direction = self._direction(site, reduced, state, step, key)
         direction = direction.to(wide(reduced))
-        terms = residual.terms(direction, reduced, grad, norms, state, group, geo)
+        terms = residual.terms(Parts(direction, reduced, grad, norms, state, group, geo))
         up = terms.product is not None or terms.sign_step
         bases = load_bases(site, state, geo, step - 1) if up else {}
         self._write(site, terms, reduced, grad, bases, geo, step)
@@ -153,7 +153,8 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         key = NoiseKey(site.seed, site.stream, first)
         direction = self._direction(part, reduced, state, completed + 1, key)
         direction = direction.to(wide(reduced))
-        terms = self._residual(group).terms(direction, reduced, None, None, state, group, geo)
+        parts = Parts(direction, reduced, None, None, state, group, geo)
+        terms = self._residual(group).terms(parts)
         self._write(part, terms, reduced, None, bases, geo, completed + 1)
 
     def _write(

@@ -39,19 +39,38 @@ class Terms(NamedTuple):
     rate: float = 1.0
 
 
+class Parts(NamedTuple):
+    """What a residual makes its terms of.
+
+    Attributes:
+        direction, reduced: the rule's N and R, (channels, r).
+        gradient: (m, n), where it is needed.
+        norms: of the rows of N and of R, (2, channels), where they are needed.
+        state, group, geo: the parameter's.
+    """
+
+    direction: Tensor
+    reduced: Tensor
+    gradient: Tensor | None
+    norms: Tensor | None
+    state: State
+    group: Group
+    geo: Geometry
+
+
 class Residual(NamedTuple):
     """A residual's state and its terms.
 
     Attributes:
         specs: geometry, accumulator's dtype -> the state tensors.
-        terms: direction, R, gradient (m, n), norms, state, group, geometry -> what is descended.
+        terms: the parts -> what is descended.
         needs_gradient: whether `terms` has one that multiplies the whole gradient.
         needs_norms: whether it takes the norms of the direction's and R's rows, (2, channels), as
             Adam's pass over its moments gives them.
     """
 
     specs: Callable[[Geometry, torch.dtype], dict[str, TensorSpec]]
-    terms: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, State, Group, Geometry], Terms]
+    terms: Callable[[Parts], Terms]
     needs_gradient: bool
     needs_norms: bool = False
 
@@ -60,17 +79,9 @@ def _no_specs(geo: Geometry, accumulator: torch.dtype) -> dict[str, TensorSpec]:
     return {}
 
 
-def _dropped(
-    direction: Tensor,
-    reduced: Tensor,
-    gradient: Tensor | None,
-    norms: Tensor | None,
-    state: State,
-    group: Group,
-    geo: Geometry,
-) -> Terms:
+def _dropped(parts: Parts) -> Terms:
     """scale N."""
-    return Terms(direction, rate=group["scale"])
+    return Terms(parts.direction, rate=parts.group["scale"])
 
 
 def channel_norms(gradient: Tensor, geo: Geometry, dtype: torch.dtype) -> Tensor:
@@ -115,66 +126,42 @@ def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
 
 
-def _scaled_channels(
-    direction: Tensor,
-    reduced: Tensor,
-    gradient: Tensor | None,
-    norms: Tensor | None,
-    state: State,
-    group: Group,
-    geo: Geometry,
-) -> Terms:
+def _scaled_channels(parts: Parts) -> Terms:
     """scale G s with s_j = ||N_j|| / ||R_j||."""
-    assert norms is not None
-    return _scaled(_quotient(norms[0], norms[1]), gradient, state, group, geo)
+    assert parts.norms is not None
+    return _scaled(_quotient(parts.norms[0], parts.norms[1]), parts)
 
 
-def _scaled_tensor(
-    direction: Tensor,
-    reduced: Tensor,
-    gradient: Tensor | None,
-    norms: Tensor | None,
-    state: State,
-    group: Group,
-    geo: Geometry,
-) -> Terms:
+def _scaled_tensor(parts: Parts) -> Terms:
     """scale s G with s = ||N|| / ||R||."""
-    assert norms is not None
-    whole = norms.norm(dim=1, keepdim=True)
-    return _scaled(_quotient(whole[0], whole[1]), gradient, state, group, geo)
+    assert parts.norms is not None
+    whole = parts.norms.norm(dim=1, keepdim=True)
+    return _scaled(_quotient(whole[0], whole[1]), parts)
 
 
-def _scaled(
-    scale: Tensor, gradient: Tensor | None, state: State, group: Group, geo: Geometry
-) -> Terms:
-    if group["norm_growth_limit"] is not None and gradient is not None:
-        norms = channel_norms(gradient, geo, scale.dtype)
-        scale = scale * limited((scale * norms).norm(), state, group)
+def _scaled(scale: Tensor, parts: Parts) -> Terms:
+    group = parts.group
+    if group["norm_growth_limit"] is not None and parts.gradient is not None:
+        norms = channel_norms(parts.gradient, parts.geo, scale.dtype)
+        scale = scale * limited((scale * norms).norm(), parts.state, group)
     return Terms(None, scale * group["scale"])
 
 
-def _scaled_complement(
-    direction: Tensor,
-    reduced: Tensor,
-    gradient: Tensor | None,
-    norms: Tensor | None,
-    state: State,
-    group: Group,
-    geo: Geometry,
-) -> Terms:
+def _scaled_complement(parts: Parts) -> Terms:
     """scale N, and phi_j (G - R's part of G) with phi_j = ||N_j|| / ||R_j||.
 
     The second term's norm needs no complement: ||G_j||^2 - ||R_j||^2, the basis being orthonormal.
     Nor does its write: it is phi_j G, less phi_j R on the way up.
     """
-    assert norms is not None
-    inside = norms[1]
-    scale = _quotient(norms[0], inside)
-    if group["norm_growth_limit"] is not None and gradient is not None:
-        whole = channel_norms(gradient, geo, scale.dtype)
+    assert parts.norms is not None
+    group, inside = parts.group, parts.norms[1]
+    scale = _quotient(parts.norms[0], inside)
+    if group["norm_growth_limit"] is not None and parts.gradient is not None:
+        whole = channel_norms(parts.gradient, parts.geo, scale.dtype)
         outside = (whole.square() - inside.square()).clamp_min(0.0).sqrt()
-        scale = scale * limited((scale * outside).norm(), state, group)
-    return Terms(direction * group["scale"] - scale.unsqueeze(1) * reduced, scale)
+        scale = scale * limited((scale * outside).norm(), parts.state, group)
+    inner = parts.direction * group["scale"] - scale.unsqueeze(1) * parts.reduced
+    return Terms(inner, scale)
 
 
 #: The part outside the subspace is dropped (GaLore).
@@ -192,17 +179,9 @@ def sign_rate(group: Group, geo: Geometry) -> float:
     return 0.0 if geo.rank == dim else float(group["lr"]) * group["sign_lr_scale"]
 
 
-def _signs(
-    direction: Tensor,
-    reduced: Tensor,
-    gradient: Tensor | None,
-    norms: Tensor | None,
-    state: State,
-    group: Group,
-    geo: Geometry,
-) -> Terms:
+def _signs(parts: Parts) -> Terms:
     """N, and sign(G - up(R)) at a rate of its own."""
-    return Terms(direction, sign_step=sign_rate(group, geo))
+    return Terms(parts.direction, sign_step=sign_rate(parts.group, parts.geo))
 
 
 #: Of the part outside, the signs (FRUGAL).

@@ -164,7 +164,10 @@ def _gradnorm(rank: int) -> Callable[[nn.Module], nn.Module]:
 
 
 def _gradnormlorp(rank: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    return lambda model: zoopt.GradNormLoRP(_trained(model), rank=rank, state_dtype="int8")
+    """The factors projected to half of their rank."""
+    return lambda model: zoopt.GradNormLoRP(
+        gradnormlorp.param_groups(model, rank=max(1, rank // 2)), state_dtype="int8"
+    )
 
 
 def _sltrain(rank: int) -> Callable[[nn.Module], nn.Module]:
