@@ -83,42 +83,57 @@ def smooth(curve: Sequence[float | None]) -> tuple[list[int], list[float]]:
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:
-    """Training loss over steps, and final perplexity against the optimizer's state."""
+    """Training loss over steps; and perplexities, best first, with the optimizers' states."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = content["records"]
+    records = sorted(
+        content["records"],
+        key=lambda record: record["validation_perplexity"]["mean"] or math.inf,
+    )
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         fig: Any
         fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
         for number, record in enumerate(records):
-            colour = plt.get_cmap("tab20")(number % 20)
+            colour = plt.get_cmap("turbo")(0.05 + 0.9 * number / max(1, len(records) - 1))
+            left.plot(*smooth(record["curve"]), color=colour, linewidth=1.2)
             figure = record["validation_perplexity"]
-            left.plot(*smooth(record["curve"]), color=colour, linewidth=1.2, label=record["label"])
-            if figure["mean"] is None:
-                continue
-            x = record["state_bytes"] / 1e6
-            right.errorbar(x, figure["mean"], figure["std"], fmt="o", color=colour, capsize=3)
-            right.annotate(
-                *(record["label"], (x, figure["mean"])),
-                xytext=(5, 4), textcoords="offset points", fontsize=7.5,
-            )  # fmt: skip
+            state = f"{record['state_bytes'] / 1e6:.3g} MB"
+            end = right.get_yaxis_transform()
+            right.annotate(state, (1.02, number), xycoords=end, va="center", annotation_clip=False)
+            if figure["mean"] is not None:
+                right.errorbar(
+                    *(figure["mean"], number), xerr=figure["std"],
+                    fmt="o", color=colour, capsize=3, markersize=7,
+                )  # fmt: skip
         left.set_xlabel("step")
         left.set_ylabel(f"training loss, means of {SMOOTH} steps and of the seeds")
-        left.legend(frameon=False, fontsize=7.5)
-        right.set_xlabel("optimizer state, MB")
-        right.set_ylabel("validation perplexity")
-        right.margins(x=0.2)
+        right.set_xscale("log")
+        ticks = _ticks([r["validation_perplexity"]["mean"] for r in records])
+        right.set_xticks(ticks, [str(tick) for tick in ticks])
+        right.minorticks_off()
+        right.set_yticks(range(len(records)), [record["label"] for record in records])
+        right.invert_yaxis()
+        right.set_xlabel("validation perplexity, and standard deviation over the seeds")
+        right.set_title("optimizer state", loc="right", fontsize=9)
         for ax in (left, right):
             ax.grid(alpha=0.3)
         settings = content["settings"]
         fig.suptitle(
             f"LLaMA {settings['model']}, {settings['steps']} steps: every method at its own best "
-            "learning rate",
+            "learning rate; curves in the colours of the list",
             x=0.01, ha="left", fontsize=10,
         )  # fmt: skip
         fig.savefig(path, dpi=130)
         plt.close(fig)
+
+
+def _ticks(means: Sequence[float | None]) -> list[int]:
+    """Round numbers of two digits that are spread over the perplexities."""
+    known = [mean for mean in means if mean is not None] or [1.0]
+    low, high = min(known), max(known)
+    steps = [low * (high / low) ** (i / 5) for i in range(6)]
+    return sorted({int(float(f"{step:.2g}")) for step in steps})
