@@ -47,11 +47,13 @@ COLORS = {
 MB = 1e6
 
 
-def measured(options: argparse.Namespace, key: str) -> Measurement | str:
+def measured(options: argparse.Namespace, workers: int, key: str) -> Measurement | str:
     """The measurement of one method, from a process of its own; or why there is none."""
     command = [sys.executable, __file__, "--child", key]
-    for name in ("model", "dtype", "batch", "seq", "threads", "device"):
+    for name in ("model", "dtype", "batch", "seq", "device"):
         command += [f"--{name}", str(getattr(options, name))]
+    # More threads than cores wait for each other, spinning.
+    command += ["--threads", str(max(1, options.threads // workers))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -213,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     workers = 1 if options.device.startswith("cuda") else options.workers
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         futures = {
-            pool.submit(measured, options, methods.key(entry.name)): entry.name for entry in entries
+            pool.submit(measured, options, workers, methods.key(entry.name)): entry.name
+            for entry in entries
         }
         for future in concurrent.futures.as_completed(futures):
             found[futures[future]] = future.result()
