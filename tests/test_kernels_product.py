@@ -25,20 +25,25 @@ def difference(
     r: int,
     offset: int = 0,
     rounding_draw: int | None = 9,
+    narrow: str | None = None,
     device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """How far theta is from the formula in float64, and how far it may be: (m, n)."""
     torch.manual_seed(r)
     theta = torch.randn(m, n).to(dtype)
-    left, right = torch.randn(m, r), torch.randn(n, r)
+    left, right, alpha = torch.randn(m, r), torch.randn(n, r), 0.7
+    if narrow == "left":
+        left = left.to(dtype)
+    elif narrow == "right":
+        right = right.to(dtype)
     away, back = torch.randn(m, r), torch.randn(n, r)
     gradient = torch.randn(n, m).to(dtype).t()
-    kwargs: dict[str, Any] = {"decay": 0.9}
+    kwargs: dict[str, Any] = {"decay": 0.9, "alpha": alpha}
     expected = 0.9 * theta.double()
     size = expected.abs()
     product = terms in ("product", "by row", "all")
     if product:
-        expected = expected + left.double() @ right.double().t()
+        expected = expected + alpha * left.double() @ right.double().t()
         size = size + left.double().abs() @ right.double().abs().t()
     shape = {"by row": (m, 1), "by column": (1, n), "scalar": (1, 1), "all": (m, 1)}.get(terms)
     if shape:
@@ -53,7 +58,7 @@ def difference(
         rest = gradient.double() - away.double() @ back.double().t()
         kwargs |= {"gradient": gradient, "sign_of": (away, back), "sign_step": 0.25}
         if shape:
-            expected = 0.9 * theta.double() + left.double() @ right.double().t()
+            expected = 0.9 * theta.double() + alpha * left.double() @ right.double().t()
             expected = expected + kwargs["channel_scale"].double() * gradient.double()
         expected = expected + 0.25 * rest.sign()
         size = size + 1.0
@@ -93,6 +98,14 @@ def test_the_formula(impl: str, dtype: torch.dtype, terms: str, m: int, n: int, 
     for rounding_draw in (None, 9):
         error, bound = difference(impl, dtype, terms, m, n, r, 3, rounding_draw)
         assert (error <= bound).all()
+
+
+@pytest.mark.parametrize("impl", [i for i in kernels.available_impls() if i != "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("narrow", ["left", "right"])
+def test_a_factor_may_be_of_thetas_dtype(impl: str, dtype: torch.dtype, narrow: str) -> None:
+    error, bound = difference(impl, dtype, "all", 600, 700, 33, narrow=narrow)
+    assert (error <= bound).all()
 
 
 @pytest.mark.parametrize("impl", [i for i in kernels.available_impls() if i != "triton"])

@@ -50,3 +50,10 @@ def test_norms(rows: int, r: int) -> None:
 def test_product(dtype: torch.dtype, terms: str, m: int, n: int, r: int, offset: int) -> None:
     error, bound = difference("triton", dtype, terms, m, n, r, offset)
     assert (error <= bound).all()
+
+
+@pytest.mark.parametrize("narrow", ["left", "right"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_product_of_a_factor_of_thetas_dtype(dtype: torch.dtype, narrow: str) -> None:
+    error, bound = difference("triton", dtype, "product", 70, 40, 5, narrow=narrow)
+    assert (error <= bound).all()

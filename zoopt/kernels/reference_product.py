@@ -53,7 +53,7 @@ def add_product(
 def scaled_factors(
     left: Tensor | None, right: Tensor | None, alpha: float, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The factors in this dtype, alpha times the one that must be cast to it, in one pass."""
+    """The factors in this dtype, alpha times the one that must be cast to it anyway."""
     if left is None or right is None:
         return None, None
     if left.dtype == dtype and right.dtype != dtype:
@@ -66,6 +66,9 @@ def scaled_factors(
 def _times(factor: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
     if alpha == 1.0:
         return factor.to(dtype)
+    if dtype.itemsize > factor.dtype.itemsize:
+        return factor.to(dtype).mul_(alpha)
+    # Computed in the factor's dtype, and cast in the same pass.
     product = torch.empty(factor.shape, dtype=dtype, device=factor.device)
     return torch.mul(factor, alpha, out=product)
 
