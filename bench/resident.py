@@ -1,27 +1,15 @@
-"""The resident set of a process: what the system counts, caches and workspaces among it."""
+"""How far a step raises the resident set of its process beyond a forward pass."""
 
 from __future__ import annotations
 
 import gc
-import resource
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import zoopt
-
-
-def peak(*, reset: bool) -> int:
-    """The process's largest resident set in bytes, since the last reset where that can be done."""
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if reset:
-        clear.write_text("5")
-    [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
+from zoopt.memory import resident
 
 
 def beyond_forward(step: Callable[[], Any], forwards: Callable[[int], None]) -> int:
@@ -35,9 +23,9 @@ def beyond_forward(step: Callable[[], Any], forwards: Callable[[int], None]) -> 
     zoopt.kernels.perturb_rows(small.view(256, 256), rows, 1e-3, **key)
     forwards(2)
     gc.collect()
-    peak(reset=True)
+    resident.forget_peak()
     forwards(1)
-    forward = peak(reset=False)
-    peak(reset=True)
+    forward = resident.peak()
+    resident.forget_peak()
     step()
-    return peak(reset=False) - forward
+    return resident.peak() - forward

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
-import resource
 import subprocess
 import sys
 import warnings
@@ -15,6 +13,7 @@ import torch
 
 import zoopt
 from zoopt.checks import check_choice, check_positive_int
+from zoopt.memory import resident
 from zoopt.memory.meter import Category, StorageMeter
 from zoopt.memory.methods import Method, methods
 from zoopt.memory.models import ModelSpec, resolve
@@ -118,7 +117,8 @@ def measure_here(
 ) -> Measurement:
     """As `measure`, in this process: what else it holds is in `resident`, not in `peak`."""
     _load_kernels(device)
-    before = _resident()
+    before = resident.now()
+    resident.forget_peak()
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -149,7 +149,7 @@ def measure_here(
         categories_of(meter),
         dict(meter.phases),
         state,
-        None if cuda else max(0, _peak_resident() - before),
+        None if cuda else max(0, resident.peak() - before),
         max(allocator.phases.values()) if allocator is not None else None,
         torch.cuda.max_memory_reserved() if cuda else None,
         allocator.phases if allocator is not None else {},
@@ -178,21 +178,6 @@ def _load_kernels(device: str) -> None:
     zoopt.MeZO([param], perturbation="inplace", seed=0).step(lambda: 0.0)
     param.grad = torch.ones_like(param)
     zoopt.AdamW([param], seed=0).step()
-
-
-def _resident() -> int:
-    """Bytes of this process in memory now."""
-    import psutil  # type: ignore[import-untyped]
-
-    gc.collect()
-    size: int = psutil.Process().memory_info().rss
-    return size
-
-
-def _peak_resident() -> int:
-    """The most bytes of this process in memory so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _main(request: dict[str, Any]) -> None:
