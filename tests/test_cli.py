@@ -16,6 +16,7 @@ from bench import common, compare, methods, step
 from zoopt import doctor, selftest
 from zoopt.cli import bench, main
 from zoopt.first_order import FirstOrderOptimizer
+from zoopt.kernels import cpu_threads
 
 RESULTS = common.ROOT / "bench" / "results"
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "noise_v1.json").read_text())
@@ -88,7 +89,7 @@ def test_doctor_writes_json_alone_to_standard_output(
         "device": "cpu",
         "operation": "noise",
         "impl": "numba",
-        "reason": f"numba {report['versions']['numba']} is installed",
+        "reason": f"numba {report['versions']['numba']} is installed; {cpu_threads.kind()}",
     }
     assert "1 of 1 self-tests pass" in err
 

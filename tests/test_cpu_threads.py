@@ -64,6 +64,7 @@ def test_torchs_own_threads_are_used_where_they_can_be(region: str) -> None:
     openmp = "OpenMP" in torch.__config__.parallel_info() and region == "OpenMP"
     gnu = cpu_threads._parallel_region(os.getpid()) is not None
     assert any(name.startswith("zoopt") for name in names) != (openmp and gnu)
+    assert cpu_threads.kind() == ("torch's OpenMP threads" if gnu else "threads of its own")
 
 
 def test_errors_come_back_once_all_is_done() -> None:

@@ -9,7 +9,7 @@ import torch
 
 import zoopt
 from zoopt import machine, noise
-from zoopt.kernels import dispatch
+from zoopt.kernels import cpu_threads, dispatch
 
 #: What a package of an extra is good for.
 PACKAGES = {
@@ -101,6 +101,8 @@ def _impl_of(module: str) -> str:
 def _reason(device: str, impl: str) -> str:
     package = "triton" if device.startswith("cuda") else "numba"
     installed = machine.version(package)
+    if impl == "numba":
+        return f"numba {installed} is installed; {cpu_threads.kind()}"
     if impl != "reference":
         return f"{impl} {installed} is installed"
     if installed is None:

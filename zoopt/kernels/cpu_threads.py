@@ -75,6 +75,12 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="zoopt")
 
 
+def kind() -> str:
+    """Whose threads kernels run on, in words."""
+    own = _parallel_region(os.getpid()) is None
+    return "threads of its own" if own else "torch's OpenMP threads"
+
+
 def run(task: Callable[[Span], None], spans: list[Span]) -> None:
     """Call the task, which releases the GIL, on every span, in as many threads as can be had."""
     process = os.getpid()
