@@ -1,7 +1,8 @@
 """Time of a GaLore step against its floor and against the published code; cost of a new basis.
 
-Steps: of the matrices of one shape in a LLaMA layer (4 of attention d x d; gate and up h x d; down
-d x h), as one optimizer holds them, at the GaLore paper's rank. Methods:
+Steps: of the matrices of one shape in a LLaMA (a layer has 4 of attention d x d; gate and up h x d;
+down d x h), as one optimizer holds those of all layers, or of as many as fit in 2 GB; per layer; at
+the GaLore paper's rank. Methods:
 
   floor      the least that a step must do: G Q, theta + R Q^T in place, both in the weights' dtype,
              and one pass over both moments in float32
@@ -48,26 +49,35 @@ BETAS, SCALE = (0.9, 0.999), 0.25
 
 
 class Size(NamedTuple):
-    """A LLaMA's width d, its MLP's h, and the GaLore paper's rank."""
+    """A LLaMA's width d, its MLP's h, the GaLore paper's rank, and how many layers it has."""
 
     width: int
     mlp_width: int
     rank: int
+    layers: int
 
 
 SIZES = {
-    "60m": Size(512, 1376, 128),
-    "130m": Size(768, 2048, 256),
-    "350m": Size(1024, 2736, 256),
-    "1b": Size(2048, 5461, 512),
-    "7b": Size(4096, 11008, 1024),
+    "60m": Size(512, 1376, 128, 8),
+    "130m": Size(768, 2048, 256, 12),
+    "350m": Size(1024, 2736, 256, 24),
+    "1b": Size(2048, 5461, 512, 24),
+    "7b": Size(4096, 11008, 1024, 32),
 }
+#: What the weights of one shape may take.
+MAX_BYTES = 2 * 10**9
 
 
 def shapes(size: Size) -> dict[str, tuple[int, int, int]]:
     """m, n, and how many a layer has."""
     d, h = size.width, size.mlp_width
     return {"attention": (d, d, 4), "up": (h, d, 2), "down": (d, h, 1)}
+
+
+def layers_held(size: Size, m: int, n: int, count: int) -> int:
+    """How many layers' matrices of a shape are stepped together: all, or those that fit."""
+    of_a_layer = count * m * n * 4 * 8  # Weights and gradients of four methods, in float32.
+    return max(1, min(size.layers, MAX_BYTES // of_a_layer))
 
 
 class Floor:
@@ -133,11 +143,12 @@ def steps(theta: Tensor, rank: int, count: int) -> dict[str, Callable[[], Any]]:
 
 
 def measure_shape(
-    theta: Tensor, rank: int, count: int, repeats: int, label: str
+    theta: Tensor, rank: int, count: int, layers: int, repeats: int, label: str
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Durations of each method's steps, a round each, and of its refreshes; in seconds."""
+    """Durations of each method's steps, a round each, and of its refreshes; in seconds a layer."""
     device = theta.device
-    times = common.round_robin(steps(theta, rank, count), device, repeats, label)
+    whole = common.round_robin(steps(theta, rank, count * layers), device, repeats, label)
+    times = {method: [second / layers for second in own] for method, own in whole.items()}
     gradient, right = torch.randn_like(theta), theta.shape[0] >= theta.shape[1]
     previous = new_basis(gradient, rank, right, "randomized", None)
     common.progress(f"{label}: refresh")
@@ -172,8 +183,11 @@ def step_rows(options: argparse.Namespace, device: torch.device) -> list[common.
             spent: dict[str, float] = {}
             for kind, (m, n, count) in shapes(size).items():
                 theta = torch.randn(m, n, device=device).to(common.DTYPES[dtype])
+                layers = layers_held(size, m, n, count)
                 label = f"{name} {dtype} {kind} {count} x {m}x{n}"
-                times, refreshes = measure_shape(theta, size.rank, count, options.repeats, label)
+                times, refreshes = measure_shape(
+                    *(theta, size.rank, count, layers, options.repeats, label)
+                )
                 rows += method_rows(label, times, refreshes)
                 for method, own in times.items():
                     total = layer.setdefault(method, [0.0] * len(own))

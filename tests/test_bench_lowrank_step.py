@@ -37,6 +37,12 @@ def test_a_layer_has_seven_matrices() -> None:
     )
 
 
+def test_as_many_layers_as_fit_are_stepped_together() -> None:
+    small, large = lowrank_step.SIZES["60m"], lowrank_step.SIZES["7b"]
+    assert lowrank_step.layers_held(small, 512, 512, 4) == small.layers == 8
+    assert lowrank_step.layers_held(large, 4096, 4096, 4) == 1
+
+
 def test_a_refresh_is_spread_over_its_steps() -> None:
     times = {"floor": [1e-3, 1e-3], "zoopt": [2e-3, 2e-3], "published": [4e-3, 4e-3]}
     rows = method_rows("x", times, {"zoopt": 0.2, "published": 2.0})
