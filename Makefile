@@ -31,7 +31,9 @@ bench: $(VENV)/test
 	$(BIN)/python examples/fetch_demo_assets.py
 	$(BIN)/python bench/kernels.py --sass --json bench/results/sass.json
 	$(BIN)/python bench/kernels.py --json bench/results/kernels_cpu.json
-	$(BIN)/python bench/step.py --json bench/results/step_cpu.json --plot bench/results/step_cpu.png
+	$(BIN)/python bench/step.py --repeats 5 --json bench/results/step_cpu.json --plot bench/results/step_cpu.png
+	$(BIN)/python bench/step.py --repeats 3 --json bench/results/step_zeroth_order_cpu.json \
+		--optimizers mezo-in-place lozo lozo-momentum subzero zoadam-window forwardgrad
 	$(BIN)/python bench/lowrank_step.py --sizes 60m 130m 350m 1b --repeats 5 --refreshes 3 --json bench/results/lowrank_step_cpu.json
 	$(BIN)/python bench/paper_memory.py --json bench/results/paper_memory.json
 	$(BIN)/zoopt plan llama-7b --gpu 24GB --json bench/results/plan_llama7b.json
