@@ -1,5 +1,6 @@
 """Threads for the CPU kernels: every span is done once, whoever does it, and errors come back."""
 
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
 import multiprocessing
@@ -7,12 +8,14 @@ import os
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
 from zoopt import kernels
-from zoopt.kernels import cpu, cpu_threads
-from zoopt.kernels.cpu_threads import Span
+from zoopt.kernels import cpu_threads
+from zoopt.kernels.cpu_intrinsics import jit
+from zoopt.kernels.cpu_spread import spread
 
 NUMEL = 1 << 19
 
@@ -21,7 +24,7 @@ NUMEL = 1 << 19
 def region(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both kinds of threads; the team exists where torch is built with GNU's OpenMP."""
     if request.param == "pool":
-        monkeypatch.setattr(cpu_threads, "_parallel_region", lambda process: None)
+        monkeypatch.setattr(cpu_threads, "_parallel_region", lambda process: 0)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield request.param
@@ -44,51 +47,65 @@ def send_total(connection: multiprocessing.connection.Connection, out: torch.Ten
     connection.send(total(out))
 
 
-def test_every_span_is_done_once() -> None:
-    spans = [(10 * i, 10 * i + 10) for i in range(7)]
-    done: list[Span] = []
-    cpu_threads.run(done.append, spans)
-    assert sorted(done) == spans
+@jit
+def _count(visits, limit, span):
+    if span[0] == limit:
+        raise ValueError
+    for i in range(span[0], span[1]):
+        visits[i] += span[1] - span[0]
+
+
+@jit
+def count(arguments, team):
+    spread(_count, arguments, team)
+
+
+@pytest.mark.parametrize(("length", "share"), [(70, 10), (70, 13), (70, 70), (70, 99), (0, 10)])
+def test_every_span_is_done_once(length: int, share: int) -> None:
+    visits = np.zeros(length, np.int64)
+    cpu_threads.run(count, (visits, -1), length, share)
+    ends = [min(start + share, length) - start for start in range(0, length, share)]
+    assert visits.tolist() == [end for end in ends for _ in range(end)]
+
+
+@pytest.mark.parametrize("limit", [0, 20, 60])
+def test_errors_come_back_once_all_is_done(limit: int) -> None:
+    visits = np.zeros(70, np.int64)
+    with pytest.raises(MemoryError, match="scratch"):
+        cpu_threads.run(count, (visits, limit), 70, 10)
+    assert visits.sum() == 600
+
+
+@pytest.mark.parametrize(("count", "unit", "least", "expected"), [
+    (0, 16, 1, 16), (1, 16, 1, 16), (100, 16, 1000, 112), (100, 16, 1, 48), (3, 1, 1, 1),
+])  # fmt: skip
+def test_shares_are_whole_units_of_three_threads(
+    count: int, unit: int, least: int, expected: int
+) -> None:
+    assert cpu_threads.share(count, unit, least) == expected
 
 
 def test_torchs_own_threads_are_used_where_they_can_be(region: str) -> None:
-    names: set[str] = set()
-    together = threading.Barrier(2, timeout=60.0)
-
-    def task(span: Span) -> None:
-        together.wait()
-        names.add(threading.current_thread().name)
-
-    cpu_threads.run(task, [(0, 1), (1, 2)])
-    assert len(names) == 2
-    openmp = "OpenMP" in torch.__config__.parallel_info() and region == "OpenMP"
-    gnu = cpu_threads._parallel_region(os.getpid()) is not None
-    assert any(name.startswith("zoopt") for name in names) != (openmp and gnu)
+    torch.ones(1 << 20).sum()  # The team is there now.
+    before = len(os.listdir("/proc/self/task"))
+    perturbed()
+    started = {thread.name for thread in threading.enumerate() if thread.name.startswith("zoopt")}
+    gnu = cpu_threads._parallel_region(os.getpid()) != 0
+    assert gnu == ("OpenMP" in torch.__config__.parallel_info() and region == "OpenMP")
     assert cpu_threads.kind() == ("torch's OpenMP threads" if gnu else "threads of its own")
+    if gnu:
+        assert len(os.listdir("/proc/self/task")) == before
+    else:
+        assert started
 
 
-def test_errors_come_back_once_all_is_done() -> None:
-    done: list[Span] = []
-
-    def task(span: Span) -> None:
-        done.append(span)
-        if span == (1, 2):
-            raise KeyError("no such moment")
-
-    with pytest.raises(KeyError, match="no such moment"):
-        cpu_threads.run(task, [(0, 1), (1, 2), (2, 3)])
-    assert len(done) == 3
-
-
-def test_bits_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "MIN_PER_THREAD", 1 << 14)
+def test_bits_do_not_depend_on_the_threads() -> None:
     parallel = perturbed()
     torch.set_num_threads(1)
     assert parallel.equal(perturbed())
 
 
-def test_several_python_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "MIN_PER_THREAD", 1 << 14)
+def test_several_python_threads_at_once() -> None:
     expected, found = perturbed(), list[torch.Tensor]()
     workers = [threading.Thread(target=lambda: found.append(perturbed())) for _ in range(4)]
     for worker in workers:
@@ -100,9 +117,8 @@ def test_several_python_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_process_has_threads_of_its_own() -> None:
     """The parent's team is not there, and waiting for it would take forever."""
-    monkeypatch.setattr(cpu, "MIN_PER_THREAD", 1 << 14)
     out = torch.empty_like(THETA)
     expected = total(out)
     context = multiprocessing.get_context("fork")

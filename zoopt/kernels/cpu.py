@@ -10,7 +10,6 @@ result does not depend on their number.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,23 +24,15 @@ from zoopt.kernels.cpu_tile import NORMALS_PER_WORD, SIGNS_PER_WORD, TILE
 from zoopt.kernels.key import NoiseKey
 
 #: Below this many elements a thread costs more than it saves.
-MIN_PER_THREAD = 1 << 18
+MIN_PER_THREAD = 1 << 15
 
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 
-def _parallel(kernel: Callable[..., None], count: int, unit: int, least: int, *args: Any) -> None:
-    """Call kernel(*args, (start, stop)) on disjoint spans of 0 ... count - 1.
-
-    Spans start at multiples of `unit`, and there are no more of them than spans of `least`.
-    """
-    threads = min(torch.get_num_threads(), -(-count // least))
-    if threads <= 1:
-        kernel(*args, (0, count))
-        return
-    share = -(-count // (threads * unit)) * unit
-    spans = [(start, min(start + share, count)) for start in range(0, count, share)]
-    cpu_threads.run(functools.partial(kernel, *args), spans)
+def _parallel(kernel: Callable[..., None], count: int, unit: int, *args: Any) -> None:
+    """Have a kernel do elements 0 ... count - 1, in spans that start at multiples of `unit`."""
+    share = cpu_threads.share(count, unit, MIN_PER_THREAD)
+    cpu_threads.run(kernel, args, count, share)
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -83,7 +74,6 @@ def weighted_sum(
         cpu_kernels.weighted_sum,
         theta.numel(),
         TILE,
-        MIN_PER_THREAD,
         _array(theta),
         _array(out),
         wide,
@@ -114,7 +104,6 @@ def momentum_sum(
         cpu_kernels.momentum_sum,
         theta.numel(),
         TILE,
-        MIN_PER_THREAD,
         _array(theta),
         buffer.view(-1).numpy(),
         _KINDS[theta.dtype],
@@ -148,7 +137,6 @@ def adam_window(
         cpu_kernels.adam_window,
         theta.numel(),
         TILE,
-        MIN_PER_THREAD,
         _array(theta),
         _KINDS[theta.dtype],
         *(np.array(numbers, np.float32) for numbers in (coefficients, gradients, first, second)),
@@ -167,11 +155,7 @@ def gather_rows(
 ) -> None:
     """See reference.gather_rows."""
     d = weight.shape[1]
-    _parallel(
-        cpu_kernels.gather_rows,
-        rows.numel(),
-        1,
-        -(-MIN_PER_THREAD // d),
+    arguments = (
         _array(weight),
         rows.numpy(),
         _array(out),
@@ -180,3 +164,5 @@ def gather_rows(
         u32(draw),
         *_noise(key),
     )
+    share = cpu_threads.share(rows.numel(), 1, -(-MIN_PER_THREAD // d))
+    cpu_threads.run(cpu_kernels.gather_rows, arguments, rows.numel(), share)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels import cpu_adam_kernels
-from zoopt.kernels.cpu import _KINDS, MIN_PER_THREAD, _parallel, _rounding
+from zoopt.kernels.cpu import _KINDS, _parallel, _rounding
 from zoopt.kernels.cpu_adam_kernels import TILE
 from zoopt.kernels.cpu_intrinsics import f32, u32
 from zoopt.kernels.cpu_moments import FORMATS
@@ -60,7 +60,6 @@ def adam(
         cpu_adam_kernels.adam,
         numel,
         TILE,
-        MIN_PER_THREAD,
         _bytes(gradient),
         _KINDS[gradient.dtype],
         out.numpy(),
@@ -92,7 +91,6 @@ def adamw(
         cpu_adam_kernels.adamw,
         theta.numel(),
         TILE,
-        MIN_PER_THREAD,
         _bytes(theta),
         _KINDS[theta.dtype],
         _bytes(gradient),

@@ -1,7 +1,8 @@
 """Adam on the CPU, compiled: tile by tile, so that each tensor moves through memory once.
 
 theta, the gradient and the moments' codes arrive as bytes, and what they are as a number each:
-one compilation serves all. `moment_draw` and `rounding` are negative for rounding to nearest.
+one compilation serves all. Entries and spans are as in `cpu_kernels`. `moment_draw` and `rounding`
+are negative for rounding to nearest.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -13,6 +14,7 @@ from zoopt.kernels import philox
 from zoopt.kernels.cpu_convert import FLOAT32, decode
 from zoopt.kernels.cpu_intrinsics import add_any_order, f32, jit
 from zoopt.kernels.cpu_moments import FLOAT, read_moment, write_moment
+from zoopt.kernels.cpu_spread import spread
 from zoopt.kernels.cpu_tile import halfwords, store
 
 #: Elements a tile: all that it needs fits into the first-level cache. A multiple of the blocks'.
@@ -128,7 +130,7 @@ def _keep(
 
 
 @jit
-def adam(
+def _adam(
     gradient,
     gradient_kind,
     out,
@@ -175,7 +177,7 @@ def adam(
 
 
 @jit
-def adamw(
+def _adamw(
     theta,
     kind,
     gradient,
@@ -224,3 +226,15 @@ def adamw(
             offset,
             moment_draw,
         )
+
+
+@jit
+def adam(arguments, team):
+    """reference_adam.adam, on a team of threads."""
+    spread(_adam, arguments, team)
+
+
+@jit
+def adamw(arguments, team):
+    """reference_adam.adamw, on a team of threads."""
+    spread(_adamw, arguments, team)

@@ -1,7 +1,8 @@
-"""The operations on the CPU, compiled: tile by tile over one thread's span of elements.
+"""The operations on the CPU, compiled: tile by tile over a team of threads' spans of elements.
 
-Each kernel works on elements (or rows) span[0] ... span[1] - 1. `rounding` is the draw whose bits
-round, or negative for rounding to nearest; `threshold` is the mask's, or None at density 1.
+Each one works on elements (or rows) span[0] ... span[1] - 1, and has an entry (arguments, team)
+that spreads the spans over the threads. `rounding` is the draw whose bits round, or negative for
+rounding to nearest; `threshold` is the mask's, or None at density 1.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -11,6 +12,7 @@ import numpy as np
 
 from zoopt.kernels.cpu_convert import BFLOAT16
 from zoopt.kernels.cpu_intrinsics import f32, jit
+from zoopt.kernels.cpu_spread import spread
 from zoopt.kernels.cpu_tile import (
     SIGNS_PER_WORD,
     TILE,
@@ -31,7 +33,7 @@ from zoopt.kernels.cpu_tile import (
 
 
 @jit
-def weighted_sum(
+def _weighted_sum(
     theta,
     out,
     addend,
@@ -77,7 +79,7 @@ def weighted_sum(
 
 
 @jit
-def momentum_sum(
+def _momentum_sum(
     theta,
     buffer,
     kind,
@@ -116,7 +118,7 @@ def momentum_sum(
 
 
 @jit
-def adam_window(
+def _adam_window(
     theta,
     kind,
     coefficients,
@@ -167,7 +169,7 @@ def adam_window(
 
 
 @jit
-def gather_rows(
+def _gather_rows(
     weight, rows, out, kind, alpha, draw, per_word, stream, k0, k1, offset, threshold, span
 ):
     """reference.gather_rows on output rows; weight (V d,), out (n d,)."""
@@ -176,7 +178,7 @@ def gather_rows(
     for i in range(span[0], span[1]):
         start = rows[i] * d
         source, target = weight[start : start + d], out[i * d : i * d + d]
-        weighted_sum(
+        _weighted_sum(
             source,
             target,
             None,
@@ -194,3 +196,27 @@ def gather_rows(
             -1,
             (0, d),
         )
+
+
+@jit
+def weighted_sum(arguments, team):
+    """reference.weighted_sum, on a team of threads."""
+    spread(_weighted_sum, arguments, team)
+
+
+@jit
+def momentum_sum(arguments, team):
+    """reference.momentum_sum, on a team of threads."""
+    spread(_momentum_sum, arguments, team)
+
+
+@jit
+def adam_window(arguments, team):
+    """reference.adam_window, on a team of threads."""
+    spread(_adam_window, arguments, team)
+
+
+@jit
+def gather_rows(arguments, team):
+    """reference.gather_rows, on a team of threads."""
+    spread(_gather_rows, arguments, team)

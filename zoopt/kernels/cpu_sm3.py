@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoopt.kernels.cpu import _KINDS, MIN_PER_THREAD, _array, _parallel, _rounding
+from zoopt.kernels import cpu_threads
+from zoopt.kernels.cpu import _KINDS, MIN_PER_THREAD, _array, _rounding
 from zoopt.kernels.cpu_convert import FLOAT32, decode
 from zoopt.kernels.cpu_intrinsics import bits_of, f32, float_of, i32, jit, u32
+from zoopt.kernels.cpu_spread import spread
 from zoopt.kernels.cpu_tile import TILE, load, store
 from zoopt.kernels.key import NoiseKey
 
@@ -68,7 +70,7 @@ def _sm3(
     row,
     column,
     new_row,
-    new_column,
+    new_columns,
     buffer,
     kind,
     gradient_kind,
@@ -84,9 +86,15 @@ def _sm3(
     k1,
     offset,
     rounding,
+    share,
     span,
 ):
-    """reference_sm3.sm3 on the gradient's rows span[0] ... span[1] - 1; all but column flat."""
+    """reference_sm3.sm3 on the gradient's rows span[0] ... span[1] - 1; all but columns flat.
+
+    Spans are at work at once, so each has maxima of its own, new_columns (spans, n); a maximum is
+    exact, so that their order is nothing.
+    """
+    new_column = new_columns[span[0] // share]
     tile, gradient_tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     nu_tile = np.empty(TILE, np.int32)
     words = np.empty(TILE // 2 + 4, np.uint32)
@@ -115,6 +123,11 @@ def _sm3(
             store(target, acc, words, offset + at, kind, stream, rounding, k0, k1)
 
 
+@jit
+def _sm3_entry(arguments, team):
+    spread(_sm3, arguments, team)
+
+
 def sm3(
     theta: Tensor,
     gradient: Tensor,
@@ -136,31 +149,26 @@ def sm3(
 ) -> None:
     """See reference_sm3.sm3."""
     m, n = gradient.shape
-    columns: list[Tensor] = []
-
-    def on_rows(span: tuple[int, int]) -> None:
-        # Threads share columns: each has maxima of its own, exact, so that their order is nothing.
-        own = torch.zeros_like(new_column)
-        columns.append(own)
-        _sm3(
-            _array(theta),
-            _array(gradient),
-            _NO_ROWS if rows is None else rows.numpy(),
-            row.view(torch.int32).numpy(),
-            column.view(torch.int32).numpy(),
-            new_row.view(torch.int32).numpy(),
-            own.view(torch.int32).numpy(),
-            _NO_BUFFER if buffer is None else buffer.view(-1).numpy(),
-            _KINDS[theta.dtype],
-            _KINDS[gradient.dtype],
-            *map(f32, (keep, gain, eps, decay, momentum, complement, step_size)),
-            u32(key.stream),
-            u32(key.seed & 0xFFFFFFFF),
-            u32(key.seed >> 32),
-            key.offset,
-            _rounding(rounding_draw),
-            span,
-        )
-
-    _parallel(on_rows, m, 1, -(-MIN_PER_THREAD // n))
-    torch.amax(torch.stack(columns), 0, out=new_column)
+    share = cpu_threads.share(m, 1, -(-MIN_PER_THREAD // n))
+    columns = torch.zeros(-(-m // share), n, dtype=torch.int32)
+    arguments = (
+        _array(theta),
+        _array(gradient),
+        _NO_ROWS if rows is None else rows.numpy(),
+        row.view(torch.int32).numpy(),
+        column.view(torch.int32).numpy(),
+        new_row.view(torch.int32).numpy(),
+        columns.numpy(),
+        _NO_BUFFER if buffer is None else buffer.view(-1).numpy(),
+        _KINDS[theta.dtype],
+        _KINDS[gradient.dtype],
+        *map(f32, (keep, gain, eps, decay, momentum, complement, step_size)),
+        u32(key.stream),
+        u32(key.seed & 0xFFFFFFFF),
+        u32(key.seed >> 32),
+        key.offset,
+        _rounding(rounding_draw),
+        share,
+    )
+    cpu_threads.run(_sm3_entry, arguments, m, share)
+    torch.amax(columns, 0, out=new_column.view(torch.int32))

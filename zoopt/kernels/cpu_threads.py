@@ -8,7 +8,6 @@ OpenMP; else, and after a fork, whose child has no team, on a pool of threads.
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import functools
 import os
@@ -18,55 +17,20 @@ from typing import Any
 
 import torch
 
-Span = tuple[int, int]
-
-
-class Job:
-    """Spans that any number of threads work off, each calling `task` on one at a time."""
-
-    def __init__(self, task: Callable[[Span], None], spans: list[Span]) -> None:
-        self._task = task
-        self._spans = collections.deque(spans)
-        self._errors: list[BaseException] = []
-
-    def work(self) -> None:
-        """Do spans until none are left."""
-        while True:
-            try:
-                span = self._spans.popleft()
-            except IndexError:
-                return
-            try:
-                self._task(span)
-            except BaseException as error:  # It is another thread's, or would be lost in C.
-                self._errors.append(error)
-
-    def check(self) -> None:
-        """Raise what has been raised."""
-        if self._errors:
-            raise self._errors[0]
-
-
-_Region = ctypes.CFUNCTYPE(None, ctypes.py_object)
-
-
-_work = _Region(Job.work)
 _PROCESS = os.getpid()
 
 
 @functools.cache
-def _parallel_region(process: int) -> Callable[..., None] | None:
-    """GOMP_parallel of the library that is loaded already; None in a fork of the process."""
+def _parallel_region(process: int) -> int:
+    """The address of GOMP_parallel in the library that is loaded already; 0 if there is none, and
+    in a fork of the process."""
     if process != _PROCESS:
-        return None
+        return 0
     try:
         library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-        region: Any = library.GOMP_parallel
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
     except (OSError, AttributeError):
-        return None
-    region.argtypes = (_Region, ctypes.py_object, ctypes.c_uint, ctypes.c_uint)
-    region.restype = None
-    return region  # type: ignore[no-any-return]
+        return 0
 
 
 @functools.cache
@@ -77,20 +41,34 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 def kind() -> str:
     """Whose threads kernels run on, in words."""
-    own = _parallel_region(os.getpid()) is None
+    own = not _parallel_region(os.getpid())
     return "threads of its own" if own else "torch's OpenMP threads"
 
 
-def run(task: Callable[[Span], None], spans: list[Span]) -> None:
-    """Call the task, which releases the GIL, on every span, in as many threads as can be had."""
+def share(count: int, unit: int, least: int) -> int:
+    """How many of `count` items a thread gets: a multiple of `unit`, and about `least` or more."""
+    threads = max(1, min(torch.get_num_threads(), -(-count // least)))
+    return max(1, -(-count // (threads * unit))) * unit
+
+
+def run(kernel: Callable[..., None], arguments: tuple[Any, ...], count: int, share: int) -> None:
+    """Have a kernel do items 0 ... count - 1, `share` of them at a time, on as many threads.
+
+    Args:
+        kernel: (arguments, team) -> None, compiled with `cpu_spread.spread`.
+        arguments: the kernel's own.
+    """
     process = os.getpid()
-    region, job = _parallel_region(process), Job(task, spans)
-    if region is not None:
-        region(_work, job, len(spans), 0)
+    region = _parallel_region(process)
+    if count <= share:
+        kernel(arguments, (0, 0, count, share))
+    elif region:
+        kernel(arguments, (region, 0, count, share))
     else:
         pool = _pool(process, torch.get_num_threads())
-        others = [pool.submit(job.work) for _ in spans[1:]]
-        job.work()
-        for other in others:
-            other.result()
-    job.check()
+        futures = [
+            pool.submit(kernel, arguments, (0, start, min(start + share, count), share))
+            for start in range(0, count, share)
+        ]
+        for future in futures:
+            future.result()

@@ -1,0 +1,106 @@
+"""A compiled kernel on many threads: one call into an OpenMP team, with no Python in it."""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+INT32, INT64 = ir.IntType(32), ir.IntType(64)
+POINTER = ir.IntType(8).as_pointer()
+SPAN = types.UniTuple(types.int64, 2)
+#: What the threads share: the arguments, the next span's start, the end of all, a span's length,
+#: and whether a span has failed.
+ARGUMENTS, NEXT, END, SHARE, FAILED = range(5)
+
+
+@intrinsic
+def spread(typing_context, kernel, arguments, team):
+    """Call kernel(*arguments, (start, stop)) on disjoint spans, several at once.
+
+    Args:
+        kernel: a compiled function, which releases what it takes and returns nothing.
+        arguments: its own, a tuple; the arrays in it must outlive the call.
+        team: (GOMP_parallel's address, or 0 for this thread alone; where the first span starts;
+            where the last one ends; the length of a span), int64.
+
+    Raises:
+        MemoryError: there was none for a kernel's scratch.
+    """
+    inner = (*arguments.types, SPAN)
+    kernel.get_call_type(typing_context, inner, {})
+
+    def generate(context, builder, signature, args):
+        compiled = kernel.dispatcher.get_compile_result(numba.void(*inner))
+        context.add_linking_libs([compiled.library])
+        region, start, stop, share = cgutils.unpack_tuple(builder, args[2], 4)
+        values = (args[1], start, stop, share, INT32(0))
+        shared = ir.LiteralStructType([value.type for value in values])
+        memory = cgutils.alloca_once(builder, shared)
+        for place, value in enumerate(values):
+            builder.store(value, _field(builder, memory, place))
+        work = _worker(context, builder.module, shared, compiled, arguments, inner)
+        data = builder.bitcast(memory, POINTER)
+        with builder.if_else(builder.icmp_signed("==", region, INT64(0))) as (alone, together):
+            with alone:
+                builder.call(work, [data])
+            with together:
+                spans = builder.sdiv(builder.sub(builder.add(stop, share), INT64(1)), share)
+                threads = builder.trunc(spans, INT32)
+                c_type = ir.FunctionType(ir.VoidType(), [work.type, POINTER, INT32, INT32])
+                parallel = builder.inttoptr(region, c_type.as_pointer())
+                builder.call(parallel, [work, data, threads, INT32(0)])
+        failed = builder.load(_field(builder, memory, FAILED))
+        with builder.if_then(cgutils.is_not_null(builder, failed), likely=False):
+            context.call_conv.return_user_exc(builder, MemoryError, ("a kernel's scratch",))
+        return context.get_dummy_value()
+
+    return numba.void(kernel, arguments, types.UniTuple(types.int64, 4)), generate
+
+
+def _field(builder, pointer, place):
+    return builder.gep(pointer, [INT32(0), INT32(place)])
+
+
+def _worker(context, module, shared, compiled, arguments, inner):
+    """LLVM: void work(void *shared), which does spans until none are left."""
+    name = module.get_unique_name("zoopt.work")
+    work = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
+    work.linkage = "internal"
+    begin, take, do, end = (work.append_basic_block() for _ in range(4))
+    builder = ir.IRBuilder(begin)
+    own = builder.bitcast(work.args[0], shared.as_pointer())
+    whole, stop, share = (builder.load(_field(builder, own, i)) for i in (ARGUMENTS, END, SHARE))
+    values = [
+        _borrowed(builder, value) if isinstance(kind, types.Array) else value
+        for value, kind in zip(cgutils.unpack_tuple(builder, whole), arguments.types, strict=True)
+    ]
+    builder.branch(take)
+
+    builder.position_at_end(take)
+    first = builder.atomic_rmw("add", _field(builder, own, NEXT), share, "monotonic")
+    builder.cbranch(builder.icmp_signed("<", first, stop), do, end)
+
+    builder.position_at_end(do)
+    last = builder.add(first, share)
+    last = builder.select(builder.icmp_signed("<", last, stop), last, stop)
+    span = context.make_tuple(builder, SPAN, (first, last))
+    status, _ = context.call_internal_no_propagate(
+        builder, compiled.fndesc, numba.void(*inner), [*values, span]
+    )
+    with builder.if_then(status.is_error, likely=False):
+        builder.store(INT32(1), _field(builder, own, FAILED))
+    builder.branch(take)
+
+    builder.position_at_end(end)
+    builder.ret_void()
+    return work
+
+
+def _borrowed(builder, array):
+    """An array without its count of references: the threads would fight over that one word of
+    memory at every slice, and lose all that they gain."""
+    return builder.insert_value(array, ir.Constant(array.type.elements[0], None), 0)
