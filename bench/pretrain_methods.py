@@ -34,6 +34,7 @@ class Method:
         rank: the projection's, from the settings' rank.
         refreshes: the projection is refreshed every `update_proj_gap` steps.
         convert: what makes the model's layers anew, from the model, the settings' rank and a seed.
+        scale: alpha over the rank, of the layers made anew; None for the default.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Method:
     rank: Callable[[int], int] = int
     refreshes: bool = False
     convert: str | None = None
+    scale: float | None = None
     matrix_rate: float = 1.0
 
     def grid(self, settings: Settings) -> tuple[tuple[float, ...], int]:
@@ -73,7 +75,8 @@ class Method:
         """
         optimizer, options = find(self.optimizer), self.options_for(settings)
         if self.convert is not None:
-            model = find(self.convert)(model, rank=settings.rank, seed=seed)
+            scale = {} if self.scale is None else {"alpha": self.scale * settings.rank}
+            model = find(self.convert)(model, rank=settings.rank, seed=seed, **scale)
         if self.optimizer.startswith("zoopt."):
             options["seed"] = seed
         params: Any = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -134,9 +137,11 @@ TABLE = (
     _projected("fira", "Fira"),
     _projected("ldadamw", "LDAdamW"),
     Method("sm3", "SM3", "zoopt.SM3", lr_grid(2e-2, points=5), 2e-2),
+    # The paper's scale for its smallest model: alpha = 32 at rank 128.
     Method(
         *("sltrain", "SLTrain, AdamW", "zoopt.AdamW", lr_grid(5e-3, points=5), 2.5e-3),
         convert="zoopt.nn.convert",
+        scale=0.25,
     ),
     # Factors of the settings' rank, projected to half of it.
     Method(

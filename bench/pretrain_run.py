@@ -45,6 +45,7 @@ def configuration(run: Run, settings: Settings) -> dict[str, Any]:
         "options": method.options_for(settings),
         "convert": method.convert,
         "groups": method.groups,
+        **({} if method.scale is None else {"scale": method.scale}),
         **({} if method.matrix_rate == 1.0 else {"matrix_rate": method.matrix_rate}),
         "schedule": "linear warm-up, cosine",
         "noise_version": NOISE_VERSION,

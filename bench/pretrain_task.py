@@ -39,7 +39,7 @@ class Model:
 
 MODELS = {
     "1m": Model(width=128, layers=4, heads=4, mlp_width=344, steps=400, grid_steps=400, seeds=3),
-    "6m": Model(*(256, 6, 8, 688), steps=400, grid_steps=400, seeds=1, transferred=True),
+    "6m": Model(*(256, 6, 8, 688), steps=400, grid_steps=400, seeds=3, transferred=True),
 }
 
 
