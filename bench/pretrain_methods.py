@@ -130,6 +130,8 @@ TABLE = (
     _adam("zoopt-adamw", "AdamW", "zoopt.AdamW"),
     _adam("zoopt-adamw-8bit", "AdamW, int8", "zoopt.AdamW", state_dtype="int8"),
     _projected("galore-svd", "GaLoreAdamW", "svd", projector="svd"),
+    # As exact, by another way: what differs from the SVD is signs and rounding.
+    _projected("galore-gram", "GaLoreAdamW", "gram", projector="gram"),
     _projected("galore", "GaLoreAdamW", "warm"),
     _projected("galore-8bit", "GaLoreAdamW", "warm, int8", state_dtype="int8"),
     _projected("apollo", "Apollo"),
