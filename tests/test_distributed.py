@@ -211,6 +211,11 @@ def projections_equal_the_unsharded_run_to_rounding(folder: Path) -> None:
         {"projector": "random", "stagger": False},
         {"projector": "gram", "proj_type": "left", "state_dtype": "int8"},
         {"cls": zoopt.QGaLoreAdamW, "state_dtype": "float32"},
+        {"cls": zoopt.Apollo, "norm_growth_limit": None},
+        {"cls": zoopt.Apollo, "projector": "svd"},
+        {"cls": zoopt.ApolloMini, "rank": 1},
+        {"cls": zoopt.Fira},
+        {"cls": zoopt.Fira, "proj_type": "reverse_std", "norm_growth_limit": None},
     ):
         plain, model = net(torch.float64), fully_shard(net(torch.float64))
         optimizer, other = galore(model, **options), galore(plain, **options)
@@ -242,15 +247,33 @@ def projections_equal_the_unsharded_run_to_rounding(folder: Path) -> None:
         assert_same(p, q, "a weight") if p.dim() > 1 else None
 
 
+def projected_moments_are_rounded_by_their_places_in_the_whole(folder: Path) -> None:
+    """R of a row is the same up to rounding wherever the row lies, so that few moments round
+    another way: with bits of other places half of them would."""
+    plain, model = net(), fully_shard(net())
+    optimizer, other = (galore(m, projector="svd", state_dtype="bfloat16") for m in (model, plain))
+    go_on(model, optimizer, range(2))
+    go_on(plain, other, range(2))
+    moments = whole(optimizer.state[model[3].weight]["exp_avg"])
+    same = moments == other.state[plain[3].weight]["exp_avg"]
+    assert same.double().mean() > 0.95
+
+
 def projections_resume_to_the_bit(folder: Path) -> None:
-    for state_dtype in ("float32", "bfloat16"):
-        model, path = fully_shard(net(torch.bfloat16)), folder / f"galore {state_dtype}"
-        optimizer = galore(model, state_dtype=state_dtype)
+    for cls, state_dtype in (
+        (zoopt.GaLoreAdamW, "float32"),
+        (zoopt.GaLoreAdamW, "bfloat16"),
+        (zoopt.Fira, "bfloat16"),
+        (zoopt.Apollo, "float32"),
+    ):
+        model = fully_shard(net(torch.bfloat16))
+        path = folder / f"{cls.__name__} {state_dtype}"
+        optimizer = galore(model, cls, state_dtype=state_dtype)
         go_on(model, optimizer, range(3))
         record = get_optimizer_state_dict(model, optimizer)
         dcp.save({"model": model.state_dict(), "optimizer": record}, checkpoint_id=path)
         again = fully_shard(net(torch.bfloat16))
-        resumed = galore(again, state_dtype=state_dtype, lr=0.5, seed=99)
+        resumed = galore(again, cls, state_dtype=state_dtype, lr=0.5, seed=99)
         loaded = {
             "model": again.state_dict(),
             "optimizer": get_optimizer_state_dict(again, resumed),
@@ -274,10 +297,11 @@ def refuses(build: Callable[[], Any], message: str) -> None:
 def refuses_what_has_no_shards(folder: Path) -> None:
     model = fully_shard(nn.Linear(64, 80))
     named = list(model.named_parameters())
-    rest = r"must have whole parameters .* got 'weight', which is sharded; use zoopt.AdamW, SM3"
+    rest = r"must have whole parameters .* got 'weight', which is sharded; use zoopt.AdamW, SM3, "
     refuses(lambda: adamw(model, state_dtype="int8"), "AdamW " + rest)
     refuses(lambda: galore(model, state_dtype="int8"), "GaLoreAdamW " + rest)
-    refuses(lambda: zoopt.Apollo(named, rank=4), "Apollo " + rest)
+    refuses(lambda: zoopt.Apollo(named, rank=4, state_dtype="int8"), "Apollo " + rest)
+    refuses(lambda: zoopt.Frugal(named), "Frugal " + rest)
     refuses(lambda: zoopt.LDAdamW(named, rank=4), "LDAdamW " + rest)
     optimizer = adamw(model)
     refuses(lambda: zoopt.fuse_backward(model, optimizer), "DDP or FSDP, got FSDPModule")
@@ -296,6 +320,7 @@ SCENARIOS = {
         checkpoints_resume_to_the_bit,
         whole_state_dicts_go_in_and_out,
         projections_equal_the_unsharded_run_to_rounding,
+        projected_moments_are_rounded_by_their_places_in_the_whole,
         projections_resume_to_the_bit,
         refuses_what_has_no_shards,
     ],

@@ -217,9 +217,9 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             if not self._can_shard(param, group):
                 raise ValueError(
                     f"{type(self).__name__} must have whole parameters under these "
-                    f"hyperparameters, got {name!r}, which is sharded; use zoopt.AdamW, SM3 or "
-                    f"GaLoreAdamW, with state_dtype 'float32' or 'bfloat16', or keep the parameter "
-                    f"out of fully_shard"
+                    f"hyperparameters, got {name!r}, which is sharded; use zoopt.AdamW, SM3, "
+                    f"GaLoreAdamW, Apollo or Fira, with state_dtype 'float32' or 'bfloat16', or "
+                    f"keep the parameter out of fully_shard"
                 )
 
     def _check_gradient(self, site: Site) -> None:

@@ -16,6 +16,8 @@ from zoopt.optimizer import Group, Params, hyperparameters
 class GradientScaling(AdamFamily):
     """Methods that descend the gradient itself, scaled."""
 
+    _projects_shards = True
+
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         check_bool("stagger", group["stagger"])

@@ -34,7 +34,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
     `rank`, `update_proj_gap`, `scale`, `proj_type`, `projector`, `state_dtype`, `state_rounding`.
     """
 
-    #: Whether it takes nothing but R of a gradient, so that sharded ones can be projected.
+    #: Whether gradients whose rows are sharded over processes can be projected.
     _projects_shards = False
 
     def _rule(self, group: Group) -> Rule:
@@ -100,21 +100,36 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         if geo is None:
             self._apply_whole(site, reduced, state, step, key)
             return
-        residual = self._residual(group)
         grad = None if gradient is None else matrix(gradient)
+        terms = self._terms(site, reduced, grad, state, geo, step, key)
+        up = terms.product is not None or terms.sign_step
+        bases = load_bases(site, state, geo, step - 1) if up else {}
+        self._write(site, terms, reduced, grad, bases, geo, step)
+
+    def _terms(
+        self,
+        site: Site,
+        reduced: Tensor,
+        grad: Tensor | None,
+        state: dict[str, Tensor],
+        geo: Geometry,
+        step: int,
+        key: NoiseKey,
+        sharded: Tensor | None = None,
+    ) -> Terms:
+        """The rule's direction of R, and the residual's terms; `sharded` as in `Parts`."""
+        group, residual = site.group, self._residual(site.group)
         norms = None
         if residual.needs_norms:
             accumulator = adam_moments(state, reduced.numel())[0].accumulator
-            squares = reduced.new_empty((2, geo.reduced_shape[0]), dtype=accumulator)
+            squares = reduced.new_empty((2, reduced.shape[0]), dtype=accumulator)
             direction = ADAM.direction(reduced, state, group, step, key, squares)
             norms = squares.to(reduced.dtype).sqrt_()
         else:
             direction = self._direction(site, reduced, state, step, key)
         direction = direction.to(wide(reduced))
-        terms = residual.terms(Parts(direction, reduced, grad, norms, state, group, geo))
-        up = terms.product is not None or terms.sign_step
-        bases = load_bases(site, state, geo, step - 1) if up else {}
-        self._write(site, terms, reduced, grad, bases, geo, step)
+        parts = Parts(direction, reduced, grad, norms, state, group, geo, sharded)
+        return residual.terms(parts)
 
     def _direction(
         self, site: Site, reduced: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey
@@ -151,11 +166,9 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         part = dataclasses.replace(site, param=local(param), offset=offset(param))
         first = first_row(param) * geo.rank if geo.side == "right" else 0
         key = NoiseKey(site.seed, site.stream, first)
-        direction = self._direction(part, reduced, state, completed + 1, key)
-        direction = direction.to(wide(reduced))
-        parts = Parts(direction, reduced, None, None, state, group, geo)
-        terms = self._residual(group).terms(parts)
-        self._write(part, terms, reduced, None, bases, geo, completed + 1)
+        needed = grad if self._residual(group).needs_gradient else None
+        terms = self._terms(part, reduced, needed, state, geo, completed + 1, key, param)
+        self._write(part, terms, reduced, needed, bases, geo, completed + 1)
 
     def _write(
         self,
@@ -256,7 +269,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
 
     def _can_shard(self, param: Tensor, group: Group) -> bool:
         """Where the rule is one of single elements, and so is the state of what is sharded: no
-        codes in blocks. In a subspace too, if nothing but R is taken of the gradient."""
+        codes in blocks. In a subspace too, if the class knows how."""
         if self._rule(group) not in (ADAM, MOMENTUM, LION):
             return False
         geo = geometry(param, group)

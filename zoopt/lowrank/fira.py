@@ -69,6 +69,8 @@ class Fira(AdamFamily):
         >>> opt.step()
     """
 
+    _projects_shards = True
+
     def __init__(
         self,
         params: Params,

@@ -65,7 +65,7 @@ class GaLoreAdamW(AdamFamily):
     makes no basis: the old one stays, or without one the parameter waits. Differs from the
     authors' code: `decay`, `eps_correction`; with `projector="svd", stagger=False, decay="after",
     eps_correction=False` it is that code's algorithm, step by step. `p.grad` keeps its shape;
-    `"reverse_std"` works at every rank; bases are float32 for every dtype of weights.
+    `"reverse_std"` works at every rank.
 
     Example:
         >>> opt = zoopt.GaLoreAdamW(model.named_parameters(), lr=1e-3, rank=128)

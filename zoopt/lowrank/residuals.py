@@ -16,6 +16,7 @@ from zoopt.checks import check_choice, check_number
 from zoopt.lowrank.geometry import Geometry
 from zoopt.lowrank.subspace import CHUNK
 from zoopt.optimizer import Group, TensorSpec
+from zoopt.sharding import sum_
 
 State = dict[str, Tensor]
 #: The projections under which R has channels of its gradient's.
@@ -47,6 +48,7 @@ class Parts(NamedTuple):
         gradient: (m, n), where it is needed.
         norms: of the rows of N and of R, (2, channels), where they are needed.
         state, group, geo: the parameter's.
+        sharded: the parameter whose rows these are some of, where they are not all.
     """
 
     direction: Tensor
@@ -56,6 +58,7 @@ class Parts(NamedTuple):
     state: State
     group: Group
     geo: Geometry
+    sharded: Tensor | None = None
 
 
 class Residual(NamedTuple):
@@ -84,16 +87,32 @@ def _dropped(parts: Parts) -> Terms:
     return Terms(parts.direction, rate=parts.group["scale"])
 
 
-def channel_norms(gradient: Tensor, geo: Geometry, dtype: torch.dtype) -> Tensor:
+def channel_norms(
+    gradient: Tensor, geo: Geometry, dtype: torch.dtype, sharded: Tensor | None = None
+) -> Tensor:
     """||G_j|| of each channel j, a row of G (m, n), or a column if its left side is projected:
     (channels,). A gradient of another dtype is widened a chunk at a time."""
     m, n = gradient.shape
-    rows = max(1, CHUNK // max(n, 1))
+    left, rows = geo.side == "left", max(1, CHUNK // max(n, 1))
     parts = [
-        gradient[start : start + rows].to(dtype).square().sum(0 if geo.side == "left" else 1)
-        for start in range(0, m, rows)
+        gradient[start : start + rows].to(dtype).square().sum(0 if left else 1)
+        for start in range(0, max(m, 1), rows)
     ]
-    return (torch.stack(parts).sum(0) if geo.side == "left" else torch.cat(parts)).sqrt()
+    squares = torch.stack(parts).sum(0) if left else torch.cat(parts)
+    if left and sharded is not None:
+        sum_(squares, sharded)
+    return squares.sqrt()
+
+
+def norm_over_channels(values: Tensor, parts: Parts) -> Tensor:
+    """The norm, (), of a number for each channel, (channels,): of all processes' channels, where
+    those are rows that lie apart."""
+    norm: Tensor = values.norm()
+    if parts.sharded is None or parts.geo.side == "left":
+        return norm
+    square = norm.square()
+    sum_(square, parts.sharded)
+    return square.sqrt()
 
 
 def limited(norm: Tensor, state: State, group: Group) -> Tensor:
@@ -135,15 +154,16 @@ def _scaled_channels(parts: Parts) -> Terms:
 def _scaled_tensor(parts: Parts) -> Terms:
     """scale s G with s = ||N|| / ||R||."""
     assert parts.norms is not None
-    whole = parts.norms.norm(dim=1, keepdim=True)
-    return _scaled(_quotient(whole[0], whole[1]), parts)
+    whole = [norm_over_channels(norms, parts).view(1) for norms in parts.norms]
+    return _scaled(_quotient(*whole), parts)
 
 
 def _scaled(scale: Tensor, parts: Parts) -> Terms:
     group = parts.group
     if group["norm_growth_limit"] is not None and parts.gradient is not None:
-        norms = channel_norms(parts.gradient, parts.geo, scale.dtype)
-        scale = scale * limited((scale * norms).norm(), parts.state, group)
+        norms = channel_norms(parts.gradient, parts.geo, scale.dtype, parts.sharded)
+        norm = norm_over_channels(scale * norms, parts)
+        scale = scale * limited(norm, parts.state, group)
     return Terms(None, scale * group["scale"])
 
 
@@ -157,9 +177,10 @@ def _scaled_complement(parts: Parts) -> Terms:
     group, inside = parts.group, parts.norms[1]
     scale = _quotient(parts.norms[0], inside)
     if group["norm_growth_limit"] is not None and parts.gradient is not None:
-        whole = channel_norms(parts.gradient, parts.geo, scale.dtype)
+        whole = channel_norms(parts.gradient, parts.geo, scale.dtype, parts.sharded)
         outside = (whole.square() - inside.square()).clamp_min(0.0).sqrt()
-        scale = scale * limited((scale * outside).norm(), parts.state, group)
+        norm = norm_over_channels(scale * outside, parts)
+        scale = scale * limited(norm, parts.state, group)
     inner = parts.direction * group["scale"] - scale.unsqueeze(1) * parts.reduced
     return Terms(inner, scale)
 

@@ -88,6 +88,7 @@ def _adam(
         eps=eps,
         seed=key.seed,
         stream=key.stream,
+        offset=key.offset,
         moment_draw=moment_draw(group, step),
         norms=norms,
         out=out,
