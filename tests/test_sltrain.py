@@ -149,6 +149,11 @@ def test_initial_values() -> None:
     assert not torch.equal(built.columns(), other.columns())
 
 
+@pytest.mark.parametrize(("rank", "scale"), [(1, 0.25), (32, 0.25), (128, 0.25), (512, 1 / 16)])
+def test_default_scale_is_a_quarter_of_small_ranks(rank: int, scale: float) -> None:
+    assert SLTrainLinear(4, 4, rank=rank, device="meta").scale == scale
+
+
 def test_merge_is_exact() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         built = layer(dtype)

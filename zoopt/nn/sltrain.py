@@ -102,7 +102,9 @@ class SLTrainLinear(ReparametrisedLinear):
         in_features, out_features, bias, device, dtype: as for nn.Linear.
         rank: r; the paper's 128 at hidden size 512 up to 512 at 2048.
         density: delta of S, in (0, 1]; default 0.03 (the paper's).
-        alpha: default 32 (the paper's at 60M parameters; 16 at 130M and 350M, 8 at 1B).
+        alpha: default rank / 4, at most 32: the paper's 32 at rank 128 (60M parameters), and the
+            same share of smaller ranks, where 32 trains unstably. The paper takes 16 at rank 256
+            (130M and 350M) and 8 at rank 512 (1B).
         support: `"regenerated"` or `"indices"`.
         seed: of the support and the initial values; default torch.initial_seed(). It is in the
             state dict.
@@ -125,7 +127,7 @@ class SLTrainLinear(ReparametrisedLinear):
         *,
         rank: int,
         density: float = 0.03,
-        alpha: float = 32.0,
+        alpha: float | None = None,
         support: SupportMode = "regenerated",
         seed: int | None = None,
         name: str = "",
@@ -136,6 +138,7 @@ class SLTrainLinear(ReparametrisedLinear):
         check_positive_int("out_features", out_features)
         check_positive_int("rank", rank)
         check_number("density", density, low=0.0, high=1.0, open_low=True)
+        alpha = min(rank / 4, 32.0) if alpha is None else alpha
         check_number("alpha", alpha, low=0.0, open_low=True)
         check_choice("support", support, get_args(SupportMode))
         seed = resolved_seed(seed)
@@ -202,7 +205,7 @@ def convert(
     *,
     rank: int,
     density: float = 0.03,
-    alpha: float = 32.0,
+    alpha: float | None = None,
     support: SupportMode = "regenerated",
     seed: int | None = None,
 ) -> nn.Module:
@@ -223,7 +226,7 @@ def convert(
             that cannot be replaced. Nothing has changed then.
 
     Example:
-        >>> model = zoopt.nn.convert(LlamaForCausalLM(config), rank=128, alpha=32)
+        >>> model = zoopt.nn.convert(LlamaForCausalLM(config), rank=128)
         >>> opt = zoopt.AdamW(model.named_parameters(), lr=3e-3)
     """
     options: dict[str, Any] = {"density": density, "alpha": alpha, "support": support}
