@@ -134,7 +134,7 @@ def test_initial_values() -> None:
     built = SLTrainLinear(400, 300, rank=64, density=0.1, seed=9, name="a")
     assert torch.equal(before, torch.get_rng_state())
     assert not built.left.any()
-    assert built.scale == 32.0 / 64
+    assert built.scale == 16.0 / 64
     for values in (built.right, built.values):
         scaled = values.detach().double() * math.sqrt(400)
         count = scaled.numel()
