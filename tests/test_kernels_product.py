@@ -81,7 +81,8 @@ def difference(
     )
     # Sums of r + 4 terms in any order; then less than a spacing of the dtype, or half of one.
     if product and impl == "numba" and native_bfloat16(theta):
-        # Both factors and their product are rounded to bfloat16, each to 2^-8 of itself.
+        # Both factors and (but where BLAS does all) their product are rounded to bfloat16, each to
+        # 2^-8 of itself.
         rounded = 3.1 * 2.0**-8 * (left.double().abs() @ right.double().abs().t())
         size = size + rounded * 2.0**24 / (r + 8)
     form = torch.finfo(dtype)
@@ -106,6 +107,16 @@ def test_the_formula(impl: str, dtype: torch.dtype, terms: str, m: int, n: int, 
 def test_a_factor_may_be_of_thetas_dtype(impl: str, dtype: torch.dtype, narrow: str) -> None:
     error, bound = difference(impl, dtype, "all", 600, 700, 33, narrow=narrow)
     assert (error <= bound).all()
+
+
+@pytest.mark.parametrize("impl", [i for i in kernels.available_impls() if i != "triton"])
+def test_a_sum_is_rounded_once(impl: str) -> None:
+    """1 + (2^-8 + 2^-20) is nearer to 1 + 2^-7 than to 1; 1 + 2^-8, which the product alone would
+    be rounded to, is a tie, and goes to 1."""
+    theta, right = torch.ones(64, 48).bfloat16(), torch.ones(48, 2).bfloat16()
+    left = torch.tensor([2.0**-8, 2.0**-20]).expand(64, 2).bfloat16()
+    got = kernels.add_product_(theta, left, right, alpha=1.0, impl=impl)
+    assert (got == 1.0 + 2.0**-7).all()
 
 
 @pytest.mark.parametrize("impl", [i for i in kernels.available_impls() if i != "triton"])

@@ -1,5 +1,5 @@
-"""theta plus a low-rank product on the CPU: BLAS adds a chunk's product, and the chunk is rounded
-while it is still in the cache."""
+"""theta plus a low-rank product on the CPU: BLAS makes a chunk's product, and the chunk is rounded
+while it is still in the cache; or BLAS does all, where it rounds as it should."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ def add_product(
 ) -> None:
     """See reference_product.add_product."""
     product_alone = channel_scale is None and sign_of is None
-    if theta.dtype == torch.float32 and product_alone:
+    native = native_bfloat16(theta)
+    # BLAS sums in float32 and rounds once, to nearest.
+    at_once = theta.dtype == torch.float32 or (native and rounding_draw is None)
+    if product_alone and at_once:
         if left is not None and right is not None:
             left, right = left.to(theta.dtype), right.to(theta.dtype)
             theta.addmm_(left, right.t(), alpha=alpha, beta=decay)
         elif decay != 1.0:
             theta.mul_(decay)
         return
-    native = native_bfloat16(theta)
     # Rounding factors and product to bfloat16 is 2^-7 of a step, not of theta.
     left, right = scaled_factors(left, right, alpha, theta.dtype if native else torch.float32)
     narrow = None
