@@ -44,12 +44,16 @@ def gradients(model: nn.Module, step: int) -> list[Tensor]:
     return [torch.randn(p.shape, generator=generator).to(p.dtype) / 64 for p in model.parameters()]
 
 
+def shard(value: Tensor, param: Any) -> Tensor:
+    """The same in every process, sharded as the parameter is."""
+    return distribute_tensor(value, param.device_mesh, param.placements)
+
+
 def go_on(model: nn.Module, optimizer: Any, steps: range) -> None:
     for step in steps:
         for param, gradient in zip(model.parameters(), gradients(model, step), strict=True):
             if zoopt.sharding.is_sharded(param):
-                mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-                gradient = distribute_tensor(gradient, mesh, placements, src_data_rank=None)
+                gradient = shard(gradient, param)
             param.grad = gradient
         optimizer.step()
 
@@ -135,9 +139,7 @@ def a_shard_of_zeros_counts_the_steps_of_the_others(folder: Path) -> None:
         gradient = torch.zeros(8, 4)
         gradient[:rows] = 1.0
         param = model.weight
-        param.grad = distribute_tensor(  # type: ignore[assignment]
-            gradient, param.device_mesh, param.placements, src_data_rank=None
-        )
+        param.grad = shard(gradient, param)
         optimizer.step()
         assert int(optimizer.state[param]["step"]) == expected
 
@@ -174,7 +176,7 @@ def whole_state_dicts_go_in_and_out(folder: Path) -> None:
     go_on(plain, other, range(2))
     optimizer.load_state_dict(other.state_dict())
     model_state = {
-        n: distribute_tensor(v, p.device_mesh, p.placements, src_data_rank=None)  # type: ignore[attr-defined]
+        n: shard(v, p)
         for (n, v), p in zip(plain.state_dict().items(), model.parameters(), strict=True)
     }
     model.load_state_dict(model_state)
@@ -234,12 +236,7 @@ def projections_equal_the_unsharded_run_to_rounding(folder: Path) -> None:
     for param in model.parameters():
         bad = torch.zeros(param.shape, dtype=param.dtype)
         bad.view(-1)[0] = torch.nan
-        param.grad = distribute_tensor(  # type: ignore[assignment]
-            bad,
-            param.device_mesh,
-            param.placements,
-            src_data_rank=None,  # type: ignore[attr-defined]
-        )
+        param.grad = shard(bad, param)
     model.load_state_dict(fully_shard(net(torch.float64)).state_dict())
     fresh = galore(model)
     fresh.step()

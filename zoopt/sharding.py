@@ -49,11 +49,18 @@ def sharded_as(value: Tensor, param: Tensor) -> Tensor:
     """
     if is_sharded(value):
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor
 
-    whole = _dtensor(param)
-    value = value.to(whole.to_local().device)
-    return distribute_tensor(value, whole.device_mesh, whole.placements, src_data_rank=None)
+    like, value = _dtensor(param), value.contiguous()
+    part = like.to_local()
+    first = offset(param) // max(math.prod(param.shape[1:]), 1)
+    mine = value[first : first + part.shape[0]].to(part.device)
+    return DTensor.from_local(
+        *(mine, like.device_mesh, like.placements),
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )
 
 
 def sharded_zeros(shape: tuple[int, ...], dtype: torch.dtype, param: Tensor) -> Tensor:
