@@ -12,7 +12,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -70,5 +70,6 @@ def run(kernel: Callable[..., None], arguments: tuple[Any, ...], count: int, sha
             pool.submit(kernel, arguments, (0, start, min(start + share, count), share))
             for start in range(0, count, share)
         ]
+        wait(futures)  # An error in one leaves the others at work on the caller's memory.
         for future in futures:
             future.result()
