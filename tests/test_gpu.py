@@ -124,6 +124,15 @@ def test_product_is_the_formula(
     assert (error <= bound).all()
 
 
+@pytest.mark.parametrize("terms", ["product", "by row"])
+@pytest.mark.parametrize(("m", "n", "r"), [(70, 40, 5), (1000, 1001, 300), (512, 1376, 128)])
+def test_bfloat16_factors_on_matrix_units(terms: str, m: int, n: int, r: int) -> None:
+    error, bound = test_kernels_product.difference(
+        "triton", torch.bfloat16, terms, m, n, r, narrow="both", device="cuda"
+    )
+    assert (error <= bound).all()
+
+
 @pytest.mark.parametrize(("rows", "r"), [(3, 5), (700, 128), (5, 3000)])
 def test_norms(rows: int, r: int) -> None:
     gradient, norms = torch.randn(rows, r), torch.empty(2, rows, device="cuda")

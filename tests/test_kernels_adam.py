@@ -274,6 +274,24 @@ def test_norms_are_the_rows_sums_of_squares(impl: str, rows: int, r: int) -> Non
     assert ((norms.double() - expected).abs() <= r * UNIT * expected).all()
 
 
+@pytest.mark.parametrize("impl", kernels.available_impls())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_direction_may_be_of_the_gradients_dtype(impl: str, dtype: torch.dtype) -> None:
+    """The same, rounded to nearest once, in the gradient's place or elsewhere; norms before."""
+    gradient = torch.randn(700, 5).to(dtype)
+    kwargs: dict[str, Any] = {"betas": (0.9, 0.999), "scale": 1.0, "eps": 1e-8, **KEY}
+    norms, narrow_norms = torch.empty(2, 700), torch.empty(2, 700)
+    wide = kernels.adam_(gradient, *moments(3500, "int8"), norms=norms, impl=impl, **kwargs)
+    assert wide.dtype == torch.float32
+    for out in (torch.empty_like(gradient), gradient.clone()):
+        source = out if torch.equal(out, gradient) else gradient
+        kept = moments(3500, "int8")
+        got = kernels.adam_(source, *kept, out=out, norms=narrow_norms, impl=impl, **kwargs)
+        assert got is out
+        assert same_bits(got, wide.to(dtype))
+        assert same_bits(narrow_norms, norms)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_adamw_is_torchs(dtype: torch.dtype) -> None:
     """Ten steps of torch.optim.AdamW."""
@@ -321,6 +339,11 @@ def test_errors_name_the_value_and_the_remedy() -> None:
         Moment(torch.zeros(3), None, 4, True)
     with pytest.raises(ValueError, match="scale must have a number for each 256 of 300"):
         Moment(torch.zeros(300, dtype=torch.int8), torch.zeros(1), 300, True)
+    with pytest.raises(ValueError, match="codes and scale must be contiguous"):
+        Moment(torch.zeros(4, 8).t(), None, 32, True)
+    half, narrow = torch.zeros(4, 4).half(), gradient.bfloat16()
+    with pytest.raises(ValueError, match=r"a contiguous torch\.float32 or torch\.bfloat16 tensor"):
+        kernels.adam_(narrow, *moments(16, "float32"), out=half, **kwargs)
     with pytest.raises(ValueError, match="first and second must have one format"):
         kernels.adam_(
             gradient,

@@ -32,9 +32,9 @@ def difference(
     torch.manual_seed(r)
     theta = torch.randn(m, n).to(dtype)
     left, right, alpha = torch.randn(m, r), torch.randn(n, r), 0.7
-    if narrow == "left":
+    if narrow in ("left", "both"):
         left = left.to(dtype)
-    elif narrow == "right":
+    if narrow in ("right", "both"):
         right = right.to(dtype)
     away, back = torch.randn(m, r), torch.randn(n, r)
     gradient = torch.randn(n, m).to(dtype).t()
@@ -103,7 +103,7 @@ def test_the_formula(impl: str, dtype: torch.dtype, terms: str, m: int, n: int, 
 
 @pytest.mark.parametrize("impl", [i for i in kernels.available_impls() if i != "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("narrow", ["left", "right"])
+@pytest.mark.parametrize("narrow", ["left", "right", "both"])
 def test_a_factor_may_be_of_thetas_dtype(impl: str, dtype: torch.dtype, narrow: str) -> None:
     error, bound = difference(impl, dtype, "all", 600, 700, 33, narrow=narrow)
     assert (error <= bound).all()

@@ -52,7 +52,7 @@ def test_product(dtype: torch.dtype, terms: str, m: int, n: int, r: int, offset:
     assert (error <= bound).all()
 
 
-@pytest.mark.parametrize("narrow", ["left", "right"])
+@pytest.mark.parametrize("narrow", ["left", "right", "both"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_product_of_a_factor_of_thetas_dtype(dtype: torch.dtype, narrow: str) -> None:
     error, bound = difference("triton", dtype, "product", 70, 40, 5, narrow=narrow)

@@ -41,9 +41,10 @@ _RANK = 128
 class FirstOrderVariant:
     """One kernel as it is launched: its name, theta's dtype, the moments' format, the rounding.
 
-    "adam" has a gradient of the dtype and no theta; "adam_norms" sums squares as well. "product" is
-    the product alone, "product_gradient" has both of the gradient's terms besides, and "scaled" a
-    channel's scale alone; their format is "none".
+    "adam" has a gradient of the dtype, in whose place its direction goes, and no theta;
+    "adam_norms" sums squares as well, and its direction is float32. "product" is the product
+    alone, "product_narrow" that of bfloat16 factors, "product_gradient" has both of the gradient's
+    terms besides, and "scaled" a channel's scale alone; their format is "none".
     """
 
     kernel: str
@@ -54,9 +55,17 @@ class FirstOrderVariant:
     @property
     def block(self) -> int:
         """Elements a program."""
-        if self.kernel.startswith("product"):
-            return gpu_product.TILE[0] * gpu_product.TILE[1]
-        return gpu_product.PLAIN if self.kernel == "scaled" else gpu_adam.BLOCK
+        if self.format == "none":
+            rows, columns = self._tile
+            return rows * columns
+        return gpu_adam.BLOCK
+
+    @property
+    def _tile(self) -> tuple[int, int]:
+        """Rows and columns a program of a product."""
+        if self.kernel == "scaled":
+            return 1, gpu_product.PLAIN
+        return gpu_product.NARROW_TILE if self.kernel == "product_narrow" else gpu_product.TILE
 
     def num_warps(self, target: str) -> int:
         """Warps a program."""
@@ -68,9 +77,10 @@ class FirstOrderVariant:
         """What is read and written of tensors of theta's size."""
         item = _ITEM[self.dtype]
         if self.format == "none":
-            return 2 * item + (0 if self.kernel == "product" else item)
+            return 2 * item + (0 if self.kernel in ("product", "product_narrow") else item)
         codes = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}[self.format]
-        return 4 * codes + item + (2 * item if self.kernel == "adamw" else 4)
+        beside = {"adamw": 2 * item, "adam": item, "adam_norms": 4}[self.kernel]
+        return 4 * codes + item + beside
 
     def compile(self, target: str) -> Any:
         """The compiled kernel, as by `aot.Variant.compile`."""
@@ -86,13 +96,17 @@ class FirstOrderVariant:
 
     def _constants(self) -> dict[str, Any]:
         if self.format == "none":
-            rows, columns = (1, self.block) if self.kernel == "scaled" else gpu_product.TILE
+            rows, columns = self._tile
+            narrow = self.kernel == "product_narrow"
+            alone = ("gradient", "channel_scale", "sign_left", "sign_right")
             absent = {
-                "product": ("gradient", "channel_scale", "sign_left", "sign_right"),
+                "product": alone,
+                "product_narrow": alone,
                 "product_gradient": (),
                 "scaled": ("left", "right", "sign_left", "sign_right"),
             }[self.kernel]
-            shape = {"ROWS": rows, "COLUMNS": columns, "K": gpu_product.K}
+            k = gpu_product.NARROW_K if narrow else gpu_product.K
+            shape = {"ROWS": rows, "COLUMNS": columns, "K": k, "NARROW": narrow}
             by = {"BY_ROW": True, "BY_COLUMN": False, "gradient_column": 1}
             return {**dict.fromkeys(absent), **shape, **by, "RANK": _RANK, "SIGN_RANK": _RANK}
         coded = self.rounding == "stochastic" and self.format != "float32"
@@ -107,7 +121,9 @@ class FirstOrderVariant:
 
     def _type(self, name: str) -> str:
         # A projection up is one of float32's direction by a basis of theta's dtype.
-        if name in ("theta", "gradient") or (name == "right" and self.dtype == "bf16"):
+        own = {"theta", "gradient"} | ({"right"} if self.dtype == "bf16" else set())
+        own |= {"adam": {"out"}, "product_narrow": {"left"}}.get(self.kernel, set())
+        if name in own:
             return f"*{self.dtype}"
         if name in ("first_codes", "second_codes"):
             return _CODES[self.format][name == "second_codes"]
@@ -129,6 +145,9 @@ def variants() -> Iterator[FirstOrderVariant]:
             yield FirstOrderVariant(kernel, dtype, "none", "nearest")
             if dtype != "fp32":
                 yield FirstOrderVariant(kernel, dtype, "none", "stochastic")
+    for rounding in ("nearest", "stochastic"):
+        yield FirstOrderVariant("product_narrow", "bf16", "none", rounding)
     for form in get_args(Format):
         for kernel in ("adam", "adam_norms"):
             yield FirstOrderVariant(kernel, "fp32", form, "stochastic")
+        yield FirstOrderVariant("adam", "bf16", form, "stochastic")

@@ -20,12 +20,14 @@ from torch import Tensor
 from zoopt.kernels import cpu_kernels, cpu_threads
 from zoopt.kernels.cpu_convert import BFLOAT16, FLOAT16, FLOAT32
 from zoopt.kernels.cpu_intrinsics import f32, u16, u32
+from zoopt.kernels.cpu_spread import Memory
 from zoopt.kernels.cpu_tile import NORMALS_PER_WORD, SIGNS_PER_WORD, TILE
 from zoopt.kernels.key import NoiseKey
 
 #: Below this many elements a thread costs more than it saves.
 MIN_PER_THREAD = 1 << 15
 
+_WORD, _HALFWORD, _FLOAT = u32(0), u16(0), f32(0)
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 
@@ -35,10 +37,14 @@ def _parallel(kernel: Callable[..., None], count: int, unit: int, *args: Any) ->
     cpu_threads.run(kernel, args, count, share)
 
 
-def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+def _memory(tensor: Tensor) -> Memory:
     """The memory of a contiguous tensor as integers of its width, (numel,)."""
-    width = torch.uint32 if tensor.dtype == torch.float32 else torch.uint16
-    return tensor.detach().view(width).numpy().reshape(-1)
+    return tensor.data_ptr(), tensor.numel(), _WORD if tensor.dtype == torch.float32 else _HALFWORD
+
+
+def _floats(tensor: Tensor) -> Memory:
+    """The memory of a contiguous float32 tensor."""
+    return tensor.data_ptr(), tensor.numel(), _FLOAT
 
 
 def _noise(key: NoiseKey) -> tuple[int, np.uint32, np.uint32, np.uint32, int, np.uint16 | None]:
@@ -67,23 +73,36 @@ def weighted_sum(
     rounding_draw: int | None,
     addend: Tensor | None = None,
 ) -> None:
-    """See reference.weighted_sum; the addend may be bfloat16 too."""
-    wide = None if addend is None or addend.dtype != torch.float32 else addend.numpy()
-    narrow = None if addend is None or addend.dtype == torch.float32 else _array(addend)
+    """See reference.weighted_sum."""
     _parallel(
         cpu_kernels.weighted_sum,
         theta.numel(),
         TILE,
-        _array(theta),
-        _array(out),
-        wide,
-        narrow,
+        _memory(theta),
+        _memory(out),
+        None if addend is None else _floats(addend),
         _KINDS[theta.dtype],
         np.array(coefficients, np.float32),
         np.array(draws, np.uint32),
         f32(decay),
         *_noise(key),
         _rounding(rounding_draw),
+    )
+
+
+def add_stochastic(
+    theta: Tensor, addend: Tensor, decay: float, key: NoiseKey, rounding_draw: int
+) -> None:
+    """theta <- decay theta + addend, both bfloat16 and contiguous, rounded by the draw's bits."""
+    _parallel(
+        cpu_kernels.add_stochastic,
+        theta.numel(),
+        TILE,
+        _memory(theta),
+        _memory(addend),
+        f32(decay),
+        *_noise(key)[1:5],
+        rounding_draw,
     )
 
 
@@ -104,8 +123,8 @@ def momentum_sum(
         cpu_kernels.momentum_sum,
         theta.numel(),
         TILE,
-        _array(theta),
-        buffer.view(-1).numpy(),
+        _memory(theta),
+        _floats(buffer),
         _KINDS[theta.dtype],
         np.array(coefficients, np.float32),
         np.array(gradients, np.float32),
@@ -137,7 +156,7 @@ def adam_window(
         cpu_kernels.adam_window,
         theta.numel(),
         TILE,
-        _array(theta),
+        _memory(theta),
         _KINDS[theta.dtype],
         *(np.array(numbers, np.float32) for numbers in (coefficients, gradients, first, second)),
         np.array(closes, np.bool_),
@@ -156,9 +175,9 @@ def gather_rows(
     """See reference.gather_rows."""
     d = weight.shape[1]
     arguments = (
-        _array(weight),
+        _memory(weight),
         rows.numpy(),
-        _array(out),
+        _memory(out),
         _KINDS[weight.dtype],
         f32(alpha),
         u32(draw),

@@ -9,28 +9,30 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels import cpu_adam_kernels
-from zoopt.kernels.cpu import _KINDS, _parallel, _rounding
+from zoopt.kernels.cpu import _KINDS, _floats, _parallel, _rounding
 from zoopt.kernels.cpu_adam_kernels import TILE
 from zoopt.kernels.cpu_intrinsics import f32, u32
 from zoopt.kernels.cpu_moments import FORMATS
+from zoopt.kernels.cpu_spread import Memory
 from zoopt.kernels.key import NoiseKey
 from zoopt.kernels.moments import Moment
 from zoopt.kernels.reference_adam import Numbers
 
-_NO_SCALE = np.empty(0, np.float32)
+_BYTE = np.uint8(0)
+_NO_SCALE = (0, 0, np.float32(0))
 _NO_NORMS = torch.empty(2, 0, dtype=torch.float32)
 
 
-def _bytes(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The memory of a contiguous tensor, uint8."""
-    return tensor.detach().view(-1).view(torch.uint8).numpy()
+def _bytes(tensor: Tensor) -> Memory:
+    """The memory of a contiguous tensor as bytes."""
+    return tensor.data_ptr(), tensor.numel() * tensor.itemsize, _BYTE
 
 
 def _moments(first: Moment, second: Moment) -> list[Any]:
     """Codes and scales of both, and the format."""
     arrays: list[Any] = []
     for stored in (first, second):
-        scale = _NO_SCALE if stored.scale is None else stored.scale.detach().numpy()
+        scale = _NO_SCALE if stored.scale is None else _floats(stored.scale)
         arrays += [_bytes(stored.codes), scale]
     return [*arrays, FORMATS[first.format]]
 
@@ -62,7 +64,8 @@ def adam(
         TILE,
         _bytes(gradient),
         _KINDS[gradient.dtype],
-        out.numpy(),
+        _bytes(out),
+        _KINDS[out.dtype],
         *_moments(first, second),
         tuple(map(f32, numbers)),
         *_noise(key),

@@ -1,8 +1,8 @@
 """Adam on the CPU, compiled: tile by tile, so that each tensor moves through memory once.
 
-theta, the gradient and the moments' codes arrive as bytes, and what they are as a number each:
-one compilation serves all. Entries and spans are as in `cpu_kernels`. `moment_draw` and `rounding`
-are negative for rounding to nearest.
+theta, the gradient, the direction and the moments' codes arrive as bytes, and what they are as a
+number each: one compilation serves all. Entries and spans are as in `cpu_kernels`. `moment_draw`
+and `rounding` are negative for rounding to nearest.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from zoopt.kernels import philox
-from zoopt.kernels.cpu_convert import FLOAT32, decode
+from zoopt.kernels.cpu_convert import FLOAT32, decode, encode
 from zoopt.kernels.cpu_intrinsics import add_any_order, f32, jit
 from zoopt.kernels.cpu_moments import FLOAT, read_moment, write_moment
 from zoopt.kernels.cpu_spread import spread
@@ -134,6 +134,7 @@ def _adam(
     gradient,
     gradient_kind,
     out,
+    out_kind,
     first,
     first_scale,
     second,
@@ -156,10 +157,14 @@ def _adam(
         m, v = _update(scratch, g, first, first_scale, second, second_scale, form, numbers, start)
         if width:
             _add_row_sums(norms[1], heads[1], g, width, start)
-        direction = out[start:stop]
+        direction = scratch[0][3][: stop - start]
+        if out_kind == FLOAT32:
+            direction = out.view(np.float32)[start:stop]
         _quotient(direction, m, v, numbers[4], numbers[5])
         if width:
             _add_row_sums(norms[0], heads[0], direction, width, start)
+        if out_kind != FLOAT32:
+            encode(out.view(np.uint16)[start:stop], direction, out_kind)
         _keep(
             scratch,
             m,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from zoopt.kernels import philox
 from zoopt.kernels.cpu_convert import BFLOAT16
 from zoopt.kernels.cpu_intrinsics import f32, jit
 from zoopt.kernels.cpu_spread import spread
@@ -19,10 +20,11 @@ from zoopt.kernels.cpu_tile import (
     accumulate,
     adam,
     add,
-    add_bfloat16,
+    add_bfloat16_stochastic,
     close,
     estimate,
     generate,
+    halfwords,
     load,
     scale,
     scratch,
@@ -31,13 +33,14 @@ from zoopt.kernels.cpu_tile import (
     store,
 )
 
+_ROUNDING = philox.PURPOSE_ROUNDING
+
 
 @jit
 def _weighted_sum(
     theta,
     out,
     addend,
-    narrow_addend,
     kind,
     coefficients,
     draws,
@@ -51,13 +54,12 @@ def _weighted_sum(
     rounding,
     span,
 ):
-    """reference.weighted_sum; the addend is float32, or bfloat16's bits, or both are None: numba
-    compiles a kernel of its own for each."""
+    """reference.weighted_sum; numba compiles a kernel of its own for an addend that is None."""
     tile, z, words, random = scratch(threshold)
     # One sign an element costs so little that passes through a tile would double it.
     plain_signs = kind == BFLOAT16 and per_word == SIGNS_PER_WORD and len(draws) == 1
     plain_signs = plain_signs and decay == f32(1.0) and rounding < 0
-    plain_signs = plain_signs and addend is None and narrow_addend is None and threshold is None
+    plain_signs = plain_signs and addend is None and threshold is None
     for start in range(span[0], span[1], TILE):
         stop = min(start + TILE, span[1])
         index, count = offset + start, stop - start
@@ -73,9 +75,17 @@ def _weighted_sum(
             accumulate(acc, coefficients[j], z, words, random, lead, per_word, threshold)
         if addend is not None:
             add(acc, addend[start:stop])
-        if narrow_addend is not None:
-            add_bfloat16(acc, narrow_addend[start:stop])
         store(out[start:stop], acc, words, index, kind, stream, rounding, k0, k1)
+
+
+@jit
+def _add_stochastic(theta, addend, decay, stream, k0, k1, offset, rounding, span):
+    """theta <- decay theta + addend, rounded by random bits, both the bits of bfloat16 (n,)."""
+    words = np.empty(TILE // 2 + 4, np.uint32)
+    for start in range(span[0], span[1], TILE):
+        stop = min(start + TILE, span[1])
+        random = halfwords(words, offset + start, stop - start, stream, rounding, _ROUNDING, k0, k1)
+        add_bfloat16_stochastic(theta[start:stop], addend[start:stop], random, decay)
 
 
 @jit
@@ -182,7 +192,6 @@ def _gather_rows(
             source,
             target,
             None,
-            None,
             kind,
             alphas,
             draws,
@@ -202,6 +211,12 @@ def _gather_rows(
 def weighted_sum(arguments, team):
     """reference.weighted_sum, on a team of threads."""
     spread(_weighted_sum, arguments, team)
+
+
+@jit
+def add_stochastic(arguments, team):
+    """_add_stochastic, on a team of threads."""
+    spread(_add_stochastic, arguments, team)
 
 
 @jit

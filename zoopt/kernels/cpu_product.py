@@ -38,26 +38,33 @@ def add_product(
             theta.mul_(decay)
         return
     # Rounding factors and product to bfloat16 is 2^-7 of a step, not of theta.
+    if native and product_alone and left is not None and right is not None:
+        assert rounding_draw is not None
+        left, right = left.to(theta.dtype), right.to(theta.dtype)
+        product = theta.new_empty(chunk_rows(theta), theta.shape[1])
+        for rows in row_chunks(theta):
+            part = theta[rows]
+            added = product[: len(part)].addmm_(left[rows], right.t(), beta=0.0, alpha=alpha)
+            cpu.add_stochastic(part, added, decay, _shifted(key, rows, theta), rounding_draw)
+        return
     left, right = scaled_factors(left, right, alpha, theta.dtype if native else torch.float32)
-    narrow = None
-    if native and product_alone and left is not None:
-        narrow = theta.new_empty(chunk_rows(theta), theta.shape[1])
     for rows in row_chunks(theta):
-        part = theta[rows]
-        added: Tensor | None
-        if narrow is not None and left is not None and right is not None:
-            added = torch.mm(left[rows], right.t(), out=narrow[: len(part)])
-        else:
-            added = addend(
-                rows, left, right, gradient, channel_scale, sign_of, sign_step, torch.float32
-            )
+        part = theta[rows].view(-1)
+        terms = addend(
+            rows, left, right, gradient, channel_scale, sign_of, sign_step, torch.float32
+        )
         cpu.weighted_sum(
-            part.view(-1),
-            part.view(-1),
+            part,
+            part,
             [],
             [],
             decay,
-            key.shifted(rows.start * theta.shape[1]) if rows.start else key,
+            _shifted(key, rows, theta),
             rounding_draw,
-            None if added is None else added.reshape(-1),
+            None if terms is None else terms.reshape(-1),
         )
+
+
+def _shifted(key: NoiseKey, rows: slice, theta: Tensor) -> NoiseKey:
+    """The key of these rows."""
+    return key.shifted(rows.start * theta.shape[1]) if rows.start else key

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels import cpu_threads
-from zoopt.kernels.cpu import _KINDS, MIN_PER_THREAD, _array, _rounding
+from zoopt.kernels.cpu import _KINDS, MIN_PER_THREAD, _memory, _rounding
 from zoopt.kernels.cpu_convert import FLOAT32, decode
 from zoopt.kernels.cpu_intrinsics import bits_of, f32, float_of, i32, jit, u32
 from zoopt.kernels.cpu_spread import spread
@@ -152,8 +152,8 @@ def sm3(
     share = cpu_threads.share(m, 1, -(-MIN_PER_THREAD // n))
     columns = torch.zeros(-(-m // share), n, dtype=torch.int32)
     arguments = (
-        _array(theta),
-        _array(gradient),
+        _memory(theta),
+        _memory(gradient),
         _NO_ROWS if rows is None else rows.numpy(),
         row.view(torch.int32).numpy(),
         column.view(torch.int32).numpy(),

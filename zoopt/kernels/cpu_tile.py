@@ -36,7 +36,7 @@ NORMALS_PER_WORD, SIGNS_PER_WORD = 2, 32
 
 _M0, _M1 = u64(philox.MULTIPLIER_0), u64(philox.MULTIPLIER_1)
 _W0, _W1 = u32(philox.WEYL_0), u32(philox.WEYL_1)
-_HIGH = u64(32)
+_HIGH, _LOW = u64(32), u64(0xFFFFFFFF)
 _P1, _P2, _P3, _P4 = f32(philox.P1), f32(philox.P2), f32(philox.P3), f32(philox.P4)
 _C0, _C1, _C2, _C3 = f32(philox.C0), f32(philox.C1), f32(philox.C2), f32(philox.C3)
 _U_SCALE, _U_SHIFT, _Q_SHIFT = f32(philox.U_SCALE), f32(philox.U_SHIFT), f32(philox.Q_SHIFT)
@@ -46,25 +46,28 @@ _MASK = philox.PURPOSE_MASK
 
 @jit
 def _words(out, first_block, blocks, stream, draw, purpose, k0, k1):
-    """Fill out[: 4 blocks], uint32, with the words of consecutive blocks."""
+    """Fill out[: 4 blocks], uint32, with the words of consecutive blocks.
+
+    A word has a lane of 64 bits, where the products are made, so that none is moved between lanes.
+    What is in its high half is never read.
+    """
+    pairs = out.view(np.uint64)
     for b in range(blocks):
         block = u64(first_block + b)
-        c0, c1 = u32(block), u32(u32(block >> _HIGH) + u32(purpose << u32(24)))
-        c2, c3 = u32(draw), u32(stream)
+        c0, c1 = block, u64(u64(block >> _HIGH) + u64(u32(purpose << u32(24))))
+        c2, c3 = u64(u32(draw)), u64(u32(stream))
         key_0, key_1 = u32(k0), u32(k1)
         for _ in range(10):
-            product_0, product_1 = u64(c0) * _M0, u64(c2) * _M1
+            product_0, product_1 = u64(c0 & _LOW) * _M0, u64(c2 & _LOW) * _M1
             c0, c1, c2, c3 = (
-                u32(u32(product_1 >> _HIGH) ^ c1 ^ key_0),
-                u32(product_1),
-                u32(u32(product_0 >> _HIGH) ^ c3 ^ key_1),
-                u32(product_0),
+                u64(u64(product_1 >> _HIGH) ^ c1 ^ u64(key_0)),
+                product_1,
+                u64(u64(product_0 >> _HIGH) ^ c3 ^ u64(key_1)),
+                product_0,
             )
             key_0, key_1 = u32(key_0 + _W0), u32(key_1 + _W1)
-        out[4 * b] = c0
-        out[4 * b + 1] = c1
-        out[4 * b + 2] = c2
-        out[4 * b + 3] = c3
+        pairs[2 * b] = u64(c0 & _LOW) | u64(c1 << _HIGH)
+        pairs[2 * b + 1] = u64(c2 & _LOW) | u64(c3 << _HIGH)
 
 
 @jit
@@ -175,10 +178,17 @@ def add(y, x):
 
 
 @jit
-def add_bfloat16(y, bits):
-    """y <- y + x, float32 (m,), from the bits of x in bfloat16, (m,)."""
-    for j in range(len(y)):
-        y[j] = f32(y[j] + float_of(i32(i32(bits[j]) << i32(16))))
+def add_bfloat16_stochastic(theta, addend, random, decay):
+    """theta <- decay theta + addend, the bits of bfloat16 (m,), rounded by random, uint16 (m,).
+
+    decode, scale, add and encode_stochastic in one loop, with no tile of float32 between them.
+    """
+    for j in range(len(theta)):
+        x = f32(decay * float_of(i32(i32(theta[j]) << i32(16))))
+        x = f32(x + float_of(i32(i32(addend[j]) << i32(16))))
+        b = u32(bits_of(x))
+        finite = u32(b & u32(0x7F800000)) != u32(0x7F800000)
+        theta[j] = u32(u32(b + (u32(random[j]) if finite else u32(0))) >> u32(16))
 
 
 @jit

@@ -29,10 +29,11 @@ def add_product(theta: Tensor, left: Any, right: Any, *numbers_and_terms: Any) -
     if theta.dtype == torch.float32 and product_alone:
         return
     dtype = theta.dtype if native_bfloat16(theta) else torch.float32
-    left, right = reference_product.scaled_factors(left, right, alpha, dtype)
     if native_bfloat16(theta) and product_alone and left is not None:
+        left, right = left.to(dtype), right.to(dtype)
         theta.new_empty(reference_product.chunk_rows(theta), theta.shape[1])
         return
+    left, right = reference_product.scaled_factors(left, right, alpha, dtype)
     rows = reference_product.row_chunks(theta)[0]
     reference_product.addend(
         rows, left, right, gradient, channel_scale, sign_of, sign_step, torch.float32

@@ -90,7 +90,7 @@ def moments_kernel(
     v = beta2 * v + complement2 * (g * g)
     step = tl.div_rn(factor * m, tl.sqrt_rn(v) + eps)
     if theta is None:
-        tl.store(out + i, step, mask=inside)
+        tl.store(out + i, nearest(step, out.dtype.element_ty, BACKEND), mask=inside)
         if GROUP > 0:
             shown = tl.where(inside, step, 0.0)
             _store_sums(direction_sums, shown, start, numel, GROUP, BLOCK)

@@ -14,6 +14,8 @@ from zoopt.kernels.key import NoiseKey
 
 #: Rows and columns of a program's tile with a product, and the columns of a factor at a time.
 TILE, K = (64, 64), 16
+#: The same where both factors are bfloat16, and nothing but their product is added.
+NARROW_TILE, NARROW_K = (128, 64), 32
 #: Elements of a program's tile without one.
 PLAIN = 2048
 NUM_WARPS = {"cuda": 8, "hip": 8, "interpreter": 1}
@@ -37,11 +39,16 @@ def add_product(
         return
     m, n = theta.shape
     backend = backend_name()
-    rows, columns = TILE
+    # The interpreter computes with numpy, which has no bfloat16.
+    narrow = backend != "interpreter" and all(
+        factor is not None and factor.dtype == torch.bfloat16 for factor in (left, right)
+    )
+    alone = channel_scale is None and sign_of is None
+    (rows, columns), k = (NARROW_TILE, NARROW_K) if narrow and alone else (TILE, K)
     if left is None and sign_of is None:
         columns = min(PLAIN, triton.next_power_of_2(max(n, 8)))
         rows = PLAIN // columns
-    if channel_scale is None and sign_of is None:
+    if alone:
         gradient = None
     strides = (0, 0) if gradient is None else gradient.stride()
     sign_left, sign_right = (None, None) if sign_of is None else sign_of
@@ -72,10 +79,11 @@ def add_product(
             SIGN_RANK=0 if sign_left is None else sign_left.shape[1],
             STOCHASTIC=rounding_draw is not None,
             ALIGNED=key.offset % 8 == 0 and n % 8 == 0,
+            NARROW=narrow,
             BACKEND=backend,
             ROWS=rows,
             COLUMNS=columns,
-            K=K,
+            K=k,
             num_warps=NUM_WARPS[backend],
             enable_fp_fusion=False,
         )

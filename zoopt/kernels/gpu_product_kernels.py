@@ -13,30 +13,35 @@ _ROUNDING = tl.constexpr(philox.PURPOSE_ROUNDING)
 
 
 @triton.jit
-def _add_product(
-    total,
+def _product(
     left,
     right,
-    alpha,
     rows,
     columns,
     m,
     n,
     RANK: tl.constexpr,
+    NARROW: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     K: tl.constexpr,
 ):
-    """total, float32 (ROWS, COLUMNS), plus a tile of alpha left right^T, contiguous
-    (m or n, RANK)."""
+    """A tile of left right^T, both contiguous (m or n, RANK): float32, (ROWS, COLUMNS).
+
+    Where both are bfloat16 (NARROW), matrix units multiply them, exactly, and sum in float32.
+    """
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for begin in range(0, RANK, K):
         k = begin + tl.arange(0, K)
         mask = (rows < m)[:, None] & (k < RANK)[None, :]
         a = tl.load(left + rows[:, None] * RANK + k[None, :], mask=mask, other=0.0)
-        a = alpha * a.to(tl.float32)
         mask = (columns < n)[:, None] & (k < RANK)[None, :]
         b = tl.load(right + columns[:, None] * RANK + k[None, :], mask=mask, other=0.0)
-        total = tl.dot(a, tl.trans(b.to(tl.float32)), total, input_precision="ieee")
+        if NARROW:
+            total = tl.dot(a, tl.trans(b), total)
+        else:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+            total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
     return total
 
 
@@ -94,6 +99,7 @@ def product_kernel(
     SIGN_RANK: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
+    NARROW: tl.constexpr,
     BACKEND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -110,19 +116,18 @@ def product_kernel(
     columns = (tile % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     at = rows[:, None] * n + columns[None, :]
-    x = tl.zeros([ROWS, COLUMNS], tl.float32)
+    x = decay * tl.load(theta + at, mask=inside, other=0.0).to(tl.float32)
     place = rows[:, None] * gradient_row + columns[None, :] * gradient_column
     if sign_left is not None:
         # The gradient is read anew below: held until then, its tile would not fit in registers.
-        x = _add_product(
-            x, sign_left, sign_right, 1.0, rows, columns, m, n, SIGN_RANK, ROWS, COLUMNS, K
+        up = _product(
+            sign_left, sign_right, rows, columns, m, n, SIGN_RANK, False, ROWS, COLUMNS, K
         )
-        x = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) - x
+        rest = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) - up
         # A NaN remains one.
-        x = sign_step * tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
+        x += sign_step * tl.where(rest > 0.0, 1.0, tl.where(rest < 0.0, -1.0, rest))
     if left is not None:
-        x = _add_product(x, left, right, alpha, rows, columns, m, n, RANK, ROWS, COLUMNS, K)
-    x += decay * tl.load(theta + at, mask=inside, other=0.0).to(tl.float32)
+        x += alpha * _product(left, right, rows, columns, m, n, RANK, NARROW, ROWS, COLUMNS, K)
     if channel_scale is not None:
         g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
         if BY_ROW:

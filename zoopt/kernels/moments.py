@@ -50,8 +50,8 @@ class Moment:
         signed: whether values can be negative.
 
     Raises:
-        ValueError: tensors of other sizes, or codes of one element, whose one byte does not tell
-            how many bits they have.
+        ValueError: tensors of other sizes, codes of one element, whose one byte does not tell how
+            many bits they have, or tensors that are not contiguous.
     """
 
     codes: Tensor
@@ -60,6 +60,8 @@ class Moment:
     signed: bool
 
     def __post_init__(self) -> None:
+        if not (self.codes.is_contiguous() and (self.scale is None or self.scale.is_contiguous())):
+            raise ValueError("codes and scale must be contiguous; call .contiguous() on them")
         if self.scale is None:
             if self.codes.numel() != self.numel:
                 raise ValueError(f"codes must have {self.numel} values, got {self.codes.numel()}")

@@ -45,11 +45,11 @@ def adam_(
         offset: position of the first element in the whole, unsharded tensor.
         moment_draw: 32 bits; the draw whose bits round bfloat16 and coded moments stochastically.
             Default: they are rounded to nearest.
-        out: contiguous, of gradient's shape in the accumulator's dtype; it may be the gradient.
-            Default: a new tensor.
+        out: contiguous, of gradient's shape, in the accumulator's dtype or rounded to nearest in
+            the gradient's; it may be the gradient. Default: a new tensor of the accumulator's.
         norms: contiguous, (2, rows) in the accumulator's dtype, for a gradient of shape (rows, r):
-            receives the sums of squares of each row of out and of the gradient, summed in the
-            implementation's own order. Default: they are not computed.
+            receives the sums of squares of each row of out, before it is rounded, and of the
+            gradient, summed in the implementation's own order. Default: they are not computed.
         impl: as for `perturb`.
 
     Returns:
@@ -63,10 +63,14 @@ def adam_(
     wide = first.accumulator
     if out is None:
         out = torch.empty(gradient.shape, dtype=wide, device=gradient.device)
-    elif out.shape != gradient.shape or out.dtype != wide or not out.is_contiguous():
+    elif (
+        out.shape != gradient.shape
+        or out.dtype not in (wide, gradient.dtype)
+        or not out.is_contiguous()
+    ):
         raise ValueError(
-            f"out must be a contiguous {wide} tensor of shape {tuple(gradient.shape)}, "
-            f"got {out.dtype} {tuple(out.shape)}"
+            f"out must be a contiguous {wide} or {gradient.dtype} tensor of shape "
+            f"{tuple(gradient.shape)}, got {out.dtype} {tuple(out.shape)}"
         )
     if norms is not None:
         if gradient.dim() != 2:

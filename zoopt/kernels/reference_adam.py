@@ -76,12 +76,13 @@ def adam(
     """m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g g, and out (k,) receives
     (scale m) / (sqrt(v) + eps) of the moments as they are before they are stored.
 
-    norms (2, rows) receives out's and the gradient's sums of squares, of rows of k / rows elements.
+    out may be of a narrower dtype, to which its elements are rounded to nearest. norms (2, rows)
+    receives the direction's and the gradient's sums of squares, of rows of k / rows elements.
     """
     if norms is not None:
         norms.zero_()
     for start, stop in chunks(gradient.numel()):
-        part = gradient[start:stop].to(out.dtype)
+        part = gradient[start:stop].to(first.accumulator)
         moments = first.part(start, stop), second.part(start, stop)
         direction = _quotient(part, *moments, numbers, key.shifted(start), moment_draw)
         if norms is not None:
@@ -89,7 +90,7 @@ def adam(
             row = torch.arange(start, stop, device=out.device) // width
             norms[0].index_add_(0, row, direction.square())
             norms[1].index_add_(0, row, part.square())
-        out[start:stop] = direction
+        out[start:stop] = round_nearest(direction, out.dtype)
 
 
 def adamw(

@@ -127,7 +127,6 @@ class ProjectedOptimizer(FirstOrderOptimizer):
             norms = squares.to(reduced.dtype).sqrt_()
         else:
             direction = self._direction(site, reduced, state, step, key)
-        direction = direction.to(wide(reduced))
         parts = Parts(direction, reduced, grad, norms, state, group, geo, sharded)
         return residual.terms(parts)
 
@@ -137,7 +136,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         """The rule's direction of R, (channels, r), or of a whole gradient."""
         group = site.group
         rule = self._rule(group)
-        if self._is_plain_adam(group) and reduced.dtype == torch.float32:
+        if self._is_plain_adam(group):
             # Nothing else asks for R: fresh memory would cost as much as Adam does.
             return ADAM.direction(reduced, state, group, step, key, out=reduced)
         return rule.direction(reduced, state, group, step, key)
