@@ -91,4 +91,6 @@ def _is_projected(group: Group) -> bool:
 
 def matrix(tensor: Tensor) -> Tensor:
     """The tensor as (shape[0], product of the rest), a view where its memory allows it."""
+    if tensor.dim() == 2:
+        return tensor
     return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
