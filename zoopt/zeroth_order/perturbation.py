@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from zoopt.kernels.key import Rounding
 from zoopt.optimizer import Group
 from zoopt.zeroth_order.direction import Coefficients, Direction
+from zoopt.zeroth_order.uncompiled import uncompiled
 from zoopt.zeroth_order.virtual import Interception, Substitution
 
 PerturbationMode = Literal["auto", "inplace", "virtual"]
@@ -42,14 +42,6 @@ Displacement = Callable[[Slot], Coefficients]
 def along(draw: int, scale: float) -> Displacement:
     """The displacement scale zo_eps z(draw)."""
     return lambda slot: {draw: scale * slot.zo_eps} if scale else {}
-
-
-def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Let compiled functions run their Python code, where parameters can be replaced."""
-    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and the import is slow
-        return contextlib.nullcontext()
-    eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return eager
 
 
 class Perturbation:
@@ -125,7 +117,7 @@ class Perturbation:
         Raises:
             RuntimeError: the closure read none of them, and none is perturbed in place.
         """
-        with _uncompiled(), interception:
+        with uncompiled(), interception:
             yield
         if not interception.read and not self._in_place:
             raise RuntimeError(
