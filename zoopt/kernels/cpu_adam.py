@@ -20,7 +20,7 @@ from zoopt.kernels.reference_adam import Numbers
 
 _BYTE = np.uint8(0)
 _NO_SCALE = (0, 0, np.float32(0))
-_NO_NORMS = torch.empty(2, 0, dtype=torch.float32)
+_NO_NORMS = np.empty((2, 0), np.float32)
 
 
 def _bytes(tensor: Tensor) -> Memory:
@@ -57,7 +57,7 @@ def adam(
     rows = 0 if norms is None else norms.shape[1]
     totals = heads = _NO_NORMS
     if norms is not None:
-        totals, heads = norms, torch.zeros(2, -(-numel // TILE), dtype=torch.float32)
+        totals, heads = norms.numpy(), np.zeros((2, -(-numel // TILE)), np.float32)
     _parallel(
         cpu_adam_kernels.adam,
         numel,
@@ -70,12 +70,13 @@ def adam(
         tuple(map(f32, numbers)),
         *_noise(key),
         _rounding(moment_draw),
-        totals.numpy(),
-        heads.numpy(),
+        totals,
+        heads,
         numel // rows if rows else 0,
     )
-    if rows:
-        totals.index_add_(1, torch.arange(0, numel, TILE) // (numel // rows), heads)
+    if norms is not None:
+        row = torch.arange(0, numel, TILE) // (numel // rows)
+        norms.index_add_(1, row, torch.from_numpy(heads))
 
 
 def adamw(

@@ -5,7 +5,7 @@ An operation checks its arguments, chooses an implementation and runs it.
 
 from __future__ import annotations
 
-import ctypes
+import array
 from collections.abc import Sequence
 
 import torch
@@ -137,7 +137,7 @@ def scalars(values: Sequence[float], dtype: torch.dtype) -> list[float]:
     """The numbers as every implementation sees them: rounded to the accumulator's dtype."""
     if dtype == torch.float64:
         return [float(value) for value in values]
-    return [ctypes.c_float(value).value for value in values]
+    return array.array("f", values).tolist()
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -153,6 +153,8 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 def check_unshared(name: str, tensor: Tensor) -> None:
     """Raise if elements of the tensor share memory."""
+    if tensor.is_contiguous():
+        return
     if any(stride == 0 < size - 1 for size, stride in zip(tensor.shape, tensor.stride())):  # noqa: B905
         raise ValueError(
             f"{name} is expanded, so that several of its elements share memory; pass {name}.clone()"

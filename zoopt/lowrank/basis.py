@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -15,7 +18,7 @@ from zoopt.optimizer import Group, TensorSpec
 State = dict[str, Tensor]
 
 
-def basis_specs(geo: Geometry, group: Group, dtype: torch.dtype) -> dict[str, TensorSpec]:
+def basis_specs(geo: Geometry, group: Group, dtype: torch.dtype) -> Mapping[str, TensorSpec]:
     """The state tensors that hold the bases, of parameters (m, n) of this dtype; none for random
     ones, which the seed remakes. Of bfloat16 parameters they are bfloat16, unless `basis_dtype`
     says otherwise.
@@ -25,14 +28,20 @@ def basis_specs(geo: Geometry, group: Group, dtype: torch.dtype) -> dict[str, Te
     """
     if group.get("projector") == "random":
         return {}
+    return _basis_specs(geo, group.get("basis_dtype"), dtype, _is_lazy(group))
+
+
+@functools.cache
+def _basis_specs(
+    geo: Geometry, asked: str | None, dtype: torch.dtype, lazy: bool
+) -> Mapping[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
-    asked = group.get("basis_dtype")
     stored = torch.float64 if dtype == torch.float64 else torch.float32
     if asked is None and dtype == torch.bfloat16:
         stored = dtype
     for name, shape in geo.bases.items():
         specs |= int4_specs(name, shape) if asked == "int4" else {name: TensorSpec(shape, stored)}
-    if _is_lazy(group):
+    if lazy:
         number = TensorSpec((), torch.float32)
         specs |= {"agreements": number, "doublings": number}
     return specs

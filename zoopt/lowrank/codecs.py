@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ def format_of(shape: tuple[int, ...], state_dtype: Format) -> Format:
     return "float32" if state_dtype in BLOCK and small else state_dtype
 
 
+@functools.cache
 def moment_specs(
     name: str,
     shape: tuple[int, ...],
@@ -27,7 +30,7 @@ def moment_specs(
     *,
     signed: bool,
     accumulator: torch.dtype = torch.float32,
-) -> dict[str, TensorSpec]:
+) -> Mapping[str, TensorSpec]:
     """The state tensors that hold one moment: `name` and, for codes, `name`_scale."""
     fmt = format_of(shape, state_dtype)
     if fmt == "float32":

@@ -25,6 +25,8 @@ from zoopt.lowrank.subspace import Projector, down, factors, wide
 from zoopt.optimizer import Group, TensorSpec
 from zoopt.sharding import anywhere, local, local_like, offset, sum_
 
+_STEP = TensorSpec((), torch.float32)
+
 
 class ProjectedOptimizer(FirstOrderOptimizer):
     """A rule inside a subspace of each matrix's gradient; parameters of groups with `rank=None`,
@@ -47,15 +49,15 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         """`step`, the bases, the rule's moments, and what the residual keeps."""
         geo = geometry(param, group)
         accumulator = torch.float64 if param.dtype == torch.float64 else torch.float32
-        declared = {"step": TensorSpec((), torch.float32)}
+        rule, step = self._rule(group), {"step": _STEP}
         if geo is None:
-            return declared | self._rule(group).specs(tuple(param.shape), group, accumulator)
-        return (
-            declared
-            | basis_specs(geo, group, param.dtype)
-            | self._rule(group).specs(geo.reduced_shape, group, accumulator)
-            | self._residual(group).specs(geo, accumulator)
-        )
+            return {**step, **rule.specs(tuple(param.shape), group, accumulator)}
+        return {
+            **step,
+            **basis_specs(geo, group, param.dtype),
+            **rule.specs(geo.reduced_shape, group, accumulator),
+            **self._residual(group).specs(geo, accumulator),
+        }
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         geo = geometry(site.param, site.group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class Rule(NamedTuple):
             where the direction goes, which may be the gradient.
     """
 
-    specs: Callable[[tuple[int, ...], Group, torch.dtype], dict[str, TensorSpec]]
+    specs: Callable[[tuple[int, ...], Group, torch.dtype], Mapping[str, TensorSpec]]
     direction: Callable[..., Tensor]
 
 
@@ -56,9 +56,10 @@ def _adam_specs(
     shape: tuple[int, ...], group: Group, accumulator: torch.dtype
 ) -> dict[str, TensorSpec]:
     kind = group["state_dtype"]
-    return moment_specs("exp_avg", shape, kind, signed=True, accumulator=accumulator) | (
-        moment_specs("exp_avg_sq", shape, kind, signed=False, accumulator=accumulator)
-    )
+    return {
+        **moment_specs("exp_avg", shape, kind, signed=True, accumulator=accumulator),
+        **moment_specs("exp_avg_sq", shape, kind, signed=False, accumulator=accumulator),
+    }
 
 
 def adam_moments(state: State, numel: int) -> tuple[Moment, Moment]:
@@ -97,14 +98,14 @@ def _adam(
 
 def _momentum_specs(
     shape: tuple[int, ...], group: Group, accumulator: torch.dtype
-) -> dict[str, TensorSpec]:
+) -> Mapping[str, TensorSpec]:
     kind = group["state_dtype"]
     return moment_specs("momentum_buffer", shape, kind, signed=True, accumulator=accumulator)
 
 
 def _lion_specs(
     shape: tuple[int, ...], group: Group, accumulator: torch.dtype
-) -> dict[str, TensorSpec]:
+) -> Mapping[str, TensorSpec]:
     kind = group["state_dtype"]
     return moment_specs("exp_avg", shape, kind, signed=True, accumulator=accumulator)
 
