@@ -80,10 +80,11 @@ def difference(
         **moved,
     )
     # Sums of r + 4 terms in any order; then less than a spacing of the dtype, or half of one.
-    if product and impl == "numba" and native_bfloat16(theta):
-        # Both factors and (but where BLAS does all) their product are rounded to bfloat16, each to
-        # 2^-8 of itself.
-        rounded = 3.1 * 2.0**-8 * (left.double().abs() @ right.double().abs().t())
+    if product and (impl == "numba" or device == "cuda") and native_bfloat16(theta.to(device)):
+        # Wide factors and, on the CPU (but where BLAS does all), their product are rounded to
+        # bfloat16, each to 2^-8 of itself.
+        roundings = sum(factor.dtype != dtype for factor in (left, right)) + (impl == "numba")
+        rounded = 1.03 * roundings * 2.0**-8 * (left.double().abs() @ right.double().abs().t())
         size = size + rounded * 2.0**24 / (r + 8)
     form = torch.finfo(dtype)
     spacing = (0.0 if dtype == torch.float32 else form.eps) * (expected.abs() + form.tiny)

@@ -43,8 +43,8 @@ class FirstOrderVariant:
 
     "adam" has a gradient of the dtype, in whose place its direction goes, and no theta;
     "adam_norms" sums squares as well, and its direction is float32. "product" is the product
-    alone, "product_narrow" that of bfloat16 factors, "product_gradient" has both of the gradient's
-    terms besides, and "scaled" a channel's scale alone; their format is "none".
+    alone, "product_gradient" has both of the gradient's terms besides, and "scaled" a channel's
+    scale alone; their format is "none".
     """
 
     kernel: str
@@ -65,7 +65,12 @@ class FirstOrderVariant:
         """Rows and columns a program of a product."""
         if self.kernel == "scaled":
             return 1, gpu_product.PLAIN
-        return gpu_product.NARROW_TILE if self.kernel == "product_narrow" else gpu_product.TILE
+        return gpu_product.NARROW_TILE if self._is_narrow else gpu_product.TILE
+
+    @property
+    def _is_narrow(self) -> bool:
+        """Whether it is a product of bfloat16 factors, and nothing else."""
+        return (self.kernel, self.dtype) == ("product", "bf16")
 
     def num_warps(self, target: str) -> int:
         """Warps a program."""
@@ -77,7 +82,7 @@ class FirstOrderVariant:
         """What is read and written of tensors of theta's size."""
         item = _ITEM[self.dtype]
         if self.format == "none":
-            return 2 * item + (0 if self.kernel in ("product", "product_narrow") else item)
+            return 2 * item + (0 if self.kernel == "product" else item)
         codes = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}[self.format]
         beside = {"adamw": 2 * item, "adam": item, "adam_norms": 4}[self.kernel]
         return 4 * codes + item + beside
@@ -97,16 +102,13 @@ class FirstOrderVariant:
     def _constants(self) -> dict[str, Any]:
         if self.format == "none":
             rows, columns = self._tile
-            narrow = self.kernel == "product_narrow"
-            alone = ("gradient", "channel_scale", "sign_left", "sign_right")
             absent = {
-                "product": alone,
-                "product_narrow": alone,
+                "product": ("gradient", "channel_scale", "sign_left", "sign_right"),
                 "product_gradient": (),
                 "scaled": ("left", "right", "sign_left", "sign_right"),
             }[self.kernel]
-            k = gpu_product.NARROW_K if narrow else gpu_product.K
-            shape = {"ROWS": rows, "COLUMNS": columns, "K": k, "NARROW": narrow}
+            k = gpu_product.NARROW_K if self._is_narrow else gpu_product.K
+            shape = {"ROWS": rows, "COLUMNS": columns, "K": k, "NARROW": self.dtype == "bf16"}
             by = {"BY_ROW": True, "BY_COLUMN": False, "gradient_column": 1}
             return {**dict.fromkeys(absent), **shape, **by, "RANK": _RANK, "SIGN_RANK": _RANK}
         coded = self.rounding == "stochastic" and self.format != "float32"
@@ -120,10 +122,8 @@ class FirstOrderVariant:
         return {**dict.fromkeys(absent), **own}
 
     def _type(self, name: str) -> str:
-        # A projection up is one of float32's direction by a basis of theta's dtype.
-        own = {"theta", "gradient"} | ({"right"} if self.dtype == "bf16" else set())
-        own |= {"adam": {"out"}, "product_narrow": {"left"}}.get(self.kernel, set())
-        if name in own:
+        own = {"theta", "gradient"} | ({"out"} if self.kernel == "adam" else set())
+        if name in own or (name in ("left", "right") and self.dtype == "bf16"):
             return f"*{self.dtype}"
         if name in ("first_codes", "second_codes"):
             return _CODES[self.format][name == "second_codes"]
@@ -145,8 +145,6 @@ def variants() -> Iterator[FirstOrderVariant]:
             yield FirstOrderVariant(kernel, dtype, "none", "nearest")
             if dtype != "fp32":
                 yield FirstOrderVariant(kernel, dtype, "none", "stochastic")
-    for rounding in ("nearest", "stochastic"):
-        yield FirstOrderVariant("product_narrow", "bf16", "none", rounding)
     for form in get_args(Format):
         for kernel in ("adam", "adam_norms"):
             yield FirstOrderVariant(kernel, "fp32", form, "stochastic")

@@ -14,7 +14,7 @@ from zoopt.kernels.key import NoiseKey
 
 #: Rows and columns of a program's tile with a product, and the columns of a factor at a time.
 TILE, K = (64, 64), 16
-#: The same where both factors are bfloat16, and nothing but their product is added.
+#: The same where theta is bfloat16, and nothing but a product is added.
 NARROW_TILE, NARROW_K = (128, 64), 32
 #: Elements of a program's tile without one.
 PLAIN = 2048
@@ -39,10 +39,11 @@ def add_product(
         return
     m, n = theta.shape
     backend = backend_name()
-    # The interpreter computes with numpy, which has no bfloat16.
-    narrow = backend != "interpreter" and all(
-        factor is not None and factor.dtype == torch.bfloat16 for factor in (left, right)
-    )
+    # Rounding factors to bfloat16 is 2^-8 of a step, not of theta. The interpreter computes with
+    # numpy, which has no bfloat16.
+    narrow = theta.dtype == torch.bfloat16 and backend != "interpreter"
+    if narrow and left is not None and right is not None:
+        left, right = left.to(theta.dtype), right.to(theta.dtype)
     alone = channel_scale is None and sign_of is None
     (rows, columns), k = (NARROW_TILE, NARROW_K) if narrow and alone else (TILE, K)
     if left is None and sign_of is None:
