@@ -23,32 +23,21 @@ _MOMENTS = philox.PURPOSE_MOMENTS
 
 
 @jit
-def _average(m, v, g, beta1, beta2, complement1, complement2):
-    """m <- beta1 m + complement1 g, v <- beta2 v + complement2 (g g), all float32 (k,)."""
-    for j in range(len(m)):
-        x = g[j]
-        m[j] = f32(f32(beta1 * m[j]) + f32(complement1 * x))
-        v[j] = f32(f32(beta2 * v[j]) + f32(complement2 * f32(x * x)))
-
-
-@jit
-def _quotient(out, m, v, factor, eps):
-    """out <- (factor m) / (sqrt(v) + eps), all float32 (k,)."""
+def _direction(out, g, m, v, numbers):
+    """m <- beta1 m + complement1 g, v <- beta2 v + complement2 (g g), out <- (factor m) / (sqrt(v)
+    + eps), all float32 (k,)."""
+    beta1, beta2, complement1, complement2, factor, eps = numbers
     for j in range(len(out)):
-        out[j] = f32(f32(factor * m[j]) / f32(f32(np.sqrt(v[j])) + eps))
+        x = g[j]
+        a = f32(f32(beta1 * m[j]) + f32(complement1 * x))
+        b = f32(f32(beta2 * v[j]) + f32(complement2 * f32(x * x)))
+        out[j] = f32(f32(factor * a) / f32(f32(np.sqrt(b)) + eps))
+        m[j], v[j] = a, b
 
 
 @jit
-def _descend(theta, m, v, decay, factor, eps):
-    """theta <- decay theta + (factor m) / (sqrt(v) + eps), all float32 (k,)."""
-    for j in range(len(theta)):
-        quotient = f32(f32(factor * m[j]) / f32(f32(np.sqrt(v[j])) + eps))
-        theta[j] = f32(f32(decay * theta[j]) + quotient)
-
-
-@jit
-def _float32_pass(theta, g, m, v, decay, numbers):
-    """_average and _descend in one loop, for what is float32 already: at the memory's speed."""
+def _descend(theta, g, m, v, decay, numbers):
+    """Both moments as in _direction, and theta <- decay theta + (factor m) / (sqrt(v) + eps)."""
     beta1, beta2, complement1, complement2, factor, eps = numbers
     for j in range(len(theta)):
         x = g[j]
@@ -102,13 +91,11 @@ def _add_row_sums(norms, heads, values, width, start):
 
 
 @jit
-def _update(scratch, g, first, first_scale, second, second_scale, form, numbers, start):
-    """Both moments of a tile, averaged with its gradient g, before they are stored."""
+def _read_moments(scratch, first, first_scale, second, second_scale, form, start, count):
+    """Both moments of a tile: in the scratch, or where they are if they are float32."""
     tiles, unpacked, _, _ = scratch
-    count = len(g)
     m = read_moment(tiles[0], unpacked, first, first_scale, form, True, start, count)
     v = read_moment(tiles[1], unpacked, second, second_scale, form, False, start, count)
-    _average(m, v, g, numbers[0], numbers[1], numbers[2], numbers[3])
     return m, v
 
 
@@ -154,16 +141,17 @@ def _adam(
     for start in range(span[0], span[1], TILE):
         stop = min(start + TILE, span[1])
         g = _read(scratch[0][2], gradient, gradient_kind, start, stop)
-        m, v = _update(scratch, g, first, first_scale, second, second_scale, form, numbers, start)
+        count = stop - start
+        m, v = _read_moments(scratch, first, first_scale, second, second_scale, form, start, count)
+        # Not where it goes, which may be the gradient's own memory.
+        direction = scratch[0][3][:count]
+        _direction(direction, g, m, v, numbers)
         if width:
             _add_row_sums(norms[1], heads[1], g, width, start)
-        direction = scratch[0][3][: stop - start]
-        if out_kind == FLOAT32:
-            direction = out.view(np.float32)[start:stop]
-        _quotient(direction, m, v, numbers[4], numbers[5])
-        if width:
             _add_row_sums(norms[0], heads[0], direction, width, start)
-        if out_kind != FLOAT32:
+        if out_kind == FLOAT32:
+            out.view(np.float32)[start:stop] = direction
+        else:
             encode(out.view(np.uint16)[start:stop], direction, out_kind)
         _keep(
             scratch,
@@ -205,16 +193,18 @@ def _adamw(
         part = slice(span[0], span[1])
         arrays = theta.view(np.float32)[part], gradient.view(np.float32)[part]
         moments = first.view(np.float32)[part], second.view(np.float32)[part]
-        _float32_pass(*arrays, *moments, decay, numbers)
+        _descend(*arrays, *moments, decay, numbers)
         return
     scratch = _scratch()
     tiles, words = scratch[0], scratch[3]
     for start in range(span[0], span[1], TILE):
         stop = min(start + TILE, span[1])
         g = _read(tiles[2], gradient, gradient_kind, start, stop)
-        m, v = _update(scratch, g, first, first_scale, second, second_scale, form, numbers, start)
         acc = _read(tiles[3], theta, kind, start, stop)
-        _descend(acc, m, v, decay, numbers[4], numbers[5])
+        m, v = _read_moments(
+            scratch, first, first_scale, second, second_scale, form, start, stop - start
+        )
+        _descend(acc, g, m, v, decay, numbers)
         target = theta.view(np.uint16)[start:stop]
         store(target, acc, words, offset + start, kind, key[0], rounding, key[1], key[2])
         _keep(
