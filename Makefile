@@ -35,6 +35,7 @@ bench: $(VENV)/test
 	$(BIN)/python bench/step.py --repeats 3 --json bench/results/step_zeroth_order_cpu.json \
 		--optimizers mezo-in-place lozo lozo-momentum subzero zoadam-window forwardgrad
 	$(BIN)/python bench/lowrank_step.py --sizes 60m 130m 350m 1b --repeats 5 --refreshes 3 --json bench/results/lowrank_step_cpu.json
+	$(BIN)/python bench/lowrank_step.py --sizes 7b --repeats 3 --refreshes 1 --json bench/results/lowrank_step_7b_cpu.json
 	$(BIN)/python bench/paper_memory.py --json bench/results/paper_memory.json
 	$(BIN)/zoopt plan llama-7b --gpu 24GB --json bench/results/plan_llama7b.json
 	$(BIN)/python bench/memory.py --json bench/results/memory_cpu.json --plot bench/results/memory_cpu.png
