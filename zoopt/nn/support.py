@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.philox import words
 
 _MASK32 = 0xFFFFFFFF
@@ -25,7 +26,11 @@ def support(
     and 1 of Philox's block i. So an element is chosen with probability 1 / width_j, rows are
     independent of each other, runs of a row pairwise; it costs one block of noise a row.
     """
-    rows = words(torch.arange(m, device=device), seed=seed, stream=stream, draw=0)  # (m, 4)
+    row = torch.arange(m, device=device)
+    # On tensors without values Philox's rounds would be a tenth of a plan's time, and they need
+    # little memory beside what follows.
+    fake = is_fake(row)
+    rows = row.new_empty(m, 4) if fake else words(row, seed=seed, stream=stream, draw=0)  # (m, 4)
     number = torch.arange(count, device=device)
     start = number * n // count
     width = (number + 1) * n // count - start
