@@ -47,16 +47,15 @@ def _floats(tensor: Tensor) -> Memory:
     return tensor.data_ptr(), tensor.numel(), _FLOAT
 
 
+def _counter(key: NoiseKey) -> tuple[np.uint32, np.uint32, np.uint32, int]:
+    """stream, k0, k1, offset: what names the random bits of every kernel."""
+    return u32(key.stream), u32(key.seed & 0xFFFFFFFF), u32(key.seed >> 32), key.offset
+
+
 def _noise(key: NoiseKey) -> tuple[int, np.uint32, np.uint32, np.uint32, int, np.uint16 | None]:
-    """per_word, stream, k0, k1, offset, threshold: what names the noise of every kernel."""
-    return (
-        NORMALS_PER_WORD if key.distribution == "normal" else SIGNS_PER_WORD,
-        u32(key.stream),
-        u32(key.seed & 0xFFFFFFFF),
-        u32(key.seed >> 32),
-        key.offset,
-        None if key.threshold is None else u16(key.threshold),
-    )
+    """per_word, stream, k0, k1, offset, threshold: what names the directions of every kernel."""
+    per_word = NORMALS_PER_WORD if key.distribution == "normal" else SIGNS_PER_WORD
+    return per_word, *_counter(key), None if key.threshold is None else u16(key.threshold)
 
 
 def _rounding(draw: int | None) -> int:
@@ -101,7 +100,7 @@ def add_stochastic(
         _memory(theta),
         _memory(addend),
         f32(decay),
-        *_noise(key)[1:5],
+        *_counter(key),
         rounding_draw,
     )
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels import cpu_adam_kernels
-from zoopt.kernels.cpu import _KINDS, _floats, _parallel, _rounding
+from zoopt.kernels.cpu import _KINDS, _counter, _floats, _parallel, _rounding
 from zoopt.kernels.cpu_adam_kernels import TILE
-from zoopt.kernels.cpu_intrinsics import f32, u32
+from zoopt.kernels.cpu_intrinsics import f32
 from zoopt.kernels.cpu_moments import FORMATS
 from zoopt.kernels.cpu_spread import Memory
 from zoopt.kernels.key import NoiseKey
@@ -35,11 +35,6 @@ def _moments(first: Moment, second: Moment) -> list[Any]:
         scale = _NO_SCALE if stored.scale is None else _floats(stored.scale)
         arrays += [_bytes(stored.codes), scale]
     return [*arrays, FORMATS[first.format]]
-
-
-def _noise(key: NoiseKey) -> tuple[tuple[np.uint32, ...], int]:
-    """(stream, k0, k1) and the offset."""
-    return (u32(key.stream), u32(key.seed & 0xFFFFFFFF), u32(key.seed >> 32)), key.offset
 
 
 def adam(
@@ -68,7 +63,7 @@ def adam(
         _KINDS[out.dtype],
         *_moments(first, second),
         tuple(map(f32, numbers)),
-        *_noise(key),
+        _counter(key),
         _rounding(moment_draw),
         totals,
         heads,
@@ -102,7 +97,7 @@ def adamw(
         *_moments(first, second),
         f32(decay),
         tuple(map(f32, numbers)),
-        *_noise(key),
+        _counter(key),
         _rounding(moment_draw),
         _rounding(rounding_draw),
     )

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels import cpu_threads
-from zoopt.kernels.cpu import _KINDS, MIN_PER_THREAD, _memory, _rounding
+from zoopt.kernels.cpu import _KINDS, MIN_PER_THREAD, _counter, _memory, _rounding
 from zoopt.kernels.cpu_convert import FLOAT32, decode
-from zoopt.kernels.cpu_intrinsics import bits_of, f32, float_of, i32, jit, u32
+from zoopt.kernels.cpu_intrinsics import bits_of, f32, float_of, i32, jit
 from zoopt.kernels.cpu_spread import spread
 from zoopt.kernels.cpu_tile import TILE, load, store
 from zoopt.kernels.key import NoiseKey
@@ -125,6 +125,7 @@ def _sm3(
 
 @jit
 def _sm3_entry(arguments, team):
+    """reference_sm3.sm3, on a team of threads."""
     spread(_sm3, arguments, team)
 
 
@@ -163,10 +164,7 @@ def sm3(
         _KINDS[theta.dtype],
         _KINDS[gradient.dtype],
         *map(f32, (keep, gain, eps, decay, momentum, complement, step_size)),
-        u32(key.stream),
-        u32(key.seed & 0xFFFFFFFF),
-        u32(key.seed >> 32),
-        key.offset,
+        *_counter(key),
         _rounding(rounding_draw),
         share,
     )
