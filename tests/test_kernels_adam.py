@@ -283,9 +283,9 @@ def test_a_direction_may_be_of_the_gradients_dtype(impl: str, dtype: torch.dtype
     norms, narrow_norms = torch.empty(2, 700), torch.empty(2, 700)
     wide = kernels.adam_(gradient, *moments(3500, "int8"), norms=norms, impl=impl, **kwargs)
     assert wide.dtype == torch.float32
-    for out in (torch.empty_like(gradient), gradient.clone()):
-        source = out if torch.equal(out, gradient) else gradient
-        kept = moments(3500, "int8")
+    for in_place in (False, True):
+        source, kept = gradient.clone(), moments(3500, "int8")
+        out = source if in_place else torch.empty_like(source)
         got = kernels.adam_(source, *kept, out=out, norms=narrow_norms, impl=impl, **kwargs)
         assert got is out
         assert same_bits(got, wide.to(dtype))

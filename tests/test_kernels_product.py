@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.meter import peak_bytes
 from zoopt import kernels
 from zoopt.kernels.dispatch import native_bfloat16
 
@@ -118,6 +122,27 @@ def test_a_sum_is_rounded_once(impl: str) -> None:
     left = torch.tensor([2.0**-8, 2.0**-20]).expand(64, 2).bfloat16()
     got = kernels.add_product_(theta, left, right, alpha=1.0, impl=impl)
     assert (got == 1.0 + 2.0**-7).all()
+
+
+@pytest.mark.parametrize("rounding_draw", [None, 9])
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_plan_allocates_what_the_kernel_does(
+    dtype: torch.dtype, narrow: bool, rounding_draw: int | None
+) -> None:
+    left, right = (torch.randn(size, 33).to(dtype if narrow else None) for size in (600, 700))
+    tensors = [torch.randn(600, 700).to(dtype), left, right]
+    peaks = []
+    for mode in (contextlib.nullcontext(), FakeTensorMode()):
+        known = tensors
+        if isinstance(mode, FakeTensorMode):
+            known = [mode.from_tensor(tensor) for tensor in tensors]
+        add = functools.partial(
+            *(kernels.add_product_, *known), alpha=0.7, rounding_draw=rounding_draw
+        )
+        with mode:
+            peaks.append(peak_bytes(add, known))
+    assert peaks[0] == peaks[1]
 
 
 @pytest.mark.parametrize("impl", [i for i in kernels.available_impls() if i != "triton"])

@@ -9,7 +9,13 @@ from torch import Tensor
 from zoopt.kernels import cpu
 from zoopt.kernels.dispatch import native_bfloat16
 from zoopt.kernels.key import NoiseKey
-from zoopt.kernels.reference_product import addend, chunk_rows, row_chunks, scaled_factors
+from zoopt.kernels.reference_product import (
+    addend,
+    blas_rounds,
+    chunk_rows,
+    row_chunks,
+    scaled_factors,
+)
 
 
 def add_product(
@@ -28,9 +34,7 @@ def add_product(
     """See reference_product.add_product."""
     product_alone = channel_scale is None and sign_of is None
     native = native_bfloat16(theta)
-    # BLAS sums in float32 and rounds once, to nearest.
-    at_once = theta.dtype == torch.float32 or (native and rounding_draw is None)
-    if product_alone and at_once:
+    if product_alone and blas_rounds(theta, rounding_draw):
         if left is not None and right is not None:
             left, right = left.to(theta.dtype), right.to(theta.dtype)
             theta.addmm_(left, right.t(), alpha=alpha, beta=decay)
@@ -45,7 +49,8 @@ def add_product(
         for rows in row_chunks(theta):
             part = theta[rows]
             added = product[: len(part)].addmm_(left[rows], right.t(), beta=0.0, alpha=alpha)
-            cpu.add_stochastic(part, added, decay, _shifted(key, rows, theta), rounding_draw)
+            shifted = key.shifted(rows.start * theta.shape[1])
+            cpu.add_stochastic(part, added, decay, shifted, rounding_draw)
         return
     left, right = scaled_factors(left, right, alpha, theta.dtype if native else torch.float32)
     for rows in row_chunks(theta):
@@ -59,12 +64,7 @@ def add_product(
             [],
             [],
             decay,
-            _shifted(key, rows, theta),
+            key.shifted(rows.start * theta.shape[1]),
             rounding_draw,
             None if terms is None else terms.reshape(-1),
         )
-
-
-def _shifted(key: NoiseKey, rows: slice, theta: Tensor) -> NoiseKey:
-    """The key of these rows."""
-    return key.shifted(rows.start * theta.shape[1]) if rows.start else key

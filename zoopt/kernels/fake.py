@@ -23,15 +23,16 @@ adam = adamw = sm3 = nothing
 
 
 def add_product(theta: Tensor, left: Any, right: Any, *numbers_and_terms: Any) -> None:
-    """Allocate what one chunk of rows takes; BLAS adds a product to float32 in place."""
-    alpha, _, gradient, channel_scale, sign_of, sign_step, *_ = numbers_and_terms
+    """Allocate what the CPU's does: a chunk of rows, where BLAS does not add a product in place."""
+    alpha, _, gradient, channel_scale, sign_of, sign_step, _, rounding_draw = numbers_and_terms
     product_alone = channel_scale is None and sign_of is None
-    if theta.dtype == torch.float32 and product_alone:
-        return
-    dtype = theta.dtype if native_bfloat16(theta) else torch.float32
-    if native_bfloat16(theta) and product_alone and left is not None:
-        left, right = left.to(dtype), right.to(dtype)
-        theta.new_empty(reference_product.chunk_rows(theta), theta.shape[1])
+    at_once = reference_product.blas_rounds(theta, rounding_draw)
+    dtype = theta.dtype if at_once or native_bfloat16(theta) else torch.float32
+    if product_alone and dtype == theta.dtype:
+        if left is not None:
+            left, right = left.to(dtype), right.to(dtype)
+        if left is not None and not at_once:
+            theta.new_empty(reference_product.chunk_rows(theta), theta.shape[1])
         return
     left, right = reference_product.scaled_factors(left, right, alpha, dtype)
     rows = reference_product.row_chunks(theta)[0]

@@ -87,6 +87,8 @@ class NoiseKey:
 
     def shifted(self, elements: int) -> NoiseKey:
         """The key of the slice that begins `elements` further on."""
+        if not elements:
+            return self
         return dataclasses.replace(self, offset=self.offset + elements)
 
 

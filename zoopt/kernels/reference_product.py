@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels import philox
+from zoopt.kernels.dispatch import native_bfloat16
 from zoopt.kernels.key import NoiseKey
 from zoopt.kernels.reference import round_nearest, round_stochastic
 
@@ -71,6 +72,12 @@ def _times(factor: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
     # Computed in the factor's dtype, and cast in the same pass.
     product = torch.empty(factor.shape, dtype=dtype, device=factor.device)
     return torch.mul(factor, alpha, out=product)
+
+
+def blas_rounds(theta: Tensor, rounding_draw: int | None) -> bool:
+    """Whether BLAS adds a product to theta as is asked: it sums in float32, and rounds once, to
+    nearest."""
+    return theta.dtype == torch.float32 or (rounding_draw is None and native_bfloat16(theta))
 
 
 def chunk_rows(theta: Tensor) -> int:

@@ -18,9 +18,11 @@ def uncompiled() -> Iterator[None]:
         yield
         return
     lost = _lost_references()
-    with torch.compiler.set_stance("force_eager"):
-        yield
-    _count_none(lost)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _count_none(lost)
 
 
 @functools.cache
