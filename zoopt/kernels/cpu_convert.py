@@ -15,6 +15,20 @@ FLOAT32, BFLOAT16, FLOAT16 = range(3)
 
 
 @jit
+def bfloat16_to_float(b):
+    """bfloat16 bits -> float32."""
+    return float_of(i32(i32(b) << i32(16)))
+
+
+@jit
+def float_to_bfloat16_stochastic(x, bits):
+    """float32 -> bfloat16 bits, uint32, by 16 random bits; what is not finite is cut off."""
+    pattern = u32(bits_of(x))
+    finite = u32(pattern & u32(0x7F800000)) != u32(0x7F800000)
+    return u32(u32(pattern + (u32(bits) if finite else u32(0))) >> u32(16))
+
+
+@jit
 def _half_to_float(h):
     """float16 bits -> float32: scaling by 2^112 moves the exponent and normalises subnormals."""
     magnitude = float_of(i32((h & i32(0x7FFF)) << i32(13)))
@@ -61,13 +75,12 @@ def _float_to_half_stochastic(x, bits):
 @jit
 def decode(tile, source, kind):
     """tile, float32 (m,) <- source, the bits of theta (m,)."""
-    bits = tile.view(np.int32)
     if kind == FLOAT16:
         for j in range(len(tile)):
             tile[j] = _half_to_float(i32(source[j]))
     else:
         for j in range(len(tile)):
-            bits[j] = i32(i32(source[j]) << i32(16))
+            tile[j] = bfloat16_to_float(source[j])
 
 
 @jit
@@ -88,12 +101,9 @@ def encode(target, tile, kind):
 @jit
 def encode_stochastic(target, tile, random, kind):
     """As encode, rounding by the random bits, uint16 (m,)."""
-    bits = tile.view(np.int32)
     if kind == FLOAT16:
         for j in range(len(tile)):
             target[j] = _float_to_half_stochastic(tile[j], i32(random[j]))
     else:
         for j in range(len(tile)):
-            b = u32(bits[j])
-            finite = u32(b & u32(0x7F800000)) != u32(0x7F800000)
-            target[j] = u32(u32(b + (u32(random[j]) if finite else u32(0))) >> u32(16))
+            target[j] = float_to_bfloat16_stochastic(tile[j], random[j])

@@ -13,7 +13,14 @@ from __future__ import annotations
 import numpy as np
 
 from zoopt.kernels import philox
-from zoopt.kernels.cpu_convert import FLOAT32, decode, encode, encode_stochastic
+from zoopt.kernels.cpu_convert import (
+    FLOAT32,
+    bfloat16_to_float,
+    decode,
+    encode,
+    encode_stochastic,
+    float_to_bfloat16_stochastic,
+)
 from zoopt.kernels.cpu_intrinsics import (
     add_signs,
     add_signs_below,
@@ -184,11 +191,8 @@ def add_bfloat16_stochastic(theta, addend, random, decay):
     decode, scale, add and encode_stochastic in one loop, with no tile of float32 between them.
     """
     for j in range(len(theta)):
-        x = f32(decay * float_of(i32(i32(theta[j]) << i32(16))))
-        x = f32(x + float_of(i32(i32(addend[j]) << i32(16))))
-        b = u32(bits_of(x))
-        finite = u32(b & u32(0x7F800000)) != u32(0x7F800000)
-        theta[j] = u32(u32(b + (u32(random[j]) if finite else u32(0))) >> u32(16))
+        x = f32(f32(decay * bfloat16_to_float(theta[j])) + bfloat16_to_float(addend[j]))
+        theta[j] = float_to_bfloat16_stochastic(x, random[j])
 
 
 @jit
