@@ -19,7 +19,7 @@ import torch
 
 from zoopt.cli import terminal
 from zoopt.cli.terminal import STDOUT, CommandError, Parser, add_json_argument
-from zoopt.machine import identity as machine
+from zoopt.doctor.machine import identity as machine
 
 #: The checkout; `tests.reference` is imported from it.
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ DTYPES = {
 #: Of the JSON that every benchmark writes. A document is
 #:
 #:   schema, benchmark, date, command    this number; the benchmark's name; when and how it was run
-#:   machine                             `zoopt.machine.identity`: device, driver, versions, commit
+#:   machine                             `zoopt.doctor.machine.identity`: device, versions, commit
 #:   arguments                           the options, defaults among them
 #:   rows                                the figures, one a row; less is better in every unit
 #:

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 from bench import charts, common
 from bench.kernels_adam import first_order
 from zoopt.kernels import adam_window_, add_, apply_, momentum_, perturb
-from zoopt.kernels.key import Distribution
+from zoopt.kernels.noise.key import Distribution
 
 #: GPU calls are short: this many are queued and timed together.
 CUDA_CALLS = 20
@@ -197,8 +197,8 @@ def measure(dtype: str, device: torch.device, options: argparse.Namespace) -> li
 
 def sass() -> list[common.Row]:
     """A row for each kernel variant and target."""
+    from bench import aot, aot_moments
     from bench.sass import report
-    from zoopt.kernels import aot, aot_moments
 
     rows = []
     for variant in (*aot.variants(), *aot_moments.variants()):

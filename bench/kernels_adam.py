@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels import adam_, adamw_, add_product_
-from zoopt.kernels.moments import BLOCK, Format, Moment
+from zoopt.kernels.adam.moments import BLOCK, Format, Moment
 
 RANK = 128
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}

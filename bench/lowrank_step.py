@@ -42,7 +42,7 @@ if __name__ == "__main__":
 import zoopt
 from bench import common
 from bench.published_galore import published_galore
-from zoopt.lowrank.subspace import subspace
+from zoopt.first_order.projected.subspace import subspace
 
 GAP = 200
 BETAS, SCALE = (0.9, 0.999), 0.25

@@ -15,10 +15,10 @@ from torch import nn
 
 import zoopt
 from tests.reference.published_mezo import PublishedMeZO
-from zoopt.first_order import FirstOrderOptimizer
-from zoopt.lowrank.selection import param_groups
+from zoopt.first_order.base import FirstOrderOptimizer
+from zoopt.first_order.projected.selection import param_groups
 from zoopt.memory.methods import Method, methods
-from zoopt.modules import linear_layers
+from zoopt.nn.modules import linear_layers
 
 INFERENCE, PUBLISHED = "inference", "MeZO, published"
 #: Nothing diverges however many optimizers step on one model, in whatever dtype.

@@ -148,8 +148,8 @@ TABLE = (
     # Factors of the settings' rank, projected to half of it.
     Method(
         *("gradnormlorp", "GradNormLoRP", "zoopt.GradNormLoRP", lr_grid(1e-2), 1e-2),
-        convert="zoopt.lowrank.gradnormlorp.convert",
-        groups="zoopt.lowrank.gradnormlorp.param_groups",
+        convert="zoopt.first_order.gradnormlorp.convert",
+        groups="zoopt.first_order.gradnormlorp.param_groups",
         rank=lambda rank: max(1, rank // 2),
         refreshes=True,
     ),

@@ -13,7 +13,7 @@ import torch
 from bench import comparison
 from bench.pretrain_methods import METHODS, state_bytes
 from bench.pretrain_task import Settings, Task, matrices
-from zoopt.machine import identity
+from zoopt.doctor.machine import identity
 from zoopt.noise import NOISE_VERSION
 
 

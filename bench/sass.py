@@ -15,7 +15,7 @@ from typing import Any
 
 import triton
 
-from zoopt.kernels import aot, aot_moments
+from bench import aot, aot_moments
 
 #: Instructions that do nothing but fill the end of a program.
 PADDING = ("NOP", "BRA", "s_nop", "s_code_end")

@@ -12,7 +12,7 @@ from pathlib import Path
 # a cache of its own for each version of the kernels. To be set before numba is imported.
 _kernels = Path(__file__).parents[1] / "zoopt" / "kernels"
 _version = hashlib.blake2b(digest_size=6)
-for _source in sorted(_kernels.glob("*.py")):
+for _source in sorted(_kernels.rglob("*.py")):
     _version.update(_source.read_bytes())
 os.environ.setdefault(
     "NUMBA_CACHE_DIR", f"{tempfile.gettempdir()}/zoopt-numba-{_version.hexdigest()}"

@@ -13,10 +13,11 @@ import torch
 
 import zoopt
 from bench import common, compare, methods, step
-from zoopt import doctor, selftest
 from zoopt.cli import bench, main
-from zoopt.first_order import FirstOrderOptimizer
-from zoopt.kernels import cpu_threads
+from zoopt.doctor import diagnosis as doctor
+from zoopt.doctor import selftest
+from zoopt.first_order.base import FirstOrderOptimizer
+from zoopt.kernels.runtime import threads as cpu_threads
 
 RESULTS = common.ROOT / "bench" / "results"
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "noise_v1.json").read_text())

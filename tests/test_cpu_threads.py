@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from zoopt import kernels
-from zoopt.kernels import cpu_threads
-from zoopt.kernels.cpu_intrinsics import jit
-from zoopt.kernels.cpu_spread import spread
+from zoopt.kernels.runtime import threads as cpu_threads
+from zoopt.kernels.runtime.intrinsics import jit
+from zoopt.kernels.runtime.spread import spread
 
 NUMEL = 1 << 19
 

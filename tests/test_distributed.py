@@ -52,14 +52,14 @@ def shard(value: Tensor, param: Any) -> Tensor:
 def go_on(model: nn.Module, optimizer: Any, steps: range) -> None:
     for step in steps:
         for param, gradient in zip(model.parameters(), gradients(model, step), strict=True):
-            if zoopt.sharding.is_sharded(param):
+            if zoopt.distributed.sharding.is_sharded(param):
                 gradient = shard(gradient, param)
             param.grad = gradient
         optimizer.step()
 
 
 def whole(value: Any) -> Any:
-    return value.full_tensor() if zoopt.sharding.is_sharded(value) else value
+    return value.full_tensor() if zoopt.distributed.sharding.is_sharded(value) else value
 
 
 def assert_same(sharded: Any, plain: Any, what: str) -> None:
@@ -75,7 +75,7 @@ def assert_same_run(model: nn.Module, optimizer: Any, plain: nn.Module, other: A
         assert optimizer.state[p].keys() == other.state[q].keys()
         for key, value in optimizer.state[p].items():
             assert_same(value, other.state[q][key], f"{key} of {name}")
-            if value.shape == p.shape and zoopt.sharding.is_sharded(p):
+            if value.shape == p.shape and zoopt.distributed.sharding.is_sharded(p):
                 assert value.placements == p.placements  # type: ignore[attr-defined]
                 assert value.to_local().shape == p.to_local().shape  # type: ignore[attr-defined]
 
@@ -230,7 +230,7 @@ def projections_equal_the_unsharded_run_to_rounding(folder: Path) -> None:
                 torch.testing.assert_close(whole(value), expected, rtol=0.0, atol=1e-10)
         large = optimizer.state[model[3].weight]["exp_avg"]
         sharded = options.get("proj_type", "std") == "std"  # 70 rows against 3
-        assert zoopt.sharding.is_sharded(large) == sharded
+        assert zoopt.distributed.sharding.is_sharded(large) == sharded
     # A gradient with a NaN in the rows of one process makes no basis in any.
     first = net(torch.float64)
     for param in model.parameters():

@@ -21,8 +21,8 @@ from tests.meter import peak_bytes
 from tests.optimizer_table import PERTURBATIONS, Row, closure_of, mlp, nothing
 from tests.reference import evolution_float64 as oracle
 from zoopt import kernels, noise
-from zoopt.zeroth_order import direction
-from zoopt.zeroth_order.population import shaped
+from zoopt.zeroth_order.engine import direction
+from zoopt.zeroth_order.engine.population import shaped
 
 SEED = 7
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import zoopt
 from tests.first_order_table import backward, net
 from tests.reference.published_galore import PublishedGaLore
-from zoopt.lowrank.subspace import Projector, orthonormal, subspace
+from zoopt.first_order.projected.subspace import Projector, orthonormal, subspace
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

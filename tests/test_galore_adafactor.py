@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import zoopt
-from zoopt.lowrank.adafactor import factored_, root_mean_square
+from zoopt.first_order.adafactor import factored_, root_mean_square
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from tests.optimizer_table import CASES, PERTURBATIONS, Row, mlp, regression
 from tests.test_kernels import DISTRIBUTIONS, DTYPES, KEY, same_bits, weights
 from tests.test_sm3 import SHAPES, kernel_steps
 from zoopt import kernels, noise
-from zoopt.kernels.moments import Moment
+from zoopt.kernels.adam.moments import Moment
 
 
 @pytest.mark.parametrize("offset", [0, 5, 2**32 - 3, 2**40 + 7])

@@ -14,7 +14,7 @@ from torch import nn
 
 import zoopt
 from tests.reference.gradnormlorp_float64 import GradNormLoRP64, gradients, weight
-from zoopt.lowrank import gradnormlorp
+from zoopt.first_order import gradnormlorp
 from zoopt.nn import GradNormLinear
 
 

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 import zoopt
-from zoopt.half_fine_tuning import HalfFineTuning, trained_units, units
+from zoopt.selection.half_fine_tuning import HalfFineTuning, trained_units, units
 
 SIZES = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 16}
 IDS = torch.arange(32).view(4, 8) * 5 % 16

@@ -23,7 +23,7 @@ import zoopt
 from tests.compare import equal
 from tests.optimizer_table import ROWS, Row, mlp
 from zoopt.integrations.transformers import ZOTrainer
-from zoopt.zeroth_order.base import ZerothOrderOptimizer
+from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 
 MEZO = {"lr": 1e-2, "zo_eps": 1e-3}
 LENGTH, VOCABULARY = 10, 32

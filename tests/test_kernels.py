@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zoopt import kernels, noise
-from zoopt.kernels import philox, reference
-from zoopt.kernels.key import NoiseKey
+from zoopt.kernels.noise import philox, reference
+from zoopt.kernels.noise.key import NoiseKey
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DISTRIBUTIONS = ["normal", "rademacher"]

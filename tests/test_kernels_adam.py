@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.test_kernels import same_bits
 from zoopt import kernels
-from zoopt.kernels.moments import (
+from zoopt.kernels.adam.moments import (
     BLOCK,
     MIN_SCALE,
     SIGNED_LEVELS,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import zoopt
 from tests.compare import same
 from tests.meter import peak_bytes
-from zoopt.zeroth_order import members
+from zoopt.zeroth_order.engine import members
 
 VOCABULARY, WIDTH, SIGMA = 97, 32, 0.02
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}

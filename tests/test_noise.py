@@ -18,7 +18,8 @@ from torch import Tensor
 
 import zoopt
 from zoopt import noise
-from zoopt.kernels import available_impls, philox
+from zoopt.kernels import available_impls
+from zoopt.kernels.noise import philox
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "noise_v1.json").read_text())
 IMPLS = available_impls()

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import zoopt
-from zoopt.lowrank.owlore import OwLore, outlier_fraction, outlier_scores, sample_layers
+from zoopt.first_order.owlore import OwLore, outlier_fraction, outlier_scores, sample_layers
 
 LAYERS = 6
 

@@ -17,11 +17,11 @@ import zoopt
 from tests.first_order_table import net
 from tests.reference.qgalore_float64 import agreement as agreement64
 from tests.reference.qgalore_float64 import int4
-from zoopt.lowrank import basis as basis_module
-from zoopt.lowrank.basis import agreement
-from zoopt.lowrank.basis_codec import decode_int4, encode_int4, int4_specs
-from zoopt.lowrank.geometry import Geometry
-from zoopt.lowrank.residuals import channel_norms
+from zoopt.first_order.projected import basis as basis_module
+from zoopt.first_order.projected.basis import agreement
+from zoopt.first_order.projected.basis_codec import decode_int4, encode_int4, int4_specs
+from zoopt.first_order.projected.geometry import Geometry
+from zoopt.first_order.projected.residuals import channel_norms
 
 LIMITED = [zoopt.Apollo, zoopt.ApolloMini, zoopt.Fira]
 
@@ -177,7 +177,7 @@ def test_groups_without_a_rank_get_adamw(cls: type[Any]) -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_channel_norms_in_chunks(side: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zoopt.lowrank.residuals.CHUNK", 20)
+    monkeypatch.setattr("zoopt.first_order.projected.residuals.CHUNK", 20)
     gradient = randn(11, 6).bfloat16()
     norms = channel_norms(gradient, Geometry(11, 6, 2, side), torch.float32)
     expected = gradient.float().norm(dim=0 if side == "left" else 1)

@@ -11,7 +11,7 @@ from torch import nn
 
 import zoopt
 from zoopt.lowrank import param_groups
-from zoopt.modules import linear_layers
+from zoopt.nn.modules import linear_layers
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 16}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from zoopt.kernels import aot, aot_moments
+from bench import aot, aot_moments
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import zoopt
 from tests.meter import peak_bytes
 from tests.optimizer_table import PERTURBATIONS, closure_of, mlp
-from zoopt.zeroth_order.direction import Noise
+from zoopt.zeroth_order.engine.direction import Noise
 
 # --- the estimate ---------------------------------------------------------------------------
 

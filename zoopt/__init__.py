@@ -9,11 +9,9 @@ Compact state: `SM3`, `AdamW`. Low-rank projection: `GaLoreAdamW`, `QGaLoreAdamW
 `HalfFineTuning`.
 """
 
-from zoopt import kernels, nn, noise
-from zoopt.compact import SM3
-from zoopt.fused_backward import fuse_backward
-from zoopt.half_fine_tuning import HalfFineTuning
-from zoopt.lowrank import (
+from zoopt import kernels, lowrank, nn, noise
+from zoopt.first_order import (
+    SM3,
     AdamW,
     Apollo,
     ApolloMini,
@@ -25,7 +23,9 @@ from zoopt.lowrank import (
     LDAdamW,
     OwLore,
     QGaLoreAdamW,
+    fuse_backward,
 )
+from zoopt.selection import HalfFineTuning
 from zoopt.zeroth_order import (
     FZOO,
     LOZO,
@@ -71,6 +71,7 @@ __all__ = [
     "ZOSignSGD",
     "fuse_backward",
     "kernels",
+    "lowrank",
     "nn",
     "noise",
 ]

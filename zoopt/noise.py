@@ -2,7 +2,7 @@
 
 Nothing here has a state. The same arguments give the same numbers on every device and from every
 implementation, in any order and from any offset, whatever else uses torch's generators.
-`zoopt.kernels.philox` defines it.
+`zoopt.kernels.noise.philox` defines it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from zoopt.checks import check_positive_int
 from zoopt.kernels import perturb
-from zoopt.kernels.key import Distribution, check_unsigned
-from zoopt.kernels.philox import NOISE_VERSION, philox4x32
+from zoopt.kernels.noise.key import Distribution, check_unsigned
+from zoopt.kernels.noise.philox import NOISE_VERSION, philox4x32
 
 __all__ = ["NOISE_VERSION", "mask", "normal", "philox4x32", "rademacher", "stream"]
 

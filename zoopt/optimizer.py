@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoopt.kernels.philox import NOISE_VERSION
-from zoopt.sharding import is_sharded, sharded_as, sharded_zeros
+from zoopt.distributed.sharding import is_sharded, sharded_as, sharded_zeros
+from zoopt.kernels.noise.philox import NOISE_VERSION
 
 #: What torch.optim.Optimizer accepts as `params`.
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]

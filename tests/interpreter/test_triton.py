@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from zoopt import kernels, noise
-from zoopt.kernels import philox
+from zoopt.kernels.noise import philox
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DISTRIBUTIONS = ["normal", "rademacher"]

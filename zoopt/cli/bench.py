@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from zoopt.cli.terminal import CommandError
-from zoopt.machine import ROOT
+from zoopt.doctor.machine import ROOT
 
 BENCHMARKS = {
     "memory": "peak memory of one training step, by method",

@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 from typing import Any
 
-from zoopt import doctor, selftest
 from zoopt.cli.terminal import add_json_argument, open_console, print_table, styled, write_json
+from zoopt.doctor import diagnosis as doctor
+from zoopt.doctor import selftest
 
 DESCRIPTION = """\
 Tell what this installation has: versions, devices, which implementation of the kernels runs on each

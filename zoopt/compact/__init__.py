@@ -1,5 +1,5 @@
-"""Compact state: second moments in a few numbers a row and column."""
+"""The former home of SM3, kept importable."""
 
-from zoopt.compact.sm3 import SM3
+from zoopt.first_order.sm3 import SM3
 
 __all__ = ["SM3"]

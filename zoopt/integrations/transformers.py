@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from zoopt.zeroth_order.base import ZerothOrderOptimizer
+from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 
 
 class ZOTrainer(transformers.Trainer):

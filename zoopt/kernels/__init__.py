@@ -1,11 +1,11 @@
 """Fused kernels: the PyTorch reference, numba on the CPU and Triton on the GPU, with equal bits."""
 
+from zoopt.kernels.adam.op import adam_, adamw_
 from zoopt.kernels.dispatch import available_impls
-from zoopt.kernels.ops import perturb, perturb_rows
-from zoopt.kernels.ops_adam import adam_, adamw_
-from zoopt.kernels.ops_product import add_product_
-from zoopt.kernels.ops_sm3 import sm3_
-from zoopt.kernels.ops_update import adam_window_, add_, apply_, momentum_
+from zoopt.kernels.noise.op import perturb, perturb_rows
+from zoopt.kernels.noise.op_update import adam_window_, add_, apply_, momentum_
+from zoopt.kernels.product.op import add_product_
+from zoopt.kernels.sm3.op import sm3_
 
 __all__ = [
     "adam_",

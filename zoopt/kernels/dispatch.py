@@ -71,11 +71,11 @@ def available_impls() -> tuple[Impl, ...]:
     return tuple(impls)
 
 
-def choose(theta: Tensor, impl: str | None, family: str = "") -> ModuleType:
+def choose(theta: Tensor, impl: str | None, family: str = "noise") -> ModuleType:
     """The module whose functions run on `theta`.
 
     Args:
-        family: the operations asked for, `"adam"` say; default: those on the noise.
+        family: the operations asked for, `"adam"` say; default: those on noise.
 
     Raises:
         ValueError: `impl` is unknown, not available, or cannot take this tensor.
@@ -98,8 +98,7 @@ def choose(theta: Tensor, impl: str | None, family: str = "") -> ModuleType:
         raise ValueError(f"impl='numba' needs a CPU tensor, got one on {theta.device}")
     elif impl == "triton" and not (theta.is_cuda or interpreting()):
         raise ValueError(f"impl='triton' needs a CUDA tensor, got one on {theta.device}")
-    module = _MODULES[impl] + (f"_{family}" if family else "")
-    return _module(module)
+    return _module(f"{family}.{_MODULES[impl]}")
 
 
 @functools.cache

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoopt.kernels import reference_product
 from zoopt.kernels.dispatch import native_bfloat16
+from zoopt.kernels.product import reference as reference_product
 
 
 def nothing(*args: Any) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import zoopt
-from zoopt.lowrank import gradnormlorp
-from zoopt.lowrank.selection import param_groups
-from zoopt.modules import is_conv1d, repeated_layers
+from zoopt.first_order import gradnormlorp
+from zoopt.first_order.projected.selection import param_groups
+from zoopt.nn.modules import is_conv1d, repeated_layers
 
 Kind = Literal["inference", "zeroth-order", "backprop"]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zoopt.kernels.philox import halfwords
-from zoopt.modules import Target, is_conv1d, linear_layers
+from zoopt.kernels.noise.philox import halfwords
+from zoopt.nn.modules import Target, is_conv1d, linear_layers
 from zoopt.noise import stream
 
 #: Elements of a dense (rows, n) intermediate, or of noise, that exist at a time.

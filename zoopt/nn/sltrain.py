@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zoopt.checks import check_choice, check_number, check_positive_int
-from zoopt.kernels.key import check_unsigned
-from zoopt.modules import Target
+from zoopt.kernels.noise.key import check_unsigned
 from zoopt.nn.linear import (
     CHUNK,
     ReparametrisedLinear,
@@ -19,6 +18,7 @@ from zoopt.nn.linear import (
     replace_layers,
     resolved_seed,
 )
+from zoopt.nn.modules import Target
 from zoopt.nn.support import columns_per_row, support
 from zoopt.noise import stream
 

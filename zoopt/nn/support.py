@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels.dispatch import is_fake
-from zoopt.kernels.philox import words
+from zoopt.kernels.noise.philox import words
 
 _MASK32 = 0xFFFFFFFF
 

@@ -3,6 +3,7 @@
 from zoopt.zeroth_order.adam import ZOAdam
 from zoopt.zeroth_order.conmezo import ConMeZO
 from zoopt.zeroth_order.conservative import ZOConservativeSGD
+from zoopt.zeroth_order.engine.probe import StepRecord
 from zoopt.zeroth_order.evolution import EvolutionStrategy
 from zoopt.zeroth_order.forward_grad import ForwardGrad
 from zoopt.zeroth_order.fzoo import FZOO
@@ -11,7 +12,6 @@ from zoopt.zeroth_order.hybrid import Hybrid
 from zoopt.zeroth_order.lozo import LOZO
 from zoopt.zeroth_order.mezo import MeZO
 from zoopt.zeroth_order.muon import ZOMuon
-from zoopt.zeroth_order.probe import StepRecord
 from zoopt.zeroth_order.sign import ZOSignSGD
 from zoopt.zeroth_order.subzero import SubZero
 

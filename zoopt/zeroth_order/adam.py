@@ -9,14 +9,14 @@ from torch import Tensor
 
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.kernels import adam_window_
-from zoopt.kernels.key import Distribution
+from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
-from zoopt.zeroth_order.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.direction import Coefficients, Noise
-from zoopt.zeroth_order.mask import Mask
-from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode, Slot
-from zoopt.zeroth_order.probe import Estimator, PendingProbe
-from zoopt.zeroth_order.sgd import SparseZerothOrder, check_window, extended, window_steps
+from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.engine.direction import Coefficients, Noise
+from zoopt.zeroth_order.engine.mask import Mask
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, RoundingMode, Slot
+from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
+from zoopt.zeroth_order.engine.sgd import SparseZerothOrder, check_window, extended, window_steps
 
 AdamState = Literal["dense", "window", "scalar"]
 

@@ -8,21 +8,21 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from zoopt.checks import check_choice
-from zoopt.kernels.key import Distribution
+from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
-from zoopt.zeroth_order.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.closure import Closure
-from zoopt.zeroth_order.direction import Coefficients
-from zoopt.zeroth_order.mask import Mask
-from zoopt.zeroth_order.perturbation import (
+from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.engine.closure import Closure
+from zoopt.zeroth_order.engine.direction import Coefficients
+from zoopt.zeroth_order.engine.mask import Mask
+from zoopt.zeroth_order.engine.perturbation import (
     Displacement,
     PerturbationMode,
     RoundingMode,
     Slot,
     along,
 )
-from zoopt.zeroth_order.probe import Estimator, Evaluation, PendingProbe
-from zoopt.zeroth_order.sgd import SparseZerothOrder
+from zoopt.zeroth_order.engine.probe import Estimator, Evaluation, PendingProbe
+from zoopt.zeroth_order.engine.sgd import SparseZerothOrder
 
 Candidates = Literal["three", "reused"]
 

@@ -9,18 +9,23 @@ from typing import Any, get_args
 from torch import Tensor
 
 from zoopt.checks import check_bool, check_choice, check_positive_int
-from zoopt.kernels.key import Distribution, NoiseKey
+from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
-from zoopt.zeroth_order.base import ZerothOrderOptimizer
-from zoopt.zeroth_order.batched import evaluate_batch
-from zoopt.zeroth_order.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.closure import Closure, check_closure
-from zoopt.zeroth_order.direction import Coefficients, Direction, Noise
-from zoopt.zeroth_order.lowrank import OuterProduct
-from zoopt.zeroth_order.members import Batch
-from zoopt.zeroth_order.perturbation import Perturbation, PerturbationMode, RoundingMode, Slot
-from zoopt.zeroth_order.population import Population, Shaping, fitness_values, shaped
-from zoopt.zeroth_order.probe import Evaluation, Measurement, PendingProbe, mean_loss
+from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
+from zoopt.zeroth_order.engine.batched import evaluate_batch
+from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.engine.closure import Closure, check_closure
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise
+from zoopt.zeroth_order.engine.low_rank import OuterProduct
+from zoopt.zeroth_order.engine.members import Batch
+from zoopt.zeroth_order.engine.perturbation import (
+    Perturbation,
+    PerturbationMode,
+    RoundingMode,
+    Slot,
+)
+from zoopt.zeroth_order.engine.population import Population, Shaping, fitness_values, shaped
+from zoopt.zeroth_order.engine.probe import Evaluation, Measurement, PendingProbe, mean_loss
 
 
 class EvolutionStrategy(ZerothOrderOptimizer):

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zoopt.kernels.key import Distribution
+from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
-from zoopt.zeroth_order.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.mask import Mask
-from zoopt.zeroth_order.perturbation import RoundingMode
-from zoopt.zeroth_order.probe import Evaluation, Measurement, PendingProbe
-from zoopt.zeroth_order.sgd import MomentumSGD
+from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.engine.mask import Mask
+from zoopt.zeroth_order.engine.perturbation import RoundingMode
+from zoopt.zeroth_order.engine.probe import Evaluation, Measurement, PendingProbe
+from zoopt.zeroth_order.engine.sgd import MomentumSGD
 
 
 class ForwardGrad(MomentumSGD):

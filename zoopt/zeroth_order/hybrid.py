@@ -13,9 +13,9 @@ from torch.optim import LBFGS, Optimizer
 
 from zoopt.optimizer import Group
 from zoopt.parameters import named_params
-from zoopt.zeroth_order.base import ZerothOrderOptimizer
-from zoopt.zeroth_order.closure import Closure, check_closure, loss_value
 from zoopt.zeroth_order.conservative import ZOConservativeSGD
+from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
+from zoopt.zeroth_order.engine.closure import Closure, check_closure, loss_value
 from zoopt.zeroth_order.evolution import EvolutionStrategy
 from zoopt.zeroth_order.forward_grad import ForwardGrad
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zoopt.kernels.key import Distribution
+from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Params, hyperparameters
-from zoopt.zeroth_order.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.mask import Mask
-from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode
-from zoopt.zeroth_order.probe import Estimator
-from zoopt.zeroth_order.sgd import MomentumSGD
+from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.engine.mask import Mask
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, RoundingMode
+from zoopt.zeroth_order.engine.probe import Estimator
+from zoopt.zeroth_order.engine.sgd import MomentumSGD
 
 
 class MeZO(MomentumSGD):

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels.dispatch import known
-from zoopt.kernels.key import NoiseKey
-from zoopt.kernels.ops import accumulator_dtype
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.noise.op import accumulator_dtype
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
-from zoopt.zeroth_order.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.direction import Coefficients, Noise
-from zoopt.zeroth_order.lowrank import LowRank, LowRankZerothOrder, haar, matrix_shape
-from zoopt.zeroth_order.perturbation import PerturbationMode, RoundingMode, Slot
-from zoopt.zeroth_order.probe import Estimator, PendingProbe
+from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.engine.direction import Coefficients, Noise
+from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, haar, matrix_shape
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, RoundingMode, Slot
+from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 
 
 class LeftSubspace(LowRank):

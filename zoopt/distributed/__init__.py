@@ -1,0 +1,1 @@
+"""Parameters and optimizers on several processes."""

@@ -1,0 +1,194 @@
+"""GaLore with Adafactor: the projected gradient's second moment is a row times a column."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_bool, check_number
+from zoopt.first_order.adamw import StateRounding
+from zoopt.first_order.base import RoundingMode, Site
+from zoopt.first_order.projected.codecs import moment, moment_specs
+from zoopt.first_order.projected.core import ProjectedOptimizer
+from zoopt.first_order.projected.geometry import ProjType
+from zoopt.first_order.projected.residuals import State
+from zoopt.first_order.projected.rules import Rule, store_moment
+from zoopt.first_order.projected.subspace import Projector, wide
+from zoopt.kernels.adam.moments import Format, decode
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+
+
+def root_mean_square(tensor: Tensor) -> Tensor:
+    """Of all elements: (), in the accumulator's dtype."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=wide(tensor))
+    return norm / math.sqrt(max(tensor.numel(), 1))
+
+
+def factored_(gradient: Tensor, row: Tensor, column: Tensor, *, mix: float, eps: float) -> Tensor:
+    """Update the mean squares of rows and columns in place; return g / sqrt(v) of their v.
+
+        row <- (1 - mix) row + mix mean_columns(g^2),    column alike with mean_rows(g^2)
+        v = row column / max(mean(row), eps),    g / sqrt(max(v, eps^2))
+
+    Args:
+        gradient: (..., m, n), in the accumulator's dtype.
+        row, column: (..., m, 1) and (..., 1, n).
+    """
+    square = gradient.square()
+    row.lerp_(square.mean(-1, keepdim=True), mix)
+    column.lerp_(square.mean(-2, keepdim=True), mix)
+    # In the place of the squares: one temporary of the gradient's size.
+    torch.mul(row / row.mean(-2, keepdim=True).clamp_min(eps), column, out=square)
+    return square.clamp_min_(eps * eps).rsqrt_().mul_(gradient)
+
+
+def unfactored_(gradient: Tensor, variance: Tensor, *, mix: float, eps: float) -> Tensor:
+    """v <- (1 - mix) v + mix g^2; return g / sqrt(max(v, eps^2)). All of one shape."""
+    variance.lerp_(gradient.square(), mix)
+    return variance.clamp_min(eps * eps).rsqrt_().mul_(gradient)
+
+
+def _specs(shape: tuple[int, ...], group: Group, accumulator: torch.dtype) -> dict[str, TensorSpec]:
+    if len(shape) < 2:
+        specs = {"variance": TensorSpec(shape, accumulator)}
+    else:
+        specs = {
+            "row_var": TensorSpec((*shape[:-1], 1), accumulator),
+            "col_var": TensorSpec((*shape[:-2], 1, shape[-1]), accumulator),
+        }
+    if group["beta1"] is not None:
+        specs |= moment_specs(
+            "exp_avg", shape, group["state_dtype"], signed=True, accumulator=accumulator
+        )
+    return specs
+
+
+def _adafactor(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
+    """u / max(1, RMS(u) / d) with u = g / sqrt(v), or the average of that."""
+    g = gradient.to(wide(gradient))
+    mix = step ** float(group["beta2_decay"])
+    info = torch.finfo(g.dtype)
+    # Whose square is not 0: where there has been no gradient, 0 / sqrt(v) is to be 0.
+    eps = info.eps if group["eps"][0] is None else max(float(group["eps"][0]), info.tiny**0.5)
+    if "variance" in state:
+        update = unfactored_(g, state["variance"], mix=mix, eps=eps)
+    else:
+        update = factored_(g, state["row_var"], state["col_var"], mix=mix, eps=eps)
+    update = update.div_((root_mean_square(update) / group["d"]).clamp_min(1.0))
+    if group["beta1"] is None:
+        return update
+    stored = moment(state, "exp_avg", update.numel(), signed=True)
+    average = decode(stored).view_as(update).to(update.dtype).lerp(update, 1.0 - group["beta1"])
+    store_moment(average, stored, group, step, key)
+    return average
+
+
+ADAFACTOR = Rule(_specs, _adafactor)
+
+
+class GaLoreAdafactor(ProjectedOptimizer):
+    r"""GaLore (Zhao et al., 2024) with Adafactor (Shazeer & Stern, 2018) in the subspace.
+
+    On the projected gradient R (channels, r), for step t from 1 and s = t^beta2_decay:
+
+        row <- (1 - s) row + s mean_r(R^2),    column <- (1 - s) column + s mean_channels(R^2)
+        V = row column / max(mean(row), eps1),    U = R / sqrt(max(V, eps1^2))
+        N = U / max(1, RMS(U) / d),    and with beta1: M <- beta1 M + (1 - beta1) N, N = M
+        theta <- (1 - lr weight_decay) theta - alpha scale up(N)
+
+    with alpha = lr, or with `relative_step`, max(eps2, RMS(theta)) min(lr, 1 / sqrt(t)). Parameters
+    of groups with `rank=None`, and those of fewer than two dimensions, get Adafactor itself: of
+    vectors V is not factored, of tensors with more than two dimensions the last two are.
+
+    State, in bytes of a matrix with k = max(m, n), l = min(m, n): 4 l r (basis; 2 l r where weights
+    are bfloat16) + 4 (k + r) + 4 (`step`), and 4 k r with beta1. Of a matrix that is not projected
+    4 (m + n) + 4.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate; default 1e-2 (torch.optim.Adafactor; the authors pre-train with it).
+        beta2_decay: the exponent of s, at most 0; default -0.8 (paper).
+        eps: eps1 and eps2; default (None, 1e-3) (torch); None is the machine epsilon of the dtype
+            that is computed in, float32's 1.2e-7 mostly.
+        d: the clipping threshold, at least 1; default 1.0 (paper).
+        weight_decay: decoupled; default 0.0.
+        beta1: of the average of clipped directions; default None, no average (paper).
+        relative_step: as above; default False (the authors' code).
+        rank, update_proj_gap, scale, proj_type, projector, stagger: as for `GaLoreAdamW`.
+        state_dtype, state_rounding: of the average, as for `AdamW`.
+        rounding, maximize, seed: as for `AdamW`.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter out of range.
+
+    Differs from torch.optim.Adafactor (at `rank=None`): that is `relative_step=True`, without
+    beta1, to rounding; but here bfloat16 and float16 are computed in float32, with its epsilon.
+    Differs from the authors' code: it adds eps1 = 1e-30 to the square of the gradient, and it
+    averages steps, learning rate and all, where here directions are averaged.
+
+    Example:
+        >>> opt = zoopt.GaLoreAdafactor(model.parameters(), lr=1e-2, rank=128)
+        >>> for batch in loader:
+        ...     model(**batch).loss.backward()
+        ...     opt.step()
+        ...     opt.zero_grad()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        beta1: float | None = None,
+        relative_step: bool = False,
+        rank: int | None = 128,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: ProjType = "std",
+        projector: Projector = "warm",
+        stagger: bool = True,
+        state_dtype: Format = "float32",
+        state_rounding: StateRounding = "stochastic",
+        rounding: RoundingMode = "auto",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(params, hyperparameters(locals()), seed=seed)
+
+    def _rule(self, group: Group) -> Rule:
+        return ADAFACTOR
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_number("beta2_decay", group["beta2_decay"], high=0.0)
+        if not isinstance(group["eps"], tuple | list) or len(group["eps"]) != 2:
+            raise TypeError(
+                f"eps must be a pair of numbers, the first or None, got {group['eps']!r}"
+            )
+        for i, eps in enumerate(group["eps"]):
+            if eps is not None or i == 1:
+                check_number(f"eps[{i}]", eps, low=0.0)
+        check_number("d", group["d"], low=1.0)
+        if group["beta1"] is not None:
+            check_number("beta1", group["beta1"], low=0.0, high=1.0, open_high=True)
+        check_bool("relative_step", group["relative_step"])
+        check_bool("stagger", group["stagger"])
+
+    def _direction(
+        self, site: Site, reduced: Tensor, state: State, step: int, key: NoiseKey
+    ) -> Tensor:
+        """The rule's, times alpha / lr."""
+        direction = super()._direction(site, reduced, state, step, key)
+        group = site.group
+        if not group["relative_step"]:
+            return direction
+        size = root_mean_square(site.param).clamp_min(group["eps"][1])
+        # min(lr, 1 / sqrt(t)) / lr, of a rate of 0 too.
+        return direction * (size / max(1.0, float(group["lr"]) * math.sqrt(step)))

@@ -1,0 +1,269 @@
+"""What all first-order optimizers share: groups, the loop over gradients, the seed, rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_bool, check_choice, check_number
+from zoopt.distributed.sharding import (
+    anywhere,
+    check_placement,
+    is_sharded,
+    local,
+    local_like,
+    offset,
+)
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.noise.op import DTYPES
+from zoopt.noise import NOISE_VERSION, stream
+from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
+from zoopt.parameters import check_streams, named_params
+
+RoundingMode = Literal["auto", "nearest", "stochastic"]
+_NARROW = (torch.bfloat16, torch.float16)
+#: Group keys that describe the run, hence are the same in every group.
+_RUN_KEYS = ("seed", "noise_version")
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A parameter, its group, and its place among all parameters.
+
+    Attributes:
+        name: the parameter's name, or its position where names are not known.
+        position, count: its number among the optimizer's parameters, and how many there are.
+        continues: whether a micro-batch of this step has been reduced before: what the reduction
+            is made with, a basis say, then stays as it is.
+        offset: the position of the parameter's first element, where it is a shard, in the whole.
+    """
+
+    param: Tensor
+    group: Group
+    name: str | int
+    position: int
+    count: int
+    continues: bool = False
+    offset: int = 0
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        seed: int = self.group["seed"]
+        return seed
+
+    @property
+    def stream(self) -> int:
+        """The stream of the parameter's noise."""
+        return stream(self.name)
+
+    def rounding_draw(self, step: int) -> int | None:
+        """The draw whose bits round the weights in this step, or None for rounding to nearest."""
+        mode = self.group["rounding"]
+        stochastic = mode == "stochastic" or (mode == "auto" and self.param.dtype in _NARROW)
+        return step if stochastic and self.param.dtype in _NARROW else None
+
+
+class Fusion(Protocol):
+    """What `zoopt.fuse_backward` puts in the place of a step."""
+
+    def step(self, closure: Callable[[], Any] | None) -> None:
+        """Do what backward has left to do."""
+
+    def discard(self) -> None:
+        """Drop what has arrived and has not been applied."""
+
+
+class FirstOrderOptimizer(DeclaredStateOptimizer):
+    """Updates each parameter from its gradient: `_reduce` what must be kept of it, then `_apply`.
+
+    The two are apart so that a gradient can be freed between them (`zoopt.fuse_backward`), and so
+    that micro-batches add up what `_reduce` returns. Randomness (of stochastic rounding, of random
+    projections) is a function of `seed`, the parameter's name or position, and its step.
+    """
+
+    _fusion: Fusion | None = None
+
+    def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
+        if seed is None:
+            seed = torch.initial_seed() & 0xFFFFFFFFFFFFFFFF
+        NoiseKey(seed, stream=0)
+        super().__init__(params, {**defaults, "seed": seed, "noise_version": NOISE_VERSION})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as in torch; it joins the run under its seed.
+
+        Raises:
+            TypeError, ValueError: a hyperparameter out of range, a parameter of a kind that has no
+                update, or two parameters with the same stream. Nothing has changed then.
+        """
+        if self.param_groups:
+            first = self.param_groups[0]
+            param_group = {**{key: first[key] for key in _RUN_KEYS}, **param_group}
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+            check_streams(self.param_groups)
+            self._check_shards(self.param_groups[-1])
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the loss and its gradients again, and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or a parameter no longer has its state's shape.
+                Nothing has changed then.
+        """
+        if self._fusion is not None:
+            self._fusion.step(closure)
+            return None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        sites = [site for site in self._sites() if site.param.grad is not None]
+        self._check_state()
+        for site in sites:
+            self._check_gradient(site)
+        for site in sites:
+            self._step_param(site)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what `zoopt.fuse_backward` has accumulated in their place is dropped too."""
+        super().zero_grad(set_to_none)
+        if self._fusion is not None:
+            self._fusion.discard()
+
+    def _step_param(self, site: Site) -> None:
+        gradient = site.param.grad
+        if gradient is None:
+            return
+        if self._initialises(site, gradient):
+            self._state(site.param, site.group)
+            return
+        if is_sharded(site.param):
+            self._step_shard(site, gradient)
+            return
+        reduced = self._reduce(site, gradient)
+        if reduced is not None:
+            self._apply(site, reduced, gradient)
+
+    def _step_shard(self, site: Site, gradient: Tensor) -> None:
+        """Step the part of a sharded parameter that lies here, as if it were all of it."""
+        state, part = self._state(site.param, site.group), local(site.param)
+        gradient = local_like(gradient, site.param)
+        # In the same memory as the whole state: what is written to one is in the other.
+        self.state[part] = {name: local(value) for name, value in state.items()}
+        try:
+            shard = dataclasses.replace(site, param=part, offset=offset(site.param))
+            reduced = self._reduce(shard, gradient)
+            if reduced is not None:
+                self._apply(shard, reduced, gradient)
+        finally:
+            del self.state[part]
+        self._merge(site)
+
+    def _initialises(self, site: Site, gradient: Tensor) -> bool:
+        """Whether the step only asks for state to load a checkpoint into: no rate, no gradient,
+        and none before."""
+        state = self.state.get(site.param, {})
+        return (
+            (not state or not state.get("step", True))
+            and float(site.group["lr"]) == 0.0
+            and not gradient.is_sparse
+            and not anywhere(bool(local(gradient).any()), site.param)
+        )
+
+    def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
+        """What the update needs of the gradient (micro-batches add it up); None leaves the
+        parameter as it is."""
+        return gradient
+
+    def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
+        """Update the parameter and its state, from `_reduce`'s result and, where
+        `_needs_gradient`, the whole gradient."""
+        raise NotImplementedError
+
+    def _needs_gradient(self, site: Site) -> bool:
+        """Whether `_apply` needs the whole gradient beside what `_reduce` returned."""
+        return False
+
+    def _sites(self) -> Iterator[Site]:
+        """Every parameter, with its place."""
+        named = list(named_params(self.param_groups))
+        for position, (_, group, param, name) in enumerate(named):
+            yield Site(param, group, name, position, len(named))
+
+    def _can_shard(self, param: Tensor, group: Group) -> bool:
+        """Whether a part of the rows can be stepped as a parameter of its own, up to `_merge`."""
+        return False
+
+    def _merge(self, site: Site) -> None:
+        """Bring the whole state together after the step of a sharded parameter's parts."""
+
+    def _check_shards(self, group: Group) -> None:
+        """Raise if a parameter is sharded in a way that its update cannot be."""
+        for _, own, param, name in named_params(self.param_groups):
+            if own is not group or not is_sharded(param):
+                continue
+            check_placement(param, name)
+            if not self._can_shard(param, group):
+                raise ValueError(
+                    f"{type(self).__name__} must have whole parameters under these "
+                    f"hyperparameters, got {name!r}, which is sharded; use zoopt.AdamW, SM3, "
+                    f"GaLoreAdamW, Apollo or Fira, with state_dtype 'float32' or 'bfloat16', or "
+                    f"keep the parameter out of fully_shard"
+                )
+
+    def _check_gradient(self, site: Site) -> None:
+        if site.param.grad is not None and site.param.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{type(self).__name__} needs dense gradients, got layout {site.param.grad.layout} "
+                f"for parameter {site.name!r}; use an embedding with sparse=False, or zoopt.SM3"
+            )
+
+    def _check_group(self, group: Group) -> None:
+        """Raise unless the group's hyperparameters and parameters are in range."""
+        check_number("lr", group["lr"], low=0.0)
+        check_number("weight_decay", group["weight_decay"], low=0.0)
+        check_bool("maximize", group["maximize"])
+        check_choice("rounding", group["rounding"], get_args(RoundingMode))
+        if group["seed"] != self.param_groups[0]["seed"]:
+            raise ValueError(
+                f"seed must be the same in all groups, {self.param_groups[0]['seed']}, "
+                f"got {group['seed']}"
+            )
+        for param in group["params"]:
+            if param.dtype not in DTYPES:
+                hint = "use torch.view_as_real" if param.dtype.is_complex else "leave it out"
+                raise TypeError(
+                    f"a parameter must be float32, bfloat16, float16 or float64, "
+                    f"got {param.dtype}; {hint}"
+                )
+
+
+def check_betas(group: Group) -> None:
+    """Raise unless the group's betas are a pair of numbers in [0, 1)."""
+    if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got {group['betas']!r}")
+    for i, beta in enumerate(group["betas"]):
+        check_number(f"betas[{i}]", beta, low=0.0, high=1.0, open_high=True)
+
+
+def descent_rate(group: Group) -> float:
+    """What a direction is multiplied by: -lr, or lr where the objective is maximised."""
+    return float(group["lr"]) * (1.0 if group["maximize"] else -1.0)

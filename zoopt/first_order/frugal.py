@@ -1,0 +1,273 @@
+"""FRUGAL: a rule with state inside a subspace, signs of the gradient outside."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
+from zoopt.first_order.adamw import StateRounding
+from zoopt.first_order.base import RoundingMode, Site, check_betas, descent_rate
+from zoopt.first_order.projected.basis import age, cycle, refresh_due
+from zoopt.first_order.projected.core import ProjectedOptimizer
+from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
+from zoopt.first_order.projected.residuals import SIGNS, OneSided, Residual, sign_rate
+from zoopt.first_order.projected.rules import ADAM, LION, MOMENTUM, Rule
+from zoopt.first_order.projected.subspace import wide
+from zoopt.kernels.adam.moments import Format
+from zoopt.kernels.dispatch import known
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.op import add_product_
+from zoopt.noise import normal
+from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+
+FrugalRule = Literal["adam", "lion", "momentum"]
+FrugalProjector = Literal["columns", "orthogonal", "svd", "gram", "randomized", "warm"]
+
+RULES: dict[str, Rule] = {"adam": ADAM, "lion": LION, "momentum": MOMENTUM}
+
+
+def random_columns(
+    dim: int, rank: int, *, seed: int, stream: int, draw: int, device: torch.device
+) -> Tensor:
+    """`rank` of the numbers below `dim`, each set as likely as any other, in order: int64, (rank,).
+
+    Args:
+        seed, stream, draw: name the noise that decides.
+    """
+    noise = normal(dim, seed=seed, stream=stream, draw=draw, device=device)
+    return noise.argsort(stable=True)[:rank].sort().values
+
+
+class Frugal(ProjectedOptimizer):
+    r"""FRUGAL (Zmushko et al., 2024): Adam, Lion or momentum on a part of each matrix, and on all
+    the rest signSGD, which keeps no state.
+
+    With P (n, r), r = density n, a basis of a part of the space, made anew every `update_proj_gap`
+    steps, from which on moments are those of zero steps (for matrices of m >= n; on the left the
+    same of the transposes):
+
+        R = G P,    N = rule(R)                                   Adam: mhat / (sqrt(vhat) + eps)
+        theta <- (1 - lr weight_decay) theta - lr N P^T - lr sign_lr_scale sign(G - R P^T)
+
+    With `projector="columns"` P is r columns of the identity: N is of those columns of G alone, and
+    the signs are those of all others.
+
+    State, in bytes of a matrix (m, n): 8 density m n (Adam; Lion and momentum 4) + 4 (`step`); the
+    columns are those of the seed. Other projectors keep a basis: with l = min(m, n), 4 density l^2
+    more (2 where weights are bfloat16). The rule's own on other parameters.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate; default 1e-3 (the paper's pre-training, with Adam).
+        rule: `"adam"`, `"lion"` or `"momentum"` (buffer <- momentum buffer + g, descended itself);
+            default adam (paper). Lion wants a lower lr.
+        betas: of Adam or Lion; default (0.9, 0.999) or (0.9, 0.99), as their papers.
+        eps: Adam's; default 1e-8.
+        momentum: of the rule of that name; default 0.9 (torch's examples).
+        weight_decay: decoupled; default 0.0 (the paper's pre-training).
+        density: the fraction of a matrix that has state, in (0, 1]; 1 or None: the rule itself on
+            all of it (the paper does so to embeddings, norms and the output layer). Default 0.25
+            (paper).
+        update_proj_gap: steps from one basis to the next; default 200 (paper).
+        sign_lr_scale: the signs' rate, times lr; default 1.0 (the paper's pre-training; it
+            fine-tunes with 0.1).
+        proj_type: the side that is projected, as for `GaLoreAdamW`, but not "full"; default "std".
+        projector: `"columns"` (rows on the left), `"orthogonal"` (random), `"svd"` (GaLore's), or
+            how that is approximated, as for `GaLoreAdamW`. Default columns: as good as SVD in the
+            paper, and free.
+        stagger: whether parameters change their bases in different steps; default True.
+        state_dtype: how moments are stored, `"float32"`, `"bfloat16"`, `"int8"` or `"int4"`;
+            default float32.
+        state_rounding, rounding, maximize, seed: as for `AdamW`.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter out of range.
+
+    Differs from the paper: its blocks (whole tensors that take turns to have state) and its
+    random single entries are not here. Differs from the authors' code: refreshes are staggered;
+    columns are rows in wide matrices, unless `proj_type="right"`; a rank is at least 1; a gradient
+    that is not finite makes no basis: its parameter waits.
+
+    The signs of what is outside a basis from the gradient itself (SVD and its like) are those of
+    rounding where the gradient's rank is below r: a batch of few tokens wants a lower density, or
+    columns, where nothing is subtracted.
+
+    Example:
+        >>> opt = zoopt.Frugal(model.parameters(), lr=1e-3, density=0.25)
+        >>> for batch in loader:
+        ...     model(**batch).loss.backward()
+        ...     opt.step()
+        ...     opt.zero_grad()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        *,
+        rule: FrugalRule = "adam",
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        density: float | None = 0.25,
+        update_proj_gap: int = 200,
+        sign_lr_scale: float = 1.0,
+        proj_type: OneSided = "std",
+        projector: FrugalProjector = "columns",
+        stagger: bool = True,
+        state_dtype: Format = "float32",
+        state_rounding: StateRounding = "stochastic",
+        rounding: RoundingMode = "auto",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(params, hyperparameters(locals()), seed=seed)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as in torch; betas of None are those of the group's rule."""
+        rule = param_group.get("rule", self.defaults["rule"])
+        if param_group.get("betas", self.defaults["betas"]) is None:
+            param_group = {**param_group, "betas": (0.9, 0.99 if rule == "lion" else 0.999)}
+        super().add_param_group(param_group)
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """As GaLore's, with the rule's moments; random columns have no basis."""
+        declared = super().declared_state(param, group)
+        if group["projector"] == "columns":
+            declared.pop("basis", None)
+        return declared
+
+    def bases(self, param: Tensor) -> dict[str, Tensor]:
+        """The subspace of the parameter's last step, columns orthonormal, as for `GaLoreAdamW`."""
+        for site in self._sites():
+            geo = geometry(param, site.group)
+            if site.param is param and geo is not None and _selects(site) and self.state.get(param):
+                completed = max(0, int(self.state[param]["step"]) - 1)
+                side = geo.m if geo.side == "left" else geo.n
+                eye = torch.eye(side, dtype=wide(param), device=param.device)
+                return {"basis": eye[:, _columns(site, geo, completed)]}
+        return super().bases(param)
+
+    def _rule(self, group: Group) -> Rule:
+        return RULES[group["rule"]]
+
+    def _residual(self, group: Group) -> Residual:
+        return SIGNS
+
+    def _check_group(self, group: Group) -> None:
+        check_choice("rule", group["rule"], get_args(FrugalRule))
+        super()._check_group(group)
+        check_betas(group)
+        check_number("eps", group["eps"], low=0.0)
+        check_number("momentum", group["momentum"], low=0.0, high=1.0, open_high=True)
+        if group["density"] is not None:
+            check_number("density", group["density"], low=0.0, high=1.0, open_low=True)
+        check_positive_int("update_proj_gap", group["update_proj_gap"])
+        check_number("sign_lr_scale", group["sign_lr_scale"], low=0.0)
+        check_choice("proj_type", group["proj_type"], get_args(OneSided))
+        check_choice("projector", group["projector"], get_args(FrugalProjector))
+        check_bool("stagger", group["stagger"])
+
+    def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
+        geo = geometry(site.param, site.group)
+        if geo is None:
+            return gradient
+        state = self._state(site.param, site.group)
+        completed = int(state["step"])
+        if refresh_due(site, state, completed) and not site.continues:
+            finite = torch.linalg.vector_norm(gradient, math.inf).isfinite()
+            if not known(finite, True):
+                return None
+        if not _selects(site):
+            return super()._reduce(site, gradient)
+        block = matrix(gradient).index_select(_axis(geo), _columns(site, geo, completed))
+        return _channels_first(block, geo).to(wide(site.param)).contiguous()
+
+    def _direction(
+        self, site: Site, reduced: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey
+    ) -> Tensor:
+        """The rule's, counted from the last change of the subspace, where moments start from 0."""
+        if geometry(site.param, site.group) is not None:
+            # A step's number names its rounding's bits too. They are those of the last subspace's
+            # step of this age, whose moments have been dropped.
+            step = age(site, step - 1)
+            if step == 1:
+                for name in self._rule(site.group).specs(reduced.shape, site.group, reduced.dtype):
+                    state[name].zero_()
+        return super()._direction(site, reduced, state, step, key)
+
+    def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
+        param, group = site.param, site.group
+        geo = geometry(param, group)
+        if geo is None or not _selects(site):
+            super()._apply(site, reduced, gradient)
+            return
+        assert gradient is not None
+        state = self._state(param, group)
+        state["step"] += 1
+        step = int(state["step"])
+        key = NoiseKey(site.seed, site.stream)
+        direction = self._direction(site, reduced, state, step, key).to(reduced.dtype)
+        theta, columns = matrix(param.detach()), _columns(site, geo, step - 1)
+        block = theta.index_select(_axis(geo), columns)
+        options: dict[str, Any] = {
+            "decay": 1.0 - float(group["lr"]) * group["weight_decay"],
+            "seed": site.seed,
+            "stream": site.stream,
+            "rounding_draw": site.rounding_draw(step),
+        }
+        add_product_(
+            block,
+            None,
+            None,
+            gradient=_channels_first(direction, geo),
+            channel_scale=direction.new_full((1, 1), descent_rate(group)),
+            # The bits after those of the whole matrix.
+            offset=param.numel(),
+            **options,
+        )
+        # The signs of all columns, in one pass, and then the block in the place of its own.
+        nothing = direction.new_zeros(geo.m, 1), direction.new_zeros(geo.n, 1)
+        add_product_(
+            theta,
+            None,
+            None,
+            gradient=matrix(gradient),
+            sign_of=nothing,
+            sign_step=sign_rate(group, geo) * (1.0 if group["maximize"] else -1.0),
+            **options,
+        )
+        theta.index_copy_(_axis(geo), columns, block)
+        if not param.is_contiguous():
+            param.copy_(theta.reshape(param.shape))
+
+
+def _selects(site: Site) -> bool:
+    """Whether R is columns of the gradient themselves."""
+    return bool(site.group["projector"] == "columns")
+
+
+def _columns(site: Site, geo: Geometry, completed: int) -> Tensor:
+    """The columns (rows on the left) of the step after `completed` ones: int64, (r,)."""
+    return random_columns(
+        geo.m if geo.side == "left" else geo.n,
+        geo.rank,
+        seed=site.seed,
+        stream=site.stream,
+        draw=cycle(site, completed),
+        device=site.param.device,
+    )
+
+
+def _axis(geo: Geometry) -> int:
+    return 0 if geo.side == "left" else 1
+
+
+def _channels_first(block: Tensor, geo: Geometry) -> Tensor:
+    """(m, r) as it is, (r, n) as (n, r); and back."""
+    return block.t() if geo.side == "left" else block

@@ -1,0 +1,300 @@
+"""Updates during the backward pass: a gradient lives from its parameter's turn to its update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.utils.hooks import RemovableHandle
+
+from zoopt.checks import check_choice, check_number, check_positive_int
+from zoopt.distributed.sharding import is_sharded
+from zoopt.first_order.base import FirstOrderOptimizer, Site
+from zoopt.kernels.noise.op import accumulator_dtype
+
+Clip = Literal["global", "parameter"]
+#: Wrappers that take gradients away before a hook could see what all processes have summed.
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
+def fuse_backward(
+    model: nn.Module,
+    optimizer: FirstOrderOptimizer,
+    *,
+    accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    clip: Clip = "global",
+) -> FusedBackward:
+    r"""Let `loss.backward()` update each parameter and free its gradient as soon as it is complete.
+
+    Nothing else changes: the loop goes on to call `optimizer.step()` and `zero_grad()`, schedulers
+    set the groups' lr (the one at the time of the update counts), and `state_dict()` is that of the
+    unfused optimizer, either way. With the defaults the weights are too, bit for bit.
+
+    With R_p the part of parameter p's gradient G_p that its update needs (`GaLoreAdamW`: the
+    projected gradient; parameters that are not projected, hence all of `AdamW`'s: R_p = G_p),
+
+        accumulation_steps=1:   theta_p <- update(theta_p, R_p)           in backward
+        accumulation_steps=k:   R_p <- R_p + R_p(micro-batch)             in backward
+                                theta_p <- update(theta_p, R_p)           in step()
+        clip="parameter":       R_p <- min(1, max_grad_norm / ||R_p||) R_p
+        clip="global":          R_p <- min(1, max_grad_norm / ||R||) R_p, with ||R||^2 the sum of
+                                all ||R_p||^2; the updates are in step()
+
+    Memory: one whole gradient at a time. With `accumulation_steps` above 1, or with clipping
+    "global", all R_p besides: of a projected matrix r max(m, n) elements in place of m n, but of
+    AdamW's the gradients themselves, so that nothing is saved.
+
+    Args:
+        model: holds all of the optimizer's parameters. The gradients of its other parameters are
+            left alone.
+        optimizer: one of zoopt's first-order optimizers.
+        accumulation_steps: how many backward passes come before each `optimizer.step()`, at most;
+            default 1. They add up, as gradients do. In a step that makes new bases, they are
+            those of the first one's gradients.
+        max_grad_norm: the norm that R is clipped to; default None, not at all.
+        clip: whether all parameters are clipped as one vector or each by itself; default
+            "global", as in torch.nn.utils.clip_grad_norm_, which finds no gradients here.
+
+    Returns:
+        A handle: `remove()` undoes it, and so does leaving its `with` block.
+
+    Raises:
+        TypeError: the optimizer is none of zoopt's first-order ones.
+        ValueError: it is fused already, holds parameters that are not the model's, or needs whole
+            gradients (APOLLO, Fira) where only R is kept; the model is wrapped in DDP or FSDP,
+            whose gradients are not complete when a parameter's backward is.
+        RuntimeError: later, in `backward`, where gradients arrive more often than
+            `accumulation_steps` says; in `step`, given a closure or a GradScaler, whose scaled
+            gradients would long have been applied.
+
+    `optimizer.zero_grad()` drops gradients that have been accumulated; so does loading a
+    state_dict, which does not hold them. A parameter that reentrant activation checkpointing
+    reaches several times in a pass (tied weights) counts as often: use `use_reentrant=False`.
+
+    Example:
+        >>> opt = zoopt.GaLoreAdamW(model.named_parameters(), lr=1e-2, rank=128)
+        >>> with zoopt.fuse_backward(model, opt):
+        ...     for batch in loader:
+        ...         model(**batch).loss.backward()
+        ...         opt.step()
+    """
+    if not isinstance(optimizer, FirstOrderOptimizer):
+        raise TypeError(
+            f"optimizer must be a first-order optimizer of zoopt, got {type(optimizer).__name__}; "
+            f"for one of torch's, register its own post-accumulate-grad hooks"
+        )
+    check_positive_int("accumulation_steps", accumulation_steps)
+    if max_grad_norm is not None:
+        check_number("max_grad_norm", max_grad_norm, low=0.0, open_low=True)
+    check_choice("clip", clip, get_args(Clip))
+    if optimizer._fusion is not None:
+        raise ValueError(
+            "optimizer must not be fused yet, got one that is; call remove() on its handle first"
+        )
+    return FusedBackward(model, optimizer, accumulation_steps, max_grad_norm, clip)
+
+
+class FusedBackward:
+    """The handle that `fuse_backward` returns."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: FirstOrderOptimizer,
+        accumulation_steps: int,
+        max_grad_norm: float | None,
+        clip: Clip,
+    ) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._accumulation_steps = accumulation_steps
+        self._max_grad_norm, self._clip = max_grad_norm, clip
+        #: Whether updates wait for `step`.
+        self._deferred = accumulation_steps > 1 or (max_grad_norm is not None and clip == "global")
+        #: Whether what has arrived is computed with before it is applied.
+        self._changes = self._deferred or max_grad_norm is not None
+        self._hooks: dict[Tensor, RemovableHandle] = {}
+        #: Between two steps: each parameter's place, how often it was reached, and its R, which is
+        #: None where there is to be no update.
+        self._sites: dict[Tensor, Site] = {}
+        self._arrivals: dict[Tensor, int] = {}
+        self._kept: dict[Tensor, Tensor | None] = {}
+        self._attach()
+        # GradScaler.step then leaves its scale on the optimizer and calls `step`, which can say
+        # what is wrong, where it otherwise asserts that there were gradients to unscale.
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        optimizer._fusion = self
+        self._loading = optimizer.register_load_state_dict_post_hook(lambda _: self.discard())
+
+    def remove(self) -> None:
+        """Undo the fusion: gradients stay in `.grad` again. Those that wait for `step` are lost."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        self.discard()
+        if self._optimizer._fusion is self:
+            self._loading.remove()
+            self._optimizer._fusion = None
+            del self._optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
+
+    def __enter__(self) -> FusedBackward:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def discard(self) -> None:
+        """Drop what has arrived since the last step and has not been applied."""
+        self._sites.clear()
+        self._arrivals.clear()
+        self._kept.clear()
+
+    def step(self, closure: Callable[[], Any] | None) -> None:
+        """The optimizer's step: whatever backward has left to do."""
+        optimizer = self._optimizer
+        if closure is not None:
+            raise RuntimeError(
+                "closure must be None where backward is fused, for backward updates the parameters "
+                "itself; call loss.backward(), then step(), or remove() the fusion"
+            )
+        if hasattr(optimizer, "grad_scale"):
+            for left in ("grad_scale", "found_inf"):
+                delattr(optimizer, left)
+            raise RuntimeError(
+                "a GradScaler cannot drive a fused backward, got one: its scaled gradients have "
+                "been applied; train in bfloat16 without a scaler, or unfused"
+            )
+        self._attach()
+        for site in self._places().values():
+            if site.param.grad is not None:
+                self._receive(site.param)
+        # In the parameters' order, whatever that of their arrival was: norms round alike.
+        kept = [site for param, site in self._sites.items() if param in self._kept]
+        whole = self._clip_scale(kept) if self._clip == "global" else None
+        for site in kept:
+            self._update(site, None, whole if self._clip == "global" else self._clip_scale([site]))
+        self.discard()
+
+    def _attach(self) -> None:
+        """Hook the parameters that have no hook yet, once all of them have passed the checks."""
+        optimizer, name = self._optimizer, type(self._optimizer).__name__
+        new = [site for site in optimizer._sites() if site.param not in self._hooks]
+        if not new:
+            return
+        for module in self._model.modules():
+            wrappers = _WRAPPERS & {cls.__name__ for cls in type(module).__mro__}
+            if wrappers:
+                raise ValueError(
+                    f"model must not be wrapped in DDP or FSDP, got {wrappers.pop()}: gradients "
+                    f"are summed over processes later than a parameter's backward; leave the "
+                    f"backward unfused"
+                )
+        known = set(self._model.parameters())
+        for site in new:
+            if site.param not in known:
+                raise ValueError(
+                    f"optimizer must hold parameters of the model only, got {site.name!r}, which "
+                    f"is not one; pass the module that holds all of them"
+                )
+            if is_sharded(site.param):
+                raise ValueError(
+                    f"parameters must not be sharded, got {site.name!r}, which is: its gradient is "
+                    f"summed over processes later than its backward; leave the backward unfused"
+                )
+            if self._deferred and optimizer._needs_gradient(site):
+                raise ValueError(
+                    f"{name} needs the whole gradient of parameter {site.name!r}: "
+                    f"accumulation_steps must be 1, got {self._accumulation_steps}, and clip "
+                    f"'parameter' if any, got {self._clip!r}; or leave the backward unfused"
+                )
+        for site in new:
+            param, required = site.param, site.param.requires_grad
+            # torch hooks no frozen parameter, but a hook survives freezing and unfreezing.
+            param.requires_grad_(True)
+            hook = param.register_post_accumulate_grad_hook(self._receive)  # type: ignore[no-untyped-call]
+            param.requires_grad_(required)
+            self._hooks[param] = hook
+
+    def _places(self) -> dict[Tensor, Site]:
+        """Each parameter's site, looked up once a step: groups come and go, and are reloaded."""
+        if not self._sites:
+            self._optimizer._check_state()
+            self._sites = {site.param: site for site in self._optimizer._sites()}
+        return self._sites
+
+    @torch.no_grad()
+    def _receive(self, param: Tensor) -> None:
+        """Take a gradient that is complete: update with it or keep its R, and let it go."""
+        optimizer = self._optimizer
+        site = self._places()[param]
+        optimizer._check_gradient(site)
+        self._check_arrival(site)
+        gradient, param.grad = param.grad, None
+        assert gradient is not None
+        if optimizer._initialises(site, gradient):
+            optimizer._state(param, site.group)
+            return
+        self._keep(site, gradient)
+        if not self._deferred:
+            self._update(site, gradient, self._clip_scale([site]))
+
+    def _check_arrival(self, site: Site) -> None:
+        gradient, arrivals = site.param.grad, self._arrivals.get(site.param, 0) + 1
+        if arrivals > self._accumulation_steps:
+            raise RuntimeError(
+                f"optimizer.step() must come after {self._accumulation_steps} backward passes at "
+                f"most (accumulation_steps), got {arrivals} that reached parameter {site.name!r}; "
+                f"call step(), or zero_grad() to drop what has arrived"
+            )
+        if gradient is not None and gradient.layout != torch.strided and self._changes:
+            raise RuntimeError(
+                f"gradients must be dense to be accumulated or clipped, got layout "
+                f"{gradient.layout} for parameter {site.name!r}; use an embedding with sparse=False"
+            )
+        self._arrivals[site.param] = arrivals
+
+    def _keep(self, site: Site, gradient: Tensor) -> None:
+        """Add a micro-batch's R to those before; None, which stands for no update, stays None."""
+        again = site.param in self._kept
+        kept = self._kept.get(site.param)
+        if again and kept is None:
+            return
+        reduced = self._optimizer._reduce(dataclasses.replace(site, continues=again), gradient)
+        if reduced is not None and reduced is not gradient and self._changes:
+            reduced = reduced.to(accumulator_dtype(reduced.dtype))
+        if kept is None or reduced is None:
+            self._kept[site.param] = reduced
+        else:
+            kept.add_(reduced)
+
+    def _clip_scale(self, sites: Iterable[Site]) -> Tensor | None:
+        """min(1, max_grad_norm / ||R||), R of all these parameters, as torch's clipping has it."""
+        kept = [r for site in sites if (r := self._kept[site.param]) is not None]
+        if self._max_grad_norm is None or not kept:
+            return None
+        scale: Tensor = self._max_grad_norm / (get_total_norm(kept) + 1e-6)
+        return scale.clamp(max=1.0)
+
+    def _update(self, site: Site, gradient: Tensor | None, scale: Tensor | None) -> None:
+        """The parameter's update from what has been kept, and the gradient if it is still there."""
+        optimizer, reduced = self._optimizer, self._kept.pop(site.param)
+        if reduced is None:
+            return
+        if scale is not None:
+            reduced.mul_(scale.to(reduced.device))
+            if gradient is not None and optimizer._needs_gradient(site):
+                gradient.mul_(scale.to(gradient.device))
+        optimizer._apply(site, reduced, gradient)
+        # The kernels write past autograd, which is at work here: a graph that is still to be gone
+        # through again must not find other weights in silence.
+        torch.autograd.graph.increment_version(site.param)

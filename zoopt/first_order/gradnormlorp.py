@@ -1,0 +1,158 @@
+"""GradNormLoRP: a normalised low-rank update, its factors' gradients projected on two sides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from zoopt.checks import check_bool, check_choice, check_positive_int
+from zoopt.first_order.adamw import AdamFamily, StateRounding
+from zoopt.first_order.base import RoundingMode, Site
+from zoopt.first_order.projected.geometry import geometry
+from zoopt.first_order.projected.subspace import Projector
+from zoopt.kernels.adam.moments import Format
+from zoopt.kernels.dispatch import known
+from zoopt.nn import GradNormLinear
+from zoopt.nn.linear import replace_layers, resolved_seed
+from zoopt.nn.modules import Target
+from zoopt.optimizer import Group, Params, hyperparameters
+
+
+def convert(
+    model: nn.Module, target: Target = "linear", *, rank: int, seed: int | None = None
+) -> nn.Module:
+    """Put a `GradNormLinear` of its weight in the place of each targeted linear layer.
+
+    The model computes what it computed, to rounding; the layers' own weights are frozen, what else
+    is in the model keeps its requires_grad. `zoopt.nn.merge` is the way back.
+
+    Args:
+        model: changed in place.
+        target: which layers; as for `zoopt.lowrank.param_groups`.
+        rank: k, of each layer's I J.
+        seed: of J's initial values; default torch.initial_seed().
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: a rank that is not a positive int, nothing that matches, or a layer
+            of a kind that cannot be replaced. Nothing has changed then.
+    """
+    check_positive_int("rank", rank)
+    seed = resolved_seed(seed)
+    return replace_layers(
+        model,
+        target,
+        lambda name, weight, bias: GradNormLinear(weight, bias, rank=rank, seed=seed, name=name),
+    )
+
+
+def param_groups(model: nn.Module, *, rank: int, **group_options: Any) -> list[Group]:
+    """Two param groups: the factors I and J, to project, and all else that trains, plain.
+
+    Args:
+        model: a converted model.
+        rank: of the projection, at most that of the factors.
+        group_options: any further hyperparameters of the factors' group.
+
+    Raises:
+        TypeError, ValueError: a rank that is not a positive int, or a model that is not converted.
+    """
+    check_positive_int("rank", rank)
+    layers = [module for module in model.modules() if isinstance(module, GradNormLinear)]
+    if not layers:
+        raise ValueError(
+            "model must have GradNormLinear layers, got none; convert it first by "
+            "zoopt.first_order.gradnormlorp.convert(model, rank=...)"
+        )
+    factors = {id(factor) for layer in layers for factor in (layer.left, layer.right)}
+    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    return [
+        {"params": [pair for pair in trained if id(pair[1]) in factors], "rank": rank}
+        | group_options,
+        {"params": [pair for pair in trained if id(pair[1]) not in factors], "rank": None},
+    ]
+
+
+class GradNormLoRP(AdamFamily):
+    r"""GradNormLoRP (Huang et al., 2024, arXiv:2412.19616): Adam between two bases of a gradient.
+
+    For D the gradient of a factor, I or J, of `zoopt.nn.GradNormLinear`, with U and V its leading
+    left and right singular vectors, made anew every T = update_proj_gap steps,
+
+        R = U^T D V,    m <- b1 m + (1 - b1) R,    v <- b2 v + (1 - b2) R^2
+        theta <- (1 - lr weight_decay) theta - lr scale U [mhat / (sqrt(vhat) + eps)] V^T
+
+    Parameters of groups with `rank=None`, and vectors such as M, get AdamW. Until a matrix has a
+    gradient (J has none while I = 0) it stays as it is.
+
+    State, in bytes: of a matrix (m, k), 4 r (m + k) for the bases (0 with projector="random"; half
+    of it where weights are bfloat16) and 8 r^2 for the moments (int8: 2 r^2 + r^2 / 32, from 4096
+    elements on), r = min(rank, m, k); AdamW's of any other; and 4 each for `step`. float64
+    parameters: twice that.
+
+    Args:
+        params: the groups of `zoopt.first_order.gradnormlorp.param_groups`, or any parameters.
+        lr: learning rate; default 1e-3 (torch's AdamW).
+        betas: decay of the moments; default (0.9, 0.999) (Adam).
+        eps: added to the denominator; default 1e-6 (GaLore's).
+        weight_decay: decoupled; default 0.
+        rank: r, of the projection; default 128. One above a matrix's own is cut to it.
+        update_proj_gap: T; default 200 (GaLore's).
+        scale: of the projected update; default 1 (the paper has none).
+        projector: how the bases are made: as for `GaLoreAdamW`; default `"warm"`.
+        stagger: spread the refreshes over the steps; default True.
+        state_dtype: of the moments: `"float32"` (default), `"bfloat16"`, `"int8"` (the paper's
+            8-bit form) or `"int4"`; those of fewer than 4096 elements stay float32.
+        state_rounding, rounding, maximize, seed: as for `GaLoreAdamW`.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter out of range.
+        RuntimeError: in `step`, a gradient is sparse.
+
+    Differs from the authors' code, whose four variants disagree with the paper and of which the
+    8-bit one does not run: this is the paper's algorithm.
+
+    Example:
+        >>> zoopt.first_order.gradnormlorp.convert(model, rank=128)
+        >>> groups = zoopt.first_order.gradnormlorp.param_groups(model, rank=64)
+        >>> opt = zoopt.GradNormLoRP(groups, lr=1e-3, state_dtype="int8")
+        >>> ...
+        >>> zoopt.nn.merge(model)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = 128,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        projector: Projector = "warm",
+        stagger: bool = True,
+        state_dtype: Format = "float32",
+        state_rounding: StateRounding = "stochastic",
+        rounding: RoundingMode = "auto",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        defaults = {**hyperparameters(locals()), "proj_type": "full"}
+        super().__init__(params, defaults, seed=seed)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_bool("stagger", group["stagger"])
+        check_choice("proj_type", group["proj_type"], ("full",))
+
+    def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
+        state = self.state.get(site.param, {})
+        begun = bool(state) and int(state["step"]) > 0
+        if not begun and geometry(site.param, site.group) and not known(gradient.any(), True):
+            return None  # A gradient of zeros has no subspace, and Adam makes no step of it.
+        return super()._reduce(site, gradient)

@@ -1,0 +1,275 @@
+"""LDAdam: Adam in a subspace that moves every step, its moments moving along."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_bool, check_choice, check_number
+from zoopt.first_order.adamw import AdamFamily, StateRounding
+from zoopt.first_order.base import RoundingMode, Site
+from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
+from zoopt.first_order.projected.residuals import OneSided, Terms
+from zoopt.first_order.projected.rules import adam_moments, adam_numbers, store_moment
+from zoopt.first_order.projected.subspace import factors, orthonormal, subspace, times, wide
+from zoopt.kernels.adam.moments import Format, Moment, decode
+from zoopt.kernels.adam.op import adam_
+from zoopt.kernels.dispatch import known
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.op import add_product_
+from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+
+
+def next_basis(
+    parts: list[Tensor], average: Tensor, basis: Tensor, rho: float, geo: Geometry
+) -> Tensor:
+    """One step of power iteration, from the last basis, on
+
+        B = rho up(mhat) + (1 - rho) A:    P+ = orth(B^T (B P)), or orth(B (B^T P)) on the left
+
+    without B itself: up(mhat) is mhat times P's transpose, and P's columns are orthonormal.
+
+    Args:
+        parts: matrices (m, n) whose sum is A.
+        average: mhat, (channels, r).
+        basis: P, (n, r) or (m, r).
+    """
+    left = geo.side == "left"
+    image = rho * average + (1.0 - rho) * sum_times(parts, basis, transposed=left)
+    back = rho * (basis @ (average.t() @ image))
+    return orthonormal(back + (1.0 - rho) * sum_times(parts, image, transposed=not left))
+
+
+def sum_times(parts: list[Tensor], factor: Tensor, *, transposed: bool) -> Tensor:
+    """A F, or A^T F, where A is the sum of the parts."""
+    first, *others = parts
+    total = times(first, factor, transposed=transposed)
+    for part in others:
+        total += times(part, factor, transposed=transposed)
+    return total
+
+
+def rotated(
+    average: Tensor, square: Tensor, change: Tensor, corrections: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Adam's moments in a new basis: with m, v (channels, r) and C = P^T P+ (r, r),
+
+        m <- m C,    vhat <- |(vhat - mhat^2) C^2 + (mhat C)^2|,    squares of elements
+
+    for a mean moves by C, and variances of uncorrelated coordinates move by its squares.
+
+    Args:
+        corrections: 1 - b1^t and 1 - b2^t, that make mhat and vhat of m and v.
+    """
+    first, second = corrections
+    moved = average @ change
+    variance = square / second - (average / first).square()
+    return moved, (variance @ change.square() + (moved / first).square()).abs() * second
+
+
+def lost_factors(
+    projected: Tensor,
+    average: Tensor,
+    moved: Tensor,
+    basis: Tensor,
+    following: Tensor,
+    beta1: float,
+    geo: Geometry,
+) -> tuple[Tensor, Tensor]:
+    """left (m, 2 r) and right (n, 2 r) with A + left right^T what the step leaves out of A:
+
+        E = A - up+(R) + b1 / (1 - b1) (up(m) - up+(m'))
+
+    Args:
+        projected, average, moved: R, m, m': (channels, r).
+        basis, following: P and P+, of `up` and `up+`.
+    """
+    weight = beta1 / (1.0 - beta1)
+    now = factors(-(projected + weight * moved), {"basis": following}, geo)
+    before = factors(weight * average, {"basis": basis}, geo)
+    return torch.cat((now[0], before[0]), 1), torch.cat((now[1], before[1]), 1)
+
+
+class LDAdamW(AdamFamily):
+    r"""LDAdam (Robert et al., 2024): the subspace moves every step, and the moments with it.
+
+    With A = G + E the gradient and the error that earlier steps have left, P the last basis, for
+    m >= n (projected on the right; on the left the same of the transposes):
+
+        P+ <- orth(B^T (B P)),  B = rho mhat P^T + (1 - rho) A       one step of power iteration
+        R  =  A P+,  C = P^T P+
+        m' =  m C,   v' = |(vhat - mhat^2) C^2 + (mhat C)^2| (1 - b2^(t-1))    elementwise squares
+        E  <- A - R P+^T + b1 / (1 - b1) (m P^T - m' P+^T)            what the step leaves out
+        m  <- b1 m' + (1 - b1) R,    v <- b2 v' + (1 - b2) R^2
+        theta <- (1 - lr weight_decay) theta - lr mhat / (sqrt(vhat) + eps) P+^T
+
+    So in the whole space the first moment obeys Adam's own recursion, up to (1 - b1) E. The
+    first basis is a randomised SVD of G. Parameters of groups with `rank=None`, and those of fewer
+    than two dimensions, get AdamW.
+
+    State, in bytes of a matrix with k = max(m, n), l = min(m, n): 4 l r (basis) + 8 k r (moments)
+    + 4 (`step`), and with error feedback m n times the size of the parameter's element. AdamW's
+    on other parameters.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate; default 1e-3 (the authors' code).
+        betas: decay of the moments; default (0.908, 0.99) (the paper's, for all experiments).
+        eps: added to the denominator; default 1e-8.
+        weight_decay: decoupled; default 0.0 (the authors' code).
+        rank: of the subspace, cut to the matrix's own; None: AdamW. Default 16 (the authors' code).
+        rho: how much of B is the moving average, in [0, 1); default 0.908 (the paper: b1).
+        error_feedback: whether E is kept; default True (the paper). Without it, no buffer of the
+            parameter's size.
+        proj_type: the side, as for `GaLoreAdamW`, but not "full"; default "std", the short one.
+        state_dtype: how moments are stored, `"float32"`, `"bfloat16"`, `"int8"` or `"int4"`;
+            default float32.
+        state_rounding, rounding, maximize, seed: as for `AdamW`.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter out of range.
+
+    Differs from the authors' code: E has a buffer of its own, where theirs is what stays in
+    `.grad` (`zero_grad` leaves it there, and clipping clips it); it is rounded once a step, as
+    weights are. Bases and moments are float32. The first basis is a randomised SVD, not a full
+    one. Biases are corrected by each parameter's own steps. A gradient that is not finite leaves
+    its parameter and all state as they are: E would keep it for good.
+
+    Example:
+        >>> opt = zoopt.LDAdamW(model.parameters(), lr=1e-3, rank=16)
+        >>> for batch in loader:
+        ...     model(**batch).loss.backward()
+        ...     opt.step()
+        ...     opt.zero_grad()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.908, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = 16,
+        rho: float = 0.908,
+        error_feedback: bool = True,
+        proj_type: OneSided = "std",
+        state_dtype: Format = "float32",
+        state_rounding: StateRounding = "stochastic",
+        rounding: RoundingMode = "auto",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(params, hyperparameters(locals()), seed=seed)
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """As GaLore's, but a basis in the accumulator's dtype, for it is turned in every step; and
+        `error`, of the parameter's shape and dtype."""
+        declared, geo = super().declared_state(param, group), geometry(param, group)
+        if geo is None:
+            return declared
+        declared |= {name: TensorSpec(shape, wide(param)) for name, shape in geo.bases.items()}
+        if group["error_feedback"]:
+            declared["error"] = TensorSpec(tuple(param.shape), param.dtype)
+        return declared
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_number("rho", group["rho"], low=0.0, high=1.0, open_high=True)
+        check_bool("error_feedback", group["error_feedback"])
+        check_choice("proj_type", group["proj_type"], get_args(OneSided))
+
+    def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
+        """The gradient itself: the basis is one of the whole step's, and so is the error."""
+        if geometry(site.param, site.group) is None:
+            return gradient
+        return (
+            gradient
+            if known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True)
+            else None
+        )
+
+    def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
+        param, group = site.param, site.group
+        geo = geometry(param, group)
+        if geo is None:
+            super()._apply(site, reduced, gradient)
+            return
+        state = self._state(param, group)
+        state["step"] += 1
+        step, grad = int(state["step"]), matrix(reduced)
+        parts = [grad, matrix(state["error"])] if "error" in state else [grad]
+        stored = adam_moments(state, math.prod(geo.reduced_shape))
+        average, square = (
+            decode(moment).view(geo.reduced_shape).to(state["basis"].dtype) for moment in stored
+        )
+        # Before the first step there are no moments, and nothing is to be corrected.
+        beta1, beta2 = group["betas"]
+        corrections = (1.0 - beta1 ** (step - 1) or 1.0, 1.0 - beta2 ** (step - 1) or 1.0)
+        if step == 1:
+            following = self._first_basis(site, grad, geo)
+        else:
+            following = next_basis(
+                parts, average / corrections[0], state["basis"], group["rho"], geo
+            )
+        projected = sum_times(parts, following, transposed=geo.side == "left")
+        moved, square = rotated(average, square, state["basis"].t() @ following, corrections)
+        if "error" in state:
+            lost = lost_factors(projected, average, moved, state["basis"], following, beta1, geo)
+            add_product_(
+                matrix(state["error"]),
+                *lost,
+                gradient=grad,
+                channel_scale=projected.new_ones(1, 1),
+                seed=site.seed,
+                stream=site.stream,
+                # The bits after those of the weights.
+                offset=param.numel(),
+                rounding_draw=site.rounding_draw(step),
+            )
+        state["basis"].copy_(following)
+        direction = _adam(projected, moved, square, stored, site, step)
+        self._write(site, Terms(direction), projected, None, {"basis": following}, geo, step)
+
+    def _first_basis(self, site: Site, gradient: Tensor, geo: Geometry) -> Tensor:
+        return subspace(
+            gradient,
+            geo.rank,
+            right=geo.side == "right",
+            projector="randomized",
+            previous=None,
+            seed=site.seed,
+            stream=site.stream,
+            draw=0,
+        )
+
+
+def _adam(
+    projected: Tensor,
+    average: Tensor,
+    square: Tensor,
+    stored: tuple[Moment, Moment],
+    site: Site,
+    step: int,
+) -> Tensor:
+    """mhat / (sqrt(vhat) + eps) of moments (channels, r) that then go to their formats: they are
+    rounded once a step, though they are rotated and averaged."""
+    group, key = site.group, NoiseKey(site.seed, site.stream)
+    scale, eps = adam_numbers(group, step)
+    direction = adam_(
+        projected,
+        Moment(average, None, average.numel(), signed=True),
+        Moment(square, None, square.numel(), signed=False),
+        betas=tuple(group["betas"]),
+        scale=scale,
+        eps=eps,
+        seed=site.seed,
+        stream=site.stream,
+    )
+    for values, moment in zip((average, square), stored, strict=True):
+        store_moment(values, moment, group, step, key)
+    return direction

@@ -1,0 +1,262 @@
+"""OwLore: GaLore on a few layers at a time, drawn by their share of outlying weights."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoopt.checks import check_bool, check_number, check_positive_int
+from zoopt.first_order.adamw import AdamFamily, StateRounding
+from zoopt.first_order.base import RoundingMode
+from zoopt.first_order.projected.geometry import ProjType
+from zoopt.first_order.projected.selection import param_groups
+from zoopt.first_order.projected.subspace import Projector
+from zoopt.kernels.adam.moments import Format
+from zoopt.kernels.noise.philox import words
+from zoopt.nn.modules import Target, is_conv1d, linear_layers, repeated_layers
+from zoopt.noise import stream
+from zoopt.optimizer import Group, hyperparameters
+
+_SAMPLING_STREAM = stream("zoopt layer sampling")
+
+
+def outlier_fraction(weights: Sequence[tuple[Tensor, Tensor]], threshold: float = 13.0) -> float:
+    """D: which share of the A_ij = ||X_j|| |W_ij| exceeds `threshold` times their mean.
+
+    Args:
+        weights: of each linear map of a layer, W (out, in) and the norms ||X_j|| (in,).
+    """
+    total = sum(float((w.abs().to(x.dtype) @ x).sum()) for w, x in weights)
+    count = sum(w.numel() for w, _ in weights)
+    limit = threshold * total / count
+    return sum(int((w.abs() * x > limit).sum()) for w, x in weights) / count
+
+
+@torch.no_grad()
+def outlier_scores(
+    model: nn.Module, calibration: Iterable[Any], threshold: float = 13.0
+) -> list[float]:
+    """D_l of each of the model's repeated layers, in their order, over its linear layers.
+
+    ||X_j|| is the norm of input j over all tokens of the calibration batches.
+
+    Args:
+        calibration: batches: mappings (`model(**batch)`), tuples or lists (`model(*batch)`), or
+            anything else (`model(batch)`).
+        threshold: M; default 13 (paper).
+
+    Raises:
+        ValueError: no batch, no repeated layers, or none with a linear layer that a batch reaches.
+    """
+    check_number("threshold", threshold, low=0.0)
+    layers = repeated_layers(model)
+    linears = linear_layers(model, lambda name, module: True)
+    squares: dict[nn.Module, Tensor] = {}
+
+    def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        found = x.reshape(-1, x.shape[-1]).to(wide).square().sum(0)
+        squares[module] = found + squares[module] if module in squares else found
+
+    hooks = [module.register_forward_pre_hook(observe) for module in linears.values()]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for batch in calibration:
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, tuple | list):
+                model(*batch)
+            else:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not squares:
+        raise ValueError(
+            "calibration must hold at least one batch that reaches a linear layer, got none"
+        )
+    scores = []
+    for layer in layers.values():
+        inside = [module for module in layer.modules() if module in squares]
+        weights = [(_weight(module), squares[module].sqrt()) for module in inside]
+        scores.append(outlier_fraction(weights, threshold) if weights else 0.0)
+    return scores
+
+
+def sample_layers(scores: Sequence[float], count: int, *, seed: int, draw: int) -> list[int]:
+    """`count` of the layers, drawn without replacement with p_l = D_l / sum D, in ascending order.
+
+    One after the other, each with its share of what is left: the least E_l / D_l, with E_l =
+    -log u_l exponential. Layers with D = 0 come last, all alike.
+    """
+    number = torch.arange(len(scores))
+    word = words(number, seed=seed, stream=_SAMPLING_STREAM, draw=draw)[:, 0].tolist()
+    waits = [-math.log((w + 0.5) / 2**32) for w in word]
+    order = sorted(
+        range(len(scores)), key=lambda i: (scores[i] == 0, waits[i] / (scores[i] or 1.0))
+    )
+    return sorted(order[:count])
+
+
+class OwLore(AdamFamily):
+    r"""OwLore (Li et al., 2024, arXiv:2405.18380): GaLore on a few sampled layers at a time.
+
+    With A_ij = ||X_j|| |W_ij| over a layer's linear maps, X their inputs on calibration batches:
+
+        D_l = mean(A > M mean(A)),    p_l = D_l / sum D
+
+    Every `sampling_gap` steps `num_layers` of the model's repeated layers are drawn with p_l,
+    without replacement. Only they train, their linear weights as by `GaLoreAdamW` and the rest as
+    by AdamW; what is outside the layers (embeddings, head, last norm) always trains, by AdamW. The
+    other layers have requires_grad=False, so they get no gradient, and no state: a layer's state is
+    freed when it is dropped, and begins anew when it returns. Sampling is inside `step`.
+
+    State, in bytes: as for `GaLoreAdamW` and AdamW, of the sampled layers and of what is outside.
+
+    Args:
+        model: with its repeated layers in an nn.ModuleList. Frozen parameters stay frozen.
+        lr: learning rate; default 1e-3.
+        calibration: batches on which D is measured, as for `outlier_scores`.
+        target: which linear layers are projected; as for `zoopt.lowrank.param_groups`.
+        outlier_threshold: M; default 13 (paper).
+        sampling_gap: steps from one sampling to the next; default 50.
+        num_layers: how many are drawn; default 5 (paper). A model with fewer trains them all.
+        rank, update_proj_gap, scale: GaLore's; default 256, 100 and 1.0 (the authors' code).
+        betas, eps, weight_decay, proj_type, projector, stagger, state_dtype, state_rounding,
+            rounding, maximize, seed: as for `GaLoreAdamW`. The seed draws the layers too.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter out of range, no calibration, no layers to sample.
+        RuntimeError: in `step`, a gradient is sparse.
+
+    Which layers train follows from seed, scores and the number of steps taken, which are in the
+    state dict: a resumed run samples as the one that never stopped. A step at lr 0 is not counted.
+    DistributedDataParallel needs find_unused_parameters=True.
+
+    Differs from the authors' code, which draws from numpy's generator, reads scores that were made
+    elsewhere, and keeps the state of dropped layers.
+
+    Example:
+        >>> opt = zoopt.OwLore(model, lr=1e-5, calibration=[next(iter(loader))])
+        >>> trainer = Trainer(model, args, train_dataset=data, optimizers=(opt, None))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        calibration: Iterable[Any],
+        target: Target = "linear",
+        outlier_threshold: float = 13.0,
+        sampling_gap: int = 50,
+        num_layers: int = 5,
+        rank: int = 256,
+        update_proj_gap: int = 100,
+        scale: float = 1.0,
+        proj_type: ProjType = "std",
+        projector: Projector = "warm",
+        stagger: bool = True,
+        state_dtype: Format = "float32",
+        state_rounding: StateRounding = "stochastic",
+        rounding: RoundingMode = "auto",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        defaults = hyperparameters(locals())
+        for name in ("model", "calibration", "target", "outlier_threshold"):
+            del defaults[name]
+        check_positive_int("sampling_gap", sampling_gap)
+        check_positive_int("num_layers", num_layers)
+        groups = param_groups(model, target, rank=rank)
+        numbers = _layer_numbers(model)
+        for group in groups:
+            group["layers"] = [numbers.get(param) for _, param in group["params"]]
+        # A group that is added later is outside the layers.
+        defaults |= {"layers": None, "updates": 0}
+        defaults["outlier_scores"] = outlier_scores(model, calibration, outlier_threshold)
+        super().__init__(groups, defaults, seed=seed)
+        self._train_sampled()
+
+    @property
+    def sampled_layers(self) -> list[int]:
+        """The numbers of the layers that train in the next step."""
+        run = self.param_groups[0]
+        return sample_layers(
+            run["outlier_scores"],
+            run["num_layers"],
+            seed=run["seed"],
+            draw=run["updates"] // run["sampling_gap"],
+        )
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; then, if it is time, sample other layers.
+
+        Args, Returns, Raises: as for every first-order optimizer of zoopt.
+        """
+        loss = super().step(closure)
+        if any(float(group["lr"]) for group in self.param_groups):
+            updates = self.param_groups[0]["updates"] + 1
+            for group in self.param_groups:
+                group["updates"] = updates
+            if updates % self.param_groups[0]["sampling_gap"] == 0:
+                self._train_sampled()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As for every zoopt optimizer; the layers sampled there train."""
+        super().load_state_dict(state_dict)
+        self._train_sampled()
+
+    def _train_sampled(self) -> None:
+        """Let only the sampled layers require gradients, and free all that the others have."""
+        sampled = set(self.sampled_layers)
+        for group in self.param_groups:
+            numbers = group["layers"] or itertools.repeat(None)
+            for param, number in zip(group["params"], numbers, strict=False):
+                trains = number is None or number in sampled
+                param.requires_grad_(trains)
+                if not trains:
+                    param.grad = None
+                    self.state.pop(param, None)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_bool("stagger", group["stagger"])
+
+
+def _layer_numbers(model: nn.Module) -> dict[Tensor, int]:
+    """The number of each parameter's repeated layer; of shared ones, and ones outside, none."""
+    numbers: dict[Tensor, int] = {}
+    outside = _outside(model)
+    for number, layer in enumerate(repeated_layers(model).values()):
+        for param in layer.parameters():
+            if param in numbers:
+                outside.add(param)
+            numbers[param] = number
+    return {param: number for param, number in numbers.items() if param not in outside}
+
+
+def _outside(model: nn.Module) -> set[Tensor]:
+    """The parameters that have a name outside the repeated layers."""
+    prefixes = tuple(f"{name}." for name in repeated_layers(model))
+    named = model.named_parameters(remove_duplicate=False)
+    return {param for name, param in named if not name.startswith(prefixes)}
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """A linear layer's weight, (out, in)."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.t() if is_conv1d(module) else weight

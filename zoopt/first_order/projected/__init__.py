@@ -1,0 +1,1 @@
+"""The parts of projected optimizers: projector x rule x codec."""

@@ -1,0 +1,311 @@
+"""The projected core: gradient -> projector down -> rule -> residual and up -> one write."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_choice, check_number, check_positive_int
+from zoopt.distributed.sharding import anywhere, local, local_like, offset, sum_
+from zoopt.first_order.base import FirstOrderOptimizer, Site, descent_rate
+from zoopt.first_order.projected.basis import basis_specs, load_bases, refresh, refresh_due
+from zoopt.first_order.projected.geometry import Geometry, ProjType, geometry, matrix
+from zoopt.first_order.projected.residuals import NONE, Parts, Residual, Terms
+from zoopt.first_order.projected.rules import (
+    ADAM,
+    LION,
+    MOMENTUM,
+    Rule,
+    adam_moments,
+    adam_numbers,
+    moment_draw,
+)
+from zoopt.first_order.projected.sharded import first_row, refresh_together, rows_of
+from zoopt.first_order.projected.subspace import Projector, down, factors, wide
+from zoopt.kernels.adam.moments import Format
+from zoopt.kernels.adam.op import adamw_
+from zoopt.kernels.dispatch import known
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.op import add_product_
+from zoopt.optimizer import Group, TensorSpec
+
+_STEP = TensorSpec((), torch.float32)
+
+
+class ProjectedOptimizer(FirstOrderOptimizer):
+    """A rule inside a subspace of each matrix's gradient; parameters of groups with `rank=None`,
+    and those of fewer than two dimensions, get the rule itself.
+
+    A subclass picks the parts: `_rule` and `_residual`. Hyperparameters are in the param groups:
+    `rank`, `update_proj_gap`, `scale`, `proj_type`, `projector`, `state_dtype`, `state_rounding`.
+    """
+
+    #: Whether gradients whose rows are sharded over processes can be projected.
+    _projects_shards = False
+
+    def _rule(self, group: Group) -> Rule:
+        return ADAM
+
+    def _residual(self, group: Group) -> Residual:
+        return NONE
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """`step`, the bases, the rule's moments, and what the residual keeps."""
+        geo = geometry(param, group)
+        accumulator = torch.float64 if param.dtype == torch.float64 else torch.float32
+        rule, step = self._rule(group), {"step": _STEP}
+        if geo is None:
+            return {**step, **rule.specs(tuple(param.shape), group, accumulator)}
+        return {
+            **step,
+            **basis_specs(geo, group, param.dtype),
+            **rule.specs(geo.reduced_shape, group, accumulator),
+            **self._residual(group).specs(geo, accumulator),
+        }
+
+    def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
+        geo = geometry(site.param, site.group)
+        if geo is None:
+            return gradient
+        state = self._state(site.param, site.group)
+        grad = matrix(gradient)
+        completed = int(state["step"])
+        if refresh_due(site, state, completed) and not site.continues:
+            # A norm makes no temporaries of the gradient's size.
+            finite = known(torch.linalg.vector_norm(grad, math.inf).isfinite(), True)
+            if finite:
+                refresh(site, state, grad, geo)
+            elif not completed:
+                return None  # There is no basis yet, and none can be had from this gradient.
+        reduced = down(grad, load_bases(site, state, geo, completed), geo)
+        # Adam's kernel reads every dtype; other rules and residuals compute with R.
+        return reduced if self._is_plain_adam(site.group) else reduced.to(wide(reduced))
+
+    def bases(self, param: Tensor) -> dict[str, Tensor]:
+        """The subspace of the parameter's last step, columns orthonormal (random: N(0, 1/r)).
+
+        Returns:
+            `"basis"`, (n, r) or (m, r), and for two-sided projections `"basis_left"`, (m, r) too;
+            nothing for a parameter that is not projected or has not been stepped.
+        """
+        for site in self._sites():
+            geo = geometry(param, site.group)
+            if site.param is param and geo is not None and self.state.get(param):
+                state = self.state[param]
+                return load_bases(site, state, geo, max(0, int(state["step"]) - 1))
+        return {}
+
+    def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
+        param, group = site.param, site.group
+        geo = geometry(param, group)
+        # Of what is projected, the reduction has made the state.
+        state = self._state(param, group) if geo is None else self.state[param]
+        state["step"] += 1
+        step = int(state["step"])
+        key = NoiseKey(site.seed, site.stream, site.offset)
+        if geo is None:
+            self._apply_whole(site, reduced, state, step, key)
+            return
+        grad = None if gradient is None else matrix(gradient)
+        terms = self._terms(site, reduced, grad, state, geo, step, key)
+        up = terms.product is not None or terms.sign_step
+        bases = load_bases(site, state, geo, step - 1) if up else {}
+        self._write(site, terms, reduced, grad, bases, geo, step)
+
+    def _terms(
+        self,
+        site: Site,
+        reduced: Tensor,
+        grad: Tensor | None,
+        state: dict[str, Tensor],
+        geo: Geometry,
+        step: int,
+        key: NoiseKey,
+        sharded: Tensor | None = None,
+    ) -> Terms:
+        """The rule's direction of R, and the residual's terms; `sharded` as in `Parts`."""
+        group, residual = site.group, self._residual(site.group)
+        norms = None
+        if residual.needs_norms:
+            accumulator = adam_moments(state, reduced.numel())[0].accumulator
+            squares = reduced.new_empty((2, reduced.shape[0]), dtype=accumulator)
+            direction = ADAM.direction(reduced, state, group, step, key, squares)
+            norms = squares.to(reduced.dtype).sqrt_()
+        else:
+            direction = self._direction(site, reduced, state, step, key)
+        parts = Parts(direction, reduced, grad, norms, state, group, geo, sharded)
+        return residual.terms(parts)
+
+    def _direction(
+        self, site: Site, reduced: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey
+    ) -> Tensor:
+        """The rule's direction of R, (channels, r), or of a whole gradient."""
+        group = site.group
+        rule = self._rule(group)
+        if self._is_plain_adam(group):
+            # Nothing else asks for R: fresh memory would cost as much as Adam does.
+            return ADAM.direction(reduced, state, group, step, key, out=reduced)
+        return rule.direction(reduced, state, group, step, key)
+
+    def _is_plain_adam(self, group: Group) -> bool:
+        return self._rule(group) is ADAM and self._residual(group) is NONE
+
+    def _step_shard(self, site: Site, gradient: Tensor) -> None:
+        param, group = site.param, site.group
+        geo = geometry(param, group)
+        if geo is None:
+            super()._step_shard(site, gradient)
+            return
+        state = {name: local(value) for name, value in self._state(param, group).items()}
+        completed, grad = int(state["step"]), matrix(local_like(gradient, param))
+        if refresh_due(site, state, completed):
+            if not anywhere(not grad.isfinite().all(), param):
+                refresh_together(site, state, geo)
+            elif not completed:
+                return
+        bases = rows_of(load_bases(site, state, geo, completed), param, geo)
+        reduced = down(grad, bases, geo).to(wide(grad))
+        if geo.side != "right":
+            sum_(reduced, param)
+        state["step"] += 1
+        part = dataclasses.replace(site, param=local(param), offset=offset(param))
+        first = first_row(param) * geo.rank if geo.side == "right" else 0
+        key = NoiseKey(site.seed, site.stream, first)
+        needed = grad if self._residual(group).needs_gradient else None
+        terms = self._terms(part, reduced, needed, state, geo, completed + 1, key, param)
+        self._write(part, terms, reduced, needed, bases, geo, completed + 1)
+
+    def _write(
+        self,
+        site: Site,
+        terms: Terms,
+        reduced: Tensor,
+        grad: Tensor | None,
+        bases: dict[str, Tensor],
+        geo: Geometry,
+        step: int,
+    ) -> None:
+        """theta <- decay theta - lr (terms), in one pass; or the decay last."""
+        param, group = site.param, site.group
+        descent = descent_rate(group)
+        left, right = (None, None)
+        if terms.product is not None:
+            left, right = factors(terms.product, bases, geo)
+        scale = terms.channel_scale
+        if scale is not None:
+            scale = (scale * descent).view((1, -1) if geo.side == "left" else (-1, 1))
+        sign_of = None
+        if terms.sign_step:
+            whole = {name: basis.to(reduced.dtype) for name, basis in bases.items()}
+            sign_of = factors(reduced, whole, geo)
+        decay = 1.0 - float(group["lr"]) * group["weight_decay"]
+        after = group.get("decay", "before") == "after"
+        theta = matrix(param.detach())
+        add_product_(
+            theta,
+            left,
+            right,
+            alpha=descent * terms.rate,
+            decay=1.0 if after else decay,
+            gradient=grad if scale is not None or terms.sign_step else None,
+            channel_scale=scale,
+            sign_of=sign_of,
+            sign_step=terms.sign_step * (1.0 if group["maximize"] else -1.0),
+            seed=site.seed,
+            stream=site.stream,
+            offset=site.offset,
+            rounding_draw=site.rounding_draw(step),
+        )
+        if after and decay != 1.0:
+            theta.mul_(decay)
+        if not param.is_contiguous():
+            param.copy_(theta.reshape(param.shape))
+
+    def _apply_whole(
+        self, site: Site, gradient: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey
+    ) -> None:
+        """The rule on the parameter itself."""
+        param, group = site.param, site.group
+        rule = self._rule(group)
+        decay = 1.0 - float(group["lr"]) * group["weight_decay"]
+        after = group.get("decay", "before") == "after"
+        descent = descent_rate(group)
+        if rule is ADAM:
+            scale, eps = adam_numbers(group, step)
+            adamw_(
+                param,
+                gradient,
+                *adam_moments(state, param.numel()),
+                betas=tuple(group["betas"]),
+                scale=descent * scale,
+                eps=eps,
+                decay=1.0 if after else decay,
+                seed=site.seed,
+                stream=site.stream,
+                offset=site.offset,
+                moment_draw=moment_draw(group, step),
+                rounding_draw=site.rounding_draw(step),
+            )
+        else:
+            direction = self._direction(site, gradient, state, step, key)
+            theta = param.detach().reshape(1, -1)
+            add_product_(
+                theta,
+                None,
+                None,
+                decay=1.0 if after else decay,
+                gradient=direction.reshape(1, -1),
+                channel_scale=direction.new_full((1, 1), descent),
+                seed=site.seed,
+                stream=site.stream,
+                offset=site.offset,
+                rounding_draw=site.rounding_draw(step),
+            )
+            if not param.is_contiguous():
+                param.copy_(theta.reshape(param.shape))
+        if after and decay != 1.0:
+            param.mul_(decay)
+
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
+        geo = geometry(param, group)
+        if geo is None:
+            return super()._follows_rows(name, spec, param, group)
+        return geo.side == "right" and name not in geo.bases and spec.shape == geo.reduced_shape
+
+    def _can_shard(self, param: Tensor, group: Group) -> bool:
+        """Where the rule is one of single elements, and so is the state of what is sharded: no
+        codes in blocks. In a subspace too, if the class knows how."""
+        if self._rule(group) not in (ADAM, MOMENTUM, LION):
+            return False
+        geo = geometry(param, group)
+        if geo is not None:
+            return self._projects_shards and (
+                geo.side != "right" or group["state_dtype"] in ("float32", "bfloat16")
+            )
+        specs = self.declared_state(param, group)
+        return all(
+            name == "step" or spec.shape == tuple(param.shape) for name, spec in specs.items()
+        )
+
+    def _needs_gradient(self, site: Site) -> bool:
+        geo = geometry(site.param, site.group)
+        return geo is not None and self._residual(site.group).needs_gradient
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_choice("state_dtype", group["state_dtype"], get_args(Format))
+        check_choice("state_rounding", group["state_rounding"], ("stochastic", "nearest"))
+        if group.get("rank") is None:
+            return
+        check_positive_int("rank", group["rank"])
+        check_choice("proj_type", group["proj_type"], get_args(ProjType))
+        if "update_proj_gap" in group:
+            check_positive_int("update_proj_gap", group["update_proj_gap"])
+        if "scale" in group:
+            check_number("scale", group["scale"], low=0.0)
+        if "projector" in group:
+            check_choice("projector", group["projector"], get_args(Projector))

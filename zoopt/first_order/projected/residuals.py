@@ -1,0 +1,209 @@
+"""The residual rule: what becomes of the part of a gradient outside its subspace.
+
+A residual turns the rule's direction N (channels, r) of the projected gradient R into the terms of
+one write of theta: a low-rank product, and a multiple of the gradient for each channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_choice, check_number
+from zoopt.distributed.sharding import sum_
+from zoopt.first_order.projected.geometry import Geometry
+from zoopt.first_order.projected.subspace import CHUNK
+from zoopt.optimizer import Group, TensorSpec
+
+State = dict[str, Tensor]
+#: The projections under which R has channels of its gradient's.
+OneSided = Literal["std", "reverse_std", "right", "left"]
+
+
+class Terms(NamedTuple):
+    """What is descended: the way up of rate times `product`, plus channel_scale times the gradient,
+    plus sign_step times the signs of the gradient outside its subspace.
+
+    Attributes:
+        product: (channels, r), which the write may use up, or None.
+        channel_scale: (channels,), or (1,) for all, or None.
+        sign_step: a number; 0 for no such term.
+        rate: a number.
+    """
+
+    product: Tensor | None
+    channel_scale: Tensor | None = None
+    sign_step: float = 0.0
+    rate: float = 1.0
+
+
+class Parts(NamedTuple):
+    """What a residual makes its terms of.
+
+    Attributes:
+        direction, reduced: the rule's N and R, (channels, r).
+        gradient: (m, n), where it is needed.
+        norms: of the rows of N and of R, (2, channels), where they are needed.
+        state, group, geo: the parameter's.
+        sharded: the parameter whose rows these are some of, where they are not all.
+    """
+
+    direction: Tensor
+    reduced: Tensor
+    gradient: Tensor | None
+    norms: Tensor | None
+    state: State
+    group: Group
+    geo: Geometry
+    sharded: Tensor | None = None
+
+
+class Residual(NamedTuple):
+    """A residual's state and its terms.
+
+    Attributes:
+        specs: geometry, accumulator's dtype -> the state tensors.
+        terms: the parts -> what is descended.
+        needs_gradient: whether `terms` has one that multiplies the whole gradient.
+        needs_norms: whether it takes the norms of the direction's and R's rows, (2, channels), as
+            Adam's pass over its moments gives them.
+    """
+
+    specs: Callable[[Geometry, torch.dtype], dict[str, TensorSpec]]
+    terms: Callable[[Parts], Terms]
+    needs_gradient: bool
+    needs_norms: bool = False
+
+
+def _no_specs(geo: Geometry, accumulator: torch.dtype) -> dict[str, TensorSpec]:
+    return {}
+
+
+def _dropped(parts: Parts) -> Terms:
+    """scale N."""
+    return Terms(parts.direction, rate=parts.group["scale"])
+
+
+def channel_norms(
+    gradient: Tensor, geo: Geometry, dtype: torch.dtype, sharded: Tensor | None = None
+) -> Tensor:
+    """||G_j|| of each channel j, a row of G (m, n), or a column if its left side is projected:
+    (channels,). A gradient of another dtype is widened a chunk at a time."""
+    m, n = gradient.shape
+    left, rows = geo.side == "left", max(1, CHUNK // max(n, 1))
+    parts = [
+        gradient[start : start + rows].to(dtype).square().sum(0 if left else 1)
+        for start in range(0, max(m, 1), rows)
+    ]
+    squares = torch.stack(parts).sum(0) if left else torch.cat(parts)
+    if left and sharded is not None:
+        sum_(squares, sharded)
+    return squares.sqrt()
+
+
+def norm_over_channels(values: Tensor, parts: Parts) -> Tensor:
+    """The norm, (), of a number for each channel, (channels,): of all processes' channels, where
+    those are rows that lie apart."""
+    norm: Tensor = values.norm()
+    if parts.sharded is None or parts.geo.side == "left":
+        return norm
+    square = norm.square()
+    sum_(square, parts.sharded)
+    return square.sqrt()
+
+
+def limited(norm: Tensor, state: State, group: Group) -> Tensor:
+    """min(1, gamma previous / norm), (): the factor under which a norm grows by gamma at most.
+
+    The last norm that was not 0 is the state's; there is none before the first step.
+    """
+    gamma: float = group["norm_growth_limit"]
+    previous = state["update_norm"]
+    cap = previous * gamma
+    factor = torch.where((previous > 0) & (norm > cap), cap / norm, torch.ones_like(norm))
+    previous.copy_(torch.where(norm > 0, norm * factor, previous))
+    return factor
+
+
+def check_channels(group: Group) -> None:
+    """Raise unless the group can be scaled by channels, under a limiter or none."""
+    if group["norm_growth_limit"] is not None:
+        check_number("norm_growth_limit", group["norm_growth_limit"], low=1.0)
+    # Between two bases R has no channels: its rows are mixtures of the gradient's.
+    check_choice("proj_type", group["proj_type"], get_args(OneSided))
+
+
+def _norm_specs(geo: Geometry, accumulator: torch.dtype) -> dict[str, TensorSpec]:
+    return {"update_norm": TensorSpec((), accumulator)}
+
+
+def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """With x / 0 = 0: a channel without a gradient has no scale."""
+    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
+
+
+def _scaled_channels(parts: Parts) -> Terms:
+    """scale G s with s_j = ||N_j|| / ||R_j||."""
+    assert parts.norms is not None
+    return _scaled(_quotient(parts.norms[0], parts.norms[1]), parts)
+
+
+def _scaled_tensor(parts: Parts) -> Terms:
+    """scale s G with s = ||N|| / ||R||."""
+    assert parts.norms is not None
+    whole = [norm_over_channels(norms, parts).view(1) for norms in parts.norms]
+    return _scaled(_quotient(*whole), parts)
+
+
+def _scaled(scale: Tensor, parts: Parts) -> Terms:
+    group = parts.group
+    if group["norm_growth_limit"] is not None and parts.gradient is not None:
+        norms = channel_norms(parts.gradient, parts.geo, scale.dtype, parts.sharded)
+        norm = norm_over_channels(scale * norms, parts)
+        scale = scale * limited(norm, parts.state, group)
+    return Terms(None, scale * group["scale"])
+
+
+def _scaled_complement(parts: Parts) -> Terms:
+    """scale N, and phi_j (G - R's part of G) with phi_j = ||N_j|| / ||R_j||.
+
+    The second term's norm needs no complement: ||G_j||^2 - ||R_j||^2, the basis being orthonormal.
+    Nor does its write: it is phi_j G, less phi_j R on the way up.
+    """
+    assert parts.norms is not None
+    group, inside = parts.group, parts.norms[1]
+    scale = _quotient(parts.norms[0], inside)
+    if group["norm_growth_limit"] is not None and parts.gradient is not None:
+        whole = channel_norms(parts.gradient, parts.geo, scale.dtype, parts.sharded)
+        outside = (whole.square() - inside.square()).clamp_min(0.0).sqrt()
+        norm = norm_over_channels(scale * outside, parts)
+        scale = scale * limited(norm, parts.state, group)
+    inner = parts.direction * group["scale"] - scale.unsqueeze(1) * parts.reduced
+    return Terms(inner, scale)
+
+
+#: The part outside the subspace is dropped (GaLore).
+NONE = Residual(_no_specs, _dropped, needs_gradient=False)
+#: The gradient itself, its channels, or the whole of it, scaled as the rule scales R (APOLLO).
+CHANNELS = Residual(_norm_specs, _scaled_channels, needs_gradient=True, needs_norms=True)
+TENSOR = Residual(_norm_specs, _scaled_tensor, needs_gradient=True, needs_norms=True)
+#: The part outside the subspace, its channels scaled as the rule scales R's (Fira).
+COMPLEMENT = Residual(_norm_specs, _scaled_complement, needs_gradient=True, needs_norms=True)
+
+
+def sign_rate(group: Group, geo: Geometry) -> float:
+    """The step of the signs: none where no dimension is outside, whose rounding has signs too."""
+    dim = geo.m if geo.side == "left" else geo.n
+    return 0.0 if geo.rank == dim else float(group["lr"]) * group["sign_lr_scale"]
+
+
+def _signs(parts: Parts) -> Terms:
+    """N, and sign(G - up(R)) at a rate of its own."""
+    return Terms(parts.direction, sign_step=sign_rate(parts.group, parts.geo))
+
+
+#: Of the part outside, the signs (FRUGAL).
+SIGNS = Residual(_no_specs, _signs, needs_gradient=True)

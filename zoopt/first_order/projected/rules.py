@@ -1,0 +1,146 @@
+"""The rule seam: what happens to a gradient inside its subspace. A rule never sees theta."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoopt.first_order.projected.codecs import moment, moment_specs
+from zoopt.kernels.adam.moments import Moment, decode, encode
+from zoopt.kernels.adam.op import adam_
+from zoopt.kernels.dispatch import is_fake
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.noise.philox import PURPOSE_MOMENTS, halfwords
+from zoopt.optimizer import Group, TensorSpec
+
+State = dict[str, Tensor]
+
+
+class Rule(NamedTuple):
+    """A rule's state and its direction.
+
+    Attributes:
+        specs: shape, group, accumulator's dtype -> the state tensors.
+        direction: gradient (c, r), state, group, step from 1, noise -> what is descended: (c, r),
+            in the accumulator's dtype. It updates the state; the gradient keeps its values.
+            Adam's takes `norms`, (2, c), too, and writes there the squared norms of the
+            direction's rows and of the gradient's, in the pass that makes the direction; and `out`,
+            where the direction goes, which may be the gradient.
+    """
+
+    specs: Callable[[tuple[int, ...], Group, torch.dtype], Mapping[str, TensorSpec]]
+    direction: Callable[..., Tensor]
+
+
+def adam_numbers(group: Group, step: int) -> tuple[float, float]:
+    """Adam's scale and eps, as the kernels take them, with both biases corrected.
+
+    With eps_correction=False eps is added to sqrt(v) itself, not to sqrt(vhat).
+    """
+    beta1, beta2 = group["betas"]
+    root = math.sqrt(1.0 - beta2**step)
+    eps = group["eps"] * (root if group.get("eps_correction", True) else 1.0)
+    return root / (1.0 - beta1**step), eps
+
+
+def moment_draw(group: Group, step: int) -> int | None:
+    """The draw whose bits round moments, or None where they are rounded to nearest."""
+    return step if group["state_rounding"] == "stochastic" else None
+
+
+def _adam_specs(
+    shape: tuple[int, ...], group: Group, accumulator: torch.dtype
+) -> dict[str, TensorSpec]:
+    kind = group["state_dtype"]
+    return {
+        **moment_specs("exp_avg", shape, kind, signed=True, accumulator=accumulator),
+        **moment_specs("exp_avg_sq", shape, kind, signed=False, accumulator=accumulator),
+    }
+
+
+def adam_moments(state: State, numel: int) -> tuple[Moment, Moment]:
+    """Adam's moments as they are stored."""
+    return (
+        moment(state, "exp_avg", numel, signed=True),
+        moment(state, "exp_avg_sq", numel, signed=False),
+    )
+
+
+def _adam(
+    gradient: Tensor,
+    state: State,
+    group: Group,
+    step: int,
+    key: NoiseKey,
+    norms: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """mhat / (sqrt(vhat) + eps)."""
+    scale, eps = adam_numbers(group, step)
+    return adam_(
+        gradient,
+        *adam_moments(state, gradient.numel()),
+        betas=tuple(group["betas"]),
+        scale=scale,
+        eps=eps,
+        seed=key.seed,
+        stream=key.stream,
+        offset=key.offset,
+        moment_draw=moment_draw(group, step),
+        norms=norms,
+        out=out,
+    )
+
+
+def _momentum_specs(
+    shape: tuple[int, ...], group: Group, accumulator: torch.dtype
+) -> Mapping[str, TensorSpec]:
+    kind = group["state_dtype"]
+    return moment_specs("momentum_buffer", shape, kind, signed=True, accumulator=accumulator)
+
+
+def _lion_specs(
+    shape: tuple[int, ...], group: Group, accumulator: torch.dtype
+) -> Mapping[str, TensorSpec]:
+    kind = group["state_dtype"]
+    return moment_specs("exp_avg", shape, kind, signed=True, accumulator=accumulator)
+
+
+def store_moment(values: Tensor, stored: Moment, group: Group, step: int, key: NoiseKey) -> None:
+    """Write a moment's values to its format, with the step's bits where they are rounded so."""
+    draw = moment_draw(group, step)
+    bits = None
+    if draw is not None and stored.format != "float32" and not is_fake(values):
+        index = torch.arange(key.offset, key.offset + values.numel(), device=values.device)
+        bits = halfwords(
+            index, seed=key.seed, stream=key.stream, draw=draw, purpose=PURPOSE_MOMENTS
+        )
+    encode(values.reshape(-1).to(stored.accumulator), stored, bits)
+
+
+def _momentum(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
+    """buffer <- momentum buffer + g; descends the buffer."""
+    stored = moment(state, "momentum_buffer", gradient.numel(), signed=True)
+    momentum: float = group["momentum"]
+    buffer = decode(stored).view_as(gradient) * momentum + gradient
+    store_moment(buffer, stored, group, step, key)
+    return buffer
+
+
+def _lion(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
+    """sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g (Chen et al., 2023)."""
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    stored = moment(state, "exp_avg", gradient.numel(), signed=True)
+    average = decode(stored).view_as(gradient)
+    direction = torch.sign(average * beta1 + gradient * (1.0 - beta1))
+    store_moment(average * beta2 + gradient * (1.0 - beta2), stored, group, step, key)
+    return direction
+
+
+ADAM = Rule(_adam_specs, _adam)
+MOMENTUM = Rule(_momentum_specs, _momentum)
+LION = Rule(_lion_specs, _lion)

@@ -1,0 +1,165 @@
+"""The projector seam: subspaces of a gradient, and the way down to one.
+
+Every basis has orthonormal columns but the random one, whose expectation P P^T is the identity.
+The functions take a gradient and the side as `Geometry` has it, and work in float32 (float64 for
+float64).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zoopt.first_order.projected.geometry import Geometry
+from zoopt.kernels.dispatch import known, native_bfloat16
+from zoopt.noise import normal
+
+Projector = Literal["svd", "gram", "randomized", "warm", "random", "orthogonal"]
+#: Elements of a gradient that are widened to float32 at a time.
+CHUNK = 1 << 20
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """What a gradient is computed with in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def times(gradient: Tensor, factor: Tensor, *, transposed: bool = False) -> Tensor:
+    """G F, or G^T F, with G (m, n) in any dtype and F (n, k) or (m, k) in the accumulator's."""
+    if gradient.dtype == factor.dtype:
+        return (gradient.t() if transposed else gradient) @ factor
+    if native_bfloat16(gradient):
+        # Sums are float32 inside, and rounded once, to the precision of the gradient's own entries.
+        narrow = factor.to(gradient.dtype)
+        return ((gradient.t() if transposed else gradient) @ narrow).to(factor.dtype)
+    m, n = gradient.shape
+    out = factor.new_zeros(n if transposed else m, factor.shape[1])
+    rows = max(1, CHUNK // max(n, 1))
+    for start in range(0, m, rows):
+        part = gradient[start : start + rows].to(factor.dtype)
+        if transposed:
+            out.addmm_(part.t(), factor[start : start + rows])
+        else:
+            torch.mm(part, factor, out=out[start : start + rows])
+    return out
+
+
+def down(gradient: Tensor, bases: dict[str, Tensor], geo: Geometry) -> Tensor:
+    """R of G (m, n): (channels, r), in the accumulator's dtype.
+
+    Where bfloat16 is multiplied as it is, R comes in bfloat16, whose precision it has anyway.
+    """
+    left = geo.side == "left"
+    if native_bfloat16(gradient) and geo.side != "both":
+        return (gradient.t() if left else gradient) @ bases["basis"].to(gradient.dtype)
+    dtype = wide(gradient)
+    reduced = times(gradient, bases["basis"].to(dtype), transposed=left)
+    return bases["basis_left"].to(dtype).t() @ reduced if geo.side == "both" else reduced
+
+
+def factors(reduced: Tensor, bases: dict[str, Tensor], geo: Geometry) -> tuple[Tensor, Tensor]:
+    """The way up: left (m, r) and right (n, r) of which left right^T is R's part of the matrix."""
+    if geo.side == "left":
+        return bases["basis"], reduced
+    if geo.side == "both":
+        return bases["basis_left"].to(reduced.dtype) @ reduced, bases["basis"]
+    return reduced, bases["basis"]
+
+
+def subspace(
+    gradient: Tensor,
+    rank: int,
+    *,
+    right: bool,
+    projector: Projector,
+    previous: Tensor | None,
+    seed: int,
+    stream: int,
+    draw: int,
+    power: int = 2,
+    oversample: int = 10,
+) -> Tensor:
+    """A basis (n, r) (right) or (m, r) of the gradient's leading singular directions.
+
+    Args:
+        gradient: (m, n), finite.
+        projector: `"svd"` and `"gram"` are exact; `"randomized"` (Halko et al., 2011) draws a
+            sketch from the noise; `"warm"` takes one step of orthogonal iteration from `previous`,
+            and is `"randomized"` without one; `"random"` and `"orthogonal"` ignore the gradient:
+            N(0, 1/r), and the same made orthonormal.
+        previous: the last basis, or None.
+        seed, stream, draw: name the sketch's noise.
+        power, oversample: power iterations and extra columns of a randomised basis.
+    """
+    m, n = gradient.shape
+    dim = n if right else m
+    dtype = wide(gradient)
+    if projector in ("random", "orthogonal"):
+        z = normal(dim * rank, seed=seed, stream=stream, draw=draw, device=gradient.device)
+        z = z.view(dim, rank).to(dtype)
+        return orthonormal(z) if projector == "orthogonal" else z.mul_(1.0 / math.sqrt(rank))
+    if projector == "svd":
+        u, _, vh = torch.linalg.svd(gradient.to(dtype), full_matrices=False)
+        top: Tensor = vh[:rank].t() if right else u[:, :rank]
+        return top.contiguous()
+    if projector == "gram":
+        return _gram(gradient.to(dtype), rank, right)
+    if projector == "warm" and previous is not None:
+        return orthonormal(_there_and_back(gradient, previous, right))
+    width = min(rank + oversample, m, n)
+    z = normal(dim * width, seed=seed, stream=stream, draw=draw, device=gradient.device)
+    sketch = orthonormal(_there_and_back(gradient, z.view(dim, width).to(dtype), right))
+    for _ in range(power):
+        sketch = orthonormal(_there_and_back(gradient, sketch, right))
+    # The leading directions inside the sketch: of the small side's Gram matrix.
+    inner = times(gradient, sketch, transposed=not right)  # (channels, width)
+    return torch.mm(sketch, _leading(inner.t() @ inner, rank))
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis of the columns (d, k), k <= d: two shifted Cholesky QRs, or Householder.
+
+    R's diagonal is positive, so that a basis moves with its columns and does not change sign.
+    """
+    # Columns of one size: the Gram matrix squares their condition number.
+    q: Tensor = columns / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+    eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
+    for _ in range(2):
+        gram = q.t() @ q
+        shift = 11.0 * (q.shape[0] + 1) * torch.finfo(q.dtype).eps
+        factor, failed = torch.linalg.cholesky_ex(gram.add_(eye, alpha=shift))
+        if known(failed > 0, False):
+            break
+        solved: Tensor = torch.linalg.solve_triangular(factor, q.t(), upper=False)
+        q = solved.t()
+    error = (q.t() @ q - eye).abs().amax()
+    if known(error <= 1e3 * torch.finfo(q.dtype).eps, True):
+        return q.contiguous()
+    householder, r = torch.linalg.qr(columns)
+    flips = torch.where(r.diagonal() < 0, -1.0, 1.0).to(columns.dtype)
+    return torch.mul(householder, flips).contiguous()
+
+
+def _there_and_back(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
+    """G^T (G Q) for right, G (G^T P) for left."""
+    return times(gradient, times(gradient, basis, transposed=not right), transposed=right)
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    """The eigenvectors (d, rank) of the largest eigenvalues of a Gram matrix (d, d), in order."""
+    vectors: Tensor = torch.linalg.eigh(gram)[1]
+    return vectors.flip(1)[:, :rank]
+
+
+def _gram(gradient: Tensor, rank: int, right: bool) -> Tensor:
+    """Exact, from the eigenvectors of the smaller Gram matrix."""
+    m, n = gradient.shape
+    small_is_right = m >= n
+    gram = gradient.t() @ gradient if small_is_right else gradient @ gradient.t()
+    top = _leading(gram, rank)
+    if small_is_right == right:
+        return top.contiguous()
+    return orthonormal(gradient @ top if small_is_right else gradient.t() @ top)

@@ -1,0 +1,158 @@
+"""SM3: a second moment an axis in the place of one an element."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_number
+from zoopt.distributed.sharding import greatest_, local
+from zoopt.first_order.base import FirstOrderOptimizer, RoundingMode, Site, descent_rate
+from zoopt.kernels import sm3_
+from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+
+
+class SM3(FirstOrderOptimizer):
+    r"""SM3-II (Anil et al., 2019): Adagrad with one accumulator for each row, column, ... of theta.
+
+    With A_k, for each axis k of theta, a vector of its size that begins as 0, element by element
+
+        nu    <- min_k A_k + g^2
+        theta <- (1 - lr weight_decay) theta - lr g / (sqrt(nu) + eps),   0 / 0 = 0
+        A_k   <- max of nu over all axes but k
+
+    so that sum g^2 <= nu: a step is never longer than Adagrad's. Vectors and scalars, whose one A
+    is nu itself, get Adagrad's very step. With beta > 0 the sums become averages, which can fall,
+
+        nu <- beta min_k A_k + (1 - beta) g^2
+
+    and with momentum > 0 the weights follow an average of the steps u = g / (sqrt(nu) + eps):
+
+        m <- momentum m + (1 - momentum) u,   theta <- (1 - lr weight_decay) theta - lr m
+
+    Sparse gradients, as of `torch.nn.Embedding(sparse=True)`, touch their rows only: absent rows
+    keep weights, accumulator and momentum as they are, without decay. With beta, momentum and
+    weight_decay 0 that is, bit for bit, the step of a dense gradient whose other rows are zero
+    (stochastic rounding included).
+
+    State: for an (m, n) matrix m + n numbers, in any case the sum of the dimensions, each of 4
+    bytes (8 for float64); with momentum 4 (8) bytes a parameter element besides; for bfloat16 and
+    float16 weights that are rounded stochastically 4 a parameter (`step`, which numbers the bits).
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups of either.
+        lr: learning rate; default 0.1, that of common ports. As Adagrad's, steps shrink by
+            themselves; the authors' only schedule is a warm-up.
+        momentum: in [0, 1); default 0, hence no buffer.
+        beta: in [0, 1); default 0, the paper's sums. Unlike in the limit beta -> 0, there is then
+            no forgetting at all.
+        eps: added to sqrt(nu); default 0, as in the paper. torch.optim.Adagrad's is 1e-10.
+        weight_decay: decoupled, of the rows that have a gradient; default 0.
+        rounding: how bfloat16 and float16 weights are written: `"nearest"`, `"stochastic"`, or
+            `"auto"` (default), which is stochastic.
+        maximize: ascend in the place of descending.
+        seed: of the rounding bits; default, torch's initial seed.
+
+    Raises:
+        TypeError, ValueError: an argument out of range.
+        RuntimeError: in `step`, a gradient that is sparse otherwise than in whole rows. Nothing has
+            changed then.
+
+    A gradient that is not finite makes its weight NaN, as with torch's optimizers. Among the
+    accumulators a NaN counts as more than infinite: where another axis's is finite, that one holds.
+
+    Differs from the paper: has `eps`, `weight_decay` and rounding. Differs from common ports:
+    accumulators are float32 whatever the weights (in bfloat16 they stop growing at 256 squares of
+    one size); nothing is divided where nu is 0; averages fall, since nu is assigned, not maximised
+    with what was; absent rows of a sparse gradient keep their accumulators, and count in the
+    columns'; momentum holds for sparse gradients too, and has no buffer where it is 0.
+
+    Example:
+        >>> opt = zoopt.SM3(model.parameters(), lr=0.1, momentum=0.9)
+        >>> for batch in loader:
+        ...     model(**batch).loss.backward()
+        ...     opt.step()
+        ...     opt.zero_grad()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 0.1,
+        *,
+        momentum: float = 0.0,
+        beta: float = 0.0,
+        eps: float = 0.0,
+        weight_decay: float = 0.0,
+        rounding: RoundingMode = "auto",
+        maximize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(params, hyperparameters(locals()), seed=seed)
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """`accumulator_0`, `accumulator_1`, ...; `momentum_buffer`; `step` for rounding bits."""
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        declared = {
+            f"accumulator_{axis}": TensorSpec((size,), wide)
+            for axis, size in enumerate(tuple(param.shape) or (1,))
+        }
+        if group["momentum"]:
+            declared["momentum_buffer"] = TensorSpec(tuple(param.shape), wide)
+        if group["rounding"] != "nearest" and param.dtype.itemsize == 2:
+            declared["step"] = TensorSpec((), torch.float32)
+        return declared
+
+    def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
+        param, group = site.param, site.group
+        state = self._state(param, group)
+        rounding_draw = None
+        if "step" in state:
+            state["step"] += 1
+            rounding_draw = site.rounding_draw(int(state["step"]))
+        sm3_(
+            param,
+            reduced.coalesce() if reduced.is_sparse else reduced,
+            [state[f"accumulator_{axis}"] for axis in range(max(1, param.dim()))],
+            step_size=descent_rate(group),
+            beta=group["beta"],
+            eps=group["eps"],
+            decay=1.0 - float(group["lr"]) * group["weight_decay"],
+            buffer=state["momentum_buffer"] if group["momentum"] else None,
+            momentum=group["momentum"],
+            seed=site.seed,
+            stream=site.stream,
+            offset=site.offset,
+            rounding_draw=rounding_draw,
+        )
+
+    def _can_shard(self, param: Tensor, group: Group) -> bool:
+        return True
+
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
+        return name in ("accumulator_0", "momentum_buffer")
+
+    def _merge(self, site: Site) -> None:
+        """Accumulators of the other axes: the greatest nu of all rows is that of all parts."""
+        state = self._state(site.param, site.group)
+        for axis in range(1, site.param.dim()):
+            accumulator = state[f"accumulator_{axis}"]
+            if not local(site.param).numel():
+                accumulator.zero_()
+            greatest_(accumulator, site.param)
+
+    def _check_gradient(self, site: Site) -> None:
+        gradient = site.param.grad
+        if gradient is None or not gradient.is_sparse:
+            super()._check_gradient(site)
+        elif gradient.sparse_dim() != 1:
+            raise RuntimeError(
+                f"SM3 needs dense gradients, or sparse ones of whole rows, got one of sparse_dim "
+                f"{gradient.sparse_dim()} for parameter {site.name!r}; pass gradient.to_dense()"
+            )
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_number("momentum", group["momentum"], low=0.0, high=1.0, open_high=True)
+        check_number("beta", group["beta"], low=0.0, high=1.0, open_high=True)
+        check_number("eps", group["eps"], low=0.0)

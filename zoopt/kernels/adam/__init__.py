@@ -1,0 +1,1 @@
+"""Adam on stored moments: decode, update and encode in one pass."""

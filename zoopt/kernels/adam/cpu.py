@@ -1,0 +1,103 @@
+"""Adam on the CPU: numba, a tile's moments decoded, averaged, used and encoded in the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoopt.kernels.adam import cpu_kernels as cpu_adam_kernels
+from zoopt.kernels.adam.cpu_kernels import TILE
+from zoopt.kernels.adam.cpu_moments import FORMATS
+from zoopt.kernels.adam.moments import Moment
+from zoopt.kernels.adam.reference import Numbers
+from zoopt.kernels.noise.cpu import _KINDS, _counter, _floats, _parallel, _rounding
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.runtime.intrinsics import f32
+from zoopt.kernels.runtime.spread import Memory
+
+_BYTE = np.uint8(0)
+_NO_SCALE = (0, 0, np.float32(0))
+_NO_NORMS = np.empty((2, 0), np.float32)
+
+
+def _bytes(tensor: Tensor) -> Memory:
+    """The memory of a contiguous tensor as bytes."""
+    return tensor.data_ptr(), tensor.numel() * tensor.itemsize, _BYTE
+
+
+def _moments(first: Moment, second: Moment) -> list[Any]:
+    """Codes and scales of both, and the format."""
+    arrays: list[Any] = []
+    for stored in (first, second):
+        scale = _NO_SCALE if stored.scale is None else _floats(stored.scale)
+        arrays += [_bytes(stored.codes), scale]
+    return [*arrays, FORMATS[first.format]]
+
+
+def adam(
+    gradient: Tensor,
+    first: Moment,
+    second: Moment,
+    out: Tensor,
+    numbers: Numbers,
+    key: NoiseKey,
+    moment_draw: int | None,
+    norms: Tensor | None,
+) -> None:
+    """See reference_adam.adam."""
+    numel = gradient.numel()
+    rows = 0 if norms is None else norms.shape[1]
+    totals = heads = _NO_NORMS
+    if norms is not None:
+        totals, heads = norms.numpy(), np.zeros((2, -(-numel // TILE)), np.float32)
+    _parallel(
+        cpu_adam_kernels.adam,
+        numel,
+        TILE,
+        _bytes(gradient),
+        _KINDS[gradient.dtype],
+        _bytes(out),
+        _KINDS[out.dtype],
+        *_moments(first, second),
+        tuple(map(f32, numbers)),
+        _counter(key),
+        _rounding(moment_draw),
+        totals,
+        heads,
+        numel // rows if rows else 0,
+    )
+    if norms is not None:
+        row = torch.arange(0, numel, TILE) // (numel // rows)
+        norms.index_add_(1, row, torch.from_numpy(heads))
+
+
+def adamw(
+    theta: Tensor,
+    gradient: Tensor,
+    first: Moment,
+    second: Moment,
+    decay: float,
+    numbers: Numbers,
+    key: NoiseKey,
+    moment_draw: int | None,
+    rounding_draw: int | None,
+) -> None:
+    """See reference_adam.adamw."""
+    _parallel(
+        cpu_adam_kernels.adamw,
+        theta.numel(),
+        TILE,
+        _bytes(theta),
+        _KINDS[theta.dtype],
+        _bytes(gradient),
+        _KINDS[gradient.dtype],
+        *_moments(first, second),
+        f32(decay),
+        tuple(map(f32, numbers)),
+        _counter(key),
+        _rounding(moment_draw),
+        _rounding(rounding_draw),
+    )

@@ -1,0 +1,117 @@
+"""Adam on moments however they are stored, defined: plain PyTorch, in chunks, as `reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoopt.kernels.adam.moments import Moment, decode, encode
+from zoopt.kernels.noise import philox
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.noise.reference import CHUNK, round_nearest, round_stochastic
+
+
+class Numbers(NamedTuple):
+    """Adam's numbers, rounded to the accumulator's dtype: complement1 is 1 - beta1 and so on."""
+
+    beta1: float
+    beta2: float
+    complement1: float
+    complement2: float
+    scale: float
+    eps: float
+
+
+def chunks(numel: int) -> Iterator[tuple[int, int]]:
+    """Bounds of parts of some CHUNK elements, of which none is a single one of many.
+
+    They begin at multiples of CHUNK, hence of the moments' blocks.
+    """
+    count = max(1, numel // CHUNK)
+    for i in range(count):
+        yield i * CHUNK, numel if i == count - 1 else (i + 1) * CHUNK
+
+
+def _halfwords(key: NoiseKey, numel: int, draw: int, purpose: int, device: torch.device) -> Tensor:
+    """int64 (numel,) in [0, 65536): the random bits of elements offset ... offset + numel - 1."""
+    index = torch.arange(key.offset, key.offset + numel, device=device)
+    return philox.halfwords(index, seed=key.seed, stream=key.stream, draw=draw, purpose=purpose)
+
+
+def _quotient(
+    gradient: Tensor,
+    first: Moment,
+    second: Moment,
+    numbers: Numbers,
+    key: NoiseKey,
+    moment_draw: int | None,
+) -> Tensor:
+    """Update both moments and return (scale m) / (sqrt(v) + eps): (k,), before m, v are stored."""
+    g = gradient.to(first.accumulator)
+    m = decode(first) * numbers.beta1 + g * numbers.complement1
+    v = decode(second) * numbers.beta2 + g * g * numbers.complement2
+    bits = None
+    if moment_draw is not None:
+        bits = _halfwords(key, g.numel(), moment_draw, philox.PURPOSE_MOMENTS, g.device)
+    encode(m, first, bits)
+    encode(v, second, bits)
+    # As in `reference.adam_window`: float64's roots, rounded, are float32's correct ones.
+    root = v.double().sqrt().to(v.dtype)
+    return m * numbers.scale / (root + numbers.eps)
+
+
+def adam(
+    gradient: Tensor,
+    first: Moment,
+    second: Moment,
+    out: Tensor,
+    numbers: Numbers,
+    key: NoiseKey,
+    moment_draw: int | None,
+    norms: Tensor | None,
+) -> None:
+    """m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g g, and out (k,) receives
+    (scale m) / (sqrt(v) + eps) of the moments as they are before they are stored.
+
+    out may be of a narrower dtype, to which its elements are rounded to nearest. norms (2, rows)
+    receives the direction's and the gradient's sums of squares, of rows of k / rows elements.
+    """
+    if norms is not None:
+        norms.zero_()
+    for start, stop in chunks(gradient.numel()):
+        part = gradient[start:stop].to(first.accumulator)
+        moments = first.part(start, stop), second.part(start, stop)
+        direction = _quotient(part, *moments, numbers, key.shifted(start), moment_draw)
+        if norms is not None:
+            width = gradient.numel() // norms.shape[1]
+            row = torch.arange(start, stop, device=out.device) // width
+            norms[0].index_add_(0, row, direction.square())
+            norms[1].index_add_(0, row, part.square())
+        out[start:stop] = round_nearest(direction, out.dtype)
+
+
+def adamw(
+    theta: Tensor,
+    gradient: Tensor,
+    first: Moment,
+    second: Moment,
+    decay: float,
+    numbers: Numbers,
+    key: NoiseKey,
+    moment_draw: int | None,
+    rounding_draw: int | None,
+) -> None:
+    """theta (k,) <- round(decay theta + (scale m) / (sqrt(v) + eps)), the moments as in `adam`."""
+    for start, stop in chunks(theta.numel()):
+        part, shifted = theta[start:stop], key.shifted(start)
+        moments = first.part(start, stop), second.part(start, stop)
+        step = _quotient(gradient[start:stop], *moments, numbers, shifted, moment_draw)
+        acc = part.to(torch.promote_types(theta.dtype, step.dtype)) * decay + step
+        if rounding_draw is None:
+            part.copy_(round_nearest(acc, theta.dtype))
+            continue
+        bits = _halfwords(shifted, acc.numel(), rounding_draw, philox.PURPOSE_ROUNDING, acc.device)
+        part.copy_(round_stochastic(acc, theta.dtype, bits))

@@ -1,0 +1,1 @@
+"""Operations along directions of noise: perturb, apply_, momentum_, adam_window_, rows."""

@@ -1,0 +1,312 @@
+"""The operations that update theta in place, in one read and one write of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from zoopt.kernels import dispatch
+from zoopt.kernels.noise.key import Distribution, NoiseKey, Rounding, check_unsigned
+from zoopt.kernels.noise.op import (
+    accumulator_dtype,
+    check_like,
+    check_tensor,
+    check_unshared,
+    scalars,
+)
+
+
+def apply_(
+    theta: Tensor,
+    coefficients: Sequence[float],
+    *,
+    seed: int,
+    stream: int,
+    draws: Sequence[int],
+    decay: float = 1.0,
+    offset: int = 0,
+    distribution: Distribution = "normal",
+    density: float = 1.0,
+    rounding: Rounding = "nearest",
+    rounding_draw: int | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """theta <- round(decay theta + sum_j coefficients[j] z(draws[j])), in place.
+
+    One read and one write of theta however many directions are added; the sum runs in float32
+    (float64 for float64) in the order of `draws` and is rounded once.
+
+    Args:
+        theta: a dense float32, bfloat16, float16 or float64 tensor of any shape.
+        coefficients: one number a direction (rounded to float32, or float64 for float64).
+        draws: the directions' numbers, 32 bits each.
+        decay: multiplies theta, 1 - lr weight_decay say.
+        rounding: `"nearest"`, or `"stochastic"`: up or down with the probability that makes the
+            expectation exact, by random bits that belong to a draw. Without effect on float32 and
+            float64, which are the accumulator's own type.
+        rounding_draw: the draw whose bits round, 32 bits. Default: the last of `draws`.
+        seed, stream, offset, distribution, density, impl: as for `perturb`.
+
+    Returns:
+        theta. An element that no direction moves, with decay 1, keeps its bits.
+
+    Raises:
+        TypeError, ValueError: as for `perturb`; also coefficients and draws of unequal length,
+            stochastic rounding without a draw, or a theta whose elements share memory.
+    """
+    key = NoiseKey(seed, stream, offset, distribution, density)
+    check_tensor("theta", theta)
+    check_unshared("theta", theta)
+    _check_directions(draws, coefficients=coefficients)
+    rounded_by = _rounding_draw(rounding, rounding_draw, draws, theta.dtype)
+    backend = dispatch.choose(theta, impl)
+    [decay] = scalars([decay], theta.dtype)
+    with _elements(theta) as flat:
+        backend.weighted_sum(
+            flat, flat, scalars(coefficients, theta.dtype), list(draws), decay, key, rounded_by
+        )
+    return theta
+
+
+def add_(
+    theta: Tensor,
+    update: Tensor,
+    coefficients: Sequence[float],
+    *,
+    seed: int,
+    stream: int,
+    draws: Sequence[int],
+    decay: float = 1.0,
+    offset: int = 0,
+    distribution: Distribution = "normal",
+    density: float = 1.0,
+    rounding: Rounding = "nearest",
+    rounding_draw: int | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """theta <- round(decay theta + sum_j coefficients[j] z(draws[j]) + update), in place.
+
+    Args:
+        theta: a dense tensor, as for `apply_`.
+        update: contiguous, of theta's shape and device; float32 (float64 for float64). It is
+            read only, and shares no memory with theta.
+        coefficients, draws: as for `apply_`; both may be empty.
+        rounding_draw: the draw whose bits round. Default: the last of `draws`; stochastic rounding
+            without `draws` needs it.
+        seed, stream, decay, offset, distribution, density, rounding, impl: as for `apply_`.
+
+    Returns:
+        theta.
+
+    Raises:
+        TypeError, ValueError: as for `apply_`, or an update that does not match.
+    """
+    key = NoiseKey(seed, stream, offset, distribution, density)
+    check_tensor("theta", theta)
+    check_unshared("theta", theta)
+    _check_companion("update", update, theta)
+    _check_directions(draws, coefficients=coefficients)
+    rounded_by = _rounding_draw(rounding, rounding_draw, draws, theta.dtype)
+    backend = dispatch.choose(theta, impl)
+    [decay] = scalars([decay], theta.dtype)
+    with _elements(theta) as flat:
+        backend.weighted_sum(
+            flat,
+            flat,
+            scalars(coefficients, theta.dtype),
+            list(draws),
+            decay,
+            key,
+            rounded_by,
+            update.detach().view(-1),
+        )
+    return theta
+
+
+def momentum_(
+    theta: Tensor,
+    buffer: Tensor,
+    coefficients: Sequence[float],
+    gradients: Sequence[float],
+    *,
+    momentum: float,
+    step_size: float,
+    seed: int,
+    stream: int,
+    draws: Sequence[int],
+    decay: float = 1.0,
+    offset: int = 0,
+    distribution: Distribution = "normal",
+    density: float = 1.0,
+    rounding: Rounding = "nearest",
+    impl: str | None = None,
+) -> Tensor:
+    """One pass over theta and a momentum buffer, in place:
+
+        buffer <- momentum buffer + sum_j gradients[j] z(draws[j])
+        theta  <- round(decay theta + sum_j coefficients[j] z(draws[j]) + step_size buffer)
+
+    Args:
+        theta: a dense tensor, as for `apply_`.
+        buffer: contiguous, of theta's shape and device; float32 (float64 for float64). It shares
+            no memory with theta.
+        coefficients: one number a direction: what theta itself receives (a restored perturbation).
+        gradients: one number a direction: its projected gradient.
+        momentum, step_size: numbers, as in the formula.
+        seed, stream, draws, decay, offset, distribution, density, rounding, impl: as for `apply_`.
+
+    Returns:
+        theta.
+
+    Raises:
+        TypeError, ValueError: as for `apply_`, or a buffer that does not match.
+    """
+    key = NoiseKey(seed, stream, offset, distribution, density)
+    check_tensor("theta", theta)
+    check_unshared("theta", theta)
+    _check_companion("buffer", buffer, theta)
+    _check_directions(draws, coefficients=coefficients, gradients=gradients)
+    rounded_by = _rounding_draw(rounding, None, draws, theta.dtype)
+    backend = dispatch.choose(theta, impl)
+    with _elements(theta) as flat:
+        backend.momentum_sum(
+            flat,
+            buffer.detach().view(-1),
+            scalars(coefficients, theta.dtype),
+            scalars(gradients, theta.dtype),
+            list(draws),
+            *scalars([decay, momentum, step_size], theta.dtype),
+            key,
+            rounded_by,
+        )
+    return theta
+
+
+def adam_window_(
+    theta: Tensor,
+    coefficients: Sequence[float],
+    gradients: Sequence[float],
+    first: Sequence[float],
+    second: Sequence[float],
+    closes: Sequence[bool],
+    *,
+    eps: float,
+    step_size: float,
+    seed: int,
+    stream: int,
+    draws: Sequence[int],
+    decay: float = 1.0,
+    offset: int = 0,
+    distribution: Distribution = "normal",
+    density: float = 1.0,
+    rounding: Rounding = "nearest",
+    impl: str | None = None,
+) -> Tensor:
+    """Adam whose moments are remade from the directions of past steps: one pass, over theta only.
+
+    ghat, m and v begin as 0, in registers or cache. Direction j, in order, adds
+
+        ghat <- ghat + gradients[j] z(draws[j])
+
+    and, where closes[j] says that it is the last one of its step,
+
+        m <- m + first[j] ghat,    v <- v + second[j] (ghat ghat),    ghat <- 0.
+
+    Then
+
+        theta <- round(decay theta + sum_j coefficients[j] z(draws[j])
+                       + (step_size m) / (sqrt(v) + eps)).
+
+    Args:
+        theta: a dense tensor, as for `apply_`.
+        coefficients: one number a direction: what theta itself receives (a restored perturbation).
+        gradients: one number a direction: its projected gradient, over the directions of its step.
+        first, second: one number a direction, the weights of its step in m and in v, at least 0 in
+            v; only those where closes[j] are used.
+        closes: one bool a direction. What ghat holds after the last one that closes is dropped.
+        eps: positive in the accumulator's dtype.
+        step_size: a number, as in the formula: negative descends.
+        seed, stream, draws, decay, offset, distribution, density, rounding, impl: as for `apply_`.
+
+    Returns:
+        theta.
+
+    Raises:
+        TypeError, ValueError: as for `apply_`, or a number out of range.
+    """
+    key = NoiseKey(seed, stream, offset, distribution, density)
+    check_tensor("theta", theta)
+    check_unshared("theta", theta)
+    _check_directions(draws, coefficients=coefficients, gradients=gradients)
+    _check_directions(draws, first=first, second=second, closes=closes)
+    if any(weight < 0 for weight, closed in zip(second, closes, strict=True) if closed):
+        raise ValueError(f"second must be at least 0 where closes, got {list(second)}")
+    numbers = scalars([decay, step_size, eps], theta.dtype)
+    if not numbers[-1] > 0:
+        wide = accumulator_dtype(theta.dtype)
+        raise ValueError(f"eps must be positive in {wide}, got {eps!r}; use 1e-8")
+    rounded_by = _rounding_draw(rounding, None, draws, theta.dtype)
+    backend = dispatch.choose(theta, impl)
+    with _elements(theta) as flat:
+        backend.adam_window(
+            flat,
+            *(scalars(values, theta.dtype) for values in (coefficients, gradients, first, second)),
+            [bool(closed) for closed in closes],
+            list(draws),
+            *numbers,
+            key,
+            rounded_by,
+        )
+    return theta
+
+
+@contextlib.contextmanager
+def _elements(theta: Tensor) -> Iterator[Tensor]:
+    """theta, flat and contiguous; what is written to it is theta's on leaving."""
+    target = theta.detach()
+    dense = target.contiguous()
+    yield dense.view(-1)
+    if dense is not target:
+        target.copy_(dense)
+
+
+def _check_companion(name: str, tensor: Tensor, theta: Tensor) -> None:
+    """Raise unless the tensor can be read, element by element, beside theta."""
+    check_tensor(name, tensor)
+    check_like(name, tensor, theta, accumulator_dtype(theta.dtype))
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; pass {name}.contiguous()")
+
+
+def _check_directions(draws: Sequence[int], **per_direction: Sequence[float]) -> None:
+    """Raise unless each sequence has one entry a draw, and the draws 32 bits."""
+    for name, values in per_direction.items():
+        if len(values) != len(draws):
+            raise ValueError(
+                f"{name} and draws must have equal lengths, got {len(values)} and {len(draws)}"
+            )
+    for draw in draws:
+        check_unsigned("draw", draw, 32)
+
+
+def _rounding_draw(
+    rounding: str, explicit: int | None, draws: Sequence[int], dtype: torch.dtype
+) -> int | None:
+    """The draw whose bits round, or None where rounding is to nearest or not needed."""
+    if rounding not in get_args(Rounding):
+        known = ", ".join(map(repr, get_args(Rounding)))
+        raise ValueError(f"rounding must be one of {known}, got {rounding!r}")
+    if explicit is not None:
+        check_unsigned("rounding_draw", explicit, 32)
+    if rounding == "nearest":
+        return None
+    if explicit is None and not draws:
+        raise ValueError(
+            "rounding='stochastic' needs at least one draw or a rounding_draw, got none"
+        )
+    exact = dtype == accumulator_dtype(dtype)
+    return None if exact else draws[-1] if explicit is None else explicit

@@ -1,0 +1,90 @@
+"""theta plus a low-rank product on the GPU: Triton, one read and one write of theta, which is
+rounded where its tile is."""
+
+# mypy: disable-error-code="no-untyped-call"
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from zoopt.kernels.noise.gpu import _int32, backend_name
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.gpu_kernels import product_kernel
+
+#: Rows and columns of a program's tile with a product, and the columns of a factor at a time.
+TILE, K = (64, 64), 16
+#: The same where theta is bfloat16, and nothing but a product is added.
+NARROW_TILE, NARROW_K = (128, 64), 32
+#: Elements of a program's tile without one.
+PLAIN = 2048
+NUM_WARPS = {"cuda": 8, "hip": 8, "interpreter": 1}
+
+
+def add_product(
+    theta: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    alpha: float,
+    decay: float,
+    gradient: Tensor | None,
+    channel_scale: Tensor | None,
+    sign_of: tuple[Tensor, Tensor] | None,
+    sign_step: float,
+    key: NoiseKey,
+    rounding_draw: int | None,
+) -> None:
+    """See reference_product.add_product."""
+    if not theta.numel():
+        return
+    m, n = theta.shape
+    backend = backend_name()
+    # Rounding factors to bfloat16 is 2^-8 of a step, not of theta. The interpreter computes with
+    # numpy, which has no bfloat16.
+    narrow = theta.dtype == torch.bfloat16 and backend != "interpreter"
+    if narrow and left is not None and right is not None:
+        left, right = left.to(theta.dtype), right.to(theta.dtype)
+    alone = channel_scale is None and sign_of is None
+    (rows, columns), k = (NARROW_TILE, NARROW_K) if narrow and alone else (TILE, K)
+    if left is None and sign_of is None:
+        columns = min(PLAIN, triton.next_power_of_2(max(n, 8)))
+        rows = PLAIN // columns
+    if alone:
+        gradient = None
+    strides = (0, 0) if gradient is None else gradient.stride()
+    sign_left, sign_right = (None, None) if sign_of is None else sign_of
+    factors = [
+        None if factor is None else factor.detach().contiguous()
+        for factor in (left, right, channel_scale, sign_left, sign_right)
+    ]
+    with torch.cuda.device_of(theta):
+        product_kernel[(triton.cdiv(m, rows) * triton.cdiv(n, columns),)](
+            theta,
+            *factors[:2],
+            gradient,
+            *factors[2:],
+            alpha,
+            decay,
+            sign_step,
+            m,
+            n,
+            *strides,
+            key.offset,
+            _int32(key.stream),
+            _int32(rounding_draw or 0),
+            _int32(key.seed & 0xFFFFFFFF),
+            _int32(key.seed >> 32),
+            BY_ROW=channel_scale is not None and channel_scale.shape[0] > 1,
+            BY_COLUMN=channel_scale is not None and channel_scale.shape[1] > 1,
+            RANK=0 if left is None else left.shape[1],
+            SIGN_RANK=0 if sign_left is None else sign_left.shape[1],
+            STOCHASTIC=rounding_draw is not None,
+            ALIGNED=key.offset % 8 == 0 and n % 8 == 0,
+            NARROW=narrow,
+            BACKEND=backend,
+            ROWS=rows,
+            COLUMNS=columns,
+            K=k,
+            num_warps=NUM_WARPS[backend],
+            enable_fp_fusion=False,
+        )

@@ -1,0 +1,144 @@
+"""theta plus a low-rank product on the GPU, compiled: one program a tile of theta."""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from zoopt.kernels.noise import philox
+from zoopt.kernels.noise.gpu_tile import halfwords_at, nearest, philox4x32, stochastic
+
+_ROUNDING = tl.constexpr(philox.PURPOSE_ROUNDING)
+
+
+@triton.jit
+def _product(
+    left,
+    right,
+    rows,
+    columns,
+    m,
+    n,
+    RANK: tl.constexpr,
+    NARROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    K: tl.constexpr,
+):
+    """A tile of left right^T, both contiguous (m or n, RANK): float32, (ROWS, COLUMNS).
+
+    Where both are bfloat16 (NARROW), matrix units multiply them, exactly, and sum in float32.
+    """
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for begin in range(0, RANK, K):
+        k = begin + tl.arange(0, K)
+        mask = (rows < m)[:, None] & (k < RANK)[None, :]
+        a = tl.load(left + rows[:, None] * RANK + k[None, :], mask=mask, other=0.0)
+        mask = (columns < n)[:, None] & (k < RANK)[None, :]
+        b = tl.load(right + columns[:, None] * RANK + k[None, :], mask=mask, other=0.0)
+        if NARROW:
+            total = tl.dot(a, tl.trans(b), total)
+        else:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+            total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _bits(
+    first,
+    rows,
+    columns,
+    n,
+    stream,
+    draw,
+    k0,
+    k1,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """16 bits for each element of a tile: uint32, (ROWS, COLUMNS)."""
+    index = (first + rows * n)[:, None] + columns[None, :]
+    if ALIGNED:
+        # Eight neighbours share a Philox call: rows and tiles begin at multiples of eight.
+        eighth = tl.reshape(index, [ROWS, COLUMNS // 8, 8])
+        block = tl.min(eighth, axis=2) // 8
+        c0, c1, c2, c3 = philox4x32(block, stream, draw, k0, k1, _ROUNDING)
+        w = tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), [ROWS, COLUMNS // 2])
+        return tl.reshape(tl.join(w & 0xFFFF, w >> 16), [ROWS, COLUMNS])
+    else:
+        return halfwords_at(index, stream, draw, k0, k1, _ROUNDING)
+
+
+@triton.jit(do_not_specialize=["stream", "rounding_draw", "k0", "k1"])
+def product_kernel(
+    theta,
+    left,
+    right,
+    gradient,
+    channel_scale,
+    sign_left,
+    sign_right,
+    alpha,
+    decay,
+    sign_step,
+    m,
+    n,
+    gradient_row,
+    gradient_column,
+    first,
+    stream,
+    rounding_draw,
+    k0,
+    k1,
+    BY_ROW: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    RANK: tl.constexpr,
+    SIGN_RANK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    NARROW: tl.constexpr,
+    BACKEND: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    K: tl.constexpr,
+):
+    """reference_product.add_product; terms whose tensors are None are not compiled.
+
+    The gradient has strides gradient_row and gradient_column; the channels' scale is of each row,
+    of each column, or of all.
+    """
+    across = tl.cdiv(n, COLUMNS)
+    tile = tl.program_id(0)
+    rows = (tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = (tile % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
+    at = rows[:, None] * n + columns[None, :]
+    x = decay * tl.load(theta + at, mask=inside, other=0.0).to(tl.float32)
+    place = rows[:, None] * gradient_row + columns[None, :] * gradient_column
+    if sign_left is not None:
+        # The gradient is read anew below: held until then, its tile would not fit in registers.
+        up = _product(
+            sign_left, sign_right, rows, columns, m, n, SIGN_RANK, False, ROWS, COLUMNS, K
+        )
+        rest = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) - up
+        # A NaN remains one.
+        x += sign_step * tl.where(rest > 0.0, 1.0, tl.where(rest < 0.0, -1.0, rest))
+    if left is not None:
+        x += alpha * _product(left, right, rows, columns, m, n, RANK, NARROW, ROWS, COLUMNS, K)
+    if channel_scale is not None:
+        g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+        if BY_ROW:
+            x += tl.load(channel_scale + rows, mask=rows < m, other=0.0)[:, None] * g
+        elif BY_COLUMN:
+            x += tl.load(channel_scale + columns, mask=columns < n, other=0.0)[None, :] * g
+        else:
+            x += tl.load(channel_scale) * g
+    dtype: tl.constexpr = theta.dtype.element_ty
+    if STOCHASTIC:
+        bits = _bits(first, rows, columns, n, stream, rounding_draw, k0, k1, ALIGNED, ROWS, COLUMNS)
+        tl.store(theta + at, stochastic(x, bits, dtype), mask=inside)
+    else:
+        tl.store(theta + at, nearest(x, dtype, BACKEND), mask=inside)

@@ -1,0 +1,119 @@
+"""theta plus a low-rank product, defined: plain PyTorch, in rows that bound the temporaries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoopt.kernels.dispatch import native_bfloat16
+from zoopt.kernels.noise import philox
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.noise.reference import round_nearest, round_stochastic
+
+#: Elements of theta a chunk of rows.
+CHUNK = 1 << 20
+
+
+def add_product(
+    theta: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    alpha: float,
+    decay: float,
+    gradient: Tensor | None,
+    channel_scale: Tensor | None,
+    sign_of: tuple[Tensor, Tensor] | None,
+    sign_step: float,
+    key: NoiseKey,
+    rounding_draw: int | None,
+) -> None:
+    """theta (m, n) <- round(decay theta + alpha left right^T + channel_scale gradient
+    + sign_step S)."""
+    wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    left, right = scaled_factors(left, right, alpha, wide)
+    for rows in row_chunks(theta):
+        acc = theta[rows].to(wide) * decay
+        added = addend(rows, left, right, gradient, channel_scale, sign_of, sign_step, wide)
+        if added is not None:
+            acc = acc + added
+        if rounding_draw is None:
+            theta[rows] = round_nearest(acc, theta.dtype)
+            continue
+        first = key.offset + rows.start * theta.shape[1]
+        index = torch.arange(first, first + acc.numel(), device=acc.device)
+        bits = philox.halfwords(
+            index,
+            seed=key.seed,
+            stream=key.stream,
+            draw=rounding_draw,
+            purpose=philox.PURPOSE_ROUNDING,
+        )
+        theta[rows] = round_stochastic(acc.view(-1), theta.dtype, bits).view(acc.shape)
+
+
+def scaled_factors(
+    left: Tensor | None, right: Tensor | None, alpha: float, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The factors in this dtype, alpha times the one that must be cast to it anyway."""
+    if left is None or right is None:
+        return None, None
+    if left.dtype == dtype and right.dtype != dtype:
+        right, left = _times(right, alpha, dtype), left
+    else:
+        left, right = _times(left, alpha, dtype), right.to(dtype)
+    return left, right
+
+
+def _times(factor: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    if alpha == 1.0:
+        return factor.to(dtype)
+    if dtype.itemsize > factor.dtype.itemsize:
+        return factor.to(dtype).mul_(alpha)
+    # Computed in the factor's dtype, and cast in the same pass.
+    product = torch.empty(factor.shape, dtype=dtype, device=factor.device)
+    return torch.mul(factor, alpha, out=product)
+
+
+def blas_rounds(theta: Tensor, rounding_draw: int | None) -> bool:
+    """Whether BLAS adds a product to theta as is asked: it sums in float32, and rounds once, to
+    nearest."""
+    return theta.dtype == torch.float32 or (rounding_draw is None and native_bfloat16(theta))
+
+
+def chunk_rows(theta: Tensor) -> int:
+    """How many rows of theta (m, n) have some 2^20 elements, and no more than there are."""
+    m, n = theta.shape
+    return min(m, max(1, CHUNK // max(n, 1)))
+
+
+def row_chunks(theta: Tensor) -> list[slice]:
+    """Slices of so many rows of theta (m, n)."""
+    m, rows = len(theta), max(1, chunk_rows(theta))
+    return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
+
+
+def addend(
+    rows: slice,
+    left: Tensor | None,
+    right: Tensor | None,
+    gradient: Tensor | None,
+    channel_scale: Tensor | None,
+    sign_of: tuple[Tensor, Tensor] | None,
+    sign_step: float,
+    wide: torch.dtype,
+) -> Tensor | None:
+    """What theta[rows] receives, in the accumulator's dtype; None if nothing."""
+    total = None
+    if left is not None and right is not None:
+        total = (left[rows] @ right.t()).to(wide)
+    if gradient is None or (channel_scale is None and sign_of is None):
+        return total
+    part = gradient[rows].to(wide)
+    if channel_scale is not None:
+        scaled = part * (channel_scale[rows] if channel_scale.shape[0] > 1 else channel_scale)
+        total = scaled if total is None else total.add_(scaled)
+    if sign_of is not None:
+        outside = torch.addmm(part, sign_of[0][rows], sign_of[1].t(), alpha=-1)
+        signs = outside.sign_().mul_(sign_step)
+        total = signs if total is None else total.add_(signs)
+    return total

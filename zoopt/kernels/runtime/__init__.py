@@ -1,0 +1,1 @@
+"""What every numba kernel needs: threads, intrinsics, conversions between dtypes."""

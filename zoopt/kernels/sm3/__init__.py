@@ -1,0 +1,1 @@
+"""SM3: one accumulator for each row and column of a tensor."""

@@ -1,0 +1,234 @@
+"""Half fine-tuning: in each round half of the layers' parameters train, under any optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zoopt.checks import check_positive_int
+from zoopt.kernels.noise.key import check_unsigned
+from zoopt.kernels.noise.philox import words
+from zoopt.nn.modules import repeated_layers
+from zoopt.noise import stream
+
+_STREAM = stream("zoopt half fine-tuning")
+Category = Literal["attention", "mlp", "norm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What trains or rests as one: a module's own parameters.
+
+    Attributes:
+        layer: the number of the repeated layer that it is in.
+        category: what it is a half of, there.
+        params: its weight and bias, say.
+    """
+
+    layer: int
+    category: Category
+    params: tuple[nn.Parameter, ...]
+
+
+def units(model: nn.Module) -> list[Unit]:
+    """The modules of the repeated layers that have parameters of their own to train, in order.
+
+    Those of vectors only are norms. Of the others, attention's have "attn" or "attention" in their
+    name inside the layer, and the rest are the MLP's. Parameters that are shared with what is
+    outside the layers, or between them, are in no unit.
+    """
+    layers = repeated_layers(model)
+    owners: dict[Tensor, int] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            owners[param] = owners.get(param, 0) + 1
+    found = []
+    for number, layer in enumerate(layers.values()):
+        for name, module in layer.named_modules():
+            own = tuple(
+                param
+                for param in module.parameters(recurse=False)
+                if param.requires_grad and owners[param] == 1
+            )
+            if own:
+                found.append(Unit(number, _category(name, own), own))
+    return found
+
+
+def trained_units(units: Sequence[Unit], *, seed: int, draw: int) -> list[bool]:
+    """Which units train in round `draw`: of each layer and category half, at random.
+
+    Of an odd number k, (k + 1) / 2 in half of the layers and (k - 1) / 2 in the others.
+    """
+    number = torch.arange(len(units) * 2)
+    keys = words(number, seed=seed, stream=_STREAM, draw=draw)[:, 0].tolist()
+    members: dict[tuple[Category, int], list[int]] = {}
+    for index, unit in enumerate(units):
+        members.setdefault((unit.category, unit.layer), []).append(index)
+    trained = [False] * len(units)
+    for category in ("attention", "mlp", "norm"):
+        sets = [indices for (kind, _), indices in members.items() if kind == category]
+        odd = sorted(
+            (indices for indices in sets if len(indices) % 2),
+            key=lambda indices: keys[len(units) + indices[0]],
+        )
+        larger = {indices[0] for indices in odd[: (len(odd) + 1) // 2]}
+        for indices in sets:
+            count = len(indices) // 2 + (indices[0] in larger)
+            for index in sorted(indices, key=lambda index: keys[index])[:count]:
+                trained[index] = True
+    return trained
+
+
+class HalfFineTuning:
+    r"""Half fine-tuning (Hui et al., 2024, arXiv:2404.18466), over any optimizer.
+
+    In each round of `round_steps` steps a half of each repeated layer trains, drawn at random:
+
+        attention: 2 of q, k, v, o (of a fused qkv and o, 1)
+        MLP: of up, down and gate 2 in half of the layers and 1 in the others; of two, 1
+        norms: half of them
+
+    and what is outside the layers (embeddings, head, last norm) always. What rests has
+    requires_grad=False and no gradient, and keeps its optimizer state. A bias goes with its weight.
+
+    It hooks the optimizer's `step`, which stays what is called: torch's optimizers, zoopt's
+    first-order and zeroth-order ones, `Hybrid`, and so schedulers and the Trainer. Seed, round
+    length and the number of steps taken are in the optimizer's param groups (`hft_seed`,
+    `hft_round_steps`, `hft_step`), hence in its state dict: a resumed run goes on exactly. It keeps
+    no tensors.
+
+    Args:
+        model: with its repeated layers in an nn.ModuleList. Frozen parameters stay frozen.
+        optimizer: made from the model's parameters, before.
+        round_steps: steps of a round; an epoch's, or a task's. The paper has one round a task.
+        seed: draws the halves; default torch.initial_seed().
+
+    Raises:
+        TypeError, ValueError: an argument out of range; a model without repeated layers; an
+            optimizer that is under half fine-tuning already, or one whose window of past directions
+            (MeZO's `momentum_window`, ZOAdam's `state="window"`) would move what rested then.
+
+    `remove()`, or leaving its `with` block, lets all parameters train again.
+    DistributedDataParallel needs find_unused_parameters=True.
+
+    Differs from the paper: the halves are of each layer's norms, and the last norm always trains.
+
+    Example:
+        >>> opt = torch.optim.AdamW(model.parameters(), lr=2e-5)
+        >>> half = zoopt.HalfFineTuning(model, opt, round_steps=len(loader))
+        >>> for batch in loader:
+        ...     model(**batch).loss.backward()
+        ...     opt.step()
+        ...     opt.zero_grad()
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, *, round_steps: int, seed: int | None = None
+    ) -> None:
+        check_positive_int("round_steps", round_steps)
+        seed = torch.initial_seed() & 0xFFFFFFFFFFFFFFFF if seed is None else seed
+        check_unsigned("seed", seed, 64)
+        _check(optimizer)
+        self._optimizer = optimizer
+        self._units = units(model)
+        self._run = {"hft_seed": seed, "hft_round_steps": round_steps, "hft_step": 0}
+        self._write()
+        self._hooks = [
+            optimizer.register_step_post_hook(lambda *_: self._count()),
+            optimizer.register_load_state_dict_post_hook(lambda *_: self._load()),
+        ]
+        self._select()
+
+    def __enter__(self) -> HalfFineTuning:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    @property
+    def round(self) -> int:
+        """The number of the present round, from 0."""
+        return self._run["hft_step"] // self._run["hft_round_steps"]
+
+    def remove(self) -> None:
+        """Undo it: all parameters train again, and the optimizer is as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        for unit in self._units:
+            for param in unit.params:
+                param.requires_grad_(True)
+        for group in self._optimizer.param_groups:
+            for key in self._run:
+                group.pop(key, None)
+
+    def _count(self) -> None:
+        """After a step: the next one may begin a round."""
+        before = self.round
+        self._run["hft_step"] += 1
+        self._write()
+        if self.round != before:
+            self._select()
+
+    def _write(self) -> None:
+        for group in self._optimizer.param_groups:
+            group.update(self._run)
+
+    def _load(self) -> None:
+        """After a state dict has been loaded: go on where it was saved, if it was saved under this;
+        otherwise from where this is."""
+        saved: dict[str, Any] = self._optimizer.param_groups[0]
+        if self._run.keys() <= saved.keys():
+            self._run = {key: saved[key] for key in self._run}
+        self._write()
+        self._select()
+
+    def _select(self) -> None:
+        """Let the round's units train, and the others rest."""
+        trained = trained_units(self._units, seed=self._run["hft_seed"], draw=self.round)
+        for unit, trains in zip(self._units, trained, strict=True):
+            for param in unit.params:
+                param.requires_grad_(trains)
+                if not trains:
+                    param.grad = None
+
+
+def _category(name: str, params: Sequence[Tensor]) -> Category:
+    if all(param.dim() < 2 for param in params):
+        return "norm"
+    return "attention" if any(part in name.lower() for part in ("attn", "attention")) else "mlp"
+
+
+def _windows(optimizer: Optimizer) -> Iterator[str]:
+    """The hyperparameters by which a group keeps a window of past directions."""
+    for group in optimizer.param_groups:
+        if group.get("momentum_window") is not None:
+            yield f"momentum_window={group['momentum_window']}"
+        if group.get("state") == "window":
+            yield "state='window'"
+
+
+def _check(optimizer: Any) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    if any("hft_step" in group for group in optimizer.param_groups):
+        raise ValueError(
+            "optimizer must not be under half fine-tuning yet, got one that is; call remove() on "
+            "it first"
+        )
+    for window in _windows(optimizer):
+        raise ValueError(
+            f"optimizer must not keep a window of past directions, which would move parameters "
+            f"that rested then, got {window}; store the momentum, or leave it out"
+        )

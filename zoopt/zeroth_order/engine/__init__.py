@@ -1,0 +1,1 @@
+"""The machinery of zeroth-order steps: probes, perturbations, directions, updates."""

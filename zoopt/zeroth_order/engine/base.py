@@ -1,0 +1,351 @@
+"""What all zeroth-order optimizers share: groups, streams, draws, probes, checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
+from zoopt.kernels.noise.key import Distribution, NoiseKey
+from zoopt.noise import NOISE_VERSION, stream
+from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
+from zoopt.parameters import check_param, check_streams, named_params
+from zoopt.zeroth_order.engine.blocks import block_due, block_of, check_blocks
+from zoopt.zeroth_order.engine.closure import Closure, check_closure
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise
+from zoopt.zeroth_order.engine.perturbation import (
+    Perturbation,
+    PerturbationMode,
+    RoundingMode,
+    Slot,
+)
+from zoopt.zeroth_order.engine.probe import (
+    Estimator,
+    Evaluation,
+    Measurement,
+    PendingProbe,
+    StepRecord,
+    mean_loss,
+    one_sided,
+    two_sided,
+)
+
+#: Group keys that describe the run, hence are the same in every group.
+_RUN_KEYS = (
+    *("seed", "step", "draw", "noise_version", "num_probes", "estimator"),
+    *("blocks", "block_order"),
+)
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+class ZerothOrderOptimizer(DeclaredStateOptimizer):
+    """Probes the loss along directions that are regenerated from the seed.
+
+    A subclass implements `_update`, which receives each parameter's slot and the directions'
+    projected gradients; it may choose the directions (`_direction`), what is evaluated along them
+    (`_evaluate`) and what they weigh (`_weights`). Everything that a run needs to go on is in the
+    param groups, as numbers, and in the declared state.
+
+    Attributes:
+        last_step: what the last step measured, or None before the first.
+        skipped_probes: how many probes this optimizer has left out for a non-finite loss.
+    """
+
+    # torch copies and pickles an optimizer's state and groups only: a copy starts from these.
+    last_step: StepRecord | None = None
+    skipped_probes: int = 0
+    _pending: PendingProbe | None = None
+
+    #: Group keys: how far from theta the loss is evaluated, in how many directions, and what
+    #: describes the run as a whole.
+    _scale_key = "zo_eps"
+    _count_key = "num_probes"
+    _run_keys: tuple[str, ...] = _RUN_KEYS
+
+    def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
+        if seed is None:
+            seed = torch.initial_seed() & 0xFFFFFFFFFFFFFFFF
+        NoiseKey(seed, stream=0)
+        run = {"seed": seed, "step": 0, "draw": 0, "noise_version": NOISE_VERSION}
+        super().__init__(params, {**defaults, **run})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as in torch; it joins the run at its present step and draw.
+
+        Raises:
+            TypeError, ValueError: a hyperparameter out of range, a parameter of a kind that cannot
+                be perturbed, or two parameters with the same stream. Nothing has changed then.
+        """
+        if self.param_groups:
+            first = self.param_groups[0]
+            run = {key: first[key] for key in self._run_keys if key in first}
+            param_group = {**run, **param_group}
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+            self._check_run(self.param_groups)
+            check_streams(self.param_groups)
+            for group_index, group, _, name in named_params(self.param_groups):
+                block_of(group.get("blocks"), group_index, name)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def probe(self, closure: Closure) -> float:
+        """Evaluate the closure along this step's directions, and leave the parameters alone.
+
+        Call it once a micro-batch: the directions stay the same until `step`, and losses add up.
+        With losses scaled as for backward passes, accumulation is exact.
+
+        Args:
+            closure: evaluates the loss and returns it: a float, an int or a tensor of one element.
+                It runs without autograd, 2 num_probes times (one-sided: 1 + num_probes), each time
+                under the same random state, and must compute the same function each time: the
+                run's first probe calls it once more, and warns if it does not. What it cannot see
+                is a closure that begins to draw new data later.
+
+        Returns:
+            The mean of the probe's losses.
+
+        Raises:
+            TypeError, ValueError: the closure is none, or returns something else.
+            RuntimeError: a virtual perturbation did not reach the closure, the closure writes to a
+                parameter, or no parameter requires a gradient.
+        """
+        evaluation, loss = self._probe(closure, "probe")
+        evaluation.perturbation.restore()
+        return loss
+
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
+        """Take one step: from the closure, or from the probes that are pending.
+
+        Args:
+            closure: as for `probe`. With one, the step probes it (in addition to what is pending)
+                and updates; the restoring pass and the update are one.
+
+        Returns:
+            The mean of the closure's losses (without a closure: of all the pending ones), or None
+            if there was nothing to do, in which case nothing at all has changed.
+        """
+        evaluation: Evaluation | None = None
+        loss: float | None = None
+        if closure is not None:
+            evaluation, loss = self._probe(closure, "step")
+        pending = self._pending
+        if pending is None:
+            return None
+        if evaluation is not None:
+            self._refine(evaluation, pending)
+        if loss is None:
+            loss = mean_loss(pending.losses)
+        self._pending = None
+        self._finish(pending, evaluation.perturbation if evaluation else None)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch: what has been accumulated goes, here the probes that are pending."""
+        super().zero_grad(set_to_none)
+        self._pending = None
+
+    def _probe(self, closure: Closure, caller: str) -> tuple[Evaluation, float]:
+        """Evaluate and record; parameters perturbed in place are left at their last point."""
+        check_closure(closure, caller)
+        pending = self._pending or self._new_pending()
+        evaluation = Evaluation(closure, Perturbation(pending.slots), verify=self._verifies)
+        measurements = self._evaluate(evaluation, pending)
+        pending.add(measurements)
+        self._pending = pending
+        return evaluation, mean_loss([measurement.losses for measurement in measurements])
+
+    @property
+    def _verifies(self) -> bool:
+        """Whether the next evaluation is the run's first, which is repeated to be compared."""
+        return self._pending is None and not self.param_groups[0]["step"]
+
+    def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Measurement]:
+        """Measure the loss along the pending directions, a measurement each."""
+        one = self.param_groups[0]["estimator"] == "one-sided"
+        return (one_sided if one else two_sided)(evaluation, pending.draws)
+
+    def _refine(self, evaluation: Evaluation, pending: PendingProbe) -> None:
+        """Evaluate what the update still wants to know, at the closure that the step was given."""
+
+    def _new_pending(self) -> PendingProbe:
+        draws = self._draws()
+        if draws[-1] >= 1 << 32:
+            raise RuntimeError("the run has used all of its 2^32 draws; begin one with a new seed")
+        self._check_state()
+        block = self._block_due()
+        slots = list(self._slots(block))
+        if not slots:
+            where = "" if block is None else f" in block {block}, whose turn it is"
+            raise RuntimeError(
+                f"no parameter of the optimizer{where} requires a gradient, so there is nothing to "
+                f"perturb; unfreeze one with .requires_grad_()"
+            )
+        return PendingProbe(slots, draws, block)
+
+    def _draws(self) -> tuple[int, ...]:
+        """The numbers of this step's directions."""
+        run = self.param_groups[0]
+        return tuple(range(run["draw"], run["draw"] + run[self._count_key]))
+
+    def _finish(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
+        """Update every parameter, count the step and record it."""
+        if pending.skipped:
+            self._report_skipped(pending)
+        kept = pending.kept
+        with torch.no_grad():
+            for slot in pending.slots:
+                self._update(slot, pending, perturbation.offset(slot) if perturbation else {})
+        if perturbation:
+            perturbation.forget()
+        for group in self.param_groups:
+            group["step"] += 1
+            group["draw"] = pending.draws[-1] + 1
+            if kept:
+                self._close_group(group, pending)
+        grads = self._projected_grads(pending, self.param_groups[0])
+        by_draw = dict(zip((pending.draws[j] for j in kept), grads, strict=True))
+        self.last_step = StepRecord(
+            step=self.param_groups[0]["step"],
+            draws=pending.draws,
+            projected_grads=tuple(by_draw.get(draw, float("nan")) for draw in pending.draws),
+            losses=tuple(pending.losses),
+            skipped=pending.skipped,
+        )
+
+    def _report_skipped(self, pending: PendingProbe) -> None:
+        if not self.skipped_probes:
+            warnings.warn(
+                f"skipped {pending.skipped} of {len(pending.losses)} probes because a loss was "
+                f"not finite; if this goes on, lower lr or zo_eps (later ones are only counted, "
+                f"in skipped_probes)",
+                stacklevel=4,
+            )
+        self.skipped_probes += pending.skipped
+
+    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+        """Update one parameter from the probe, and take the displacement `offset` away from it."""
+        raise NotImplementedError
+
+    def _descend(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, weights: Coefficients
+    ) -> None:
+        """theta <- decay (theta - offset) - lr sum_d weights[d] z(d), in one pass."""
+        lr, decay = float(slot.group["lr"]), self._decay(slot.group, pending)
+        along = {draw: -decay * coefficient for draw, coefficient in offset.items()}
+        for draw, weight in weights.items():
+            along[draw] = along.get(draw, 0.0) - lr * weight
+        along = {draw: along[draw] for draw in sorted(along) if along[draw]}
+        if along or decay != 1.0:
+            slot.direction.add_(slot.param, along, decay=decay, rounding=slot.rounding)
+
+    def _close_group(self, group: Group, pending: PendingProbe) -> None:
+        """Update what a group keeps besides its parameters' state."""
+
+    def _decay(self, group: Group, pending: PendingProbe) -> float:
+        """What the update multiplies theta by: 1 if there is nothing to update from."""
+        return 1.0 - float(group["lr"]) * float(group["weight_decay"]) if pending.kept else 1.0
+
+    def _weights(self, group: Group, pending: PendingProbe) -> dict[int, float]:
+        """draw -> weight of the gradient estimate sum_j weight_j z_j, in descent's sign."""
+        grads = self._projected_grads(pending, group)
+        sign = -1.0 if group["maximize"] else 1.0
+        return {
+            pending.draws[j]: sign * g / len(grads)
+            for j, g in zip(pending.kept, grads, strict=True)
+        }
+
+    def _projected_grads(self, pending: PendingProbe, group: Group) -> list[float]:
+        """The projected gradients of the kept directions in the group's zo_eps, clipped."""
+        grads = [pending.deltas[j] / float(group[self._scale_key]) for j in pending.kept]
+        bound = group.get("max_projected_grad")
+        return grads if bound is None else [max(-bound, min(bound, g)) for g in grads]
+
+    def _slots(self, block: int | None = None) -> Iterator[Slot]:
+        """The parameters that take part now (of one block, or of all), with their directions."""
+        run = self.param_groups[0]
+        blocks = run.get("blocks")
+        for group_index, group, param, name in named_params(self.param_groups):
+            if not param.requires_grad:
+                continue
+            if block is not None and block_of(blocks, group_index, name) != block:
+                continue
+            rounding: RoundingMode = group["rounding"]
+            if rounding == "auto":
+                rounding = "stochastic" if param.dtype in _NARROW else "nearest"
+            virtual = self._virtual(param, group)
+            direction = self._direction(param, group, stream(name), virtual=virtual)
+            if direction is not None:
+                scale = float(group[self._scale_key])
+                yield Slot(param, group, direction, virtual, rounding, scale)
+
+    def _virtual(self, param: Tensor, group: Group) -> bool:
+        """Whether the parameter is perturbed virtually."""
+        mode: PerturbationMode = group["perturbation"]
+        return param.dtype in _NARROW if mode == "auto" else mode == "virtual"
+
+    def _direction(
+        self, param: Tensor, group: Group, number: int, *, virtual: bool
+    ) -> Direction | None:
+        """What the parameter is perturbed along, or None if it does not take part.
+
+        Args:
+            param, group: the parameter and its group.
+            number: its stream.
+            virtual: whether it is perturbed virtually.
+        """
+        return Noise(NoiseKey(group["seed"], number, distribution=group["distribution"]))
+
+    def _block_due(self) -> int | None:
+        """The block that this step is about, or None for all parameters."""
+        run = self.param_groups[0]
+        blocks = run.get("blocks")
+        if blocks is None:
+            return None
+        count = len(self.param_groups) if blocks == "groups" else len(blocks)
+        return block_due(count, run["block_order"], run["seed"], run["step"])
+
+    def _check_group(self, group: Group) -> None:
+        """Raise unless the group's hyperparameters and parameters can be worked with."""
+        check_number("lr", group["lr"], low=0.0)
+        check_number(self._scale_key, group[self._scale_key], low=0.0, open_low=True)
+        check_number("weight_decay", group["weight_decay"], low=0.0)
+        check_positive_int(self._count_key, group[self._count_key])
+        if group.get("max_projected_grad") is not None:
+            check_number("max_projected_grad", group["max_projected_grad"], low=0.0, open_low=True)
+        if "estimator" in group:
+            check_choice("estimator", group["estimator"], get_args(Estimator))
+        if "blocks" in group:
+            check_blocks(group["blocks"], group["block_order"])
+        check_bool("maximize", group["maximize"])
+        if "distribution" in group:
+            check_choice("distribution", group["distribution"], get_args(Distribution))
+        check_choice("perturbation", group["perturbation"], get_args(PerturbationMode))
+        check_choice("rounding", group["rounding"], get_args(RoundingMode))
+        for param in group["params"]:
+            check_param(param)
+
+    def _check_run(self, groups: list[Group]) -> None:
+        for key in self._run_keys:
+            values = [group.get(key) for group in groups]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"{key} must be the same in every param group, got {values}")
+
+    def _check_groups(self, state_dict: Any) -> None:
+        super()._check_groups(state_dict)
+        self._check_run(state_dict["param_groups"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As for every zoopt optimizer; drops probes that are pending.
+
+        Raises:
+            ValueError: also if the run was recorded with another version of the noise.
+        """
+        super().load_state_dict(state_dict)
+        self._pending = None

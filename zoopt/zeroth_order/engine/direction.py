@@ -1,0 +1,293 @@
+"""Directions: z of one parameter as a function of the draw, regenerated wherever it is needed.
+
+A direction knows how to add sum_d c_d z(d) to its parameter, in place or to a copy. Those that are
+elementwise also give any stretch of the sum, so that an update that needs the gradient estimate
+itself (Adam's, a sign's) runs over the parameter chunk by chunk and never holds a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from zoopt.kernels import add_, apply_, momentum_, perturb, perturb_rows
+from zoopt.kernels.dispatch import is_fake
+from zoopt.kernels.noise.key import NoiseKey, Rounding
+from zoopt.kernels.noise.op import accumulator_dtype
+
+#: draw -> coefficient: the displacement sum_d coefficient_d z(d).
+Coefficients = Mapping[int, float]
+
+#: Elements of a chunk: a few such float32 buffers stay in a CPU's second-level cache; on a GPU
+#: they are large enough to hide the launches.
+_CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}
+
+
+class Direction:
+    """z of one parameter. `elements` is the flat tensor of what the direction can move."""
+
+    def add_(
+        self,
+        param: Tensor,
+        coefficients: Coefficients,
+        *,
+        decay: float = 1.0,
+        rounding: Rounding = "nearest",
+    ) -> None:
+        """param <- round(decay param + sum_d coefficients[d] z(d)), in place."""
+        raise NotImplementedError
+
+    def perturbed(self, param: Tensor, coefficients: Coefficients) -> Tensor:
+        """A copy of the parameter with the displacement added."""
+        copy = param.detach().clone(memory_format=torch.contiguous_format)
+        self.add_(copy, coefficients)
+        return copy
+
+    def perturbed_rows(self, weight: Tensor, rows: Tensor, coefficients: Coefficients) -> Tensor:
+        """The rows of `perturbed(weight, ...)` that an embedding gathers: (*rows.shape, d)."""
+        return self.perturbed(weight, coefficients)[rows]
+
+    def tangent(self, param: Tensor, draw: int) -> Tensor:
+        """z(draw) itself, in the parameter's shape and dtype."""
+        raise NotImplementedError
+
+    def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor] | None:
+        """L (m, k) and R (n, k), so that the displacement of an (m, n) matrix is L R^T; or None."""
+        return None
+
+
+class Elementwise(Direction):
+    """A direction any stretch of which can be made by itself.
+
+    Args:
+        key: the parameter's noise.
+    """
+
+    def __init__(self, key: NoiseKey) -> None:
+        self.key = key
+
+    def shape(self, param: Tensor) -> tuple[int, ...]:
+        """The shape of what moves: the parameter's own, unless few of its elements do."""
+        return tuple(param.shape)
+
+    @contextlib.contextmanager
+    def elements(self, param: Tensor) -> Iterator[Tensor]:
+        """What moves, flat; changes made to it are the parameter's on leaving."""
+        target = param.detach()
+        dense = target.contiguous()
+        yield dense.view(-1)
+        if dense is not target:
+            target.copy_(dense)
+
+    def combine(self, theta: Tensor, coefficients: Coefficients, start: int) -> Tensor:
+        """sum_d coefficients[d] z(d) of elements start ... start + len(theta) - 1.
+
+        Args:
+            theta: the chunk of elements, flat.
+            coefficients: draw -> coefficient.
+            start: the chunk's position in `elements`.
+
+        Returns:
+            A new flat tensor in the accumulator's dtype.
+        """
+        total = theta.new_zeros(theta.shape, dtype=accumulator_dtype(theta.dtype))
+        if coefficients:
+            apply_(
+                total,
+                list(coefficients.values()),
+                draws=list(coefficients),
+                **self.key.shifted(start).arguments,
+            )
+        return total
+
+    def write_(
+        self,
+        theta: Tensor,
+        coefficients: Coefficients,
+        update: Tensor,
+        start: int,
+        *,
+        decay: float,
+        rounding: Rounding,
+        rounding_draw: int | None,
+    ) -> None:
+        """theta <- round(decay theta + sum_d coefficients[d] z(d) + update), a chunk of elements.
+
+        `update` is of the chunk's shape, in the accumulator's dtype.
+        """
+        if coefficients:
+            update = update + self.combine(theta, coefficients, start)
+        add_(
+            theta,
+            update,
+            [],
+            draws=[],
+            decay=decay,
+            rounding=rounding,
+            rounding_draw=rounding_draw,
+            **self.key.shifted(start).arguments,
+        )
+
+    def add_(
+        self,
+        param: Tensor,
+        coefficients: Coefficients,
+        *,
+        decay: float = 1.0,
+        rounding: Rounding = "nearest",
+    ) -> None:
+        """As in `Direction`, chunk by chunk."""
+        last = max(coefficients, default=None)
+        with self.elements(param) as elements:
+            for chunk in chunks(elements):
+                theta = elements[chunk]
+                self.write_(
+                    theta,
+                    {},
+                    self.combine(theta, coefficients, chunk.start),
+                    chunk.start,
+                    decay=decay,
+                    rounding="nearest" if last is None else rounding,
+                    rounding_draw=last,
+                )
+
+    def momentum_(
+        self,
+        param: Tensor,
+        buffer: Tensor,
+        coefficients: Coefficients,
+        gradient: Coefficients,
+        *,
+        momentum: float,
+        step_size: float,
+        decay: float,
+        rounding: Rounding,
+    ) -> None:
+        """One pass over the parameter and a buffer of the shape of what moves:
+
+        buffer <- momentum buffer + sum_d gradient[d] z(d)
+        param  <- round(decay param + sum_d coefficients[d] z(d) + step_size buffer)
+        """
+        flat = buffer.view(-1)
+        with self.elements(param) as elements:
+            for chunk in chunks(elements):
+                theta = elements[chunk]
+                flat[chunk].mul_(momentum).add_(self.combine(theta, gradient, chunk.start))
+                self.write_(
+                    theta,
+                    coefficients,
+                    flat[chunk] * step_size,
+                    chunk.start,
+                    decay=decay,
+                    rounding=rounding,
+                    rounding_draw=max(gradient),
+                )
+
+    def tangent(self, param: Tensor, draw: int) -> Tensor:
+        """z(draw) itself, in the parameter's shape and dtype."""
+        z = torch.zeros_like(param, memory_format=torch.contiguous_format)
+        with self.elements(param) as elements, self.elements(z) as flat:
+            for chunk in chunks(elements):
+                flat[chunk] = self.combine(elements[chunk], {draw: 1.0}, chunk.start)
+        return z
+
+
+class Noise(Elementwise):
+    """Independent elements: each operation is one pass of a fused kernel."""
+
+    def add_(
+        self,
+        param: Tensor,
+        coefficients: Coefficients,
+        *,
+        decay: float = 1.0,
+        rounding: Rounding = "nearest",
+    ) -> None:
+        """As in `Direction`."""
+        draws = sorted(coefficients)
+        with self.elements(param) as elements:
+            apply_(
+                elements,
+                [coefficients[draw] for draw in draws],
+                draws=draws,
+                decay=decay,
+                rounding=rounding if draws else "nearest",
+                **self.key.arguments,
+            )
+
+    def momentum_(
+        self,
+        param: Tensor,
+        buffer: Tensor,
+        coefficients: Coefficients,
+        gradient: Coefficients,
+        *,
+        momentum: float,
+        step_size: float,
+        decay: float,
+        rounding: Rounding,
+    ) -> None:
+        """As in `Elementwise`."""
+        draws = sorted(coefficients.keys() | gradient.keys())
+        with self.elements(param) as elements:
+            momentum_(
+                elements,
+                buffer.view(-1),
+                [coefficients.get(draw, 0.0) for draw in draws],
+                [gradient.get(draw, 0.0) for draw in draws],
+                momentum=momentum,
+                step_size=step_size,
+                draws=draws,
+                decay=decay,
+                rounding=rounding,
+                **self.key.arguments,
+            )
+
+    def perturbed(self, param: Tensor, coefficients: Coefficients) -> Tensor:
+        """As in `Direction`, in one pass if there is one draw."""
+        if len(coefficients) != 1:
+            return super().perturbed(param, coefficients)
+        [(draw, alpha)] = coefficients.items()
+        return perturb(param, alpha, draw=draw, **self.key.arguments)
+
+    def perturbed_rows(self, weight: Tensor, rows: Tensor, coefficients: Coefficients) -> Tensor:
+        """As in `Direction`, without the other rows if there is one draw."""
+        if len(coefficients) != 1:
+            return super().perturbed_rows(weight, rows, coefficients)
+        [(draw, alpha)] = coefficients.items()
+        return perturb_rows(weight, rows, alpha, draw=draw, **self.key.arguments)
+
+    def write_(
+        self,
+        theta: Tensor,
+        coefficients: Coefficients,
+        update: Tensor,
+        start: int,
+        *,
+        decay: float,
+        rounding: Rounding,
+        rounding_draw: int | None,
+    ) -> None:
+        """As in `Elementwise`, with the directions made in the same pass."""
+        add_(
+            theta,
+            update,
+            list(coefficients.values()),
+            draws=list(coefficients),
+            decay=decay,
+            rounding=rounding,
+            rounding_draw=rounding_draw,
+            **self.key.shifted(start).arguments,
+        )
+
+
+def chunks(elements: Tensor) -> Iterator[slice]:
+    """Slices that cover a flat tensor, in order; of a fake one the first: memory is counted there,
+    and each takes the same."""
+    size = _CHUNK.get(elements.device.type, _CHUNK["cuda"])
+    end = min(size, elements.numel()) if is_fake(elements) else elements.numel()
+    for start in range(0, end, size):
+        yield slice(start, min(start + size, elements.numel()))

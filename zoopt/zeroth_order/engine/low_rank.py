@@ -1,0 +1,217 @@
+"""Low-rank directions: z of a matrix is a product of thin factors, made from the seed.
+
+A parameter of two or more dimensions is seen as an (m, n) matrix, m its first dimension. At an
+operator that takes the matrix, its displacement L R^T need not be added to it: x (W + L R^T)^T is
+x W^T + (x R) L^T, so a perturbed forward pass costs no pass over the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_positive_int
+from zoopt.kernels import add_
+from zoopt.kernels.noise.key import NoiseKey, Rounding
+from zoopt.kernels.noise.op import accumulator_dtype
+from zoopt.noise import normal, stream
+from zoopt.optimizer import Group, Params
+from zoopt.parameters import named_params
+from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise
+from zoopt.zeroth_order.engine.perturbation import Perturbation
+from zoopt.zeroth_order.engine.probe import PendingProbe
+
+#: Rows of a narrow matrix are updated some at a time, so that their float32 sum stays small.
+_ROW_CHUNK_ELEMENTS = 1 << 20
+
+
+class LowRank(Direction):
+    """z(d) = left(d) right(d)^T; subclasses say what the factors are.
+
+    Args:
+        key: the parameter's noise.
+        param: the parameter.
+        rank: the most columns that a factor may have.
+    """
+
+    def __init__(self, key: NoiseKey, param: Tensor, rank: int) -> None:
+        self.key = key
+        self.device = param.device
+        self.dtype = accumulator_dtype(param.dtype)
+        self.rows, self.columns = matrix_shape(param)
+        self.rank = min(rank, self.rows, self.columns)
+
+    def pair(self, draw: int) -> tuple[Tensor, Tensor]:
+        """left (m, r) and right (n, r) of a draw, in the accumulator's dtype."""
+        raise NotImplementedError
+
+    def normals(self, draw: int, start: int, shape: tuple[int, int]) -> Tensor:
+        """Normals start ... of the draw's sequence, in rows of `shape`."""
+        count = math.prod(shape)
+        z = normal(
+            count,
+            seed=self.key.seed,
+            stream=self.key.stream,
+            draw=draw,
+            offset=start,
+            device=self.device,
+        )
+        return z.to(self.dtype).view(shape)
+
+    def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
+        """L (m, k) and R (n, k), whose product L R^T is sum_d coefficients[d] z(d)."""
+        pairs = [(*self.pair(draw), c) for draw, c in coefficients.items()]
+        left = torch.cat([left * c for left, _, c in pairs], dim=1)
+        return left, torch.cat([right for _, right, _ in pairs], dim=1)
+
+    def add_(
+        self,
+        param: Tensor,
+        coefficients: Coefficients,
+        *,
+        decay: float = 1.0,
+        rounding: Rounding = "nearest",
+    ) -> None:
+        """As in `Direction`, by one matrix product that accumulates into the parameter."""
+        last = max(coefficients, default=None)
+        if coefficients:
+            left, right = self.factors(coefficients)
+        else:
+            left, right = (
+                torch.zeros(size, 1, dtype=self.dtype, device=self.device)
+                for size in (self.rows, self.columns)
+            )
+        self.add_product_(param, left, right, decay=decay, rounding=rounding, rounding_draw=last)
+
+    def add_product_(
+        self,
+        param: Tensor,
+        left: Tensor,
+        right: Tensor,
+        *,
+        decay: float,
+        rounding: Rounding,
+        rounding_draw: int | None,
+    ) -> None:
+        """param <- round(decay param + left right^T): left (m, k), right (n, k)."""
+        target = param.detach()
+        dense = target.contiguous()
+        matrix = dense.view(self.rows, self.columns)
+        if param.dtype == self.dtype:
+            matrix.addmm_(left, right.T, beta=decay)
+        else:
+            size = max(1, _ROW_CHUNK_ELEMENTS // max(1, self.columns))
+            for start in range(0, self.rows, size):
+                rows = matrix[start : start + size]
+                add_(
+                    rows,
+                    left[start : start + size] @ right.T,
+                    [],
+                    draws=[],
+                    decay=decay,
+                    rounding="nearest" if rounding_draw is None else rounding,
+                    rounding_draw=rounding_draw,
+                    **self.key.shifted(start * self.columns).arguments,
+                )
+        if dense is not target:
+            target.copy_(dense)
+
+    def perturbed_rows(self, weight: Tensor, rows: Tensor, coefficients: Coefficients) -> Tensor:
+        """As in `Direction`, without the other rows."""
+        left, right = self.factors(coefficients)
+        return (weight[rows] + left[rows] @ right.T).to(weight.dtype)
+
+
+class OuterProduct(LowRank):
+    """z(d) = A(d) B(d)^T / sqrt(r), A (m, r) and B (n, r) of normals, both new in every draw."""
+
+    def pair(self, draw: int) -> tuple[Tensor, Tensor]:
+        """As in `LowRank`."""
+        return self.split(self.normals(draw, 0, (self.rows + self.columns, self.rank)))
+
+    def split(self, normals: Tensor) -> tuple[Tensor, Tensor]:
+        """A / sqrt(r) (..., m, r) and B (..., n, r) of normals (..., m + n, r)."""
+        left, right = normals[..., : self.rows, :], normals[..., self.rows :, :]
+        return left / math.sqrt(self.rank), right
+
+
+class LowRankZerothOrder(ZerothOrderOptimizer):
+    """Matrices move along low-rank directions, other parameters along independent normals.
+
+    Group keys: `rank` and `basis_update_gap`; run keys: `basis_draw`, the draw that the present
+    basis belongs to. A subclass implements `_matrix_direction`.
+    """
+
+    def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
+        super().__init__(params, {**defaults, "distribution": "normal", "basis_draw": 0}, seed=seed)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in the base class; the group shares the run's basis."""
+        if self.param_groups:
+            param_group = {"basis_draw": self.param_groups[0]["basis_draw"], **param_group}
+        super().add_param_group(param_group)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_positive_int("rank", group["rank"])
+        check_positive_int("basis_update_gap", group["basis_update_gap"])
+
+    def _check_run(self, groups: list[Group]) -> None:
+        super()._check_run(groups)
+        gaps = [group["basis_update_gap"] for group in groups]
+        if any(gap != gaps[0] for gap in gaps):
+            raise ValueError(f"basis_update_gap must be the same in every param group, got {gaps}")
+
+    def _virtual(self, param: Tensor, group: Group) -> bool:
+        # At the operators that read them, low-rank directions cost no pass over the weights.
+        return bool(group["perturbation"] != "inplace")
+
+    def _direction(
+        self, param: Tensor, group: Group, number: int, *, virtual: bool
+    ) -> Direction | None:
+        key = NoiseKey(group["seed"], number)
+        return self._matrix_direction(param, group, key) if param.dim() > 1 else Noise(key)
+
+    def _matrix_direction(self, param: Tensor, group: Group, key: NoiseKey) -> LowRank:
+        """The directions of a parameter of two or more dimensions."""
+        raise NotImplementedError
+
+    def _finish(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
+        super()._finish(pending, perturbation)
+        run = self.param_groups[0]
+        if run["step"] % run["basis_update_gap"]:
+            return
+        with torch.no_grad():
+            for _, group, param, name in named_params(self.param_groups):
+                if param in self.state and param.dim() > 1:
+                    self._change_basis(param, group, stream(name), run["draw"])
+        for group in self.param_groups:
+            group["basis_draw"] = group["draw"]
+
+    def _change_basis(self, param: Tensor, group: Group, number: int, new: int) -> None:
+        """Take a matrix's state from the present basis to that of the draw `new`.
+
+        Args:
+            param, group: the matrix, which has state, and its group.
+            number: its stream.
+            new: the draw that the next step begins with.
+        """
+
+
+def matrix_shape(param: Tensor) -> tuple[int, int]:
+    """(m, n) of a parameter of two or more dimensions, seen as a matrix."""
+    return param.shape[0], math.prod(param.shape[1:])
+
+
+def haar(gaussian: Tensor) -> Tensor:
+    """The orthonormal factor of (m, r) independent normals, m >= r: uniformly distributed.
+
+    QR with R's diagonal made positive; without, LAPACK's sign convention would bias it.
+    """
+    q, r = torch.linalg.qr(gaussian)
+    orthonormal: Tensor = q * torch.sign(torch.diagonal(r))
+    return orthonormal

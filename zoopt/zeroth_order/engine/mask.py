@@ -1,0 +1,118 @@
+"""Sparse directions: which elements of a parameter move.
+
+`"random"` masks come from the noise itself (`NoiseKey.density`), a new one a draw, never stored.
+The two kinds here are masks by magnitude and explicit indices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise
+
+#: "random", "magnitude", or name (without names: position in the group) -> flat indices.
+Mask = Literal["random", "magnitude"] | Mapping[str, Tensor] | Mapping[int, Tensor]
+
+
+class SmallMagnitudes(Elementwise):
+    """Noise on the elements with |theta| <= threshold only (Liu et al., 2024, arXiv:2402.15751).
+
+    Args:
+        key: the parameter's noise.
+        threshold: a tensor of one element.
+        mask: a flat bool tensor if the parameter is going to be perturbed in place, where the
+            magnitudes that decide cannot be read any more; None to read them off theta.
+    """
+
+    def __init__(self, key: NoiseKey, threshold: Tensor, mask: Tensor | None) -> None:
+        super().__init__(key)
+        self.threshold = threshold
+        self.mask = mask
+
+    def combine(self, theta: Tensor, coefficients: Coefficients, start: int) -> Tensor:
+        """As in `Elementwise`."""
+        total = super().combine(theta, coefficients, start)
+        if self.mask is None:
+            return total.mul_(theta.abs() <= self.threshold)
+        return total.mul_(self.mask[start : start + theta.numel()])
+
+
+class Indexed(Noise):
+    """Noise on explicit elements: the i-th index moves by the noise's i-th number.
+
+    Args:
+        key: the parameter's noise.
+        indices: int64, flat, each within the parameter.
+    """
+
+    def __init__(self, key: NoiseKey, indices: Tensor) -> None:
+        super().__init__(key)
+        self.indices = indices
+
+    def shape(self, param: Tensor) -> tuple[int, ...]:
+        """(number of indices,)."""
+        return tuple(self.indices.shape)
+
+    @contextlib.contextmanager
+    def elements(self, param: Tensor) -> Iterator[Tensor]:
+        """The indexed elements."""
+        target = param.detach()
+        dense = target.contiguous().view(-1)
+        values = dense[self.indices]
+        yield values
+        dense[self.indices] = values
+        if not target.is_contiguous():
+            target.copy_(dense.view(target.shape))
+
+    def perturbed(self, param: Tensor, coefficients: Coefficients) -> Tensor:
+        """As in `Direction`."""
+        return Direction.perturbed(self, param, coefficients)
+
+    def perturbed_rows(self, weight: Tensor, rows: Tensor, coefficients: Coefficients) -> Tensor:
+        """As in `Direction`."""
+        return Direction.perturbed_rows(self, weight, rows, coefficients)
+
+
+def magnitude_threshold(param: Tensor, density: float) -> Tensor:
+    """The |value| below or at which ceil(density numel) elements lie: float32, ()."""
+    magnitudes = param.detach().flatten().float().abs()
+    return magnitudes.kthvalue(math.ceil(density * magnitudes.numel())).values
+
+
+def aligned_indices(
+    mask: Mapping[Any, Tensor], names: list[Any], params: list[Tensor]
+) -> list[Tensor | None]:
+    """The mapping's indices in the order of the parameters, None where it has none.
+
+    Raises:
+        TypeError, ValueError: a key that names no parameter of the group, or indices that are not
+            distinct integers within the parameter.
+    """
+    for key, indices in mask.items():
+        if key not in names:
+            raise ValueError(
+                f"mask must name parameters of its param group, got {key!r}; the group has "
+                f"{', '.join(map(repr, names[:5]))}{' ...' if len(names) > 5 else ''}"
+            )
+        numel = params[names.index(key)].numel()
+        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+            kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+            raise TypeError(
+                f"mask[{key!r}] must be a tensor of int64 or int32 flat indices, got {kind}; "
+                f"use bool_mask.flatten().nonzero().squeeze(1)"
+            )
+        ordered = indices.flatten().sort().values
+        distinct = indices.dim() == 1 and indices.numel() > 0 and bool((ordered.diff() > 0).all())
+        if not distinct or not 0 <= int(ordered[0]) <= int(ordered[-1]) < numel:
+            raise ValueError(
+                f"mask[{key!r}] must hold distinct flat indices in [0, {numel}), at least one, got "
+                f"a tensor of shape {tuple(indices.shape)}"
+            )
+    return [mask.get(name) for name in names]

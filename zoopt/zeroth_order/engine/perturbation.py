@@ -1,0 +1,148 @@
+"""Where the closure sees its parameters: at a displacement from theta, in place or virtually.
+
+Both kinds can hold at once: each parameter's `Slot` says which is its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zoopt.kernels.noise.key import Rounding
+from zoopt.optimizer import Group
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction
+from zoopt.zeroth_order.engine.uncompiled import uncompiled
+from zoopt.zeroth_order.engine.virtual import Interception, Substitution
+
+PerturbationMode = Literal["auto", "inplace", "virtual"]
+RoundingMode = Literal["auto", "nearest", "stochastic"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One parameter that takes part in a probe."""
+
+    param: Tensor
+    group: Group
+    direction: Direction
+    virtual: bool
+    rounding: Rounding
+    zo_eps: float
+
+
+#: Where each parameter is to stand, relative to theta.
+Displacement = Callable[[Slot], Coefficients]
+
+
+def along(draw: int, scale: float) -> Displacement:
+    """The displacement scale zo_eps z(draw)."""
+    return lambda slot: {draw: scale * slot.zo_eps} if scale else {}
+
+
+class Perturbation:
+    """Moves the parameters of a probe from point to point around theta.
+
+    In place, the parameters hold theta + sum_d offset[d] z(d), and one pass leads from one offset
+    to the next. The last offset is left to the update, which takes it away in its own pass (three
+    passes a step instead of four); `restore` takes it away alone.
+    """
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = slots
+        self._virtual = {slot.param: slot for slot in slots if slot.virtual}
+        self._in_place = [slot for slot in slots if not slot.virtual]
+        self._offset: dict[Tensor, Coefficients] = {}
+
+    def offset(self, slot: Slot) -> Coefficients:
+        """By how much the parameter stands off theta."""
+        return self._offset.get(slot.param, {})
+
+    @contextlib.contextmanager
+    def at(self, displacement: Displacement) -> Iterator[None]:
+        """Let parameters read as theta plus the displacement.
+
+        Raises:
+            RuntimeError: there are virtual parameters, and the closure read none of them.
+        """
+        self._move(displacement)
+        if not self._virtual:
+            yield
+            return
+
+        def perturbed(param: Tensor) -> Tensor:
+            slot = self._virtual[param]
+            coefficients = displacement(slot)
+            return slot.direction.perturbed(param, coefficients) if coefficients else param
+
+        def perturbed_rows(weight: Tensor, rows: Tensor) -> Tensor:
+            slot = self._virtual[weight]
+            coefficients = displacement(slot)
+            if not coefficients:
+                return weight[rows]
+            return slot.direction.perturbed_rows(weight, rows, coefficients)
+
+        def factors(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+            slot = self._virtual[weight]
+            coefficients = displacement(slot)
+            return slot.direction.factors(coefficients) if coefficients else None
+
+        # At theta itself too: modules take the path that they take at theta + a z.
+        with self.substituted(perturbed, perturbed_rows, factors):
+            yield
+
+    @contextlib.contextmanager
+    def substituted(
+        self,
+        perturbed: Callable[[Tensor], Tensor],
+        perturbed_rows: Callable[[Tensor, Tensor], Tensor],
+        factors: Callable[[Tensor], tuple[Tensor, Tensor] | None],
+    ) -> Iterator[None]:
+        """Let operators read the virtual parameters as the functions say (see `Substitution`).
+
+        Raises:
+            RuntimeError: the closure read none of them.
+        """
+        with self.intercepted(Substitution(self._virtual, perturbed, perturbed_rows, factors)):
+            yield
+
+    @contextlib.contextmanager
+    def intercepted(self, interception: Interception) -> Iterator[None]:
+        """Let operators read parameters as the interception does.
+
+        Raises:
+            RuntimeError: the closure read none of them, and none is perturbed in place.
+        """
+        with uncompiled(), interception:
+            yield
+        if not interception.read and not self._in_place:
+            raise RuntimeError(
+                "the closure read none of the optimizer's parameters, so a virtual perturbation "
+                "cannot reach it (a compiled or scripted graph, another thread or another copy of "
+                "the model); use perturbation='inplace', or call the model itself"
+            )
+
+    def restore(self) -> None:
+        """Bring parameters perturbed in place back to theta."""
+        self._move(lambda slot: {})
+
+    def forget(self) -> None:
+        """The caller has taken the offset away itself."""
+        self._offset = {}
+
+    def _move(self, displacement: Displacement) -> None:
+        """Add the difference of two displacements to the parameters perturbed in place."""
+        with torch.no_grad():
+            for slot in self._in_place:
+                target = displacement(slot)
+                change = {draw: -c for draw, c in self.offset(slot).items()}
+                for draw, c in target.items():
+                    change[draw] = change.get(draw, 0.0) + c
+                change = {draw: c for draw, c in change.items() if c}
+                if change:
+                    slot.direction.add_(slot.param, change)
+                self._offset[slot.param] = target

@@ -1,0 +1,175 @@
+"""Probes: evaluate the closure around theta, and keep draws and projected gradients.
+
+A direction z(draw) is worth the number
+
+    two-sided     delta = [L(theta + zo_eps z) - L(theta - zo_eps z)] / 2
+    one-sided     delta =  L(theta + zo_eps z) - L(theta)
+    three-point   as two-sided, with L(theta) for the curvature L+ + L- - 2 L0
+
+and delta / zo_eps is its projected gradient, an estimate of <grad L, z>.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+from zoopt.zeroth_order.engine.closure import Closure, PinnedRNG
+from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation, Slot, along
+
+Estimator = Literal["two-sided", "one-sided"]
+
+#: Losses that differ by less, relative to their size, differ by rounding.
+_SAME = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What the evaluations along one direction gave."""
+
+    losses: tuple[float, ...]
+    delta: float
+    curvature: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        """Whether the direction can be used."""
+        return all(map(math.isfinite, (*self.losses, self.delta, self.curvature)))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """What one step measured.
+
+    Attributes:
+        step: number of the step, from 1.
+        draws: the directions.
+        projected_grads: per direction, the projected gradient in the first param group's zo_eps,
+            summed over micro-batches, clipped if the optimizer clips; NaN if it was skipped.
+        losses: per micro-batch and direction, the losses (at theta + zo_eps z first).
+        skipped: how many evaluated directions were left out because a loss was not finite.
+    """
+
+    step: int
+    draws: tuple[int, ...]
+    projected_grads: tuple[float, ...]
+    losses: tuple[tuple[float, ...], ...]
+    skipped: int
+
+
+@dataclasses.dataclass
+class PendingProbe:
+    """The directions of a step that has not been taken yet, and their sums over micro-batches."""
+
+    slots: Sequence[Slot]
+    draws: tuple[int, ...]
+    block: int | None = None
+    deltas: list[float] = dataclasses.field(default_factory=list)
+    curvatures: list[float] = dataclasses.field(default_factory=list)
+    finite: list[bool] = dataclasses.field(default_factory=list)
+    losses: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        self.deltas = [0.0] * len(self.draws)
+        self.curvatures = [0.0] * len(self.draws)
+        self.finite = [False] * len(self.draws)
+
+    @property
+    def kept(self) -> list[int]:
+        """Positions of the directions that have been measured."""
+        return [j for j, finite in enumerate(self.finite) if finite]
+
+    def add(self, measurements: Sequence[Measurement]) -> None:
+        """Add one micro-batch, a measurement a direction."""
+        for j, measurement in enumerate(measurements):
+            if measurement.finite:
+                self.deltas[j] += measurement.delta
+                self.curvatures[j] += measurement.curvature
+                self.finite[j] = True
+            else:
+                self.skipped += 1
+            self.losses.append(measurement.losses)
+
+
+class Evaluation:
+    """The user's closure at points around theta, each time under the same random state.
+
+    If the closure raises, parameters perturbed in place are back at theta, up to rounding, when
+    its exception arrives.
+
+    Args:
+        closure, perturbation: what is evaluated, and how parameters move.
+        verify: evaluate the first point twice, and warn if the losses are not the same.
+    """
+
+    def __init__(self, closure: Closure, perturbation: Perturbation, *, verify: bool) -> None:
+        self.closure = closure
+        self.perturbation = perturbation
+        self.verify = verify
+        self.rng = PinnedRNG(slot.param.device for slot in perturbation.slots)
+
+    def at(self, displacement: Displacement) -> float:
+        """The loss at theta plus the displacement."""
+        try:
+            with self.perturbation.at(displacement):
+                loss = self.rng.evaluate(self.closure)
+                if self.verify:
+                    self._compare(loss, self.rng.evaluate(self.closure))
+                return loss
+        except BaseException:
+            self.perturbation.restore()
+            raise
+
+    def _compare(self, loss: float, again: float) -> None:
+        """Warn unless two evaluations at one point agree, up to the order of a device's sums."""
+        self.verify = False
+        if abs(loss - again) > _SAME * max(abs(loss), abs(again)):
+            warnings.warn(
+                f"the closure must compute the same function each time, got {loss!r} and then "
+                f"{again!r} at the same parameters: the estimate will be mostly noise; draw the "
+                f"batch outside the closure, and make its random choices with torch's generator",
+                stacklevel=9,  # the caller of step
+            )
+
+    def along(self, draw: int, scale: float) -> float:
+        """The loss at theta + scale zo_eps z(draw)."""
+        return self.at(along(draw, scale))
+
+
+def two_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Measurement]:
+    """Two evaluations a direction."""
+    measurements = []
+    for draw in draws:
+        plus, minus = evaluation.along(draw, 1.0), evaluation.along(draw, -1.0)
+        measurements.append(Measurement((plus, minus), 0.5 * (plus - minus)))
+    return measurements
+
+
+def one_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Measurement]:
+    """One evaluation a direction, and one at theta for all."""
+    base = evaluation.along(draws[0], 0.0)
+    measurements = []
+    for draw in draws:
+        plus = evaluation.along(draw, 1.0)
+        measurements.append(Measurement((plus, base), plus - base))
+    return measurements
+
+
+def three_point(evaluation: Evaluation, draws: Sequence[int]) -> list[Measurement]:
+    """Two evaluations a direction, and one at theta for all."""
+    base = evaluation.along(draws[0], 0.0)
+    measurements = []
+    for draw in draws:
+        plus, minus = evaluation.along(draw, 1.0), evaluation.along(draw, -1.0)
+        curvature = plus + minus - 2.0 * base
+        measurements.append(Measurement((plus, minus, base), 0.5 * (plus - minus), curvature))
+    return measurements
+
+
+def mean_loss(losses: Sequence[Sequence[float]]) -> float:
+    """The mean over directions of the mean of each one's losses."""
+    return sum(sum(each) / len(each) for each in losses) / len(losses)

@@ -1,0 +1,236 @@
+"""What the methods that descend along the estimate itself share: sparse directions and momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoopt.checks import check_choice, check_number, check_positive_int
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.noise.op import accumulator_dtype
+from zoopt.optimizer import Group, TensorSpec
+from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise, chunks
+from zoopt.zeroth_order.engine.mask import (
+    Indexed,
+    SmallMagnitudes,
+    aligned_indices,
+    magnitude_threshold,
+)
+from zoopt.zeroth_order.engine.perturbation import Slot
+from zoopt.zeroth_order.engine.probe import PendingProbe
+
+#: Past steps of a group, oldest first: the block that was due, and the (draw, weight) pairs.
+Window = tuple[tuple[int | None, tuple[tuple[int, float], ...]], ...]
+
+
+class SparseZerothOrder(ZerothOrderOptimizer):
+    """Directions whose elements are independent, on all elements of a parameter or on some.
+
+    Group keys: `mask` (None, "random", "magnitude", or indices in the order of the parameters)
+    and `density`.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in the base class."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if isinstance(group["mask"], Mapping):
+            names = group.get("param_names") or list(range(len(group["params"])))
+            try:
+                group["mask"] = aligned_indices(group["mask"], names, group["params"])
+            except BaseException:
+                self.param_groups.pop()
+                raise
+
+    def _direction(
+        self, param: Tensor, group: Group, number: int, *, virtual: bool
+    ) -> Direction | None:
+        key = NoiseKey(
+            group["seed"],
+            number,
+            distribution=group["distribution"],
+            density=float(group["density"]) if group["mask"] == "random" else 1.0,
+        )
+        if isinstance(group["mask"], list):
+            indices = self._indices(param, group)
+            return None if indices is None else Indexed(key, indices.to(param.device).long())
+        if group["mask"] == "magnitude":
+            fresh = param not in self.state or "threshold" not in self.state[param]
+            threshold = self._state(param, group)["threshold"]
+            if fresh:
+                threshold.copy_(magnitude_threshold(param, float(group["density"])))
+            mask = None if virtual else (param.detach().abs() <= threshold).flatten()
+            return SmallMagnitudes(key, threshold, mask)
+        return Noise(key)
+
+    def _update_elements(
+        self,
+        slot: Slot,
+        pending: PendingProbe,
+        offset: Coefficients,
+        rule: Callable[[Tensor, slice], Tensor],
+    ) -> None:
+        """theta <- decay (theta - offset) + rule(estimate), chunk by chunk, rounded once.
+
+        Args:
+            rule: the gradient estimate of a chunk (flat, in the accumulator's dtype) and the
+                chunk's place among what moves -> what theta receives.
+        """
+        group, direction = slot.group, slot.direction
+        assert isinstance(direction, Elementwise)
+        decay, weights = self._decay(group, pending), self._weights(group, pending)
+        along = {draw: -decay * coefficient for draw, coefficient in offset.items()}
+        with direction.elements(slot.param) as elements:
+            for chunk in chunks(elements):
+                theta = elements[chunk]
+                direction.write_(
+                    theta,
+                    along,
+                    rule(direction.combine(theta, weights, chunk.start), chunk),
+                    chunk.start,
+                    decay=decay,
+                    rounding=slot.rounding,
+                    rounding_draw=pending.draws[-1],
+                )
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """The masks' part: `threshold`, a float32, with `mask="magnitude"`."""
+        return {"threshold": TensorSpec((), torch.float32)} if group["mask"] == "magnitude" else {}
+
+    def _moving(self, param: Tensor, group: Group) -> TensorSpec | None:
+        """Shape of what moves of a parameter, in the accumulator's dtype; None if nothing does."""
+        shape = tuple(param.shape)
+        if isinstance(group["mask"], list):
+            indices = self._indices(param, group)
+            if indices is None:
+                return None
+            shape = tuple(indices.shape)
+        return TensorSpec(shape, accumulator_dtype(param.dtype))
+
+    def _indices(self, param: Tensor, group: Group) -> Tensor | None:
+        """The parameter's explicit indices under a group, which may be a saved one."""
+        for own in self.param_groups:
+            for indices, candidate in zip(group["mask"], own["params"], strict=False):
+                if candidate is param:
+                    found: Tensor | None = indices
+                    return found
+        return None
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        mask = group["mask"]
+        if not (mask is None or isinstance(mask, Mapping | list)):
+            if not isinstance(mask, str):
+                raise TypeError(
+                    f"mask must be None, 'random', 'magnitude' or a dict of flat indices by "
+                    f"parameter name, got {type(mask).__name__}"
+                )
+            check_choice("mask", mask, ("random", "magnitude"))
+        check_number("density", group["density"], low=0.0, high=1.0, open_low=True)
+        if mask == "random":
+            NoiseKey(0, 0, density=float(group["density"]))
+        elif mask != "magnitude" and group["density"] != 1.0:
+            raise ValueError(
+                f"density must be 1 unless mask is 'random' or 'magnitude', got "
+                f"{group['density']!r} with mask={'indices' if mask is not None else None!r}"
+            )
+
+
+class MomentumSGD(SparseZerothOrder):
+    """theta <- decay theta - lr buf, buf <- momentum buf + sum_j weight_j z_j.
+
+    Group keys: `momentum` and `momentum_window` (None: buf is stored; h: rebuilt from the last h
+    steps' directions).
+    """
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """`momentum_buffer` if it is stored, in the accumulator's dtype; a mask's `threshold`."""
+        declared = super().declared_state(param, group)
+        moving = self._moving(param, group)
+        if moving is not None and _stores_buffer(group):
+            declared["momentum_buffer"] = moving
+        return declared
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_number("momentum", group["momentum"], low=0.0, high=1.0, open_high=True)
+        check_window("momentum_window", group)
+        if group["momentum_window"] is not None and not group["momentum"]:
+            raise ValueError(
+                f"momentum_window must be None without momentum, got "
+                f"{group['momentum_window']!r}; set momentum, 0.9 say"
+            )
+
+    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+        group, direction = slot.group, slot.direction
+        if not pending.kept:
+            self._descend(slot, pending, offset, {})
+        elif _stores_buffer(group):
+            assert isinstance(direction, Elementwise)
+            decay = self._decay(group, pending)
+            direction.momentum_(
+                slot.param,
+                self._state(slot.param, group)["momentum_buffer"],
+                {draw: -decay * coefficient for draw, coefficient in offset.items()},
+                self._weights(group, pending),
+                momentum=float(group["momentum"]),
+                step_size=-float(group["lr"]),
+                decay=decay,
+                rounding=slot.rounding,
+            )
+        else:
+            present = self._weights(group, pending)
+            steps = window_steps(group["window"], pending.block, present, _length(group))
+            momentum = float(group["momentum"])
+            weights: dict[int, float] = {}
+            for age, step in enumerate(reversed(steps)):
+                weights |= {draw: momentum**age * weight for draw, weight in step}
+            self._descend(slot, pending, offset, weights)
+
+    def _close_group(self, group: Group, pending: PendingProbe) -> None:
+        if group["momentum_window"] is not None:
+            group["window"] = extended(
+                group["window"], pending.block, self._weights(group, pending), _length(group)
+            )
+
+
+def check_window(name: str, group: Group) -> None:
+    """Raise unless the window's length is None or a positive int that goes with the mask."""
+    if group[name] is None:
+        return
+    check_positive_int(name, group[name])
+    if group["mask"] == "magnitude":
+        raise ValueError(
+            f"{name} must be None with mask='magnitude', got {group[name]!r}: past directions "
+            f"cannot be rebuilt when the mask follows the weights; use mask='random'"
+        )
+
+
+def window_steps(
+    window: Window, block: int | None, weights: Mapping[int, float], length: int
+) -> list[tuple[tuple[int, float], ...]]:
+    """The block's last `length` steps, the present one included, oldest first."""
+    past = [pairs for visited, pairs in window if visited == block]
+    return [*past, tuple(weights.items())][-length:]
+
+
+def extended(
+    window: Window, block: int | None, weights: Mapping[int, float], length: int
+) -> Window:
+    """The window with the present step in it, no more than `length` steps of its block."""
+    steps = [*window, (block, tuple(weights.items()))]
+    own = [i for i, (visited, _) in enumerate(steps) if visited == block]
+    dropped = set(own[: max(0, len(own) - length)])
+    return tuple(step for i, step in enumerate(steps) if i not in dropped)
+
+
+def _length(group: Group) -> int:
+    return group["momentum_window"] or 1
+
+
+def _stores_buffer(group: Group) -> bool:
+    return bool(group["momentum"]) and group["momentum_window"] is None

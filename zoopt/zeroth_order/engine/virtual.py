@@ -1,0 +1,180 @@
+"""Virtual perturbation: parameters read as theta + a z, while theta itself is never written.
+
+While the mode is active, each registered parameter that an operator reads is replaced by a
+temporary theta + a z (in theta's dtype), which dies with the operator. Reads of metadata pass
+through; an embedding perturbs the rows it gathers; a product with a matrix whose displacement is
+itself a product of thin factors makes no temporary at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from zoopt.zeroth_order.engine.product import displaced_product
+
+#: Attributes whose values are made of the tensor's elements; all others are metadata.
+_ELEMENT_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+
+#: Functions that read nothing of their tensor but its metadata, or that keep no values.
+_METADATA = frozenset(
+    {
+        *("size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "is_set_to"),
+        *("storage_offset", "is_contiguous", "is_floating_point", "is_complex", "is_signed"),
+        *("is_conj", "is_neg", "is_inference", "is_same_size", "is_pinned", "is_shared"),
+        *("get_device", "data_ptr", "untyped_storage", "requires_grad_", "register_hook"),
+        *("has_names", "result_type", "can_cast", "__hash__", "__len__"),
+        *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+        *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"),
+    }
+)
+_WRITES = frozenset(
+    {
+        *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__"),
+        *("__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
+    }
+)
+_EMBEDDINGS = (torch.nn.functional.embedding, torch.embedding)
+
+
+class Interception(TorchFunctionMode):
+    """Hands every torch function that reads elements of a registered parameter to `_run`.
+
+    Args:
+        parameters: those to be registered.
+
+    Attributes:
+        read: whether any of the parameters has been read so far.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__()
+        # By identity for the duration of one evaluation; the list keeps the ids valid.
+        self._parameters = list(parameters)
+        self._ids = {id(parameter) for parameter in self._parameters}
+        self.read = False
+
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function returns that reads registered parameters."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run `func`, by `_run` if elements of registered parameters are among its arguments."""
+        kwargs = kwargs or {}
+        if not self._mentioned(args) and not self._mentioned(kwargs.values()):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            if func.__self__.__name__ not in _ELEMENT_ATTRIBUTES:  # type: ignore[attr-defined]
+                return func(*args, **kwargs)
+        elif name in _METADATA:
+            return func(*args, **kwargs)
+        self._refuse_writes(func, name, args, kwargs)
+        if name == "__set__":
+            return func(*args, **kwargs)
+        self.read = True
+        if func in (torch.nn.functional.embedding, torch.nn.functional.embedding_bag):
+            self._refuse_max_norm(args[3] if len(args) > 3 else kwargs.get("max_norm"))
+        return self._run(func, args, kwargs)
+
+    def _mentioned(self, values: Iterable[Any]) -> bool:
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in self._ids:
+                    return True
+            elif isinstance(value, list | tuple) and self._mentioned(value):
+                return True
+        return False
+
+    def _is_registered(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and id(value) in self._ids
+
+    def _embedding(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The weight and the row numbers of an embedding, if the weight is a registered one."""
+        if func not in _EMBEDDINGS:
+            return None
+        functional = func is torch.nn.functional.embedding
+        names = ("input", "weight") if functional else ("weight", "indices")
+        values = {**dict(zip(names, args, strict=False)), **kwargs}
+        weight, rows = values["weight"], values[names[0] if functional else names[1]]
+        if not self._is_registered(weight) or self._is_registered(rows):
+            return None
+        return weight, rows
+
+    def _refuse_max_norm(self, max_norm: float | None) -> None:
+        if max_norm is not None:
+            raise ValueError(
+                f"an embedding with max_norm={max_norm!r} writes to its weight, which virtual "
+                f"perturbation cannot allow; use perturbation='inplace' or freeze the weight"
+            )
+
+    def _refuse_writes(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        in_place = name in _WRITES or (name.endswith("_") and not name.startswith("_"))
+        in_place |= name == "__set__" and func.__self__.__name__ == "data"  # type: ignore[attr-defined]
+        target = args[:1] if in_place else ()
+        if self._mentioned(target) or self._mentioned([kwargs.get("out")]):
+            raise RuntimeError(
+                f"the closure writes to a parameter (by {name!r}), which virtual perturbation "
+                f"cannot allow; use perturbation='inplace', or take the write out of the closure"
+            )
+
+
+class Substitution(Interception):
+    """Replaces parameters in the arguments of torch functions.
+
+    Args:
+        parameters: those to be replaced.
+        perturb: parameter -> its perturbed copy.
+        perturb_rows: parameter, row numbers -> the perturbed copies of those rows.
+        factors: parameter -> the thin factors of its displacement, or None if it has none.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        perturb: Callable[[Tensor], Tensor],
+        perturb_rows: Callable[[Tensor, Tensor], Tensor],
+        factors: Callable[[Tensor], tuple[Tensor, Tensor] | None],
+    ) -> None:
+        super().__init__(parameters)
+        self._perturb = perturb
+        self._perturb_rows = perturb_rows
+        self._factors = factors
+
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The function with the registered parameters among its arguments replaced."""
+        lookup = self._embedding(func, args, kwargs)
+        if lookup is not None:
+            return self._perturb_rows(*lookup)
+        product = displaced_product(
+            func, args, kwargs, self._is_registered, self._factors, self._replace
+        )
+        if product is not None:
+            return product
+        return func(*self._replace(args), **{k: self._replace(v) for k, v in kwargs.items()})
+
+    def _replace(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._perturb(value) if id(value) in self._ids else value
+        if isinstance(value, list | tuple):
+            items = [self._replace(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
