@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoopt.distributed.seed import SharedSeed
 from zoopt.distributed.sharding import is_sharded, sharded_as, sharded_zeros
 from zoopt.kernels.noise.philox import NOISE_VERSION
 
@@ -54,6 +55,20 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
     """
 
     _incoming: dict[Tensor, dict[str, Any]] | None = None
+    _shared_seed: SharedSeed | None = None
+
+    def _share_seed(self, seed: int | None) -> int:
+        """The run's seed, the same in all processes; None is rank 0's `torch.initial_seed()`."""
+        self._shared_seed = SharedSeed(seed, type(self).__name__)
+        return self._shared_seed.value
+
+    def _check_seed(self) -> None:
+        """Raise if another process goes on with another seed."""
+        seed: int = self.param_groups[0]["seed"]
+        if self._shared_seed is None:  # a copy, or unpickled
+            self._share_seed(seed)
+        else:
+            self._shared_seed.check(seed)
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """The state tensors that `param` has, once stepped, under the group's hyperparameters."""

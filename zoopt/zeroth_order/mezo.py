@@ -64,7 +64,8 @@ class MeZO(MomentumSGD):
             shell (`"model.layers.0.*"`): the first one that matches is a parameter's block.
         block_order: `"cyclic"`, `"random"` (from the seed), or `"all"` at once; default cyclic.
         maximize: ascend instead of descend.
-        seed: 64 bits; default, that of torch (`torch.initial_seed()`, which is read, not changed).
+        seed: 64 bits; default, that of torch (`torch.initial_seed()`, which is read, not changed);
+            in a process group rank 0's, and processes whose seeds differ are refused.
 
     lr, zo_eps, weight_decay, momentum, max_projected_grad, distribution, perturbation, rounding,
     mask and density can differ between param groups. With different zo_eps, each group's g is in

@@ -67,10 +67,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     _run_keys: tuple[str, ...] = _RUN_KEYS
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
-        if seed is None:
-            seed = torch.initial_seed() & 0xFFFFFFFFFFFFFFFF
-        NoiseKey(seed, stream=0)
-        run = {"seed": seed, "step": 0, "draw": 0, "noise_version": NOISE_VERSION}
+        run = {"seed": self._share_seed(seed), "step": 0, "draw": 0, "noise_version": NOISE_VERSION}
         super().__init__(params, {**defaults, **run})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -178,6 +175,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         draws = self._draws()
         if draws[-1] >= 1 << 32:
             raise RuntimeError("the run has used all of its 2^32 draws; begin one with a new seed")
+        self._check_seed()
         self._check_state()
         block = self._block_due()
         slots = list(self._slots(block))

@@ -1,0 +1,188 @@
+"""Processes that have seeds of their own: the optimizers' is one, or they say that it is not."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import zoopt
+from tests.optimizer_table import ROWS, closure_of, mlp
+from zoopt.distributed.seed import SharedSeed, default_seed
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+#: Seconds after which a process that waits for another gives up.
+PATIENCE = 2
+#: One row a class: how the seed is made is the same for all of a class's variants.
+CLASSES = list({row.cls: row for row in ROWS}.values())
+
+
+def from_everyone(value: Tensor) -> list[Tensor]:
+    values = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(values, value.contiguous())
+    return values
+
+
+def assert_same_everywhere(model: nn.Module) -> None:
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    first, *others = from_everyone(flat)
+    assert all(torch.equal(first, other) for other in others)
+
+
+def a_seed_a_rank_gives_equal_replicas() -> None:
+    for row in CLASSES:
+        torch.manual_seed(1337 + dist.get_rank())
+        model = mlp()
+        optimizer = row.build(model, seed=None)
+        assert optimizer.param_groups[0]["seed"] == 1337
+        for _ in range(3):
+            optimizer.step(closure_of(model))
+        assert_same_everywhere(model)
+
+
+def another_seed_is_refused_when_it_is_made() -> None:
+    """By the process that comes second: the first has nothing to compare with yet."""
+    refused = 0
+    try:
+        zoopt.MeZO(mlp().parameters(), seed=dist.get_rank())
+    except ValueError as error:
+        message = "seed must be the same in all processes, or their replicas drift apart, got"
+        assert str(error).startswith(message)
+        assert "pass one seed to all, or none: rank 0's is then taken" in str(error)
+        refused = 1
+    assert sorted(int(v) for v in from_everyone(torch.tensor(refused))) == [0, 1]
+
+
+def a_checkpoint_of_another_seed_may_be_loaded_by_all() -> None:
+    model = mlp()
+    optimizer = zoopt.MeZO(model.named_parameters(), lr=1e-2)
+    other = zoopt.MeZO(mlp().named_parameters(), seed=5)
+    optimizer.load_state_dict(other.state_dict())
+    for _ in range(2):
+        optimizer.step(closure_of(model))
+    assert optimizer.param_groups[0]["seed"] == 5
+    assert_same_everywhere(model)
+
+
+def checkpoints_of_two_seeds_are_refused() -> None:
+    """By both processes, or by the second one where the first steps before it is made."""
+    model = mlp()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer = zoopt.MeZO(model.named_parameters())
+    state_dict = optimizer.state_dict()
+    state_dict["param_groups"][0]["seed"] = 10 + dist.get_rank()
+    optimizer.load_state_dict(state_dict)
+    refused = 0
+    try:
+        optimizer.step(closure_of(model))
+    except RuntimeError as error:
+        assert re.search(r"got 1\d for MeZO in rank . and 1\d in rank", str(error))
+        assert torch.equal(before, torch.cat([p.detach().flatten() for p in model.parameters()]))
+        refused = 1
+    assert any(from_everyone(torch.tensor(refused)))
+
+
+def a_seed_that_one_process_changes_is_refused_there() -> None:
+    model = mlp()
+    optimizer = zoopt.MeZO(model.named_parameters())
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["seed"] += 1
+        with pytest.raises(RuntimeError, match="the seed of MeZO in rank 0, which has not said it"):
+            optimizer.step(closure_of(model))
+    else:
+        optimizer.step(closure_of(model))
+
+
+def one_process_alone_waits_for_no_one() -> None:
+    if dist.get_rank() == 0:
+        model = mlp()
+        optimizer = zoopt.ZOAdam(model.parameters())
+        state_dict = optimizer.state_dict()
+        state_dict["param_groups"][0]["seed"] = 10
+        optimizer.load_state_dict(state_dict)
+        optimizer.step(closure_of(model))
+        zoopt.LOZO(model.parameters(), seed=3)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        with pytest.raises(RuntimeError, match="the seed of lonely in rank 0"):
+            SharedSeed(None, "lonely")
+
+
+def an_optimizer_from_before_the_group_is_compared_at_its_first_step() -> None:
+    model, optimizer = EARLIER[0]
+    assert optimizer.param_groups[0]["seed"] == 1337 + dist.get_rank()
+    refused = 0
+    try:
+        optimizer.step(closure_of(model))
+    except ValueError as error:
+        assert "seed must be the same in all processes" in str(error)
+        refused = 1
+    assert sorted(int(v) for v in from_everyone(torch.tensor(refused))) == [0, 1]
+
+
+SCENARIOS: list[Callable[[], None]] = [
+    a_seed_a_rank_gives_equal_replicas,
+    another_seed_is_refused_when_it_is_made,
+    a_checkpoint_of_another_seed_may_be_loaded_by_all,
+    checkpoints_of_two_seeds_are_refused,
+    a_seed_that_one_process_changes_is_refused_there,
+    one_process_alone_waits_for_no_one,
+    an_optimizer_from_before_the_group_is_compared_at_its_first_step,
+]
+EARLIER: list[tuple[nn.Module, Any]] = []
+
+
+def work(rank: int, folder: Path) -> None:
+    """One process: every scenario in turn; what went wrong is written to a file of its name."""
+    torch.set_num_threads(1)
+    torch.manual_seed(1337 + rank)
+    model = mlp()
+    EARLIER.append((model, zoopt.FZOO(model.parameters())))
+    store = dist.FileStore(str(folder / "store"), 2)
+    patience = datetime.timedelta(seconds=PATIENCE)
+    store.set_timeout(patience)
+    # The group's own operations may wait for the longest of the waits here.
+    long = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=long)
+    dist.distributed_c10d._get_default_store().set_timeout(patience)
+    for scenario in SCENARIOS:
+        try:
+            scenario()
+        except BaseException:
+            path = folder / f"{scenario.__name__}.{rank}"
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the scenarios' failures, after all of them have run."""
+    folder = tmp_path_factory.mktemp("seeds")
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(work, (folder,), nprocs=2, start_method="forkserver")
+    return folder
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_processes(scenario: Callable[[], None], ran: Path) -> None:
+    failures = sorted(ran.glob(f"{scenario.__name__}.*"))
+    assert not failures, failures[0].read_text(encoding="utf-8")
+
+
+def test_alone_the_default_is_torchs_seed() -> None:
+    torch.manual_seed(-1)
+    assert SharedSeed(None, "anything").value == default_seed() == 2**64 - 1
+    shared = SharedSeed(3, "anything")
+    shared.check(4)
+    assert shared.value == 4
+    with pytest.raises(ValueError, match=r"seed must be an int in \[0, 2\^64\), got -1"):
+        SharedSeed(-1, "anything")

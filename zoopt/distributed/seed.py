@@ -1,0 +1,128 @@
+"""One seed for all processes that train together.
+
+Replicas whose noise comes from different seeds drift apart while their losses look normal. The
+processes of a group therefore compare seeds, through the group's store: a process publishes its
+own and reads the others', and waits for no one who has nothing to say. An optimizer that is made in
+one process only never waits.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from zoopt.kernels.noise.key import check_unsigned
+
+_numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
+
+
+def default_seed() -> int:
+    """torch's initial seed, in 64 bits; it is read, not changed."""
+    return torch.initial_seed() & 0xFFFFFFFFFFFFFFFF
+
+
+class SharedSeed:
+    """The seed of one optimizer, or of one set of layers, in all processes of the default group.
+
+    Args:
+        seed: 64 bits; None is rank 0's `torch.initial_seed()`.
+        owner: what the seed is for. Each process numbers those of an owner in the order in which
+            they are made, and equal numbers must have equal seeds.
+
+    Attributes:
+        value: the seed.
+
+    Raises:
+        ValueError: no int in [0, 2^64), or another process has made the same with another seed.
+        RuntimeError: seed is None, and rank 0 has made nothing of the kind until the group's
+            timeout.
+    """
+
+    def __init__(self, seed: int | None, owner: str) -> None:
+        if seed is not None:
+            check_unsigned("seed", seed, 64)
+        self._owner = owner
+        self._agreed = False
+        self._rounds = itertools.count()
+        self.value = default_seed() if seed is None else seed
+        self._begin(follow=seed is None)
+
+    def check(self, seed: int) -> None:
+        """Raise unless all processes go on with this seed; free while it is the one agreed on.
+
+        Where it is another one, loaded from a checkpoint say, every process that made the optimizer
+        must have it, and they wait for each other here.
+
+        Raises:
+            RuntimeError: another process goes on with another seed, or does not say which until
+                the group's timeout.
+        """
+        if not self._agreed:
+            self.value = seed
+            self._begin(follow=False)
+        elif seed != self.value:
+            self._change(seed)
+
+    def _begin(self, *, follow: bool) -> None:
+        """Publish the seed, or take rank 0's."""
+        store = _store()
+        if store is None:
+            return
+        self._key = f"zoopt/seed/{self._owner}/{next(_numbers[self._owner])}"
+        store.set(f"{self._key}/made/{dist.get_rank()}", "1")
+        if follow and dist.get_rank() != 0:
+            self.value = int(_read(store, f"{self._key}/first", self._owner, rank=0))
+        else:
+            first = int(store.compare_set(f"{self._key}/first", "", str(self.value)))
+            if first != self.value:
+                raise ValueError(
+                    f"seed must be the same in all processes, or their replicas drift apart, got "
+                    f"{self.value} for {self._owner} in rank {dist.get_rank()} and {first} in "
+                    f"another; pass one seed to all, or none: rank 0's is then taken"
+                )
+        self._agreed = True
+
+    def _change(self, seed: int) -> None:
+        """Let every process that has made this one say its seed."""
+        store = _store()
+        if store is None:
+            self.value = seed
+            return
+        key = f"{self._key}/{next(self._rounds)}"
+        store.set(f"{key}/{dist.get_rank()}", str(seed))
+        for rank in range(dist.get_world_size()):
+            if store.check([f"{self._key}/made/{rank}"]):
+                other = int(_read(store, f"{key}/{rank}", self._owner, rank))
+                if other != seed:
+                    raise RuntimeError(
+                        f"seed must be the same in all processes, or their replicas drift apart, "
+                        f"got {seed} for {self._owner} in rank {dist.get_rank()} and {other} in "
+                        f"rank {rank}; load the same checkpoint in all of them"
+                    )
+        self.value = seed
+
+
+def _store() -> dist.Store | None:
+    """The default group's store; None where this process is alone."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+        return None
+    if dist.get_backend() == "fake":
+        return None
+    store: dist.Store = dist.distributed_c10d._get_default_store()
+    return store
+
+
+def _read(store: dist.Store, key: str, owner: str, rank: int) -> bytes:
+    try:
+        value: bytes = store.get(key)
+    except Exception as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank()} needs to know the seed of {owner} in rank {rank}, which has "
+            f"not said it; make the optimizer, and load its checkpoint, in every process, or pass "
+            f"the seed"
+        ) from error
+    return value
