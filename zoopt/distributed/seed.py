@@ -11,11 +11,15 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from zoopt.kernels.noise.key import check_unsigned
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
@@ -106,17 +110,17 @@ class SharedSeed:
         self.value = seed
 
 
-def _store() -> dist.Store | None:
+def _store() -> Store | None:
     """The default group's store; None where this process is alone."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return None
     if dist.get_backend() == "fake":
         return None
-    store: dist.Store = dist.distributed_c10d._get_default_store()
+    store: Store = dist.distributed_c10d._get_default_store()
     return store
 
 
-def _read(store: dist.Store, key: str, owner: str, rank: int) -> bytes:
+def _read(store: Store, key: str, owner: str, rank: int) -> bytes:
     try:
         value: bytes = store.get(key)
     except Exception as error:
