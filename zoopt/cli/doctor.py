@@ -53,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
         ("test", "result", "seconds", "detail"),
         [(r.name, _verdict(r.passed), f"{r.seconds:.1f}", r.detail) for r in results],
     )
+    compiled = doctor.compiled_kernels()
+    print_table(console, "Compiled kernels", ("place", "state"), list(compiled.items()))
     advice = doctor.advice()
     if advice:
         print_table(
@@ -67,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
             "versions": versions,
             "devices": devices,
             "kernels": [dataclasses.asdict(row) for row in active],
+            "compiled_kernels": compiled,
             "self_tests": [dataclasses.asdict(result) for result in results],
             "advice": [dataclasses.asdict(row) for row in advice],
         },

@@ -112,6 +112,22 @@ def _reason(device: str, impl: str) -> str:
     return f"there is no {package} kernel for it"
 
 
+def compiled_kernels() -> dict[str, str]:
+    """The CPU kernels' machine code on disk: where it is, and what was damaged and is removed now.
+
+    Kernels that have not been used yet have not said where they are kept.
+    """
+    if machine.version("numba") is None:
+        return {}
+    from zoopt.kernels.runtime import cache
+
+    found = {str(folder): "kept here" for folder in cache.directories()}
+    repaired = cache.repair()
+    found |= {str(path): "was damaged; removed" for path in repaired.removed}
+    found |= {str(path): "cannot be read; remove it" for path in repaired.left}
+    return found or {"nowhere": "set NUMBA_CACHE_DIR to a directory that can be written to"}
+
+
 def advice() -> list[Advice]:
     """What is worth installing here and is not there."""
     rows = []

@@ -8,17 +8,17 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
+from zoopt.kernels.runtime import cache, width
+
 i32, u16, u32, u64, f32 = np.int32, np.uint16, np.uint32, np.uint64, np.float32
 
 
 def jit(function):
     """Compile on first use, and keep the machine code on disk where there is a place for it."""
     options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:
-        # Neither the package's directory nor the user's cache can be written to.
-        return numba.njit(**options)(function)
+    compiled = numba.njit(pipeline_class=width.Compiler, **options)(function)
+    cache.keep(compiled, width.preferred)
+    return compiled
 
 
 @intrinsic

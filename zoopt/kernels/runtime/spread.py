@@ -11,6 +11,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
+from zoopt.kernels.runtime.width import preferred, set_width
+
 INT32, INT64 = ir.IntType(32), ir.IntType(64)
 POINTER = ir.IntType(8).as_pointer()
 SPAN = types.UniTuple(types.int64, 2)
@@ -76,6 +78,7 @@ def _worker(context, module, shared, compiled, arguments, inner):
     name = module.get_unique_name("zoopt.work")
     work = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
     work.linkage = "internal"
+    set_width(work, preferred())
     begin, take, do, end = (work.append_basic_block() for _ in range(4))
     builder = ir.IRBuilder(begin)
     own = builder.bitcast(work.args[0], shared.as_pointer())
