@@ -1,4 +1,9 @@
-"""What the comparisons of methods share: a file a run, the learning rate's search, processes."""
+"""What comparisons of methods share: results of runs, learning rates to try, processes.
+
+A run leaves a file in a folder, so that an interrupted comparison goes on where it was. `pack`
+moves the files into one compressed file beside the folder, runs.jsonl.xz, which is what is
+committed. Both are read.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -18,7 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from tqdm import tqdm
 
-from bench import common
+from zoopt.bench import common
 from zoopt.cli.terminal import Parser
 
 
@@ -43,14 +49,41 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result in the file if there is one of this very configuration."""
+def load(path: Path) -> dict[str, Any] | None:
+    """The result in the file, or None if there is none that is whole."""
     try:
-        result: dict[str, Any] = json.loads(path.read_text())
-        found = result["config_hash"]
-    except (OSError, ValueError, KeyError, TypeError):
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
-    return result if found == config_hash(config) else None
+    return result if isinstance(result, dict) else None
+
+
+def archive(folder: Path) -> Path:
+    """The compressed file of a folder of runs."""
+    return folder.with_name(f"{folder.name}.jsonl.xz")
+
+
+def unpack(path: Path) -> dict[str, dict[str, Any]]:
+    """Results by the names of the files that they came in; none if the archive is not there."""
+    if not path.exists():
+        return {}
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        return dict(map(json.loads, lines))
+
+
+def pack(folder: Path) -> int:
+    """Move the folder's results into its archive, and return how many that has then."""
+    files = sorted(folder.glob("*.json"))
+    results = unpack(archive(folder))
+    results |= {path.name: result for path in files if (result := load(path)) is not None}
+    draft = archive(folder).with_suffix(".draft")
+    with lzma.open(draft, "wt", encoding="utf-8", preset=9) as lines:
+        for item in sorted(results.items()):
+            lines.write(json.dumps(item) + "\n")
+    draft.replace(archive(folder))
+    for path in files:
+        path.unlink()
+    return len(results)
 
 
 def store(result: Mapping[str, Any], path: Path) -> None:
@@ -70,25 +103,27 @@ def finite(value: Any) -> Any:
 
 
 class Store(Generic[R]):
-    """The results of finished runs: files in a folder, each read once.
+    """The results of finished runs, each read once: files in a folder, or lines of its archive.
 
     Args:
-        folder: where the files are.
+        folder: where the files are; the archive is beside it.
         configuration: of a run: all that its figures depend on.
     """
 
     def __init__(self, folder: Path, configuration: Callable[[R], Mapping[str, Any]]) -> None:
         self.folder = folder
         self._configuration = configuration
+        self._packed = unpack(archive(folder))
         self._found: dict[R, Mapping[str, Any]] = {}
 
     def __call__(self, run: R) -> Mapping[str, Any] | None:
         if run not in self._found:
-            result = load(self.folder / run.file, self._configuration(run))
-            if result is None:
-                return None
-            self._found[run] = result
-        return self._found[run]
+            wanted = config_hash(self._configuration(run))
+            for result in (load(self.folder / run.file), self._packed.get(run.file)):
+                if result is not None and result.get("config_hash") == wanted:
+                    self._found[run] = result
+                    break
+        return self._found.get(run)
 
 
 def to_two_digits(value: float) -> float:
@@ -279,13 +314,19 @@ def add_arguments(arguments: Parser, results: Path, chart: str) -> None:
         "--workers", type=common.positive, default=1, help="processes, a thread each"
     )
     arguments.add_argument(
-        "--runs", type=Path, default=results / "runs", help="a file a run goes here"
+        "--runs",
+        type=Path,
+        default=results / "runs",
+        help="a file a run goes here, or RUNS.jsonl.xz",
     )
     arguments.add_argument(
         "--json", type=Path, default=results / "summary.json", help="the summary"
     )
     arguments.add_argument("--plot", type=Path, default=results / chart, help="the chart")
     arguments.add_argument("--only-report", action="store_true", help="start no runs")
+    arguments.add_argument(
+        "--pack", action="store_true", help="at the end, move the runs into one compressed file"
+    )
 
 
 def make_folders(arguments: Parser, options: argparse.Namespace) -> None:

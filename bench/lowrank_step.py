@@ -30,18 +30,14 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import zoopt
-from bench import common
 from bench.published_galore import published_galore
+from zoopt.bench import common
 from zoopt.first_order.projected.subspace import subspace
 
 GAP = 200
@@ -323,7 +319,7 @@ REFRESH_COLUMNS = {
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]:
     parser = common.parser(
-        str(__doc__), "python bench/lowrank_step.py --sizes 60m 130m --json lowrank.json"
+        str(__doc__), "python -m bench.lowrank_step --sizes 60m 130m --json lowrank.json"
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of LLaMA")
     parser.add_argument(

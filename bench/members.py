@@ -19,19 +19,14 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-if __name__ == "__main__":
-    # Not this folder itself: its modules have names that other packages import.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import zoopt
-from bench import charts, common
-from bench.models import MODELS, build
+from zoopt.bench import charts, common
+from zoopt.bench.models import add_argument, build, spec
 
 METHODS = ("plain", "batched", "separate")
 
@@ -51,7 +46,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.device, self.members, self.examples = device, options.members, options.examples
         torch.manual_seed(0)
-        self.model = build(options.model, options.seq, common.DTYPES[options.dtype], device)
+        self.model: Any = build(spec(options.model), common.DTYPES[options.dtype], device)
         size = (self.members * self.examples, options.seq)
         self.ids = torch.randint(self.model.config.vocab_size, size, device=device)
         self.optimizer = zoopt.EvolutionStrategy(
@@ -117,10 +112,9 @@ def measure(options: argparse.Namespace, bench: Bench) -> list[common.Row]:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]:
     parser = common.parser(
-        str(__doc__), "python bench/members.py --model gpt2 --members 16 --seq 64 --json FILE"
+        str(__doc__), "python -m bench.members --model gpt2 --members 16 --seq 64 --json FILE"
     )
-    sizes = "; ".join(f"{name}: {spec.summary}" for name, spec in MODELS.items())
-    parser.add_argument("--model", choices=list(MODELS), default="gpt2", help=sizes)
+    add_argument(parser, "gpt2")
     parser.add_argument("--dtype", choices=list(common.DTYPES), default="float32", help="weights")
     parser.add_argument("--members", type=even, default=16, help="population, an even number")
     parser.add_argument("--examples", type=common.positive, default=1, help="sequences a member")

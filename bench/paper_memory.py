@@ -14,14 +14,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench import common, methods
+from zoopt.bench import common, methods
 from zoopt.memory import plan
 
 #: Model: GB of MeZO and of full fine-tuning by Adam.
@@ -89,7 +85,7 @@ def text(rows: Sequence[common.Row]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = common.parser(
-        str(__doc__), "python bench/paper_memory.py --json bench/results/paper_memory.json"
+        str(__doc__), "python -m bench.paper_memory --json bench/results/paper_memory.json"
     )
     common.add_common_arguments(parser, repeats=1)
     return common.parse(parser, argv)

@@ -13,10 +13,10 @@ import types
 from pathlib import Path
 from typing import Any
 
-from bench import common
+from bench import ROOT
 
-if str(common.ROOT / "examples") not in sys.path:
-    sys.path.insert(1, str(common.ROOT / "examples"))
+if str(ROOT / "examples") not in sys.path:
+    sys.path.insert(1, str(ROOT / "examples"))
 
 from fetch_demo_assets import DATA_DIR, check_sha256, ensure, pip_download
 

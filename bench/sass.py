@@ -2,6 +2,8 @@
 
 Needs no GPU: kernels are compiled ahead of time and, for NVIDIA targets, the cubin is
 disassembled by the nvdisasm that triton ships; for AMD targets the assembly is read as it is.
+
+`python -m bench.sass` counts every variant of every kernel for each target.
 """
 
 from __future__ import annotations
@@ -9,14 +11,31 @@ from __future__ import annotations
 import dataclasses
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
 from bench import aot, aot_moments
+from zoopt.bench import common
 
+UNIT = "instructions/element"
+COLUMNS = {
+    "kernel": "kernel",
+    "dtype": "dtype",
+    "distribution": "distribution",
+    "format": "format",
+    "rounding": "rounding",
+    "target": "target",
+    "median": UNIT,
+    "registers": "registers",
+    "spills": "spills",
+    "access_bits": "access bits",
+}
 #: Instructions that do nothing but fill the end of a program.
 PADDING = ("NOP", "BRA", "s_nop", "s_code_end")
 SASS_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -99,3 +118,39 @@ def report(variant: aot.Variant | aot_moments.FirstOrderVariant, target: str) ->
         spills=spills,
         access_bits=128 if widths.count(128) >= full else min(widths, default=16),
     )
+
+
+def rows() -> list[common.Row]:
+    """A row for each kernel variant and target."""
+    found = []
+    for variant in (*aot.variants(), *aot_moments.variants()):
+        for target in aot.TARGETS:
+            common.progress(f"compiling {variant.kernel} {variant.dtype} for {target}")
+            found.append(row(dataclasses.asdict(report(variant, target))))
+    common.progress("")
+    return found
+
+
+def row(counts: dict[str, Any]) -> common.Row:
+    """The row of one report."""
+    what = ("kernel", "dtype", "distribution", "format", "rounding", "target")
+    name = ", ".join(counts[key] for key in what if counts.get(key, "-") != "-")
+    extra = {key: value for key, value in counts.items() if key != "instructions_per_element"}
+    return common.counted(name, counts["instructions_per_element"], UNIT, **extra)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit status."""
+    arguments = common.parser(str(__doc__), "python -m bench.sass --json bench/results/sass.json")
+    common.add_json_argument(arguments)
+    arguments.set_defaults(plot=None)
+    options = common.parse(arguments, argv)
+    found = rows()
+    common.say(common.table(COLUMNS, found), options.json)
+    document = common.document("kernels", options, torch.device("cpu"), found, ratio_to=None)
+    common.write_json(options.json, document)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,16 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench import common
+from zoopt.bench import common
 from zoopt.kernels import sm3_
 
 #: GPU calls are short: this many are queued and timed together.
@@ -77,7 +73,7 @@ def measure(dtype: str, device: torch.device, options: argparse.Namespace) -> li
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit status."""
-    parser = common.parser(str(__doc__), "python bench/sm3.py --rows 4096 --columns 4096")
+    parser = common.parser(str(__doc__), "python -m bench.sm3 --rows 4096 --columns 4096")
     parser.add_argument("--rows", type=common.positive, default=4096, help="of theta")
     parser.add_argument("--columns", type=common.positive, default=4096, help="of theta")
     common.add_common_arguments(parser, repeats=9)

@@ -8,6 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Read once, when torch is imported: waiting threads sleep, and leave the processor to others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # numba's cache notices a change of a function's own file only, not of the files it calls into:
 # a cache of its own for each version of the kernels. To be set before numba is imported.
 _kernels = Path(__file__).parents[1] / "zoopt" / "kernels"

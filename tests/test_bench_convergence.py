@@ -14,10 +14,13 @@ import tokenizers
 import torch
 import transformers
 
-from bench import comparison, convergence, convergence_plan, convergence_run
-from bench.convergence_methods import METHODS, TABLE, Method
-from bench.convergence_run import Run
-from bench.convergence_task import PROMPT, WORDS, Settings, Task, load_classifier
+from bench import comparison
+from bench.convergence import command
+from bench.convergence import plan as planner
+from bench.convergence import run as runner
+from bench.convergence.methods import METHODS, TABLE, Method
+from bench.convergence.run import Run
+from bench.convergence.task import PROMPT, WORDS, Settings, Task, load_classifier
 
 AVAILABLE = [method for method in TABLE if method.available]
 GOOD, BAD = ("bright", "warm", "clever"), ("dull", "slow", "clumsy")
@@ -119,7 +122,7 @@ def test_a_step_costs_what_the_table_says(method: Method, settings: Settings, ta
 @pytest.mark.parametrize("method", AVAILABLE, ids=lambda method: method.name)
 def test_budgets_are_equal(method: Method, settings: Settings, task: Task) -> None:
     run = Run(method.name, method.lrs[1], 0, settings.forwards)
-    result = convergence_run.execute(run, settings, task)
+    result = runner.execute(run, settings, task)
     assert settings.forwards - method.forwards_per_step < result["forwards"] <= settings.forwards
     assert len(result["losses"]) == method.steps(settings.forwards)
     assert all(map(math.isfinite, result["losses"]))
@@ -134,10 +137,10 @@ def test_budgets_are_equal(method: Method, settings: Settings, task: Task) -> No
 
 def test_a_run_depends_on_its_key_alone(settings: Settings, task: Task) -> None:
     run = Run("mezo", 1e-3, 1, 20)
-    first = convergence_run.execute(run, settings, task)
-    convergence_run.execute(Run("sign", 1e-3, 0, 20), settings, task)
-    again = convergence_run.execute(run, settings, task)
-    other = convergence_run.execute(dataclasses.replace(run, seed=2), settings, task)
+    first = runner.execute(run, settings, task)
+    runner.execute(Run("sign", 1e-3, 0, 20), settings, task)
+    again = runner.execute(run, settings, task)
+    other = runner.execute(dataclasses.replace(run, seed=2), settings, task)
     for key in ("losses", "validation", "test", "config_hash"):
         assert first[key] == again[key]
         assert first[key] != other[key]
@@ -161,8 +164,8 @@ def test_the_trained_layers_compute_what_the_whole_model_does(settings: Settings
 def test_finished_runs_are_kept(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = arguments(settings, tmp_path, "--methods", "mezo", "sign")
-    assert convergence.main(command) == 0
+    argv = arguments(settings, tmp_path, "--methods", "mezo", "sign")
+    assert command.main(argv) == 0
     ran, _, table = capsys.readouterr().out.partition("\n\n")
     assert " runs in " in ran
     for label in ("untrained", "MeZO", "ZOSignSGD, elementwise", "reference"):
@@ -179,8 +182,8 @@ def test_finished_runs_are_kept(
         raise AssertionError("nothing is left to run")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convergence, "executor", refuse)
-        assert convergence.main(command) == 0
+        patch.setattr(command, "executor", refuse)
+        assert command.main(argv) == 0
     assert capsys.readouterr().out == table
     assert files(tmp_path) == first
 
@@ -188,7 +191,7 @@ def test_finished_runs_are_kept(
     lost = next(iter(first))
     (tmp_path / "runs" / lost).unlink()
     more = dataclasses.replace(settings, seeds=3)
-    assert convergence.main(arguments(more, tmp_path, "--methods", "mezo", "sign")) == 0
+    assert command.main(arguments(more, tmp_path, "--methods", "mezo", "sign")) == 0
     third = files(tmp_path)
     assert len(third) == len(first) + 2
     assert all(third[name] == when for name, when in first.items() if name != lost)
@@ -198,12 +201,12 @@ def test_another_configuration_is_not_taken_for_this_one(
     settings: Settings, task: Task, tmp_path: Path
 ) -> None:
     run = Run("mezo", 1e-3, 0, 10)
-    comparison.store(convergence_run.execute(run, settings, task), tmp_path / run.file)
-    assert convergence.open_store(tmp_path, settings)(run) is not None
+    comparison.store(runner.execute(run, settings, task), tmp_path / run.file)
+    assert command.open_store(tmp_path, settings)(run) is not None
     other = dataclasses.replace(settings, batch_size=8)
-    assert convergence.open_store(tmp_path, other)(run) is None
+    assert command.open_store(tmp_path, other)(run) is None
     (tmp_path / run.file).write_text("{")
-    assert convergence.open_store(tmp_path, settings)(run) is None
+    assert command.open_store(tmp_path, settings)(run) is None
 
 
 def test_a_method_that_fails_leaves_the_others_alone(
@@ -212,15 +215,15 @@ def test_a_method_that_fails_leaves_the_others_alone(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    execute = convergence_run.execute
+    execute = runner.execute
 
     def fail(run: Run, *rest: Any) -> Any:
         if run.method == "sign":
             raise RuntimeError("out of luck")
         return execute(run, *rest)
 
-    monkeypatch.setattr(convergence_run, "execute", fail)
-    assert convergence.main(arguments(settings, tmp_path, "--methods", "sign")) == 1
+    monkeypatch.setattr(runner, "execute", fail)
+    assert command.main(arguments(settings, tmp_path, "--methods", "sign")) == 1
     captured = capsys.readouterr()
     assert "error: sign: RuntimeError: out of luck" in captured.err
     assert "MeZO" in captured.out
@@ -236,7 +239,7 @@ def grid_by(loss: Any, extensions: int) -> tuple[list[float], float | None, list
 
     order = []
     while True:
-        plan = convergence_plan.plan(METHODS["mezo"], settings, results)
+        plan = planner.plan(METHODS["mezo"], settings, results)
         runs = [run for run in plan.missing() if run.forwards == settings.grid_forwards]
         if not runs:
             return *plan.grid(), order
@@ -273,7 +276,7 @@ def test_a_grid_of_the_full_budget_is_the_first_seed() -> None:
     settings = Settings(forwards=100, grid_forwards=100, seeds=3)
     done: dict[Run, Mapping[str, Any]] = {}
     left = []
-    plan = convergence_plan.plan(METHODS["mezo"], settings, done.get)
+    plan = planner.plan(METHODS["mezo"], settings, done.get)
     while runs := plan.missing():
         left.append(plan.left())
         loss = float(runs[0].lr != METHODS["mezo"].lrs[1])
@@ -289,14 +292,14 @@ def test_edges_and_divergence_reach_the_record(settings: Settings, task: Task) -
         if run not in done:
             done[run] = json.loads(
                 json.dumps(
-                    comparison.finite(convergence_run.execute(run, settings, task)),
+                    comparison.finite(runner.execute(run, settings, task)),
                     allow_nan=False,
                 )
             )
             done[run]["validation"][-1]["cross_entropy"] = None if run.method == "sign" else run.lr
         return done[run]
 
-    records = convergence_plan.summarise([METHODS["mezo"], METHODS["sign"]], settings, results)
+    records = planner.summarise([METHODS["mezo"], METHODS["sign"]], settings, results)
     assert [record["lr_at_edge"] for record in records] == [True, True]
     assert [record["verdict"] for record in records][:1] == ["reference"]
     assert records[0]["time_per_forward_of_mezo"] == pytest.approx(1.0)
@@ -322,13 +325,13 @@ def test_edges_and_divergence_reach_the_record(settings: Settings, task: Task) -
     ],
 )
 def test_verdict(values: list[Any], reference: list[Any], expected: str) -> None:
-    assert convergence_plan.verdict(values, reference) == expected
+    assert planner.verdict(values, reference) == expected
 
 
 def test_only_report_starts_nothing(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert convergence.main(arguments(settings, tmp_path, "--only-report")) == 0
+    assert command.main(arguments(settings, tmp_path, "--only-report")) == 0
     assert "no method has finished" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
 
@@ -339,3 +342,32 @@ def test_every_method_has_a_grid_that_can_be_extended() -> None:
         assert list(method.lrs) == sorted(set(method.lrs))
         assert len(method.lrs) >= 3
         assert method.lrs[1] / method.lrs[0] > 1.5
+
+
+def test_packed_runs_are_read(settings: Settings, task: Task, tmp_path: Path) -> None:
+    folder, run = tmp_path / "runs", Run("mezo", 1e-3, 0, 10)
+    folder.mkdir()
+    result = runner.execute(run, settings, task)
+    comparison.store(result, folder / run.file)
+    loose = command.open_store(folder, settings)(run)
+    assert comparison.pack(folder) == 1
+    assert not list(folder.iterdir())
+    assert command.open_store(folder, settings)(run) == loose
+    # Another configuration's run of the same name replaces it, and what is broken is no run.
+    other = dataclasses.replace(settings, batch_size=8)
+    assert command.open_store(folder, other)(run) is None
+    comparison.store(runner.execute(run, other, task), folder / run.file)
+    (folder / "broken.json").write_text("{")
+    assert command.open_store(folder, settings)(run) == loose
+    assert comparison.pack(folder) == 1
+    assert command.open_store(folder, other)(run) is not None
+    assert command.open_store(folder, settings)(run) is None
+
+
+def test_the_committed_summary_is_that_of_the_committed_runs() -> None:
+    summary = json.loads((command.RESULTS / "summary.json").read_text())
+    store = command.open_store(command.RESULTS / "runs", Settings())
+    records = planner.summarise(
+        [METHODS[r["method"]] for r in summary["records"]], Settings(), store
+    )
+    assert json.loads(json.dumps(comparison.finite(records))) == summary["records"]

@@ -13,10 +13,14 @@ import pytest
 import torch
 
 import zoopt.lowrank
-from bench import comparison, pretrain, pretrain_data, pretrain_plan, pretrain_report, pretrain_run
-from bench.pretrain_methods import METHODS, TABLE, Method, find, state_bytes
-from bench.pretrain_run import Run
-from bench.pretrain_task import MODELS, Model, Settings, Task, matrices
+from bench import comparison
+from bench.pretrain import command, data
+from bench.pretrain import plan as planner
+from bench.pretrain import report as reporter
+from bench.pretrain import run as runner
+from bench.pretrain.methods import METHODS, TABLE, Method, find, state_bytes
+from bench.pretrain.run import Run
+from bench.pretrain.task import MODELS, Model, Settings, Task, matrices
 
 TINY = Model(width=16, layers=1, heads=2, mlp_width=24, steps=8, grid_steps=4, seeds=2)
 NOUNS, VERBS = ("the king", "a river", "the engine", "an author"), ("was", "saw", "made")
@@ -83,19 +87,19 @@ def files(folder: Path) -> dict[str, int]:
 def test_documents_are_split_encoded_and_kept(settings: Settings) -> None:
     path = Path(settings.documents)
     documents = [json.loads(line) for line in path.read_text().splitlines()]
-    train, validation = pretrain_data.split(documents)
+    train, validation = data.split(documents)
     # Of 60 and 20 documents, every twentieth.
     assert (len(train), len(validation)) == (76, 4)
     assert not set(train) & set(validation)
-    tokenizer = pretrain_data.train_tokenizer(train, settings.vocab_size)
-    tokens = pretrain_data.encode(tokenizer, validation)
-    end = tokenizer.token_to_id(pretrain_data.END_OF_TEXT)
+    tokenizer = data.train_tokenizer(train, settings.vocab_size)
+    tokens = data.encode(tokenizer, validation)
+    end = tokenizer.token_to_id(data.END_OF_TEXT)
     assert (tokens == end).sum() == 4
     assert tokenizer.decode(tokens.tolist()) == "".join(validation)
-    corpus = pretrain_data.load_corpus(path, settings.vocab_size)
+    corpus = data.load_corpus(path, settings.vocab_size)
     assert corpus.validation.tolist() == tokens.tolist()
     assert len(list(path.parent.glob("tokens-320-*.npz"))) == 1
-    assert pretrain_data.load_corpus(path, settings.vocab_size).train.equal(corpus.train)
+    assert data.load_corpus(path, settings.vocab_size).train.equal(corpus.train)
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine(settings: Settings) -> None:
@@ -141,10 +145,10 @@ def test_perplexity_is_of_all_rows_alike(task: Task) -> None:
 
 def test_a_run_depends_on_its_key_alone(settings: Settings, task: Task) -> None:
     run = Run("tiny", "adamw", 1e-2, 1, 8)
-    first = pretrain_run.execute(run, settings, task)
-    pretrain_run.execute(Run("tiny", "zoopt-adamw", 1e-2, 0, 4), settings, task)
-    again = pretrain_run.execute(run, settings, task)
-    other = pretrain_run.execute(dataclasses.replace(run, seed=2), settings, task)
+    first = runner.execute(run, settings, task)
+    runner.execute(Run("tiny", "zoopt-adamw", 1e-2, 0, 4), settings, task)
+    again = runner.execute(run, settings, task)
+    other = runner.execute(dataclasses.replace(run, seed=2), settings, task)
     for key in ("losses", "validation", "config_hash"):
         assert first[key] == again[key]
         assert first[key] != other[key]
@@ -156,7 +160,7 @@ def test_a_run_depends_on_its_key_alone(settings: Settings, task: Task) -> None:
 def test_equal_rules_train_alike(settings: Settings, task: Task) -> None:
     """zoopt.AdamW is torch.optim.AdamW, on the same tokens, from the same weights."""
     runs = [Run("tiny", method, 1e-2, 0, 8) for method in ("adamw", "zoopt-adamw")]
-    torchs, ours = (pretrain_run.execute(run, settings, task) for run in runs)
+    torchs, ours = (runner.execute(run, settings, task) for run in runs)
     # Eight steps of float32 arithmetic in another order, of losses around 5.
     assert ours["losses"] == pytest.approx(torchs["losses"], abs=1e-4)
     # Moments of 4 bytes each and a step of 4 bytes a tensor.
@@ -181,12 +185,12 @@ def is_there(method: Method) -> bool:
 )
 def test_every_method_trains(method: Method, settings: Settings, task: Task) -> None:
     run = Run("tiny", method.name, method.lrs[0], 0, 6)
-    result = pretrain_run.execute(run, settings, task)
+    result = runner.execute(run, settings, task)
     assert all(map(math.isfinite, result["losses"]))
     declared = result["declared_state_bytes"]
     assert declared is None or declared == result["state_bytes"]
     assert 0 < result["matrix_state_bytes"] < result["state_bytes"]
-    json.dumps(pretrain_run.configuration(run, settings), allow_nan=False)
+    json.dumps(runner.configuration(run, settings), allow_nan=False)
 
 
 def test_matrices_are_what_is_projected(task: Task) -> None:
@@ -199,8 +203,8 @@ def test_matrices_are_what_is_projected(task: Task) -> None:
 def test_finished_runs_are_kept(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = arguments(settings, tmp_path, "--methods=zoopt-adamw")
-    assert pretrain.main(command) == 0
+    argv = arguments(settings, tmp_path, "--methods=zoopt-adamw")
+    assert command.main(argv) == 0
     ran, _, table = capsys.readouterr().out.partition("\n\n")
     assert " runs in " in ran
     summary = json.loads((tmp_path / "a.json").read_text())
@@ -221,15 +225,15 @@ def test_finished_runs_are_kept(
         raise AssertionError("nothing is left to run")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "executor", refuse)
-        assert pretrain.main(command) == 0
+        patch.setattr(command, "executor", refuse)
+        assert command.main(argv) == 0
     assert capsys.readouterr().out == table
     assert files(tmp_path) == first
 
     # One more seed is one more run a method; a run that was lost is done again.
     lost = next(iter(first))
     (tmp_path / "runs" / lost).unlink()
-    assert pretrain.main([*command, "--seeds=3"]) == 0
+    assert command.main([*argv, "--seeds=3"]) == 0
     third = files(tmp_path)
     assert len(third) == len(first) + 2
     assert all(third[name] == when for name, when in first.items() if name != lost)
@@ -243,22 +247,22 @@ def test_a_class_that_is_missing_is_named(
 ) -> None:
     absent = dataclasses.replace(METHODS["galore"], optimizer="zoopt.NoSuchOptimizer")
     monkeypatch.setitem(METHODS, "galore", absent)
-    monkeypatch.setattr(pretrain, "TABLE", tuple(METHODS.values()))
-    assert pretrain.main(arguments(settings, tmp_path, "--methods=galore", "--seeds=1")) == 1
+    monkeypatch.setattr(command, "TABLE", tuple(METHODS.values()))
+    assert command.main(arguments(settings, tmp_path, "--methods=galore", "--seeds=1")) == 1
     captured = capsys.readouterr()
     assert "there is no zoopt.NoSuchOptimizer in this version" in captured.err
     assert "torch.optim.AdamW" in captured.out
     with pytest.raises(SystemExit):
-        pretrain.main(arguments(settings, tmp_path, "--methods=adamw,nothing"))
+        command.main(arguments(settings, tmp_path, "--methods=adamw,nothing"))
     assert "got 'nothing'" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_ends_and_is_told(settings: Settings, task: Task) -> None:
     run = Run("tiny", "adamw", 1e30, 0, 8)
-    result = comparison.finite(pretrain_run.execute(run, settings, task))
+    result = comparison.finite(runner.execute(run, settings, task))
     assert len(result["losses"]) < 8
     assert result["losses"][-1] is None
-    assert pretrain_plan.grid_score(result) == math.inf
+    assert planner.grid_score(result) == math.inf
     json.dumps(result, allow_nan=False)
 
 
@@ -288,7 +292,7 @@ def test_the_report_says_what_the_runs_did(settings: Settings) -> None:
         galore = run.method == "galore"
         return result(math.log(20 + 2 * run.seed) if galore else 3.0, 100 - 75 * galore, 1 + galore)
 
-    adamw, galore, sm3 = pretrain_plan.summarise(methods, settings, results)
+    adamw, galore, sm3 = planner.summarise(methods, settings, results)
     assert (galore["lr"], galore["lr_at_edge"], galore["seeds"]) == (middle, False, 2)
     assert set(galore["grid_validation_cross_entropy"]) == {f"{lr:g}" for lr in (low, middle, high)}
     # Perplexities 20 and 22: mean 21, standard deviation sqrt(2).
@@ -310,7 +314,7 @@ def test_the_report_says_what_the_runs_did(settings: Settings) -> None:
         ),
         "records": [adamw, galore, sm3],
     }
-    table = pretrain_report.text(content)
+    table = reporter.text(content)
     row = next(line for line in table.splitlines() if line.startswith("GaLoreAdamW"))
     assert "21.0 +- 1.4" in row
     assert "25.0%" in row
@@ -318,17 +322,17 @@ def test_the_report_says_what_the_runs_did(settings: Settings) -> None:
 
 
 def test_curves_are_means_of_whole_stretches() -> None:
-    ends, means = pretrain_report.smooth([*range(1, 11), *[None] * 10, 5.0])
+    ends, means = reporter.smooth([*range(1, 11), *[None] * 10, 5.0])
     assert ends == [10, 20]
     assert means[0] == 5.5
     assert math.isnan(means[1])
-    assert pretrain_plan.mean_curve([[1.0, 2.0, 3.0], [3.0, None]]) == [2.0, None, None]
+    assert planner.mean_curve([[1.0, 2.0, 3.0], [3.0, None]]) == [2.0, None, None]
 
 
 def test_only_report_starts_nothing(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pretrain.main(arguments(settings, tmp_path, "--only-report")) == 0
+    assert command.main(arguments(settings, tmp_path, "--only-report")) == 0
     assert "no method has finished" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
 
@@ -362,3 +366,20 @@ def test_the_larger_model_is_offered_what_was_best_for_the_smaller(settings: Set
         assert lrs == pytest.approx((method.best_lr / 2, method.best_lr), rel=0.05)
         assert extensions == 0
         assert method.grid(settings) == (method.lrs, settings.extensions)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_committed_summary_is_that_of_the_committed_runs(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = json.loads((command.RESULTS / f"summary_{model}.json").read_text())
+    # The text itself is not there; its name in the results is.
+    monkeypatch.setattr(
+        "bench.pretrain.task.fingerprint", lambda path: summary["settings"]["documents"]
+    )
+    shape = MODELS[model]
+    own = Settings(model, shape.steps, shape.grid_steps, shape.seeds)
+    store = command.open_store(command.RESULTS / "runs", own)
+    methods = [METHODS[record["method"]] for record in summary["records"]]
+    records = planner.summarise(methods, own, store)
+    assert json.loads(json.dumps(comparison.finite(records))) == summary["records"]

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import zoopt
-from bench import common, compare, methods, step
+from zoopt.bench import common, compare, methods, step
 from zoopt.cli import bench, main
 from zoopt.doctor import diagnosis as doctor
-from zoopt.doctor import selftest
+from zoopt.doctor import machine, selftest
 from zoopt.first_order.base import FirstOrderOptimizer
 from zoopt.kernels.runtime import threads as cpu_threads
 
-RESULTS = common.ROOT / "bench" / "results"
+RESULTS = machine.ROOT / "bench" / "results"
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "noise_v1.json").read_text())
 
 
@@ -345,10 +345,7 @@ def test_committed_results_can_be_compared(file: Path) -> None:
     assert len(set(names)) == len(names)
 
 
-BENCHMARKS = [name for name in bench.BENCHMARKS if (common.ROOT / f"bench/{name}.py").exists()]
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [*bench.INSTALLED, *bench.CHECKOUT])
 def test_help_of_the_benchmarks(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(["bench", name, "--help"]) == 0
     text = capsys.readouterr().out
@@ -383,11 +380,7 @@ def test_without_a_checkout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "ROOT", tmp_path)
-    assert main(["bench", "step"]) == 2
-    assert capsys.readouterr().err.startswith("zoopt: error: zoopt bench needs a checkout")
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "common.py").touch()
-    assert main(["bench", "step"]) == 2
-    assert capsys.readouterr().err == (
-        "zoopt: error: this checkout has no bench/step.py; update it\n"
-    )
+    for name in bench.CHECKOUT:
+        assert main(["bench", name]) == 2
+        expected = f"zoopt: error: zoopt bench {name} needs a checkout"
+        assert capsys.readouterr().err.startswith(expected)

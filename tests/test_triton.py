@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from bench import aot, aot_moments
+from bench.sass import report
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-
-from sass import report  # noqa: E402
 
 
 def test_interpreter() -> None:

@@ -108,3 +108,19 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if grown:
             self._record()
         return result
+
+
+class LiveStorages(StorageMeter):  # type: ignore[no-untyped-call]
+    """Counts from the storages of `known` tensors on: as nothing while they live, and then as less
+    than nothing."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.track(known, "parameters")
+        self._known = self.total
+        self.forget_peaks()
+
+    @property
+    def above(self) -> int:
+        """The most bytes alive at once, above those that were known."""
+        return self.peak - self._known
