@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zoopt.bench import common
-from zoopt.kernels import sm3_
+from zoopt.kernels import NoiseKey, sm3_
 
 #: GPU calls are short: this many are queued and timed together.
 CUDA_CALLS = 20
@@ -39,7 +39,7 @@ def methods(theta: Tensor) -> dict[str, Callable[[], Any]]:
     accumulators = [torch.zeros(size, device=theta.device) for size in theta.shape]
     others = [vector.clone() for vector in accumulators]
     buffer = torch.zeros_like(theta, dtype=torch.float32)
-    options: dict[str, Any] = {"step_size": -1e-3}
+    options: dict[str, Any] = {"step_size": -1e-3, "key": NoiseKey(0, 0)}
     found: dict[str, Callable[[], Any]] = {
         FLOOR: lambda: theta.mul_(1.0),
         "plain": lambda: plain(theta, gradient, *others),

@@ -35,7 +35,7 @@ THETA = torch.zeros(NUMEL)
 
 
 def perturbed(out: torch.Tensor | None = None) -> torch.Tensor:
-    return kernels.perturb(THETA, 1.0, seed=1, stream=2, draw=3, out=out, impl="numba")
+    return kernels.perturb(THETA, 1.0, key=kernels.NoiseKey(1, 2), draw=3, out=out, impl="numba")
 
 
 def total(out: torch.Tensor) -> float:

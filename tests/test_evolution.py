@@ -227,8 +227,9 @@ def test_members_stand_where_they_say(perturbation: str) -> None:
         by_hand = mlp()
         with torch.no_grad():
             for name, param in by_hand.named_parameters():
-                key = {"seed": 3, "stream": noise.stream(name), "draw": member // 2}
-                kernels.perturb(param, 0.1 * (-1) ** member, out=param, **key)
+                key = kernels.NoiseKey(3, noise.stream(name))
+                scale = 0.1 * (-1) ** member
+                kernels.perturb(param, scale, key=key, draw=member // 2, out=param)
         # In place, what is added and taken away again leaves a rounding.
         exact = 0.0 if perturbation == "virtual" else 1e-5
         assert abs(closure_of(by_hand)().item() - fitness) <= exact * abs(fitness)

@@ -8,10 +8,11 @@ import torch
 import zoopt
 from tests import test_kernels_adam, test_kernels_product
 from tests.optimizer_table import CASES, PERTURBATIONS, Row, mlp, regression
-from tests.test_kernels import DISTRIBUTIONS, DTYPES, KEY, same_bits, weights
+from tests.test_kernels import DISTRIBUTIONS, DTYPES, KEY, WORDS, same_bits, weights
 from tests.test_sm3 import SHAPES, kernel_steps
 from zoopt import kernels, noise
 from zoopt.kernels.adam.moments import Moment
+from zoopt.kernels.noise.key import NoiseKey
 
 
 @pytest.mark.parametrize("offset", [0, 5, 2**32 - 3, 2**40 + 7])
@@ -28,12 +29,13 @@ def test_kernels_have_the_bits_of_the_cpu(
     dtype: torch.dtype, distribution: str, numel: int, offset: int
 ) -> None:
     theta = weights((numel,), dtype)
-    key = {**KEY, "offset": offset, "distribution": distribution}
+    key = NoiseKey(**WORDS, offset=offset, distribution=distribution)
+    masked = {"key": NoiseKey(**WORDS, offset=offset, distribution=distribution, density=0.25)}
     results: dict[str, list[torch.Tensor]] = {"cuda": [], "cpu": []}
     for device, out in results.items():
-        out.append(kernels.perturb(theta.to(device), 1e-3, draw=9, **key))
+        out.append(kernels.perturb(theta.to(device), 1e-3, draw=9, key=key))
         for rounding in ("nearest", "stochastic"):
-            whole = {**key, "draws": [1, 2**32 - 1], "decay": 0.99, "rounding": rounding}
+            whole = {"key": key, "draws": [1, 2**32 - 1], "decay": 0.99, "rounding": rounding}
             out.append(kernels.apply_(theta.to(device, copy=True), [0.1, -0.2], **whole))
             target = theta.to(device, copy=True)
             buffer = torch.linspace(-1, 1, numel).to(device)
@@ -43,7 +45,7 @@ def test_kernels_have_the_bits_of_the_cpu(
             out += [target, buffer]
             update = torch.linspace(-1, 1, numel).to(device)
             target = theta.to(device, copy=True)
-            out.append(kernels.add_(target, update, [0.1, -0.2], density=0.25, **whole))
+            out.append(kernels.add_(target, update, [0.1, -0.2], **{**whole, **masked}))
             out.append(
                 kernels.adam_window_(
                     theta.to(device, copy=True),
@@ -60,8 +62,8 @@ def test_kernels_have_the_bits_of_the_cpu(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows(dtype: torch.dtype) -> None:
     weight, rows = weights((50, 37), dtype), torch.tensor([[3, 49], [0, 3]])
-    got = kernels.perturb_rows(weight.cuda(), rows.cuda(), 0.1, draw=4, **KEY)
-    assert same_bits(got.cpu(), kernels.perturb_rows(weight, rows, 0.1, draw=4, **KEY))
+    got = kernels.perturb_rows(weight.cuda(), rows.cuda(), 0.1, draw=4, key=KEY)
+    assert same_bits(got.cpu(), kernels.perturb_rows(weight, rows, 0.1, draw=4, key=KEY))
 
 
 @pytest.mark.parametrize(("row", "perturbation"), CASES, ids=str)
@@ -146,7 +148,7 @@ def test_norms(rows: int, r: int) -> None:
         scale=1.0,
         eps=1e-8,
         norms=norms,
-        **KEY,
+        key=KEY,
     )
     expected = torch.stack((out.cpu(), gradient)).double().square().sum(2)
     assert ((norms.cpu().double() - expected).abs() <= r * 2.0**-24 * expected).all()

@@ -107,7 +107,8 @@ def test_tied_weights_stay_tied_and_move_once(perturbation: str) -> None:
     assert opt.last_step is not None
     [g] = opt.last_step.projected_grads
     name = next(name for name, param in model.named_parameters() if param is tied)
-    expected = zoopt.kernels.perturb(before, -1e-3 * g, seed=SEED, stream=stream(name), draw=0)
+    key = zoopt.kernels.NoiseKey(SEED, stream(name))
+    expected = zoopt.kernels.perturb(before, -1e-3 * g, key=key, draw=0)
     # In place, the update starts from the perturbed weight: a few roundings more.
     tolerance = 0.0 if perturbation == "virtual" else 4 * U * (before.abs().max().item() + 1e-2)
     torch.testing.assert_close(tied.detach(), expected, rtol=0.0, atol=tolerance)

@@ -27,9 +27,8 @@ def perturbed(model: nn.Module, scale: float, draw: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, param in model.named_parameters():
             alpha = scale * ZO_EPS
-            zoopt.kernels.perturb(
-                param, alpha, seed=SEED, stream=stream(name), draw=draw, out=param.detach()
-            )
+            key = zoopt.kernels.NoiseKey(SEED, stream(name))
+            zoopt.kernels.perturb(param, alpha, key=key, draw=draw, out=param.detach())
     return model
 
 

@@ -67,9 +67,8 @@ def test_each_step_uses_the_schedulers_lr(name: str, tensor_lr: bool) -> None:
         assert opt.last_step is not None
         [g] = opt.last_step.projected_grads
         for n, param in model.named_parameters():
-            moved = zoopt.kernels.perturb(
-                before[n], -rates[-1] * g, seed=SEED, stream=stream(n), draw=draw
-            )
+            key = zoopt.kernels.NoiseKey(SEED, stream(n))
+            moved = zoopt.kernels.perturb(before[n], -rates[-1] * g, key=key, draw=draw)
             assert torch.equal(param, moved)
     assert len(set(rates)) > 1
 

@@ -16,7 +16,8 @@ from zoopt.kernels.noise.key import NoiseKey
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DISTRIBUTIONS = ["normal", "rademacher"]
-KEY = {"seed": 0xFEDCBA9876543210, "stream": 0x89ABCDEF}
+WORDS = {"seed": 0xFEDCBA9876543210, "stream": 0x89ABCDEF}
+KEY = NoiseKey(**WORDS)
 FAST = [impl for impl in kernels.available_impls() if impl != "reference"]
 #: Only the reference has float64.
 CASES = [(impl, dtype) for impl in kernels.available_impls() for dtype in DTYPES]
@@ -51,8 +52,8 @@ def mask(numel: int, density: float, **key: int) -> Tensor:
 @pytest.mark.parametrize("width", [500, 1024])
 def test_perturb_is_theta_plus_alpha_z(width: int, dtype: torch.dtype, distribution: str) -> None:
     theta = weights((3, width), dtype)
-    got = kernels.perturb(theta, 1e-3, draw=5, distribution=distribution, **KEY)
-    z = direction(3 * width, distribution, draw=5, **KEY).view(3, width)
+    got = kernels.perturb(theta, 1e-3, draw=5, key=NoiseKey(**WORDS, distribution=distribution))
+    z = direction(3 * width, distribution, draw=5, **WORDS).view(3, width)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     alpha = torch.tensor(1e-3, dtype=wide)
     expected = (theta.to(wide) + alpha * z.to(wide)).to(dtype)
@@ -66,9 +67,9 @@ def test_apply_is_the_weighted_sum(dtype: torch.dtype, rounding: str) -> None:
     coefficients, draws = [0.5, -0.25, 1e-3, 2.0], [9, 3, 2**32 - 1, 0]
     expected = 0.9 * theta.double()
     for coefficient, draw in zip(coefficients, draws, strict=True):
-        expected += coefficient * direction(1000, "normal", draw=draw, **KEY).double()
+        expected += coefficient * direction(1000, "normal", draw=draw, **WORDS).double()
     got = theta.clone()
-    result = kernels.apply_(got, coefficients, draws=draws, decay=0.9, rounding=rounding, **KEY)
+    result = kernels.apply_(got, coefficients, draws=draws, decay=0.9, rounding=rounding, key=KEY)
     assert result is got
     # Ten roundings (five products, four sums, decay) of numbers below 2^4 in magnitude.
     unit = torch.finfo(dtype).eps / 2
@@ -78,10 +79,10 @@ def test_apply_is_the_weighted_sum(dtype: torch.dtype, rounding: str) -> None:
 def test_apply_rounds_once() -> None:
     """Ten updates of a fifth of a bfloat16 spacing: together two spacings, one by one nothing."""
     theta = torch.ones(4096, dtype=torch.bfloat16)
-    z = direction(4096, "rademacher", draw=1, **KEY)
+    z = direction(4096, "rademacher", draw=1, **WORDS)
     step = 2.0**-7 / 5
     got = kernels.apply_(
-        theta, [step] * 10, draws=[1] * 10, distribution="rademacher", **KEY
+        theta, [step] * 10, draws=[1] * 10, key=NoiseKey(**WORDS, distribution="rademacher")
     ).float()
     assert torch.equal(got[z > 0], torch.full_like(got[z > 0], 1 + 2.0**-6))
     assert (got[z < 0] < 1 - 2.0**-7).all()
@@ -125,13 +126,13 @@ def test_implementations_return_the_same_bits(
     density: float,
 ) -> None:
     theta = weights((numel,), dtype)
-    key = {**KEY, "offset": offset, "distribution": distribution, "density": density}
+    key = NoiseKey(**WORDS, offset=offset, distribution=distribution, density=density)
     coefficients = [0.3 / (j + 1) for j in range(len(draws))]
     update = torch.linspace(1, -1, numel)
     got, expected = [], []
     for name, out in ((impl, got), ("reference", expected)):
-        out.append(kernels.perturb(theta, -0.37, draw=draws[0], impl=name, **key))
-        whole = {**key, "draws": draws, "decay": decay, "rounding": rounding, "impl": name}
+        out.append(kernels.perturb(theta, -0.37, draw=draws[0], impl=name, key=key))
+        whole = {"key": key, "draws": draws, "decay": decay, "rounding": rounding, "impl": name}
         out.append(kernels.apply_(theta.clone(), coefficients, **whole))
         buffer = torch.linspace(-1, 1, numel)
         gradients = [c * 2 for c in coefficients]
@@ -158,19 +159,20 @@ def test_masked_elements_are_moved_as_without_a_mask_and_no_others(
     offset: int, distribution: str, dtype: torch.dtype, impl: str
 ) -> None:
     theta = weights((3000,), dtype)
-    key = {**KEY, "offset": offset}
-    kind = {**key, "distribution": distribution, "impl": impl}
+    key = {**WORDS, "offset": offset}
+    kind = {"key": NoiseKey(**key, distribution=distribution), "impl": impl}
+    masked = {**kind, "key": NoiseKey(**key, distribution=distribution, density=0.25)}
     kept = mask(3000, 0.25, draw=5, **key)
     dense = kernels.perturb(theta, 0.1, draw=5, **kind)
-    got = kernels.perturb(theta, 0.1, draw=5, density=0.25, **kind)
+    got = kernels.perturb(theta, 0.1, draw=5, **masked)
     assert same_bits(got, torch.where(kept, dense, theta))
     # Two directions, each with a mask of its own: where both are 0, theta's very bits, -0 too.
     theta[8:16] = -0.0
     draws, coefficients = [5, 6], [0.1, -0.2]
     neither = ~(kept | mask(3000, 0.25, draw=6, **key))
-    got = kernels.apply_(theta.clone(), coefficients, draws=draws, density=0.25, **kind)
+    got = kernels.apply_(theta.clone(), coefficients, draws=draws, **masked)
     assert same_bits(got[neither], theta[neither])
-    one = kernels.apply_(theta.clone(), coefficients[:1], draws=draws[:1], density=0.25, **kind)
+    one = kernels.apply_(theta.clone(), coefficients[:1], draws=draws[:1], **masked)
     alone = kept & ~mask(3000, 0.25, draw=6, **key)
     assert same_bits(got[alone], one[alone])
 
@@ -180,9 +182,11 @@ def test_masked_elements_are_moved_as_without_a_mask_and_no_others(
 def test_elements_that_no_mask_keeps_are_rounded(dtype: torch.dtype, impl: str) -> None:
     """Stochastically, by the bits of the last draw, as if the coefficients were 0."""
     theta = torch.randn(3000).to(dtype)
-    whole = {"draws": [1, 2], "decay": 0.99, "rounding": "stochastic", "impl": impl, **KEY}
-    neither = ~(mask(3000, 0.1, draw=1, **KEY) | mask(3000, 0.1, draw=2, **KEY))
-    got = kernels.apply_(theta.clone(), [0.1, 0.2], density=0.1, **whole)
+    whole = {"draws": [1, 2], "decay": 0.99, "rounding": "stochastic", "impl": impl, "key": KEY}
+    neither = ~(mask(3000, 0.1, draw=1, **WORDS) | mask(3000, 0.1, draw=2, **WORDS))
+    got = kernels.apply_(
+        theta.clone(), [0.1, 0.2], **{**whole, "key": NoiseKey(**WORDS, density=0.1)}
+    )
     expected = kernels.apply_(theta.clone(), [0.0, 0.0], **whole)
     assert same_bits(got[neither], expected[neither])
 
@@ -192,7 +196,6 @@ def test_key_of_a_density() -> None:
     key = NoiseKey(1, 2, 3, "rademacher", 0.1)
     assert key.density == 6554 / 65536
     assert key.threshold == 6554
-    assert NoiseKey(**key.arguments) == key
     assert key.shifted(8) == NoiseKey(1, 2, 11, "rademacher", 0.1)
     assert NoiseKey(1, 2).density == 1.0
     assert NoiseKey(1, 2, density=1 - 2**-20).threshold is None
@@ -207,7 +210,7 @@ def test_threads_do_not_matter(impl: str) -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(kernels.perturb(theta, 0.1, draw=1, impl=impl, **KEY))
+            results.append(kernels.perturb(theta, 0.1, draw=1, impl=impl, key=KEY))
     finally:
         torch.set_num_threads(before)
     assert same_bits(results[0], results[1])
@@ -236,7 +239,7 @@ def test_stochastic_rounding_is_unbiased(dtype: torch.dtype, scale: float, impl:
     decay = 1.0 + 2.0**-12
     exact = float(start) * float(torch.tensor(decay, dtype=torch.float32))
     got = kernels.apply_(
-        theta, [0.0], draws=[3], decay=decay, rounding="stochastic", impl=impl, **KEY
+        theta, [0.0], draws=[3], decay=decay, rounding="stochastic", impl=impl, key=KEY
     ).double()
     values = got.unique()
     assert len(values) == 2
@@ -254,16 +257,15 @@ def test_stochastic_rounding_keeps_small_updates() -> None:
     for rounding in ("nearest", "stochastic"):
         theta = torch.full((4096,), 0.02, dtype=torch.bfloat16)
         start = theta.double().mean()
-        z = direction(4096, "rademacher", draw=0, **KEY)
+        z = direction(4096, "rademacher", draw=0, **WORDS)
         for draw in range(200):
             # The direction of draw 0 every time; a new draw of weight 0 moves the rounding bits.
             kernels.apply_(
                 theta,
                 [5e-6, 0.0],
                 draws=[0, draw + 1],
-                distribution="rademacher",
+                key=NoiseKey(**WORDS, distribution="rademacher"),
                 rounding=rounding,
-                **KEY,
             )
         kept[rounding] = float(((theta.double() - start) * z).mean()) / (200 * 5e-6)
     assert kept["nearest"] < 0.5
@@ -274,7 +276,7 @@ def test_exact_numbers_survive_stochastic_rounding() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         theta = weights((5000,), dtype)
         theta = theta[theta.isfinite() & (theta != 0)]
-        got = kernels.apply_(theta.clone(), [0.0], draws=[1], rounding="stochastic", **KEY)
+        got = kernels.apply_(theta.clone(), [0.0], draws=[1], rounding="stochastic", key=KEY)
         assert same_bits(got, theta)
 
 
@@ -283,7 +285,7 @@ def test_momentum_is_two_weighted_sums(dtype: torch.dtype) -> None:
     theta, wide = torch.randn(777).to(dtype), torch.float64
     buffer = torch.randn(777, dtype=wide if dtype == wide else torch.float32)
     draws, coefficients, gradients = [4, 8], [0.25, 0.0], [1.5, -2.0]
-    z = [direction(777, "normal", draw=draw, **KEY).double() for draw in draws]
+    z = [direction(777, "normal", draw=draw, **WORDS).double() for draw in draws]
     expected_buffer = 0.9 * buffer.double() + 1.5 * z[0] - 2.0 * z[1]
     expected = 0.99 * theta.double() + 0.25 * z[0] - 0.01 * expected_buffer
     kernels.momentum_(
@@ -295,7 +297,7 @@ def test_momentum_is_two_weighted_sums(dtype: torch.dtype) -> None:
         step_size=-0.01,
         draws=draws,
         decay=0.99,
-        **KEY,
+        key=KEY,
     )
     # Six roundings of numbers below 2^4, and one to the parameter's own dtype.
     accumulator = torch.finfo(buffer.dtype).eps
@@ -312,11 +314,11 @@ def test_add_is_a_weighted_sum_and_an_update(dtype: torch.dtype, density: float)
     before, draws, coefficients = update.clone(), [4, 8], [0.25, -1.5]
     expected = 0.99 * theta.double() + update.double()
     for coefficient, draw in zip(coefficients, draws, strict=True):
-        z = direction(777, "normal", draw=draw, **KEY).double()
-        expected += coefficient * z * mask(777, density, draw=draw, **KEY)
+        z = direction(777, "normal", draw=draw, **WORDS).double()
+        expected += coefficient * z * mask(777, density, draw=draw, **WORDS)
     got = theta.clone()
-    args = {"draws": draws, "decay": 0.99, "density": density}
-    assert kernels.add_(got, update, coefficients, **args, **KEY) is got
+    args = {"draws": draws, "decay": 0.99, "key": NoiseKey(**WORDS, density=density)}
+    assert kernels.add_(got, update, coefficients, **args) is got
     assert same_bits(update, before)
     # Six roundings of numbers below 2^4, and one to the parameter's own dtype.
     bound = 6 * 2**4 * torch.finfo(update.dtype).eps / 2
@@ -329,7 +331,7 @@ def test_add_is_a_weighted_sum_and_an_update(dtype: torch.dtype, density: float)
 def test_rounding_draw_names_the_bits(dtype: torch.dtype, impl: str) -> None:
     """Those of the last of the draws, or of the one that is given, with draws or without."""
     theta, update = torch.randn(3000).to(dtype), torch.randn(3000) * 1e-3
-    whole = {"decay": 0.9, "rounding": "stochastic", "impl": impl, **KEY}
+    whole = {"decay": 0.9, "rounding": "stochastic", "impl": impl, "key": KEY}
     # A direction of weight 0 brings its rounding bits and nothing else.
     by_seven = kernels.add_(theta.clone(), update, [0.0], draws=[7], **whole)
     got = kernels.add_(theta.clone(), update, [], draws=[], rounding_draw=7, **whole)
@@ -341,7 +343,7 @@ def test_rounding_draw_names_the_bits(dtype: torch.dtype, impl: str) -> None:
     decayed = kernels.apply_(theta.clone(), [], draws=[], rounding_draw=7, **whole)
     assert same_bits(decayed, kernels.apply_(theta.clone(), [0.0], draws=[7], **whole))
     # To nearest there is nothing to name.
-    plain = {"draws": [], "decay": 0.9, "impl": impl, **KEY}
+    plain = {"draws": [], "decay": 0.9, "impl": impl, "key": KEY}
     got = kernels.add_(theta.clone(), update, [], rounding_draw=7, **plain)
     assert same_bits(got, kernels.add_(theta.clone(), update, [], **plain))
 
@@ -361,8 +363,8 @@ def test_adam_window_is_adam_over_past_steps(
     expected = 0.99 * theta.double()
     ghat, m, v = torch.zeros(3, n, dtype=torch.float64)
     for j, draw in enumerate(draws):
-        z = direction(n, distribution, draw=draw, **KEY).double()
-        z = z * mask(n, density, draw=draw, **KEY)
+        z = direction(n, distribution, draw=draw, **WORDS).double()
+        z = z * mask(n, density, draw=draw, **WORDS)
         expected += coefficients[j] * z
         ghat = ghat + gradients[j] * z
         if closes[j]:
@@ -372,7 +374,8 @@ def test_adam_window_is_adam_over_past_steps(
     got = theta.clone()
     args = (coefficients, gradients, first, second, closes)
     numbers = {"eps": 1e-3, "step_size": -0.1, "decay": 0.99}
-    noise_of = {"draws": draws, "distribution": distribution, "density": density, **KEY}
+    key = NoiseKey(**WORDS, distribution=distribution, density=density)
+    noise_of = {"draws": draws, "key": key}
     assert kernels.adam_window_(got, *args, **numbers, **noise_of) is got
     # With u half the accumulator's spacing at 1, and every |ghat| below 2^5 (|z| < 4.36, |g| sums
     # to 3.5): m errs by 8 roundings of numbers below 2^6, v by 9 of numbers below 2^9 (a ghat that
@@ -398,7 +401,7 @@ def test_adam_window_of_nothing_is_decay() -> None:
             step_size=-1.0,
             draws=[3][: len(args[0])],
             decay=0.5,
-            **KEY,
+            key=KEY,
         )
         assert same_bits(got, theta * 0.5)
 
@@ -412,7 +415,8 @@ def test_gathered_rows_are_rows(
 ) -> None:
     weight = weights((40, 37), dtype)
     rows = torch.tensor([[0, 39, 7], [7, 7, 1]])
-    key = {**KEY, "draw": 2, "offset": 11, "distribution": distribution, "density": density}
+    noise_key = NoiseKey(**WORDS, offset=11, distribution=distribution, density=density)
+    key = {"draw": 2, "key": noise_key}
     got = kernels.perturb_rows(weight, rows, 0.1, impl=impl, **key)
     assert same_bits(got, kernels.perturb(weight, 0.1, impl="reference", **key)[rows])
     strided = torch.arange(12)[::3]
@@ -426,36 +430,36 @@ def test_gathered_rows_are_rows(
 def test_shapes_and_strides() -> None:
     """Elements count row-major, whatever the memory layout; empty and 0-d tensors are tensors."""
     base = torch.randn(6, 10)
-    dense = kernels.perturb(base, 0.5, draw=1, **KEY)
+    dense = kernels.perturb(base, 0.5, draw=1, key=KEY)
     for view in (base.t().contiguous().t(), torch.cat((base, base), 1)[:, :10]):
         assert not view.is_contiguous()
-        assert same_bits(kernels.perturb(view, 0.5, draw=1, **KEY), dense)
+        assert same_bits(kernels.perturb(view, 0.5, draw=1, key=KEY), dense)
         in_place = view.clone(memory_format=torch.preserve_format)
-        kernels.perturb(view, 0.5, draw=1, out=in_place, **KEY)
+        kernels.perturb(view, 0.5, draw=1, out=in_place, key=KEY)
         assert same_bits(in_place.contiguous(), dense)
-        kernels.apply_(view, [0.5], draws=[1], **KEY)
+        kernels.apply_(view, [0.5], draws=[1], key=KEY)
         assert same_bits(view.contiguous(), dense)
-    assert kernels.perturb(torch.empty(0, 3), 1.0, draw=0, **KEY).shape == (0, 3)
-    kernels.apply_(torch.empty(0), [1.0], draws=[0], **KEY)
-    scalar = kernels.perturb(torch.tensor(2.0), 1.0, draw=0, **KEY)
+    assert kernels.perturb(torch.empty(0, 3), 1.0, draw=0, key=KEY).shape == (0, 3)
+    kernels.apply_(torch.empty(0), [1.0], draws=[0], key=KEY)
+    scalar = kernels.perturb(torch.tensor(2.0), 1.0, draw=0, key=KEY)
     assert scalar.shape == ()
-    assert scalar == 2.0 + direction(1, "normal", draw=0, **KEY)[0]
+    assert scalar == 2.0 + direction(1, "normal", draw=0, **WORDS)[0]
 
 
 def test_out_can_be_theta_and_no_draws_only_decay() -> None:
     theta = torch.randn(100)
-    expected = kernels.perturb(theta, 0.1, draw=1, **KEY)
-    assert kernels.perturb(theta, 0.1, draw=1, out=theta, **KEY) is theta
+    expected = kernels.perturb(theta, 0.1, draw=1, key=KEY)
+    assert kernels.perturb(theta, 0.1, draw=1, out=theta, key=KEY) is theta
     assert same_bits(theta, expected)
-    kernels.apply_(theta, [], draws=[], decay=0.5, **KEY)
+    kernels.apply_(theta, [], draws=[], decay=0.5, key=KEY)
     assert same_bits(theta, expected * 0.5)
 
 
 def test_autograd_is_left_alone() -> None:
     theta = torch.randn(10, requires_grad=True)
-    assert not kernels.perturb(theta, 0.1, draw=1, **KEY).requires_grad
+    assert not kernels.perturb(theta, 0.1, draw=1, key=KEY).requires_grad
     with torch.no_grad():
-        kernels.apply_(theta, [0.1], draws=[1], **KEY)
+        kernels.apply_(theta, [0.1], draws=[1], key=KEY)
     assert theta.requires_grad
     assert theta.grad_fn is None
 
@@ -466,80 +470,82 @@ UPDATE = torch.zeros(4)
 
 def adam_one(theta: Tensor, second=(1.0,), closes=(True,), eps: float = 1e-8) -> Tensor:
     args = ([0.0], [1.0], [1.0], list(second), closes)
-    return kernels.adam_window_(theta, *args, eps=eps, step_size=-0.1, draws=[0], **KEY)
+    return kernels.adam_window_(theta, *args, eps=eps, step_size=-0.1, draws=[0], key=KEY)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: kernels.perturb([1.0], 1.0, draw=0, **KEY), TypeError, "theta must be a tensor"),
+        (lambda: kernels.perturb([1.0], 1.0, draw=0, key=KEY), TypeError, "theta must be a tensor"),
         (
-            lambda: kernels.perturb(THETA.long(), 1.0, draw=0, **KEY),
+            lambda: kernels.perturb(THETA.long(), 1.0, draw=0, key=KEY),
             TypeError,
             "theta must have one of the dtypes float32, bfloat16, float16, float64, got",
         ),
         (
-            lambda: kernels.perturb(THETA.to_sparse(), 1.0, draw=0, **KEY),
+            lambda: kernels.perturb(THETA.to_sparse(), 1.0, draw=0, key=KEY),
             TypeError,
             "theta must be a dense tensor",
         ),
         (
-            lambda: kernels.perturb(THETA, 1.0, draw=0, out=torch.zeros(5), **KEY),
+            lambda: kernels.perturb(THETA, 1.0, draw=0, out=torch.zeros(5), key=KEY),
             ValueError,
             r"out must be a torch.float32 tensor of shape \(4,\)",
         ),
         (
-            lambda: kernels.perturb(THETA, 1.0, draw=0, distribution="cauchy", **KEY),
+            lambda: kernels.perturb(
+                THETA, 1.0, draw=0, key=NoiseKey(**WORDS, distribution="cauchy")
+            ),
             ValueError,
             "distribution must be one of 'normal', 'rademacher', got 'cauchy'",
         ),
         (
-            lambda: kernels.perturb(THETA.double(), 1.0, draw=0, impl="numba", **KEY),
+            lambda: kernels.perturb(THETA.double(), 1.0, draw=0, impl="numba", key=KEY),
             ValueError,
             "impl='numba' has no float64 kernel; use impl='reference'",
         ),
         (
-            lambda: kernels.apply_(torch.zeros(1).expand(4), [1.0], draws=[0], **KEY),
+            lambda: kernels.apply_(torch.zeros(1).expand(4), [1.0], draws=[0], key=KEY),
             ValueError,
             r"theta is expanded.*pass theta.clone\(\)",
         ),
         (
-            lambda: kernels.apply_(THETA, [1.0], draws=[0, 1], **KEY),
+            lambda: kernels.apply_(THETA, [1.0], draws=[0, 1], key=KEY),
             ValueError,
             "coefficients and draws must have equal lengths, got 1 and 2",
         ),
         (
-            lambda: kernels.apply_(THETA, [], draws=[], rounding="stochastic", **KEY),
+            lambda: kernels.apply_(THETA, [], draws=[], rounding="stochastic", key=KEY),
             ValueError,
             "rounding='stochastic' needs at least one draw or a rounding_draw, got none",
         ),
         (
-            lambda: kernels.add_(THETA, UPDATE, [], draws=[], rounding="stochastic", **KEY),
+            lambda: kernels.add_(THETA, UPDATE, [], draws=[], rounding="stochastic", key=KEY),
             ValueError,
             "rounding='stochastic' needs at least one draw or a rounding_draw, got none",
         ),
         (
-            lambda: kernels.add_(THETA, UPDATE, [], draws=[], rounding_draw=2**32, **KEY),
+            lambda: kernels.add_(THETA, UPDATE, [], draws=[], rounding_draw=2**32, key=KEY),
             ValueError,
             r"rounding_draw must be an int in \[0, 2\^32\), got 4294967296",
         ),
         (
-            lambda: kernels.add_(THETA, UPDATE.double(), [], draws=[], **KEY),
+            lambda: kernels.add_(THETA, UPDATE.double(), [], draws=[], key=KEY),
             ValueError,
             "update must be a torch.float32 tensor",
         ),
         (
-            lambda: kernels.add_(THETA.half(), UPDATE.half(), [], draws=[], **KEY),
+            lambda: kernels.add_(THETA.half(), UPDATE.half(), [], draws=[], key=KEY),
             ValueError,
             "update must be a torch.float32 tensor",
         ),
         (
-            lambda: kernels.add_(THETA, [0.0] * 4, [], draws=[], **KEY),
+            lambda: kernels.add_(THETA, [0.0] * 4, [], draws=[], key=KEY),
             TypeError,
             "update must be a tensor, got list",
         ),
         (
-            lambda: kernels.add_(torch.zeros(2, 2), UPDATE.view(2, 2).t(), [], draws=[], **KEY),
+            lambda: kernels.add_(torch.zeros(2, 2), UPDATE.view(2, 2).t(), [], draws=[], key=KEY),
             ValueError,
             r"update must be contiguous; pass update.contiguous\(\)",
         ),
@@ -559,17 +565,19 @@ def adam_one(theta: Tensor, second=(1.0,), closes=(True,), eps: float = 1e-8) ->
             "eps must be positive in torch.float32, got 1e-50; use 1e-8",
         ),
         (
-            lambda: kernels.apply_(THETA, [1.0], draws=[0], rounding="up", **KEY),
+            lambda: kernels.apply_(THETA, [1.0], draws=[0], rounding="up", key=KEY),
             ValueError,
             "rounding must be one of 'nearest', 'stochastic', got 'up'",
         ),
         (
-            lambda: kernels.perturb_rows(torch.zeros(3, 2), torch.tensor([3]), 1.0, draw=0, **KEY),
+            lambda: kernels.perturb_rows(
+                torch.zeros(3, 2), torch.tensor([3]), 1.0, draw=0, key=KEY
+            ),
             IndexError,
             r"rows must lie in \[0, 3\), got values from 3 to 3",
         ),
         (
-            lambda: kernels.perturb_rows(THETA, torch.tensor([0]), 1.0, draw=0, **KEY),
+            lambda: kernels.perturb_rows(THETA, torch.tensor([0]), 1.0, draw=0, key=KEY),
             ValueError,
             "weight must be a matrix",
         ),
@@ -582,7 +590,7 @@ def adam_one(theta: Tensor, second=(1.0,), closes=(True,), eps: float = 1e-8) ->
                 momentum=0.9,
                 step_size=0.1,
                 draws=[],
-                **KEY,
+                key=KEY,
             ),
             ValueError,
             "buffer must be a torch.float32 tensor",
@@ -598,10 +606,10 @@ def test_errors(call, error: type[Exception], message: str) -> None:
 
 def test_triton_without_a_gpu_says_what_to_do() -> None:
     if "triton" in kernels.available_impls():
-        assert kernels.perturb(THETA, 1.0, draw=0, impl="triton", **KEY).shape == (4,)
+        assert kernels.perturb(THETA, 1.0, draw=0, impl="triton", key=KEY).shape == (4,)
         return
     with pytest.raises(ValueError, match="impl='triton' is not available here; remedy: "):
-        kernels.perturb(THETA, 1.0, draw=0, impl="triton", **KEY)
+        kernels.perturb(THETA, 1.0, draw=0, impl="triton", key=KEY)
 
 
 def test_sizes_of_the_definition_are_those_of_the_kernels() -> None:

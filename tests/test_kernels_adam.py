@@ -23,11 +23,12 @@ from zoopt.kernels.adam.moments import (
     decode,
     encode,
 )
+from zoopt.kernels.noise.key import NoiseKey
 
 FORMATS = get_args(Format)
 CODED = ["int8", "int4"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KEY = {"seed": 0xFEDCBA9876543210, "stream": 0x89ABCDEF}
+KEY = NoiseKey(0xFEDCBA9876543210, 0x89ABCDEF)
 FAST = [impl for impl in kernels.available_impls() if impl != "reference"]
 #: A float32 operation's relative error.
 UNIT = 2.0**-24
@@ -160,7 +161,7 @@ def test_stochastic_rounding_is_unbiased_with_the_noise(form: str, signed: bool)
     moment = first if signed else second
     # With beta 0 a moment is the gradient, or its square.
     gradient = x if signed else x.sqrt()
-    kwargs: dict[str, Any] = {"scale": 1.0, "eps": 1.0, "moment_draw": 5, **KEY}
+    kwargs: dict[str, Any] = {"scale": 1.0, "eps": 1.0, "moment_draw": 5, "key": KEY}
     kernels.adam_(gradient, first, second, betas=(0.0, 0.0), **kwargs)
     got = decode(moment)[x < 1.0].double()
     expected = (gradient if signed else gradient.square())[1].item()
@@ -195,7 +196,11 @@ def trajectory(
         if bad and step:
             gradient[numel // 2], gradient[0] = torch.nan, torch.inf
         gradient = (gradient.float() if wide_gradient else gradient).to(device)
-        kwargs: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "offset": offset, **KEY}
+        kwargs: dict[str, Any] = {
+            "betas": (0.9, 0.999),
+            "eps": 1e-8,
+            "key": KEY.shifted(offset),
+        }
         kwargs |= {"moment_draw": None if draw is None else draw + step, "impl": impl}
         rounding = None if draw is None else step
         kernels.adamw_(
@@ -262,7 +267,7 @@ def test_norms_are_the_rows_sums_of_squares(impl: str, rows: int, r: int) -> Non
     gradient = torch.randn(rows, r)
     first, second = moments(rows * r, "float32")
     norms = torch.empty(2, rows)
-    kwargs: dict[str, Any] = {"betas": (0.9, 0.999), "scale": 1.0, "eps": 1e-8, **KEY}
+    kwargs: dict[str, Any] = {"betas": (0.9, 0.999), "scale": 1.0, "eps": 1e-8, "key": KEY}
     out = kernels.adam_(gradient, first, second, norms=norms, impl=impl, **kwargs)
     expected = torch.stack((out, gradient)).double().square().sum(2)
     # Whatever the order, a sum of r positive terms is off by r - 1 roundings and the squares' own.
@@ -279,7 +284,7 @@ def test_norms_are_the_rows_sums_of_squares(impl: str, rows: int, r: int) -> Non
 def test_a_direction_may_be_of_the_gradients_dtype(impl: str, dtype: torch.dtype) -> None:
     """The same, rounded to nearest once, in the gradient's place or elsewhere; norms before."""
     gradient = torch.randn(700, 5).to(dtype)
-    kwargs: dict[str, Any] = {"betas": (0.9, 0.999), "scale": 1.0, "eps": 1e-8, **KEY}
+    kwargs: dict[str, Any] = {"betas": (0.9, 0.999), "scale": 1.0, "eps": 1e-8, "key": KEY}
     norms, narrow_norms = torch.empty(2, 700), torch.empty(2, 700)
     wide = kernels.adam_(gradient, *moments(3500, "int8"), norms=norms, impl=impl, **kwargs)
     assert wide.dtype == torch.float32
@@ -312,7 +317,7 @@ def test_adamw_is_torchs(dtype: torch.dtype) -> None:
             scale=-1e-2 * root / (1 - 0.9**step),
             eps=1e-8 * root,
             decay=1 - 1e-2 * 0.1,
-            **KEY,
+            key=KEY,
         )
     # Ten steps of some ten roundings of theta, below 8 in magnitude, and of moves below 0.1.
     assert (theta - expected).abs().max() <= 100 * 8 * torch.finfo(dtype).eps
@@ -322,7 +327,13 @@ def test_a_view_and_a_float64_gradient() -> None:
     theta = torch.randn(40, 30).t()
     gradient = torch.randn(30, 40).double()
     expected = theta.contiguous()
-    kwargs: dict[str, Any] = {"betas": (0.9, 0.99), "scale": -0.1, "eps": 1e-8, "decay": 1.0, **KEY}
+    kwargs: dict[str, Any] = {
+        "betas": (0.9, 0.99),
+        "scale": -0.1,
+        "eps": 1e-8,
+        "decay": 1.0,
+        "key": KEY,
+    }
     kernels.adamw_(theta, gradient, *moments(1200, "int8"), **kwargs)
     kernels.adamw_(expected, gradient.float(), *moments(1200, "int8"), **kwargs)
     assert same_bits(theta.contiguous(), expected)
@@ -332,7 +343,7 @@ def test_a_view_and_a_float64_gradient() -> None:
 
 def test_errors_name_the_value_and_the_remedy() -> None:
     gradient = torch.zeros(4, 4)
-    kwargs: dict[str, Any] = {"betas": (0.9, 0.99), "scale": 1.0, "eps": 1e-8, **KEY}
+    kwargs: dict[str, Any] = {"betas": (0.9, 0.99), "scale": 1.0, "eps": 1e-8, "key": KEY}
     with pytest.raises(ValueError, match="numel must be 2 or more for codes, got 1"):
         empty(1, "int8", signed=True)
     with pytest.raises(ValueError, match="codes must have 4 values, got 3"):

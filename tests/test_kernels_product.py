@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.meter import peak_bytes
 from zoopt import kernels
 from zoopt.kernels.dispatch import native_bfloat16
+from zoopt.kernels.noise.key import NoiseKey
 
 #: Which terms there are beside decay theta.
 CASES = ["product", "by row", "by column", "scalar", "sign", "all", "none"]
@@ -76,9 +77,7 @@ def difference(
         theta.to(device, copy=True),
         left.to(device) if product else None,
         right.to(device) if product else None,
-        seed=5,
-        stream=2**31 + 3,
-        offset=offset,
+        key=NoiseKey(5, 2**31 + 3, offset),
         rounding_draw=rounding_draw,
         impl=impl,
         **moved,
@@ -120,7 +119,7 @@ def test_a_sum_is_rounded_once(impl: str) -> None:
     be rounded to, is a tie, and goes to 1."""
     theta, right = torch.ones(64, 48).bfloat16(), torch.ones(48, 2).bfloat16()
     left = torch.tensor([2.0**-8, 2.0**-20]).expand(64, 2).bfloat16()
-    got = kernels.add_product_(theta, left, right, alpha=1.0, impl=impl)
+    got = kernels.add_product_(theta, left, right, alpha=1.0, key=NoiseKey(0, 0), impl=impl)
     assert (got == 1.0 + 2.0**-7).all()
 
 
@@ -137,9 +136,8 @@ def test_a_plan_allocates_what_the_kernel_does(
         known = tensors
         if isinstance(mode, FakeTensorMode):
             known = [mode.from_tensor(tensor) for tensor in tensors]
-        add = functools.partial(
-            *(kernels.add_product_, *known), alpha=0.7, rounding_draw=rounding_draw
-        )
+        options = {"alpha": 0.7, "key": NoiseKey(0, 0), "rounding_draw": rounding_draw}
+        add = functools.partial(kernels.add_product_, *known, **options)
         with mode:
             peaks.append(peak_bytes(add, known))
     assert peaks[0] == peaks[1]
@@ -149,11 +147,11 @@ def test_a_plan_allocates_what_the_kernel_does(
 def test_rounding_is_the_noises(impl: str) -> None:
     """Without terms the bits are `apply_`'s: the same random bits for the same elements."""
     theta = torch.randn(300, 1000).bfloat16()
-    key: dict[str, Any] = {"seed": 5, "stream": 6, "offset": 11}
+    key = NoiseKey(5, 6, 11)
     expected = kernels.apply_(
-        theta.clone(), [], draws=[], decay=0.7, rounding="stochastic", rounding_draw=4, **key
+        theta.clone(), [], draws=[], decay=0.7, rounding="stochastic", rounding_draw=4, key=key
     )
     got = kernels.add_product_(
-        theta.clone(), None, None, decay=0.7, rounding_draw=4, impl=impl, **key
+        theta.clone(), None, None, decay=0.7, rounding_draw=4, impl=impl, key=key
     )
     assert torch.equal(got, expected)

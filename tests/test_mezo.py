@@ -69,8 +69,8 @@ def test_both_perturbations_evaluate_the_same_point(dtype: torch.dtype) -> None:
         losses.append(optimizer.last_step.losses[0][0])
         with torch.no_grad():
             for name, param in by_hand.named_parameters():
-                key = {"seed": 3, "stream": noise.stream(name), "draw": 0}
-                kernels.perturb(param, 1e-3, out=param, **key)
+                key = kernels.NoiseKey(3, noise.stream(name))
+                kernels.perturb(param, 1e-3, key=key, draw=0, out=param)
             losses.append(language_closure(by_hand)().item())
     assert len(set(losses)) == 1
 

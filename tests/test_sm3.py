@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 import zoopt
 from tests.reference.sm3_float64 import Cover
 from zoopt.kernels import sm3_
+from zoopt.kernels.noise.key import NoiseKey
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (1,), (300,), (7, 13), (6, 16), (1, 9), (3, 4, 5), (2, 3, 1, 5), (2, 2100), (0, 4)]
-KEY = {"seed": 2**63 + 5, "stream": 2**31 + 1, "offset": 2**32 - 5}
+KEY = NoiseKey(2**63 + 5, 2**31 + 1, 2**32 - 5)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -73,7 +74,7 @@ def kernel_steps(
             rounding_draw=draw,
             impl=impl,
             **options,
-            **KEY,
+            key=KEY,
         )
     return [tensor.cpu() for tensor in (theta, *accumulators, buffer)]
 
@@ -114,7 +115,14 @@ def test_a_wide_gradient_of_narrow_weights() -> None:
     for impl in ("numba", "reference"):
         theta = torch.ones(5, 7, dtype=torch.bfloat16)
         accumulators = zeros(theta)
-        sm3_(theta, torch.full((5, 7), 1.0 + 2**-20), accumulators, step_size=-0.1, impl=impl)
+        sm3_(
+            theta,
+            torch.full((5, 7), 1.0 + 2**-20),
+            accumulators,
+            step_size=-0.1,
+            key=KEY,
+            impl=impl,
+        )
         results.append([theta, *accumulators])
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
     assert bool((results[0][1] > 1.0).all())
@@ -139,7 +147,7 @@ def test_sandwich(shape: tuple[int, ...], seed: int, steps: int) -> None:
         g = rng.integers(-3, 4, shape).astype(np.float64) * (rng.random(shape) < 0.5)
         before = [vector.clone() for vector in accumulators]
         theta = torch.zeros(shape, dtype=torch.float64)
-        sm3_(theta, torch.as_tensor(g), accumulators, step_size=1.0)
+        sm3_(theta, torch.as_tensor(g), accumulators, step_size=1.0, key=KEY)
         total = total + g**2
         nu_one, nu_two = one.step_one(g), two.step_two(g)
         assert (total <= nu_two).all()
@@ -376,7 +384,7 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_weight_only(impl: str, bad
     gradient[2, 5] = bad
     accumulators = zeros(theta)
     for _ in range(3):
-        sm3_(theta, gradient, accumulators, step_size=-0.1, impl=impl)
+        sm3_(theta, gradient, accumulators, step_size=-0.1, key=KEY, impl=impl)
         gradient[2, 5] = 1.0
     spoiled = ~theta.isfinite()
     assert spoiled.nonzero().tolist() == [[2, 5]]
@@ -428,5 +436,5 @@ def test_the_kernel_refuses_tensors_that_do_not_match() -> None:
         ((torch.ones(1, 1).expand(2, 3), gradient, accumulators), {}, "theta is expanded"),
     ):
         with pytest.raises(ValueError, match=message):
-            sm3_(*arguments, step_size=-0.1, **options)
+            sm3_(*arguments, step_size=-0.1, key=KEY, **options)
     assert all(torch.equal(a, b) for a, b in zip([theta, *accumulators], before, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoopt.checks import check_positive_int
 from zoopt.kernels import perturb
-from zoopt.kernels.noise.key import Distribution, check_unsigned
+from zoopt.kernels.noise.key import Distribution, NoiseKey, check_unsigned
 from zoopt.kernels.noise.philox import NOISE_VERSION, philox4x32
 
 __all__ = ["NOISE_VERSION", "mask", "normal", "philox4x32", "rademacher", "stream"]
@@ -123,12 +123,8 @@ def _fill(
     return perturb(
         zeros,
         1.0,
-        seed=seed,
-        stream=stream,
+        key=NoiseKey(seed, stream, offset, distribution, density),
         draw=draw,
-        offset=offset,
-        distribution=distribution,
-        density=density,
         out=zeros,
         impl=impl,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zoopt.kernels.noise.op import DTYPES
+from zoopt.dtypes import DTYPES
 from zoopt.noise import stream
 from zoopt.optimizer import Group
 

@@ -38,7 +38,7 @@ def test_norms(rows: int, r: int) -> None:
         eps=1e-8,
         norms=norms,
         impl="triton",
-        **KEY,
+        key=KEY,
     )
     expected = torch.stack((out, gradient)).double().square().sum(2)
     assert ((norms.double() - expected).abs() <= r * 2.0**-24 * expected).all()

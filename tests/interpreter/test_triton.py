@@ -13,6 +13,7 @@ import torch
 
 from zoopt import kernels, noise
 from zoopt.kernels.noise import philox
+from zoopt.kernels.noise.key import NoiseKey
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DISTRIBUTIONS = ["normal", "rademacher"]
@@ -65,17 +66,16 @@ def adam_window(theta: torch.Tensor, **key) -> torch.Tensor:
 def test_same_bits(
     density: float, dtype: torch.dtype, distribution: str, numel: int, offset: int
 ) -> None:
-    key = {"seed": 2**63 + 5, "stream": 2**31 + 1, "offset": offset}
-    key = {**key, "distribution": distribution, "density": density}
+    key = NoiseKey(2**63 + 5, 2**31 + 1, offset, distribution, density)
     theta = (torch.randn(numel) * 10.0 ** torch.randint(-9, 5, (numel,))).to(dtype)
     # A zero keeps its sign where the mask is 0.
     theta[:1] = -0.0
     update = torch.linspace(1, -1, numel)
     results: dict[str, list[torch.Tensor]] = {"triton": [], "reference": []}
     for impl, out in results.items():
-        out.append(kernels.perturb(theta, 1e-3, draw=9, impl=impl, **key))
+        out.append(kernels.perturb(theta, 1e-3, draw=9, impl=impl, key=key))
         for rounding in ("nearest", "stochastic"):
-            whole = {**key, "draws": [1, 2**32 - 1], "decay": 0.99, "rounding": rounding}
+            whole = {"key": key, "draws": [1, 2**32 - 1], "decay": 0.99, "rounding": rounding}
             out.append(kernels.apply_(theta.clone(), [0.1, -0.2], impl=impl, **whole))
             target, buffer = theta.clone(), torch.linspace(-1, 1, numel)
             kernels.momentum_(
@@ -102,7 +102,6 @@ def test_same_bits(
 @pytest.mark.parametrize("density", [1.0, 0.3])
 def test_rows(density: float, dtype: torch.dtype, distribution: str) -> None:
     weight, rows = torch.randn(20, 37).to(dtype), torch.tensor([[3, 19], [0, 3]])
-    key = {"seed": 7, "stream": 8, "draw": 4, "offset": 5}
-    key = {**key, "distribution": distribution, "density": density}
+    key = {"draw": 4, "key": NoiseKey(7, 8, 5, distribution, density)}
     got = kernels.perturb_rows(weight, rows, 0.1, impl="triton", **key)
     assert same_bits(got, kernels.perturb(weight, 0.1, impl="reference", **key)[rows])

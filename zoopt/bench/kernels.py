@@ -22,7 +22,7 @@ from zoopt.bench import charts, common
 from zoopt.bench.kernels_first_order import first_order
 from zoopt.bench.published_mezo import add_direction
 from zoopt.kernels import adam_window_, add_, apply_, momentum_, perturb
-from zoopt.kernels.noise.key import Distribution
+from zoopt.kernels.noise.key import Distribution, NoiseKey
 
 #: GPU calls are short: this many are queued and timed together.
 CUDA_CALLS = 20
@@ -79,7 +79,8 @@ def methods(theta: Tensor) -> Iterator[Method]:
         yield Method(name, "-", run, size, None)
     narrow = theta.dtype != torch.float32
     for distribution in get_args(Distribution):
-        key: dict[str, Any] = {"seed": 1, "stream": 2, "distribution": distribution}
+        key: dict[str, Any] = {"key": NoiseKey(1, 2, distribution=distribution)}
+        sparse = NoiseKey(1, 2, distribution=distribution, density=DENSITY)
         one = {**key, "draws": [3]}
 
         def in_place(key: dict[str, Any] = key) -> Tensor:
@@ -97,8 +98,8 @@ def methods(theta: Tensor) -> Iterator[Method]:
         def many(key: dict[str, Any] = key) -> Tensor:
             return apply_(theta, [EPS] * DRAWS, draws=range(DRAWS), decay=0.9999, **key)
 
-        def masked(key: dict[str, Any] = key) -> Tensor:
-            return perturb(theta, EPS, draw=3, out=theta, density=DENSITY, **key)
+        def masked(key: NoiseKey = sparse) -> Tensor:
+            return perturb(theta, EPS, draw=3, out=theta, key=key)
 
         def add(one: dict[str, Any] = one) -> Tensor:
             return add_(theta, addend, [EPS], decay=0.9999, **one)

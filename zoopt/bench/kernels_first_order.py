@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoopt import noise
-from zoopt.kernels import adam_, adamw_, add_product_
+from zoopt.kernels import NoiseKey, adam_, adamw_, add_product_
 from zoopt.kernels.adam.moments import BLOCK, Format, Moment
 
 RANK = 128
@@ -66,7 +66,7 @@ def first_order(theta: Tensor) -> Iterator[tuple[str, Callable[[], Any], int]]:
     out = torch.empty_like(theta, dtype=torch.float32)
     for form in get_args(Format):
         moments = moment(theta, form, signed=True), moment(theta, form, signed=False)
-        draws: dict[str, Any] = {"moment_draw": 3, "seed": 1, "stream": 2}
+        draws: dict[str, Any] = {"moment_draw": 3, "key": NoiseKey(1, 2)}
 
         def adamw(
             moments: tuple[Moment, Moment] = moments, draws: dict[str, Any] = draws
@@ -96,6 +96,6 @@ def first_order(theta: Tensor) -> Iterator[tuple[str, Callable[[], Any], int]]:
     yield f"addmm_ rank {RANK}", lambda: matrix.addmm_(narrow[0], narrow[1].t()), 2 * item
     yield (
         f"add_product_ rank {RANK}",
-        lambda: add_product_(matrix, left, right, seed=1, stream=2, rounding_draw=3),
+        lambda: add_product_(matrix, left, right, key=NoiseKey(1, 2), rounding_draw=3),
         2 * item,
     )

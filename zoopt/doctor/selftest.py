@@ -16,11 +16,12 @@ from torch import Tensor
 
 from zoopt import noise
 from zoopt.doctor.diagnosis import devices
+from zoopt.dtypes import Rounding
 from zoopt.first_order.projected.codecs import moment, moment_specs
 from zoopt.kernels import apply_, available_impls, perturb
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.adam.op import adam_
-from zoopt.kernels.noise.key import Distribution, Rounding
+from zoopt.kernels.noise.key import Distribution, NoiseKey
 
 #: Random123's published known answers for Philox4x32-10: counter, key, words.
 KNOWN_ANSWERS = (
@@ -149,21 +150,15 @@ def _theta(dtype: torch.dtype, device: str) -> Tensor:
     return (z * z * z).to(dtype).to(device)
 
 
-def _keys() -> Iterator[dict[str, Any]]:
+def _keys() -> Iterator[NoiseKey]:
     for distribution in get_args(Distribution):
         for density in (1.0, 0.25):
-            yield {
-                "seed": 2**63 + 5,
-                "stream": 9,
-                "offset": 2**32 - 7,
-                "distribution": distribution,
-                "density": density,
-            }
+            yield NoiseKey(2**63 + 5, 9, 2**32 - 7, distribution, density)
 
 
 def _perturb(device: str, impl: str) -> list[Tensor]:
     return [
-        perturb(_theta(dtype, device), 1e-3, draw=3, impl=impl, **key)
+        perturb(_theta(dtype, device), 1e-3, draw=3, impl=impl, key=key)
         for dtype in DTYPES
         for key in _keys()
     ]
@@ -172,7 +167,7 @@ def _perturb(device: str, impl: str) -> list[Tensor]:
 def _apply(device: str, impl: str) -> list[Tensor]:
     options: dict[str, Any] = {"draws": [3, 2**32 - 1], "decay": 0.99, "impl": impl}
     return [
-        apply_(_theta(dtype, device), [0.1, -0.2], rounding=rounding, **options, **key)
+        apply_(_theta(dtype, device), [0.1, -0.2], rounding=rounding, key=key, **options)
         for dtype in DTYPES
         for key in _keys()
         for rounding in get_args(Rounding)
@@ -195,8 +190,7 @@ def _adam(device: str, impl: str) -> list[Tensor]:
             "betas": (0.9, 0.999),
             "scale": 0.5,
             "eps": 1e-8,
-            "seed": 7,
-            "stream": 9,
+            "key": NoiseKey(7, 9),
             "impl": impl,
         }
         for step in (1, 2):

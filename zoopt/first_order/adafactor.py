@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_bool, check_number
+from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
-from zoopt.first_order.base import RoundingMode, Site
+from zoopt.first_order.base import Site
 from zoopt.first_order.projected.codecs import moment, moment_specs
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import ProjType
 from zoopt.first_order.projected.residuals import State
 from zoopt.first_order.projected.rules import Rule, store_moment
-from zoopt.first_order.projected.subspace import Projector, wide
+from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format, decode
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -23,7 +24,7 @@ from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 
 def root_mean_square(tensor: Tensor) -> Tensor:
     """Of all elements: (), in the accumulator's dtype."""
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=wide(tensor))
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=accumulator_dtype(tensor.dtype))
     return norm / math.sqrt(max(tensor.numel(), 1))
 
 
@@ -68,7 +69,7 @@ def _specs(shape: tuple[int, ...], group: Group, accumulator: torch.dtype) -> di
 
 def _adafactor(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
     """u / max(1, RMS(u) / d) with u = g / sqrt(v), or the average of that."""
-    g = gradient.to(wide(gradient))
+    g = gradient.to(accumulator_dtype(gradient.dtype))
     mix = step ** float(group["beta2_decay"])
     info = torch.finfo(g.dtype)
     # Whose square is not 0: where there has been no gradient, 0 / sqrt(v) is to be 0.

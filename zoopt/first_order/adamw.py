@@ -7,7 +7,8 @@ from typing import Literal
 from torch import Tensor
 
 from zoopt.checks import check_number
-from zoopt.first_order.base import RoundingMode, check_betas
+from zoopt.dtypes import RoundingMode
+from zoopt.first_order.base import check_betas
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from zoopt.checks import check_bool
+from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.base import RoundingMode
 from zoopt.first_order.projected.residuals import CHANNELS, TENSOR, Residual, check_channels
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -18,14 +19,12 @@ from zoopt.distributed.sharding import (
     local_like,
     offset,
 )
+from zoopt.dtypes import DTYPES, RoundingMode, resolved_rounding
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.noise.op import DTYPES
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
 from zoopt.parameters import check_streams, named_params
 
-RoundingMode = Literal["auto", "nearest", "stochastic"]
-_NARROW = (torch.bfloat16, torch.float16)
 #: Group keys that describe the run, hence are the same in every group.
 _RUN_KEYS = ("seed", "noise_version")
 
@@ -61,11 +60,15 @@ class Site:
         """The stream of the parameter's noise."""
         return stream(self.name)
 
+    @functools.cached_property
+    def key(self) -> NoiseKey:
+        """The parameter's noise."""
+        return NoiseKey(self.seed, self.stream, self.offset)
+
     def rounding_draw(self, step: int) -> int | None:
         """The draw whose bits round the weights in this step, or None for rounding to nearest."""
-        mode = self.group["rounding"]
-        stochastic = mode == "stochastic" or (mode == "auto" and self.param.dtype in _NARROW)
-        return step if stochastic and self.param.dtype in _NARROW else None
+        rounding = resolved_rounding(self.group["rounding"], self.param.dtype)
+        return step if rounding == "stochastic" else None
 
 
 class Fusion(Protocol):

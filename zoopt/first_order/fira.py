@@ -7,8 +7,8 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from zoopt.checks import check_bool, check_choice
+from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.base import RoundingMode
 from zoopt.first_order.projected.residuals import COMPLEMENT, OneSided, Residual, check_channels
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters

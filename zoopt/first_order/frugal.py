@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
+from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
-from zoopt.first_order.base import RoundingMode, Site, check_betas, descent_rate
+from zoopt.first_order.base import Site, check_betas, descent_rate
 from zoopt.first_order.projected.basis import age, cycle, refresh_due
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
 from zoopt.first_order.projected.residuals import SIGNS, OneSided, Residual, sign_rate
 from zoopt.first_order.projected.rules import ADAM, LION, MOMENTUM, Rule
-from zoopt.first_order.projected.subspace import wide
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
@@ -149,7 +149,7 @@ class Frugal(ProjectedOptimizer):
             if site.param is param and geo is not None and _selects(site) and self.state.get(param):
                 completed = max(0, int(self.state[param]["step"]) - 1)
                 side = geo.m if geo.side == "left" else geo.n
-                eye = torch.eye(side, dtype=wide(param), device=param.device)
+                eye = torch.eye(side, dtype=accumulator_dtype(param.dtype), device=param.device)
                 return {"basis": eye[:, _columns(site, geo, completed)]}
         return super().bases(param)
 
@@ -186,7 +186,7 @@ class Frugal(ProjectedOptimizer):
         if not _selects(site):
             return super()._reduce(site, gradient)
         block = matrix(gradient).index_select(_axis(geo), _columns(site, geo, completed))
-        return _channels_first(block, geo).to(wide(site.param)).contiguous()
+        return _channels_first(block, geo).to(accumulator_dtype(site.param.dtype)).contiguous()
 
     def _direction(
         self, site: Site, reduced: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey
@@ -217,8 +217,6 @@ class Frugal(ProjectedOptimizer):
         block = theta.index_select(_axis(geo), columns)
         options: dict[str, Any] = {
             "decay": 1.0 - float(group["lr"]) * group["weight_decay"],
-            "seed": site.seed,
-            "stream": site.stream,
             "rounding_draw": site.rounding_draw(step),
         }
         add_product_(
@@ -228,7 +226,7 @@ class Frugal(ProjectedOptimizer):
             gradient=_channels_first(direction, geo),
             channel_scale=direction.new_full((1, 1), descent_rate(group)),
             # The bits after those of the whole matrix.
-            offset=param.numel(),
+            key=NoiseKey(site.seed, site.stream, param.numel()),
             **options,
         )
         # The signs of all columns, in one pass, and then the block in the place of its own.
@@ -240,6 +238,7 @@ class Frugal(ProjectedOptimizer):
             gradient=matrix(gradient),
             sign_of=nothing,
             sign_step=sign_rate(group, geo) * (1.0 if group["maximize"] else -1.0),
+            key=key,
             **options,
         )
         theta.index_copy_(_axis(geo), columns, block)

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.distributed.sharding import is_sharded
+from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.base import FirstOrderOptimizer, Site
-from zoopt.kernels.noise.op import accumulator_dtype
 
 Clip = Literal["global", "parameter"]
 #: Wrappers that take gradients away before a hook could see what all processes have summed.

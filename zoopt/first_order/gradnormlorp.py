@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from zoopt.checks import check_bool, check_choice, check_positive_int
+from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.base import RoundingMode, Site
+from zoopt.first_order.base import Site
 from zoopt.first_order.projected.geometry import geometry
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format

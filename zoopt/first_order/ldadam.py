@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_bool, check_choice, check_number
+from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.base import RoundingMode, Site
+from zoopt.first_order.base import Site
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
 from zoopt.first_order.projected.residuals import OneSided, Terms
 from zoopt.first_order.projected.rules import adam_moments, adam_numbers, store_moment
-from zoopt.first_order.projected.subspace import factors, orthonormal, subspace, times, wide
+from zoopt.first_order.projected.subspace import factors, orthonormal, subspace, times
 from zoopt.kernels.adam.moments import Format, Moment, decode
 from zoopt.kernels.adam.op import adam_
 from zoopt.kernels.dispatch import known
@@ -172,7 +173,10 @@ class LDAdamW(AdamFamily):
         declared, geo = super().declared_state(param, group), geometry(param, group)
         if geo is None:
             return declared
-        declared |= {name: TensorSpec(shape, wide(param)) for name, shape in geo.bases.items()}
+        declared |= {
+            name: TensorSpec(shape, accumulator_dtype(param.dtype))
+            for name, shape in geo.bases.items()
+        }
         if group["error_feedback"]:
             declared["error"] = TensorSpec(tuple(param.shape), param.dtype)
         return declared
@@ -225,10 +229,8 @@ class LDAdamW(AdamFamily):
                 *lost,
                 gradient=grad,
                 channel_scale=projected.new_ones(1, 1),
-                seed=site.seed,
-                stream=site.stream,
                 # The bits after those of the weights.
-                offset=param.numel(),
+                key=NoiseKey(site.seed, site.stream, param.numel()),
                 rounding_draw=site.rounding_draw(step),
             )
         state["basis"].copy_(following)
@@ -267,8 +269,7 @@ def _adam(
         betas=tuple(group["betas"]),
         scale=scale,
         eps=eps,
-        seed=site.seed,
-        stream=site.stream,
+        key=key,
     )
     for values, moment in zip((average, square), stored, strict=True):
         store_moment(values, moment, group, step, key)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from zoopt.checks import check_bool, check_number, check_positive_int
+from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.base import RoundingMode
 from zoopt.first_order.projected.geometry import ProjType
 from zoopt.first_order.projected.selection import param_groups
 from zoopt.first_order.projected.subspace import Projector
@@ -60,7 +60,7 @@ def outlier_scores(
 
     def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = accumulator_dtype(x.dtype)
         found = x.reshape(-1, x.shape[-1]).to(wide).square().sum(0)
         squares[module] = found + squares[module] if module in squares else found
 

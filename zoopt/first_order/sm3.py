@@ -7,7 +7,8 @@ from torch import Tensor
 
 from zoopt.checks import check_number
 from zoopt.distributed.sharding import greatest_, local
-from zoopt.first_order.base import FirstOrderOptimizer, RoundingMode, Site, descent_rate
+from zoopt.dtypes import RoundingMode, accumulator_dtype
+from zoopt.first_order.base import FirstOrderOptimizer, Site, descent_rate
 from zoopt.kernels import sm3_
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 
@@ -92,7 +93,7 @@ class SM3(FirstOrderOptimizer):
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """`accumulator_0`, `accumulator_1`, ...; `momentum_buffer`; `step` for rounding bits."""
-        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        wide = accumulator_dtype(param.dtype)
         declared = {
             f"accumulator_{axis}": TensorSpec((size,), wide)
             for axis, size in enumerate(tuple(param.shape) or (1,))
@@ -120,9 +121,7 @@ class SM3(FirstOrderOptimizer):
             decay=1.0 - float(group["lr"]) * group["weight_decay"],
             buffer=state["momentum_buffer"] if group["momentum"] else None,
             momentum=group["momentum"],
-            seed=site.seed,
-            stream=site.stream,
-            offset=site.offset,
+            key=site.key,
             rounding_draw=rounding_draw,
         )
 

@@ -2,12 +2,15 @@
 
 from zoopt.kernels.adam.op import adam_, adamw_
 from zoopt.kernels.dispatch import available_impls
+from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.kernels.noise.op import perturb, perturb_rows
 from zoopt.kernels.noise.op_update import adam_window_, add_, apply_, momentum_
 from zoopt.kernels.product.op import add_product_
 from zoopt.kernels.sm3.op import sm3_
 
 __all__ = [
+    "Distribution",
+    "NoiseKey",
     "adam_",
     "adam_window_",
     "adamw_",

@@ -45,7 +45,7 @@ def beyond_forward(step: Callable[[], Any], forwards: Callable[[int], None]) -> 
     # Whatever compiles or loads on first use does so now, on something small.
     small = torch.nn.Parameter(torch.zeros(1 << 16))
     zoopt.MeZO([small], perturbation="inplace").step(lambda: float(small[0]))
-    key: dict[str, Any] = {"seed": 0, "stream": 0, "draw": 0}
+    key: dict[str, Any] = {"key": zoopt.kernels.NoiseKey(0, 0), "draw": 0}
     zoopt.kernels.perturb(small, 1e-3, **key)
     rows = torch.zeros(8, dtype=torch.int64)
     zoopt.kernels.perturb_rows(small.view(256, 256), rows, 1e-3, **key)

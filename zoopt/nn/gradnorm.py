@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zoopt.checks import check_positive_int
+from zoopt.dtypes import accumulator_dtype
 from zoopt.nn.linear import ReparametrisedLinear, kaiming_uniform_, outer_dims, resolved_seed
 
 
@@ -33,7 +34,7 @@ def normalised(
 
 def column_norms(v: Tensor) -> Tensor:
     """The norms of V's columns, (m, n) -> (n,), and the least number for a column of zeros."""
-    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    wide = accumulator_dtype(v.dtype)
     norms: Tensor = torch.linalg.vector_norm(v, dim=0, dtype=wide)
     return norms.clamp_min_(torch.finfo(wide).tiny)
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_choice, check_number, check_positive_int
+from zoopt.dtypes import RoundingMode
 from zoopt.kernels import adam_window_
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise
 from zoopt.zeroth_order.engine.mask import Mask
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, RoundingMode, Slot
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.sgd import SparseZerothOrder, check_window, extended, window_steps
 
@@ -203,7 +204,7 @@ class ZOAdam(SparseZerothOrder):
                 draws=absent + draws,
                 decay=decay,
                 rounding=slot.rounding,
-                **direction.key.arguments,
+                key=direction.key,
             )
 
     def _close_group(self, group: Group, pending: PendingProbe) -> None:

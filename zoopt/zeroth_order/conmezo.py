@@ -7,14 +7,14 @@ import math
 from torch import Tensor
 
 from zoopt.checks import check_nonnegative_int, check_number
+from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.noise.op import accumulator_dtype
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.parameters import named_params
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, chunks
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, RoundingMode, Slot
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 
 

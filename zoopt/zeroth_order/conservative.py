@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from zoopt.checks import check_choice
+from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
@@ -17,7 +18,6 @@ from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.perturbation import (
     Displacement,
     PerturbationMode,
-    RoundingMode,
     Slot,
     along,
 )

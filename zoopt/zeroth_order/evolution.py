@@ -9,6 +9,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from zoopt.checks import check_bool, check_choice, check_positive_int
+from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
@@ -21,7 +22,6 @@ from zoopt.zeroth_order.engine.members import Batch
 from zoopt.zeroth_order.engine.perturbation import (
     Perturbation,
     PerturbationMode,
-    RoundingMode,
     Slot,
 )
 from zoopt.zeroth_order.engine.population import Population, Shaping, fitness_values, shaped

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.mask import Mask
-from zoopt.zeroth_order.engine.perturbation import RoundingMode
 from zoopt.zeroth_order.engine.probe import Evaluation, Measurement, PendingProbe
 from zoopt.zeroth_order.engine.sgd import MomentumSGD
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from zoopt.checks import check_number
+from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.noise.key import Distribution, NoiseKey
-from zoopt.kernels.noise.op import accumulator_dtype
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise, chunks
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, RoundingMode, Slot
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Evaluation, Measurement, PendingProbe, three_point
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Params, hyperparameters
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.mask import Mask
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, RoundingMode
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator
 from zoopt.zeroth_order.engine.sgd import MomentumSGD
 

@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.noise.op import accumulator_dtype
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, haar, matrix_shape
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, RoundingMode, Slot
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 
 

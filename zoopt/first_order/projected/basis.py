@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.base import Site
 from zoopt.first_order.projected.basis_codec import decode_int4, encode_int4, int4_specs
 from zoopt.first_order.projected.geometry import Geometry, matrix
-from zoopt.first_order.projected.subspace import subspace, wide
+from zoopt.first_order.projected.subspace import subspace
 from zoopt.kernels.dispatch import known
 from zoopt.optimizer import Group, TensorSpec
 
@@ -36,7 +37,7 @@ def _basis_specs(
     geo: Geometry, asked: str | None, dtype: torch.dtype, lazy: bool
 ) -> Mapping[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
-    stored = torch.float64 if dtype == torch.float64 else torch.float32
+    stored = accumulator_dtype(dtype)
     if asked is None and dtype == torch.bfloat16:
         stored = dtype
     for name, shape in geo.bases.items():
@@ -54,7 +55,9 @@ def refresh(site: Site, state: State, gradient: Tensor, geo: Geometry) -> None:
     first = not int(state["step"])
     agreements = []
     for name in geo.bases:
-        previous = None if first else _stored(site, state, geo, name).to(wide(gradient))
+        previous = (
+            None if first else _stored(site, state, geo, name).to(accumulator_dtype(gradient.dtype))
+        )
         basis = subspace(
             gradient,
             geo.rank,
@@ -156,7 +159,7 @@ def _stored(site: Site, state: State, geo: Geometry, name: str) -> Tensor:
     if site.group.get("basis_dtype") != "int4":
         return state[name]
     scale = state[f"{name}_scale"]
-    return decode_int4(state[name], scale, geo.bases[name], wide(site.param))
+    return decode_int4(state[name], scale, geo.bases[name], accumulator_dtype(site.param.dtype))
 
 
 def _is_right(name: str, geo: Geometry) -> bool:

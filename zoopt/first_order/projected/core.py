@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.distributed.sharding import anywhere, local, local_like, offset, sum_
+from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.base import FirstOrderOptimizer, Site, descent_rate
 from zoopt.first_order.projected.basis import basis_specs, load_bases, refresh, refresh_due
 from zoopt.first_order.projected.geometry import Geometry, ProjType, geometry, matrix
@@ -25,7 +26,7 @@ from zoopt.first_order.projected.rules import (
     moment_draw,
 )
 from zoopt.first_order.projected.sharded import first_row, refresh_together, rows_of
-from zoopt.first_order.projected.subspace import Projector, down, factors, wide
+from zoopt.first_order.projected.subspace import Projector, down, factors
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.adam.op import adamw_
 from zoopt.kernels.dispatch import known
@@ -56,7 +57,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """`step`, the bases, the rule's moments, and what the residual keeps."""
         geo = geometry(param, group)
-        accumulator = torch.float64 if param.dtype == torch.float64 else torch.float32
+        accumulator = accumulator_dtype(param.dtype)
         rule, step = self._rule(group), {"step": _STEP}
         if geo is None:
             return {**step, **rule.specs(tuple(param.shape), group, accumulator)}
@@ -83,7 +84,11 @@ class ProjectedOptimizer(FirstOrderOptimizer):
                 return None  # There is no basis yet, and none can be had from this gradient.
         reduced = down(grad, load_bases(site, state, geo, completed), geo)
         # Adam's kernel reads every dtype; other rules and residuals compute with R.
-        return reduced if self._is_plain_adam(site.group) else reduced.to(wide(reduced))
+        return (
+            reduced
+            if self._is_plain_adam(site.group)
+            else reduced.to(accumulator_dtype(reduced.dtype))
+        )
 
     def bases(self, param: Tensor) -> dict[str, Tensor]:
         """The subspace of the parameter's last step, columns orthonormal (random: N(0, 1/r)).
@@ -106,7 +111,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         state = self._state(param, group) if geo is None else self.state[param]
         state["step"] += 1
         step = int(state["step"])
-        key = NoiseKey(site.seed, site.stream, site.offset)
+        key = site.key
         if geo is None:
             self._apply_whole(site, reduced, state, step, key)
             return
@@ -168,7 +173,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
             elif not completed:
                 return
         bases = rows_of(load_bases(site, state, geo, completed), param, geo)
-        reduced = down(grad, bases, geo).to(wide(grad))
+        reduced = down(grad, bases, geo).to(accumulator_dtype(grad.dtype))
         if geo.side != "right":
             sum_(reduced, param)
         state["step"] += 1
@@ -215,9 +220,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
             channel_scale=scale,
             sign_of=sign_of,
             sign_step=terms.sign_step * (1.0 if group["maximize"] else -1.0),
-            seed=site.seed,
-            stream=site.stream,
-            offset=site.offset,
+            key=site.key,
             rounding_draw=site.rounding_draw(step),
         )
         if after and decay != 1.0:
@@ -244,9 +247,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
                 scale=descent * scale,
                 eps=eps,
                 decay=1.0 if after else decay,
-                seed=site.seed,
-                stream=site.stream,
-                offset=site.offset,
+                key=site.key,
                 moment_draw=moment_draw(group, step),
                 rounding_draw=site.rounding_draw(step),
             )
@@ -260,9 +261,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
                 decay=1.0 if after else decay,
                 gradient=direction.reshape(1, -1),
                 channel_scale=direction.new_full((1, 1), descent),
-                seed=site.seed,
-                stream=site.stream,
-                offset=site.offset,
+                key=site.key,
                 rounding_draw=site.rounding_draw(step),
             )
             if not param.is_contiguous():

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.projected.geometry import Geometry
 from zoopt.kernels.dispatch import known, native_bfloat16
 from zoopt.noise import normal
@@ -20,11 +21,6 @@ from zoopt.noise import normal
 Projector = Literal["svd", "gram", "randomized", "warm", "random", "orthogonal"]
 #: Elements of a gradient that are widened to float32 at a time.
 CHUNK = 1 << 20
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """What a gradient is computed with in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def times(gradient: Tensor, factor: Tensor, *, transposed: bool = False) -> Tensor:
@@ -55,7 +51,7 @@ def down(gradient: Tensor, bases: dict[str, Tensor], geo: Geometry) -> Tensor:
     left = geo.side == "left"
     if native_bfloat16(gradient) and geo.side != "both":
         return (gradient.t() if left else gradient) @ bases["basis"].to(gradient.dtype)
-    dtype = wide(gradient)
+    dtype = accumulator_dtype(gradient.dtype)
     reduced = times(gradient, bases["basis"].to(dtype), transposed=left)
     return bases["basis_left"].to(dtype).t() @ reduced if geo.side == "both" else reduced
 
@@ -96,7 +92,7 @@ def subspace(
     """
     m, n = gradient.shape
     dim = n if right else m
-    dtype = wide(gradient)
+    dtype = accumulator_dtype(gradient.dtype)
     if projector in ("random", "orthogonal"):
         z = normal(dim * rank, seed=seed, stream=stream, draw=draw, device=gradient.device)
         z = z.view(dim, rank).to(dtype)

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.reference import round_nearest
 
 #: How moments are stored, and how they are rounded to that.
@@ -89,7 +90,7 @@ class Moment:
     @property
     def accumulator(self) -> torch.dtype:
         """What it is computed in."""
-        return torch.float64 if self.codes.dtype == torch.float64 else torch.float32
+        return accumulator_dtype(self.codes.dtype)
 
     @property
     def levels(self) -> int:

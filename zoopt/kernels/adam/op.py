@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_number
+from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
 from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.reference import Numbers
+from zoopt.kernels.batch import check_tensor, check_unshared, contiguous
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
-from zoopt.kernels.noise.op import accumulator_dtype, check_tensor, check_unshared, scalars
 
 
 def adam_(
@@ -21,9 +22,7 @@ def adam_(
     betas: tuple[float, float],
     scale: float,
     eps: float,
-    seed: int,
-    stream: int,
-    offset: int = 0,
+    key: NoiseKey,
     moment_draw: int | None = None,
     out: Tensor | None = None,
     norms: Tensor | None = None,
@@ -41,8 +40,7 @@ def adam_(
         first, second: moments of as many elements, signed and unsigned.
         betas: both in [0, 1).
         scale, eps: numbers, as in the formula; eps at least 0.
-        seed, stream: 64 and 32 bits: the run, the tensor.
-        offset: position of the first element in the whole, unsharded tensor.
+        key: the noise of the tensor, whose bits round its moments.
         moment_draw: 32 bits; the draw whose bits round bfloat16 and coded moments stochastically.
             Default: they are rounded to nearest.
         out: contiguous, of gradient's shape, in the accumulator's dtype or rounded to nearest in
@@ -58,7 +56,6 @@ def adam_(
     Raises:
         TypeError, ValueError: an argument out of range, or tensors that do not match.
     """
-    key = NoiseKey(seed, stream, offset)
     numbers = _checked(gradient, first, second, betas, scale, eps, moment_draw)
     wide = first.accumulator
     if out is None:
@@ -101,9 +98,7 @@ def adamw_(
     scale: float,
     eps: float,
     decay: float,
-    seed: int,
-    stream: int,
-    offset: int = 0,
+    key: NoiseKey,
     moment_draw: int | None = None,
     rounding_draw: int | None = None,
     impl: str | None = None,
@@ -116,7 +111,7 @@ def adamw_(
         scale: as for `adam_`, times -lr to descend.
         decay: multiplies theta, 1 - lr weight_decay say.
         rounding_draw: 32 bits; the draw whose bits round theta stochastically. Default: to nearest.
-        first, second, betas, eps, seed, stream, offset, moment_draw, impl: as for `adam_`.
+        first, second, betas, eps, key, moment_draw, impl: as for `adam_`.
 
     Returns:
         theta.
@@ -124,7 +119,6 @@ def adamw_(
     Raises:
         TypeError, ValueError: as for `adam_`.
     """
-    key = NoiseKey(seed, stream, offset)
     check_tensor("theta", theta)
     check_unshared("theta", theta)
     if gradient.shape != theta.shape:
@@ -142,21 +136,18 @@ def adamw_(
         return theta
     if gradient.dtype == torch.float64:
         gradient = gradient.to(first.accumulator)
-    target = theta.detach()
-    dense = target.contiguous()
-    backend.adamw(
-        dense.view(-1),
-        gradient.detach().reshape(-1),
-        first,
-        second,
-        decay,
-        numbers,
-        key,
-        moment_draw,
-        rounding_draw,
-    )
-    if dense is not target:
-        target.copy_(dense)
+    with contiguous(theta) as dense:
+        backend.adamw(
+            dense.view(-1),
+            gradient.detach().reshape(-1),
+            first,
+            second,
+            decay,
+            numbers,
+            key,
+            moment_draw,
+            rounding_draw,
+        )
     return theta
 
 

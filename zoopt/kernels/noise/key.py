@@ -1,29 +1,18 @@
-"""Which noise: the arguments that name a tensor's directions."""
+"""Which noise: the names of a tensor's directions."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, TypedDict, get_args
+from typing import Literal, get_args
 
 from zoopt.checks import check_number
 
 Distribution = Literal["normal", "rademacher"]
-Rounding = Literal["nearest", "stochastic"]
 
 #: Block numbers have 56 bits, and a block holds eight normals.
 MAX_INDEX = 1 << 59
 #: Densities are multiples of 1 / DENSITY_STEPS: a mask has 16 bits an element.
 DENSITY_STEPS = 1 << 16
-
-
-class NoiseArguments(TypedDict):
-    """The keyword arguments by which every kernel names its noise."""
-
-    seed: int
-    stream: int
-    offset: int
-    distribution: Distribution
-    density: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +43,7 @@ class NoiseKey:
         if not 0 <= self.offset < MAX_INDEX:
             raise ValueError(f"offset must be an int in [0, 2^59), got {self.offset!r}")
         if self.distribution == "normal" and self.density == 1.0:
-            return  # As in every step of a first-order optimizer, of which this is a fair part.
+            return  # The common case: first-order optimizers make a key a parameter a step.
         if self.distribution not in get_args(Distribution):
             raise ValueError(
                 f"distribution must be one of {', '.join(map(repr, get_args(Distribution)))}, "
@@ -73,17 +62,6 @@ class NoiseKey:
     def threshold(self) -> int | None:
         """An element moves if the mask's 16 bits are below this; None if all do."""
         return None if self.density == 1.0 else int(self.density * DENSITY_STEPS)
-
-    @property
-    def arguments(self) -> NoiseArguments:
-        """The key as keyword arguments of a kernel."""
-        return {
-            "seed": self.seed,
-            "stream": self.stream,
-            "offset": self.offset,
-            "distribution": self.distribution,
-            "density": self.density,
-        }
 
     def shifted(self, elements: int) -> NoiseKey:
         """The key of the slice that begins `elements` further on."""

@@ -1,45 +1,36 @@
-"""The operations that leave theta alone, and the checks of arguments that all operations share.
+"""The operations that leave theta alone.
 
 An operation checks its arguments, chooses an implementation and runs it.
 """
 
 from __future__ import annotations
 
-import array
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from zoopt.dtypes import scalars
 from zoopt.kernels import dispatch
-from zoopt.kernels.noise.key import Distribution, NoiseKey, check_unsigned
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from zoopt.kernels.batch import check_like, check_tensor
+from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 
 
 def perturb(
     theta: Tensor,
     alpha: float,
     *,
-    seed: int,
-    stream: int,
+    key: NoiseKey,
     draw: int,
-    offset: int = 0,
-    distribution: Distribution = "normal",
-    density: float = 1.0,
     out: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """theta + alpha z, rounded to nearest; z = z(seed, stream, draw, offset + index).
+    """theta + alpha z, rounded to nearest; z = z(seed, stream, draw, offset + index) of the key.
 
     Args:
         theta: a dense float32, bfloat16, float16 or float64 tensor of any shape.
         alpha: the scale of the direction (rounded to float32, or float64 for float64).
-        seed, stream, draw: 64, 32 and 32 bits: the run, the tensor, the direction.
-        offset: position of theta's first element in the whole, unsharded tensor.
-        distribution: `"normal"` or `"rademacher"`.
-        density: the fraction of elements that the direction moves, at random and anew for each
-            draw; in [2^-17, 1], rounded to a multiple of 2^-16. The others keep their bits.
+        key: the noise of theta. With a density below 1, elements that the direction does not move
+            keep their bits.
+        draw: the direction's number, 32 bits.
         out: where the result goes: `theta` itself for in place, or a tensor of its shape, dtype
             and device that shares no memory with it. Default: a new contiguous tensor.
         impl: `"reference"`, `"numba"`, `"triton"`, or None for the fastest that can run.
@@ -54,7 +45,6 @@ def perturb(
 
     A tensor that is not contiguous is worked on through a contiguous copy.
     """
-    key = NoiseKey(seed, stream, offset, distribution, density)
     check_tensor("theta", theta)
     check_unsigned("draw", draw, 32)
     backend = dispatch.choose(theta, impl)
@@ -78,12 +68,8 @@ def perturb_rows(
     rows: Tensor,
     alpha: float,
     *,
-    seed: int,
-    stream: int,
+    key: NoiseKey,
     draw: int,
-    offset: int = 0,
-    distribution: Distribution = "normal",
-    density: float = 1.0,
     impl: str | None = None,
 ) -> Tensor:
     """The rows of `perturb(weight, alpha, ...)` that an embedding gathers, and no others.
@@ -91,7 +77,7 @@ def perturb_rows(
     Args:
         weight: a dense tensor, (V, d), as for `perturb`.
         rows: integers in [0, V), any shape.
-        alpha, seed, stream, draw, offset, distribution, density, impl: as for `perturb`.
+        alpha, key, draw, impl: as for `perturb`.
 
     Returns:
         A new tensor, (*rows.shape, d), with the bits of `perturb(weight, ...)[rows]`.
@@ -100,7 +86,6 @@ def perturb_rows(
         TypeError, ValueError: as for `perturb`, or a weight that is not a matrix.
         IndexError: a row outside [0, V).
     """
-    key = NoiseKey(seed, stream, offset, distribution, density)
     check_tensor("weight", weight)
     check_unsigned("draw", draw, 32)
     if weight.dim() != 2:
@@ -126,46 +111,3 @@ def perturb_rows(
             draw,
         )
     return out
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The accumulator's dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def scalars(values: Sequence[float], dtype: torch.dtype) -> list[float]:
-    """The numbers as every implementation sees them: rounded to the accumulator's dtype."""
-    if dtype == torch.float64:
-        return [float(value) for value in values]
-    return array.array("f", values).tolist()
-
-
-def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise unless it is a dense tensor of a dtype that the kernels have."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-    if tensor.dtype not in DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} must have one of the dtypes {known}, got {tensor.dtype}")
-
-
-def check_unshared(name: str, tensor: Tensor) -> None:
-    """Raise if elements of the tensor share memory."""
-    if tensor.is_contiguous():
-        return
-    if any(stride == 0 < size - 1 for size, stride in zip(tensor.shape, tensor.stride())):  # noqa: B905
-        raise ValueError(
-            f"{name} is expanded, so that several of its elements share memory; pass {name}.clone()"
-        )
-
-
-def check_like(name: str, tensor: Tensor, theta: Tensor, dtype: torch.dtype) -> None:
-    """Raise unless the tensor has theta's shape and device and the dtype."""
-    if tensor.shape != theta.shape or tensor.dtype != dtype or tensor.device != theta.device:
-        raise ValueError(
-            f"{name} must be a {dtype} tensor of shape {tuple(theta.shape)} on {theta.device}, "
-            f"got {tensor.dtype}, {tuple(tensor.shape)} on {tensor.device}"
-        )
-    check_unshared(name, tensor)

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from zoopt.dtypes import Rounding, accumulator_dtype, scalars
 from zoopt.kernels import dispatch
-from zoopt.kernels.noise.key import Distribution, NoiseKey, Rounding, check_unsigned
-from zoopt.kernels.noise.op import (
-    accumulator_dtype,
-    check_like,
-    check_tensor,
-    check_unshared,
-    scalars,
-)
+from zoopt.kernels.batch import check_like, check_tensor, check_unshared, contiguous
+from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 
 
 def apply_(
     theta: Tensor,
     coefficients: Sequence[float],
     *,
-    seed: int,
-    stream: int,
+    key: NoiseKey,
     draws: Sequence[int],
     decay: float = 1.0,
-    offset: int = 0,
-    distribution: Distribution = "normal",
-    density: float = 1.0,
     rounding: Rounding = "nearest",
     rounding_draw: int | None = None,
     impl: str | None = None,
@@ -49,7 +39,7 @@ def apply_(
             expectation exact, by random bits that belong to a draw. Without effect on float32 and
             float64, which are the accumulator's own type.
         rounding_draw: the draw whose bits round, 32 bits. Default: the last of `draws`.
-        seed, stream, offset, distribution, density, impl: as for `perturb`.
+        key, impl: as for `perturb`.
 
     Returns:
         theta. An element that no direction moves, with decay 1, keeps its bits.
@@ -58,14 +48,14 @@ def apply_(
         TypeError, ValueError: as for `perturb`; also coefficients and draws of unequal length,
             stochastic rounding without a draw, or a theta whose elements share memory.
     """
-    key = NoiseKey(seed, stream, offset, distribution, density)
     check_tensor("theta", theta)
     check_unshared("theta", theta)
     _check_directions(draws, coefficients=coefficients)
     rounded_by = _rounding_draw(rounding, rounding_draw, draws, theta.dtype)
     backend = dispatch.choose(theta, impl)
     [decay] = scalars([decay], theta.dtype)
-    with _elements(theta) as flat:
+    with contiguous(theta) as dense:
+        flat = dense.view(-1)
         backend.weighted_sum(
             flat, flat, scalars(coefficients, theta.dtype), list(draws), decay, key, rounded_by
         )
@@ -77,13 +67,9 @@ def add_(
     update: Tensor,
     coefficients: Sequence[float],
     *,
-    seed: int,
-    stream: int,
+    key: NoiseKey,
     draws: Sequence[int],
     decay: float = 1.0,
-    offset: int = 0,
-    distribution: Distribution = "normal",
-    density: float = 1.0,
     rounding: Rounding = "nearest",
     rounding_draw: int | None = None,
     impl: str | None = None,
@@ -97,7 +83,7 @@ def add_(
         coefficients, draws: as for `apply_`; both may be empty.
         rounding_draw: the draw whose bits round. Default: the last of `draws`; stochastic rounding
             without `draws` needs it.
-        seed, stream, decay, offset, distribution, density, rounding, impl: as for `apply_`.
+        key, decay, rounding, impl: as for `apply_`.
 
     Returns:
         theta.
@@ -105,7 +91,6 @@ def add_(
     Raises:
         TypeError, ValueError: as for `apply_`, or an update that does not match.
     """
-    key = NoiseKey(seed, stream, offset, distribution, density)
     check_tensor("theta", theta)
     check_unshared("theta", theta)
     _check_companion("update", update, theta)
@@ -113,7 +98,8 @@ def add_(
     rounded_by = _rounding_draw(rounding, rounding_draw, draws, theta.dtype)
     backend = dispatch.choose(theta, impl)
     [decay] = scalars([decay], theta.dtype)
-    with _elements(theta) as flat:
+    with contiguous(theta) as dense:
+        flat = dense.view(-1)
         backend.weighted_sum(
             flat,
             flat,
@@ -135,13 +121,9 @@ def momentum_(
     *,
     momentum: float,
     step_size: float,
-    seed: int,
-    stream: int,
+    key: NoiseKey,
     draws: Sequence[int],
     decay: float = 1.0,
-    offset: int = 0,
-    distribution: Distribution = "normal",
-    density: float = 1.0,
     rounding: Rounding = "nearest",
     impl: str | None = None,
 ) -> Tensor:
@@ -157,7 +139,7 @@ def momentum_(
         coefficients: one number a direction: what theta itself receives (a restored perturbation).
         gradients: one number a direction: its projected gradient.
         momentum, step_size: numbers, as in the formula.
-        seed, stream, draws, decay, offset, distribution, density, rounding, impl: as for `apply_`.
+        key, draws, decay, rounding, impl: as for `apply_`.
 
     Returns:
         theta.
@@ -165,14 +147,14 @@ def momentum_(
     Raises:
         TypeError, ValueError: as for `apply_`, or a buffer that does not match.
     """
-    key = NoiseKey(seed, stream, offset, distribution, density)
     check_tensor("theta", theta)
     check_unshared("theta", theta)
     _check_companion("buffer", buffer, theta)
     _check_directions(draws, coefficients=coefficients, gradients=gradients)
     rounded_by = _rounding_draw(rounding, None, draws, theta.dtype)
     backend = dispatch.choose(theta, impl)
-    with _elements(theta) as flat:
+    with contiguous(theta) as dense:
+        flat = dense.view(-1)
         backend.momentum_sum(
             flat,
             buffer.detach().view(-1),
@@ -196,13 +178,9 @@ def adam_window_(
     *,
     eps: float,
     step_size: float,
-    seed: int,
-    stream: int,
+    key: NoiseKey,
     draws: Sequence[int],
     decay: float = 1.0,
-    offset: int = 0,
-    distribution: Distribution = "normal",
-    density: float = 1.0,
     rounding: Rounding = "nearest",
     impl: str | None = None,
 ) -> Tensor:
@@ -230,7 +208,7 @@ def adam_window_(
         closes: one bool a direction. What ghat holds after the last one that closes is dropped.
         eps: positive in the accumulator's dtype.
         step_size: a number, as in the formula: negative descends.
-        seed, stream, draws, decay, offset, distribution, density, rounding, impl: as for `apply_`.
+        key, draws, decay, rounding, impl: as for `apply_`.
 
     Returns:
         theta.
@@ -238,7 +216,6 @@ def adam_window_(
     Raises:
         TypeError, ValueError: as for `apply_`, or a number out of range.
     """
-    key = NoiseKey(seed, stream, offset, distribution, density)
     check_tensor("theta", theta)
     check_unshared("theta", theta)
     _check_directions(draws, coefficients=coefficients, gradients=gradients)
@@ -251,7 +228,8 @@ def adam_window_(
         raise ValueError(f"eps must be positive in {wide}, got {eps!r}; use 1e-8")
     rounded_by = _rounding_draw(rounding, None, draws, theta.dtype)
     backend = dispatch.choose(theta, impl)
-    with _elements(theta) as flat:
+    with contiguous(theta) as dense:
+        flat = dense.view(-1)
         backend.adam_window(
             flat,
             *(scalars(values, theta.dtype) for values in (coefficients, gradients, first, second)),
@@ -262,16 +240,6 @@ def adam_window_(
             rounded_by,
         )
     return theta
-
-
-@contextlib.contextmanager
-def _elements(theta: Tensor) -> Iterator[Tensor]:
-    """theta, flat and contiguous; what is written to it is theta's on leaving."""
-    target = theta.detach()
-    dense = target.contiguous()
-    yield dense.view(-1)
-    if dense is not target:
-        target.copy_(dense)
 
 
 def _check_companion(name: str, tensor: Tensor, theta: Tensor) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise import philox
 from zoopt.kernels.noise.key import NoiseKey
 
@@ -86,10 +87,6 @@ def _chunks(numel: int) -> Iterator[slice]:
         yield slice(start, min(start + CHUNK, numel))
 
 
-def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _store(out: Tensor, acc: Tensor, part: slice, key: NoiseKey, rounding_draw: int | None) -> None:
     """Round the accumulator (chunk,) into out[part]."""
     if rounding_draw is None:
@@ -121,7 +118,7 @@ def weighted_sum(
     The addend has the accumulator's dtype; without one nothing is added last.
     """
     for part in _chunks(theta.numel()):
-        acc = theta[part].to(_accumulator_dtype(theta.dtype)) * decay
+        acc = theta[part].to(accumulator_dtype(theta.dtype)) * decay
         for coefficient, draw in zip(coefficients, draws, strict=True):
             acc = Direction(part.start, acc.numel(), key, draw, theta.device).added(
                 acc, coefficient
@@ -177,7 +174,7 @@ def adam_window(
         m <- m + first[j] ghat,    v <- v + second[j] (ghat ghat),    ghat <- 0
     """
     for part in _chunks(theta.numel()):
-        acc = theta[part].to(_accumulator_dtype(theta.dtype)) * decay
+        acc = theta[part].to(accumulator_dtype(theta.dtype)) * decay
         ghat, m, v = (torch.zeros_like(acc) for _ in range(3))
         for j, draw in enumerate(draws):
             direction = Direction(part.start, acc.numel(), key, draw, theta.device)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
+from zoopt.kernels.batch import check_tensor, check_unshared, contiguous
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
-from zoopt.kernels.noise.op import accumulator_dtype, check_tensor, check_unshared, scalars
 
 
 def add_product_(
@@ -20,9 +21,7 @@ def add_product_(
     channel_scale: Tensor | None = None,
     sign_of: tuple[Tensor, Tensor] | None = None,
     sign_step: float = 0.0,
-    seed: int = 0,
-    stream: int = 0,
-    offset: int = 0,
+    key: NoiseKey,
     rounding_draw: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -41,7 +40,7 @@ def add_product_(
         channel_scale: (m, 1) or (1, n) or (1, 1), in the accumulator's dtype.
         sign_of: (m, r) and (n, r), the part of the gradient whose complement's signs are added.
         sign_step: what they are multiplied by.
-        seed, stream, offset: name theta's random bits, as for `apply_`.
+        key: the noise of theta, whose bits round it.
         rounding_draw: 32 bits; the draw whose bits round theta stochastically. Default: to nearest.
         impl: as for `perturb`. Sums of r products are made in the implementation's own order, so
             that results agree to rounding, not in all bits.
@@ -52,7 +51,6 @@ def add_product_(
     Raises:
         TypeError, ValueError: an argument out of range, or tensors that do not match.
     """
-    key = NoiseKey(seed, stream, offset)
     check_tensor("theta", theta)
     check_unshared("theta", theta)
     if theta.dim() != 2:
@@ -83,21 +81,19 @@ def add_product_(
         if theta.dtype == accumulator_dtype(theta.dtype):
             rounding_draw = None
     alpha, decay, sign_step = scalars([alpha, decay, sign_step], theta.dtype)
-    target = theta.detach()
-    dense = target.contiguous()
-    dispatch.choose(theta, impl, "product").add_product(
-        dense,
-        left,
-        right,
-        alpha,
-        decay,
-        gradient,
-        channel_scale,
-        sign_of,
-        sign_step,
-        key,
-        rounding_draw,
-    )
-    if dense is not target:
-        target.copy_(dense)
+    backend = dispatch.choose(theta, impl, "product")
+    with contiguous(theta) as dense:
+        backend.add_product(
+            dense,
+            left,
+            right,
+            alpha,
+            decay,
+            gradient,
+            channel_scale,
+            sign_of,
+            sign_step,
+            key,
+            rounding_draw,
+        )
     return theta

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.dispatch import native_bfloat16
 from zoopt.kernels.noise import philox
 from zoopt.kernels.noise.key import NoiseKey
@@ -29,7 +30,7 @@ def add_product(
 ) -> None:
     """theta (m, n) <- round(decay theta + alpha left right^T + channel_scale gradient
     + sign_step S)."""
-    wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    wide = accumulator_dtype(theta.dtype)
     left, right = scaled_factors(left, right, alpha, wide)
     for rows in row_chunks(theta):
         acc = theta[rows].to(wide) * decay

@@ -14,15 +14,10 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_number
+from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
+from zoopt.kernels.batch import check_like, check_tensor, check_unshared, contiguous
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
-from zoopt.kernels.noise.op import (
-    accumulator_dtype,
-    check_like,
-    check_tensor,
-    check_unshared,
-    scalars,
-)
 
 
 def sm3_(
@@ -36,9 +31,7 @@ def sm3_(
     decay: float = 1.0,
     buffer: Tensor | None = None,
     momentum: float = 0.0,
-    seed: int = 0,
-    stream: int = 0,
-    offset: int = 0,
+    key: NoiseKey,
     rounding_draw: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -66,7 +59,7 @@ def sm3_(
         eps: at least 0.
         decay: multiplies theta, 1 - lr weight_decay say.
         buffer: contiguous, of theta's shape in the accumulator's dtype. Default: no momentum.
-        seed, stream, offset: name theta's random bits, as for `apply_`.
+        key: the noise of theta, whose bits round it.
         rounding_draw: 32 bits; the draw whose bits round theta stochastically. Default: to nearest.
         impl: as for `perturb`. All return the same bits (but for the payloads of NaNs).
 
@@ -76,7 +69,6 @@ def sm3_(
     Raises:
         TypeError, ValueError: an argument out of range, or tensors that do not match.
     """
-    key = NoiseKey(seed, stream, offset)
     shape = tuple(theta.shape) or (1,)
     _check(theta, gradient, accumulators, shape, buffer)
     check_number("beta", beta, low=0.0, high=1.0, open_high=True)
@@ -103,23 +95,20 @@ def sm3_(
         row = row[rows]
     n = column.numel()
     new_row, new_column = torch.zeros_like(row), torch.zeros_like(column)
-    target = theta.detach()
-    dense = target.contiguous()
-    backend.sm3(
-        dense.view(-1, n),
-        values.contiguous().view(-1, n),
-        rows,
-        row,
-        column,
-        new_row,
-        new_column,
-        None if buffer is None else buffer.view(-1, n),
-        *numbers,
-        key,
-        rounding_draw,
-    )
-    if dense is not target:
-        target.copy_(dense)
+    with contiguous(theta) as dense:
+        backend.sm3(
+            dense.view(-1, n),
+            values.contiguous().view(-1, n),
+            rows,
+            row,
+            column,
+            new_row,
+            new_column,
+            None if buffer is None else buffer.view(-1, n),
+            *numbers,
+            key,
+            rounding_draw,
+        )
     if rows is None:
         _store(accumulators[:split], new_row)
         _store(accumulators[split:], new_column)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
+from zoopt.dtypes import NARROW, RoundingMode, resolved_rounding
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
@@ -20,7 +21,6 @@ from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise
 from zoopt.zeroth_order.engine.perturbation import (
     Perturbation,
     PerturbationMode,
-    RoundingMode,
     Slot,
 )
 from zoopt.zeroth_order.engine.probe import (
@@ -39,7 +39,6 @@ _RUN_KEYS = (
     *("seed", "step", "draw", "noise_version", "num_probes", "estimator"),
     *("blocks", "block_order"),
 )
-_NARROW = (torch.bfloat16, torch.float16)
 
 
 class ZerothOrderOptimizer(DeclaredStateOptimizer):
@@ -274,19 +273,17 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
                 continue
             if block is not None and block_of(blocks, group_index, name) != block:
                 continue
-            rounding: RoundingMode = group["rounding"]
-            if rounding == "auto":
-                rounding = "stochastic" if param.dtype in _NARROW else "nearest"
             virtual = self._virtual(param, group)
             direction = self._direction(param, group, stream(name), virtual=virtual)
             if direction is not None:
                 scale = float(group[self._scale_key])
+                rounding = resolved_rounding(group["rounding"], param.dtype)
                 yield Slot(param, group, direction, virtual, rounding, scale)
 
     def _virtual(self, param: Tensor, group: Group) -> bool:
         """Whether the parameter is perturbed virtually."""
         mode: PerturbationMode = group["perturbation"]
-        return param.dtype in _NARROW if mode == "auto" else mode == "virtual"
+        return param.dtype in NARROW if mode == "auto" else mode == "virtual"
 
     def _direction(
         self, param: Tensor, group: Group, number: int, *, virtual: bool

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from zoopt.dtypes import Rounding, accumulator_dtype
 from zoopt.kernels import add_, apply_, momentum_, perturb, perturb_rows
+from zoopt.kernels.batch import contiguous
 from zoopt.kernels.dispatch import is_fake
-from zoopt.kernels.noise.key import NoiseKey, Rounding
-from zoopt.kernels.noise.op import accumulator_dtype
+from zoopt.kernels.noise.key import NoiseKey
 
 #: draw -> coefficient: the displacement sum_d coefficient_d z(d).
 Coefficients = Mapping[int, float]
@@ -76,11 +77,8 @@ class Elementwise(Direction):
     @contextlib.contextmanager
     def elements(self, param: Tensor) -> Iterator[Tensor]:
         """What moves, flat; changes made to it are the parameter's on leaving."""
-        target = param.detach()
-        dense = target.contiguous()
-        yield dense.view(-1)
-        if dense is not target:
-            target.copy_(dense)
+        with contiguous(param) as dense:
+            yield dense.view(-1)
 
     def combine(self, theta: Tensor, coefficients: Coefficients, start: int) -> Tensor:
         """sum_d coefficients[d] z(d) of elements start ... start + len(theta) - 1.
@@ -99,7 +97,7 @@ class Elementwise(Direction):
                 total,
                 list(coefficients.values()),
                 draws=list(coefficients),
-                **self.key.shifted(start).arguments,
+                key=self.key.shifted(start),
             )
         return total
 
@@ -128,7 +126,7 @@ class Elementwise(Direction):
             decay=decay,
             rounding=rounding,
             rounding_draw=rounding_draw,
-            **self.key.shifted(start).arguments,
+            key=self.key.shifted(start),
         )
 
     def add_(
@@ -215,7 +213,7 @@ class Noise(Elementwise):
                 draws=draws,
                 decay=decay,
                 rounding=rounding if draws else "nearest",
-                **self.key.arguments,
+                key=self.key,
             )
 
     def momentum_(
@@ -243,7 +241,7 @@ class Noise(Elementwise):
                 draws=draws,
                 decay=decay,
                 rounding=rounding,
-                **self.key.arguments,
+                key=self.key,
             )
 
     def perturbed(self, param: Tensor, coefficients: Coefficients) -> Tensor:
@@ -251,14 +249,14 @@ class Noise(Elementwise):
         if len(coefficients) != 1:
             return super().perturbed(param, coefficients)
         [(draw, alpha)] = coefficients.items()
-        return perturb(param, alpha, draw=draw, **self.key.arguments)
+        return perturb(param, alpha, draw=draw, key=self.key)
 
     def perturbed_rows(self, weight: Tensor, rows: Tensor, coefficients: Coefficients) -> Tensor:
         """As in `Direction`, without the other rows if there is one draw."""
         if len(coefficients) != 1:
             return super().perturbed_rows(weight, rows, coefficients)
         [(draw, alpha)] = coefficients.items()
-        return perturb_rows(weight, rows, alpha, draw=draw, **self.key.arguments)
+        return perturb_rows(weight, rows, alpha, draw=draw, key=self.key)
 
     def write_(
         self,
@@ -280,7 +278,7 @@ class Noise(Elementwise):
             decay=decay,
             rounding=rounding,
             rounding_draw=rounding_draw,
-            **self.key.shifted(start).arguments,
+            key=self.key.shifted(start),
         )
 
 

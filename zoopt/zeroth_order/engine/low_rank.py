@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_positive_int
+from zoopt.dtypes import Rounding, accumulator_dtype
 from zoopt.kernels import add_
-from zoopt.kernels.noise.key import NoiseKey, Rounding
-from zoopt.kernels.noise.op import accumulator_dtype
+from zoopt.kernels.batch import contiguous
+from zoopt.kernels.noise.key import NoiseKey
 from zoopt.noise import normal, stream
 from zoopt.optimizer import Group, Params
 from zoopt.parameters import named_params
@@ -98,27 +99,23 @@ class LowRank(Direction):
         rounding_draw: int | None,
     ) -> None:
         """param <- round(decay param + left right^T): left (m, k), right (n, k)."""
-        target = param.detach()
-        dense = target.contiguous()
-        matrix = dense.view(self.rows, self.columns)
-        if param.dtype == self.dtype:
-            matrix.addmm_(left, right.T, beta=decay)
-        else:
+        with contiguous(param) as dense:
+            matrix = dense.view(self.rows, self.columns)
+            if param.dtype == self.dtype:
+                matrix.addmm_(left, right.T, beta=decay)
+                return
             size = max(1, _ROW_CHUNK_ELEMENTS // max(1, self.columns))
             for start in range(0, self.rows, size):
-                rows = matrix[start : start + size]
                 add_(
-                    rows,
+                    matrix[start : start + size],
                     left[start : start + size] @ right.T,
                     [],
                     draws=[],
                     decay=decay,
                     rounding="nearest" if rounding_draw is None else rounding,
                     rounding_draw=rounding_draw,
-                    **self.key.shifted(start * self.columns).arguments,
+                    key=self.key.shifted(start * self.columns),
                 )
-        if dense is not target:
-            target.copy_(dense)
 
     def perturbed_rows(self, weight: Tensor, rows: Tensor, coefficients: Coefficients) -> Tensor:
         """As in `Direction`, without the other rows."""

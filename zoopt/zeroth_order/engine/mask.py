@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from zoopt.kernels.batch import contiguous
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise
 
@@ -63,13 +64,11 @@ class Indexed(Noise):
     @contextlib.contextmanager
     def elements(self, param: Tensor) -> Iterator[Tensor]:
         """The indexed elements."""
-        target = param.detach()
-        dense = target.contiguous().view(-1)
-        values = dense[self.indices]
-        yield values
-        dense[self.indices] = values
-        if not target.is_contiguous():
-            target.copy_(dense.view(target.shape))
+        with contiguous(param) as dense:
+            flat = dense.view(-1)
+            values = flat[self.indices]
+            yield values
+            flat[self.indices] = values
 
     def perturbed(self, param: Tensor, coefficients: Coefficients) -> Tensor:
         """As in `Direction`."""

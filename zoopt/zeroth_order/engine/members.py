@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels import dispatch
-from zoopt.kernels.noise.op import accumulator_dtype
 from zoopt.zeroth_order.engine.direction import Elementwise
 from zoopt.zeroth_order.engine.low_rank import LowRank, OuterProduct
 from zoopt.zeroth_order.engine.perturbation import Slot

@@ -13,14 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from zoopt.kernels.noise.key import Rounding
+from zoopt.dtypes import Rounding
 from zoopt.optimizer import Group
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction
 from zoopt.zeroth_order.engine.uncompiled import uncompiled
 from zoopt.zeroth_order.engine.virtual import Interception, Substitution
 
 PerturbationMode = Literal["auto", "inplace", "virtual"]
-RoundingMode = Literal["auto", "nearest", "stochastic"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_choice, check_number, check_positive_int
+from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.noise.op import accumulator_dtype
 from zoopt.optimizer import Group, TensorSpec
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise, chunks
