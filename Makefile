@@ -1,5 +1,6 @@
 # make demo   fine-tune a real language model at inference memory, on this machine's CPU
-# make test   lint, types, tests, and the GPU kernels compiled ahead of time
+# make test   lint, types, documentation, tests, and the GPU kernels compiled ahead of time
+# make docs   the documentation, under site/
 # make bench  the benchmarks, with their JSON under bench/results/
 #
 # Each installs what it needs into .venv first; only Python (3.10 or later) and make are needed.
@@ -14,14 +15,14 @@ WORKERS ?= 2
 # every other process: one busy neighbour on two cores makes a step twenty times as slow.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types bench format clean
+.PHONY: demo test lint types docs bench format clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/fetch_demo_assets.py
 	$(BIN)/python examples/finetune_sentiment.py
 
 # A thread a worker: tests are many and small, and workers' threads would share each other's cores.
-test: lint types
+test: lint types docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/test
@@ -30,6 +31,10 @@ lint: $(VENV)/test
 
 types: $(VENV)/test
 	$(BIN)/mypy
+
+# Strict: a broken link, a page outside the menu or a name that is not there fails.
+docs: $(VENV)/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(VENV)/test
 	$(BIN)/python examples/fetch_demo_assets.py
@@ -40,6 +45,7 @@ bench: $(VENV)/test
 		--optimizers mezo-in-place lozo lozo-momentum subzero zoadam-window forwardgrad
 	$(BIN)/python -m bench.lowrank_step --sizes 60m 130m 350m 1b --repeats 5 --refreshes 3 --json bench/results/lowrank_step_cpu.json
 	$(BIN)/python -m bench.lowrank_step --sizes 7b --repeats 3 --refreshes 1 --json bench/results/lowrank_step_7b_cpu.json
+	$(BIN)/python -m bench.precision --json bench/results/precision.json --plot bench/results/precision.png
 	$(BIN)/python -m bench.paper_memory --json bench/results/paper_memory.json
 	$(BIN)/zoopt plan llama-7b --gpu 24GB --json bench/results/plan_llama7b.json
 	$(BIN)/zoopt bench memory --json bench/results/memory_cpu.json --plot bench/results/memory_cpu.png
@@ -63,4 +69,4 @@ $(VENV)/test: $(VENV)/torch pyproject.toml
 	touch $@ $(VENV)/demo
 
 clean:
-	rm -rf $(VENV) .data out build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .data out build site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -19,6 +19,8 @@ import tokenizers
 import torch
 import transformers
 
+import zoopt
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 #: Unit roundoff of float32.
@@ -31,40 +33,70 @@ def main_of(name: str) -> Callable[..., dict[str, float]]:
 
 
 def test_mlp_learns() -> None:
-    figures = main_of("mlp")(steps=500)
+    figures = main_of("01_mlp")(steps=500)
     assert figures["loss"] < figures["loss_before"] / 3
     assert figures["accuracy"] > 0.95 > figures["accuracy_before"]
 
 
 def test_mlp_changes_five_lines() -> None:
-    source = (EXAMPLES / "mlp.py").read_text(encoding="utf-8")
+    source = (EXAMPLES / "01_mlp.py").read_text(encoding="utf-8")
     assert re.findall(r"# changed, (\d) of 5$", source, re.MULTILINE) == list("12345")
+
+
+def test_int8_adamw_learns_as_torch_does_in_a_third_of_the_state() -> None:
+    figures = main_of("02_int8_adamw")(steps=150)
+    assert figures["loss_int8"] < figures["loss_before"] / 10
+    assert figures["loss_int8"] < 2 * figures["loss_torch"]
+    assert figures["state_int8"] < 0.4 * figures["state_torch"]
+
+
+def test_planner_knows_what_the_optimizer_will_keep() -> None:
+    module = runpy.run_path(str(EXAMPLES / "07_planner.py"))
+    figures = module["main"]()
+    assert list(figures) == list(module["METHODS"])  # the smallest peak first
+    model = module["Network"]().bfloat16()
+    optimizer = zoopt.AdamW(model.named_parameters(), lr=1e-3, state_dtype="int8")
+    model(**module["inputs"](2, 8)).backward()
+    optimizer.step()
+    kept = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    assert figures["zoopt.AdamW, int8 state"]["state"] == kept
+    assert figures["MeZO"]["peak"] == figures["inference"]["peak"] < figures["AdamW"]["peak"]
+    assert figures["MeZO"]["fits"]
+    assert not figures["AdamW"]["fits"]
+
+
+def test_the_path_names_every_example() -> None:
+    """examples/README.md and the documentation's page list what there is, in order."""
+    programs = sorted(path.name for path in EXAMPLES.glob("[0-9]*.py"))
+    assert [name[:2] for name in programs] == [f"{i:02d}" for i in range(1, len(programs) + 1)]
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"`(\d\d_\w+\.py)`", text) == programs
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_lora_learns_and_leaves_the_base_alone() -> None:
-    figures = main_of("lora")(steps=300)
+    figures = main_of("06_lora")(steps=300)
     assert figures["loss"] < figures["loss_before"] - 1.0
     assert figures["changed_base_weights"] == 0
     assert 0 < figures["trained"] < figures["frozen"]
 
 
 def test_accuracy_rises_in_training_and_held_out() -> None:
-    figures = main_of("accuracy")(steps=200)
+    figures = main_of("05_accuracy")(steps=200)
     for part in ("train", "held_out"):
         assert figures[part] > 0.9
         assert figures[f"{part}_before"] < 0.5
 
 
 def test_evolution_earns_its_reward_in_training_and_held_out() -> None:
-    figures = main_of("evolution")(steps=60)
+    figures = main_of("09_evolution")(steps=60)
     for part in ("reward", "held_out"):
         assert figures[part] > 2 * figures[f"{part}_before"]
         assert figures[part] > 0.5
 
 
 def test_accumulation_learns_like_whole_batches() -> None:
-    figures = main_of("accumulation")(steps=200)
+    figures = main_of("04_accumulation")(steps=200)
     assert figures["loss"] < figures["loss_before"] / 2
     assert figures["loss"] == pytest.approx(figures["loss_whole"], rel=1e-3)
     assert figures["difference"] < 1e-3 * figures["distance"]
@@ -72,7 +104,7 @@ def test_accumulation_learns_like_whole_batches() -> None:
 
 @pytest.mark.parametrize("micro_batches", [2, 4, 64])
 def test_one_accumulated_step_is_the_step_of_the_whole_batch(micro_batches: int) -> None:
-    figures = main_of("accumulation")(steps=1, micro_batches=micro_batches)
+    figures = main_of("04_accumulation")(steps=1, micro_batches=micro_batches)
     # A loss near 1 is the mean of 64 squares of sums of 32 terms: taken in another order it is off
     # by fewer than (64 + 2 * 32) roundings, relative to it. g divides the difference of two such
     # losses by 2 zo_eps, lr g z moves a weight (|z| < 5 here), and the weight itself is rounded.
@@ -84,7 +116,7 @@ def test_one_accumulated_step_is_the_step_of_the_whole_batch(micro_batches: int)
 
 
 def test_hybrid_learns_more_than_its_halves_at_a_third_of_backprops_memory() -> None:
-    figures = main_of("hybrid")(steps=500)
+    figures = main_of("08_hybrid")(steps=500)
     assert figures["loss_hybrid"] < 0.3 * min(figures["loss_mezo"], figures["loss_head"])
     # Beside MeZO's: the head's gradient, Adam's two moments, the logits with theirs.
     head, logits = (32 * 2 + 2) * 4, 256 * 2 * 4
@@ -93,7 +125,7 @@ def test_hybrid_learns_more_than_its_halves_at_a_third_of_backprops_memory() -> 
 
 
 def test_fused_backward_holds_one_gradient_and_changes_no_bit() -> None:
-    figures = main_of("fused_backward")(steps=40)
+    figures = main_of("03_fused_backward")(steps=40)
     assert figures["difference"] == 0.0
     assert figures["loss"] == figures["loss_unfused"] < figures["loss_before"] / 2
     assert figures["gradient_bytes"] == figures["largest_gradient_bytes"]
@@ -212,7 +244,7 @@ def test_trainer_resumes_to_the_same_model_and_figures(
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    main = main_of("trainer")
+    main = main_of("10_trainer")
     output = tmp_path / "out"
     options = ["--model", str(model_dir), "--data", str(reviews), "--output", str(output)]
     options += ["--steps", "5", "--batch-size", "8", "--micro-batches", "2", "--every", "3"]

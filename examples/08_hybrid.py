@@ -2,7 +2,7 @@
 
 Two optimizers share the model's named parameters, told apart by their names, and `zoopt.Hybrid`
 makes one of them. Autograd keeps nothing of the layers before the head, so a step takes little more
-memory than MeZO's. The data are the two spirals of `mlp.py`; for comparison, the same network is
+memory than MeZO's. The data are the two spirals of `01_mlp.py`; for comparison, the same network is
 trained by MeZO, by backprop on the head alone, and by backprop.
 """
 
