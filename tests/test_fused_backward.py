@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import weakref
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.utils.checkpoint import checkpoint
 
 import zoopt
@@ -387,17 +389,19 @@ def test_removal_gives_the_gradients_back() -> None:
     assert twin._fusion is None
 
 
-def test_a_zero_rate_and_gradient_only_make_state() -> None:
-    """LoRA's first step under warm-up; and what torch.distributed.checkpoint does."""
+def test_what_asks_for_state_counts_no_step() -> None:
+    """What torch.distributed.checkpoint does; LoRA's first step under warm-up counts."""
     for steps in (1, 2):
         model = nn.Linear(4, 4)
         optimizer = zoopt.AdamW(model.parameters(), lr=0.0)
         zoopt.fuse_backward(model, optimizer, accumulation_steps=steps)
+        _init_optim_state(optimizer)
+        assert all(not value.any() for s in optimizer.state.values() for value in s.values())
+        assert len(optimizer.state) == 2
         for _ in range(steps):
             (model(torch.ones(1, 4)).sum() * 0.0).backward()
         optimizer.step()
-        assert all(not value.any() for s in optimizer.state.values() for value in s.values())
-        assert len(optimizer.state) == 2
+        assert all(int(s["step"]) == 1 for s in optimizer.state.values())
 
 
 def test_a_gradient_that_is_not_finite_makes_no_basis() -> None:
@@ -497,12 +501,109 @@ def test_clips_whole_gradients_by_the_norms_of_their_projections() -> None:
         torch.testing.assert_close(p, q, rtol=0.0, atol=1e-10)
 
 
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_lets_go_of_everything(row: Row, removed: bool) -> None:
+    """A hook that autograd holds must not hold the optimizer: Python's collector cannot see it."""
+    model = net()
+    optimizer = row.build(model)
+    handle = zoopt.fuse_backward(model, optimizer)
+    if ROWS.index(row) % 2:
+        backward(model)
+        optimizer.step()
+    watched: list[weakref.ref[Any]] = [weakref.ref(param) for param in model.parameters()]
+    watched += [weakref.ref(thing) for thing in (model, optimizer, handle)]
+    if removed:
+        handle.remove()
+    del model, optimizer, handle
+    gc.collect()
+    assert [reference() for reference in watched] == [None] * len(watched)
+
+
+def test_a_model_outlives_its_optimizer() -> None:
+    """Nobody updates it then: gradients stay where they are."""
+    model = net()
+    optimizer = zoopt.AdamW(model.parameters())
+    zoopt.fuse_backward(model, optimizer)
+    del optimizer
+    gc.collect()
+    backward(model)
+    assert all(p.grad is not None for p in model.parameters())
+    assert same(model, net())
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_what_has_been_applied_cannot_be_thrown_away(row: Row) -> None:
+    """The discriminator in its generator's step; a bad batch; SAM's second pass."""
+    models = []
+    for throws in (False, True):
+        model = net()
+        optimizer = row.build(model)
+        with zoopt.fuse_backward(model, optimizer):
+            backward(model)
+            if throws:
+                for _ in range(2):
+                    with pytest.raises(RuntimeError, match=r"zero_grad\(\) must come after step"):
+                        optimizer.zero_grad()
+                with pytest.raises(RuntimeError, match="after 1 backward passes at most"):
+                    backward(model)
+                model.zero_grad()
+                with pytest.raises(RuntimeError, match="after 1 backward passes at most"):
+                    backward(model)
+                model.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+        models.append(model)
+    assert same(*models)
+
+
+def test_a_frozen_discriminator_is_left_alone() -> None:
+    """What the message advises."""
+    critic, generator = nn.Linear(4, 1), nn.Linear(2, 4)
+    optimizer = zoopt.AdamW(critic.parameters())
+    zoopt.fuse_backward(critic, optimizer)
+    start = copy.deepcopy(critic)
+    critic.requires_grad_(False)
+    critic(generator(torch.ones(1, 2))).sum().backward()
+    critic.requires_grad_(True)
+    assert same(critic, start)
+    assert generator.weight.grad is not None
+    optimizer.zero_grad()
+    critic(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert not same(critic, start)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_a_closure_is_run_and_finished(row: Row) -> None:
+    """As Lightning does: zero_grad and backward are in the closure that `step` is given."""
+    models = []
+    for fused in (False, True):
+        model = net()
+        optimizer = row.build(model)
+        if fused:
+            deferred = not any(map(optimizer._needs_gradient, optimizer._sites()))
+            zoopt.fuse_backward(model, optimizer, accumulation_steps=1 + deferred)
+        for _ in range(2):
+
+            def closure(model: nn.Module = model, optimizer: Any = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                assert torch.is_grad_enabled()
+                return backward(model)
+
+            with torch.no_grad():
+                loss = optimizer.step(closure)
+            assert float(loss) > 0
+        models.append(model)
+    assert same(*models)
+
+
 def test_refuses_what_cannot_be_done_in_backward() -> None:
     model = net()
     optimizer = zoopt.AdamW(model.parameters())
     zoopt.fuse_backward(model, optimizer, accumulation_steps=2)
-    with pytest.raises(RuntimeError, match="closure must be None where backward is fused"):
-        optimizer.step(lambda: backward(model))
     micro_batches(model, 2)
     with pytest.raises(RuntimeError, match=r"after 2 backward passes at most .* got 3 that"):
         micro_batches(model, 1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import zoopt
 from zoopt.selection.half_fine_tuning import HalfFineTuning, trained_units, units
@@ -250,3 +251,12 @@ def test_refuses() -> None:
     sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"must keep its repeated layers in an nn.ModuleList"):
         HalfFineTuning(plain, sgd, round_steps=1)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_distributed_checkpoint_counts_no_step(name: str) -> None:
+    model = llama()
+    optimizer = OPTIMIZERS[name](model)
+    with HalfFineTuning(model, optimizer, round_steps=1, seed=0) as half:
+        get_optimizer_state_dict(model, optimizer)
+        assert half.round == 0

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zoopt.dtypes import DTYPES
@@ -41,18 +42,30 @@ def check_streams(groups: Sequence[Group]) -> None:
 
 
 def check_param(param: Tensor) -> None:
-    """Raise unless the parameter can be perturbed: a plain dense floating-point tensor."""
+    """Raise unless the parameter can be written: a plain dense floating-point tensor."""
     remedy = (
         "pass only parameters to be trained, [p for p in model.parameters() if p.requires_grad]"
     )
+    if is_lazy(param):
+        raise TypeError(
+            "a parameter must have a shape, got an uninitialized one of a lazy module; run the "
+            "model once before the optimizer is made"
+        )
     wrapper: bool = is_traceable_wrapper_subclass(param)
     if wrapper:
         raise TypeError(
             f"a parameter must be a plain tensor, got the subclass {type(param).__name__}, whose "
-            f"elements zoopt cannot perturb; {remedy}"
+            f"elements zoopt cannot write; {remedy}"
         )
     if param.layout != torch.strided:
         raise TypeError(f"a parameter must be dense, got layout {param.layout}; {remedy}")
+    if param.is_neg() or any(
+        stride == 0 < size - 1 for size, stride in zip(param.shape, param.stride(), strict=True)
+    ):
+        raise ValueError(
+            "a parameter must not share memory among its elements, nor be a view of opposites, got "
+            "one that does; pass param.detach().clone()"
+        )
     if param.dtype not in DTYPES:
         kind = "complex" if param.dtype.is_complex else "of this dtype"
         hint = "use torch.view_as_real" if param.dtype.is_complex else remedy

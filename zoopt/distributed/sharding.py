@@ -34,12 +34,12 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_like(value: Tensor, param: Tensor) -> Tensor:
-    """The part of a value that lies where the parameter's part does."""
+    """The part of a value that lies where the parameter's part does, contiguous."""
     if is_sharded(value) and is_sharded(param):
         placements = _dtensor(param).placements
         if _dtensor(value).placements != placements:
             value = _dtensor(value).redistribute(placements=placements)
-    return local(value)
+    return local(value).contiguous()
 
 
 def sharded_as(value: Tensor, param: Tensor) -> Tensor:

@@ -9,21 +9,23 @@ from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from zoopt.ambient import opaque, own_arithmetic
 from zoopt.checks import check_bool, check_choice, check_number
+from zoopt.distributed.checkpoint import asks_for_state
 from zoopt.distributed.sharding import (
-    anywhere,
     check_placement,
     is_sharded,
     local,
     local_like,
     offset,
 )
-from zoopt.dtypes import DTYPES, RoundingMode, resolved_rounding
+from zoopt.dtypes import RoundingMode, resolved_rounding
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
-from zoopt.parameters import check_streams, named_params
+from zoopt.parameters import check_param, check_streams, named_params
 
 #: Group keys that describe the run, hence are the same in every group.
 _RUN_KEYS = ("seed", "noise_version")
@@ -74,7 +76,7 @@ class Site:
 class Fusion(Protocol):
     """What `zoopt.fuse_backward` puts in the place of a step."""
 
-    def step(self, closure: Callable[[], Any] | None) -> None:
+    def step(self, closure: Callable[[], Any] | None) -> Any:
         """Do what backward has left to do."""
 
     def discard(self) -> None:
@@ -92,10 +94,8 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
     _fusion: Fusion | None = None
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
-        if seed is None:
-            seed = torch.initial_seed() & 0xFFFFFFFFFFFFFFFF
-        NoiseKey(seed, stream=0)
-        super().__init__(params, {**defaults, "seed": seed, "noise_version": NOISE_VERSION})
+        run = {"seed": self._share_seed(seed), "noise_version": NOISE_VERSION}
+        super().__init__(params, {**defaults, **run})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as in torch; it joins the run under its seed.
@@ -116,6 +116,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             self.param_groups.pop()
             raise
 
+    @opaque
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -127,43 +128,74 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or a parameter no longer has its state's shape.
-                Nothing has changed then.
+            RuntimeError: a gradient is sparse, a parameter no longer has its state's shape, or has
+                no values; another process goes on with another seed. Nothing has changed then.
         """
-        if self._fusion is not None:
-            self._fusion.step(closure)
+        if asks_for_state(self):
+            self._make_state()
             return None
+        self._check_seed()
+        if self._fusion is not None:
+            return self._fusion.step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sites = [site for site in self._sites() if site.param.grad is not None]
-        self._check_state()
-        for site in sites:
-            self._check_gradient(site)
-        for site in sites:
-            self._step_param(site)
+        with own_arithmetic(self._device_type()):
+            self._step()
         return loss
 
+    def _step(self) -> None:
+        self._check_state()
+        sites = []
+        for site in self._sites():
+            check_values(site)
+            if site.param.grad is not None:
+                self._check_gradient(site)
+                sites.append(site)
+        for site in sites:
+            # Where memory ends, it ends before anything has changed.
+            self._state(site.param, site.group)
+        for site in sites:
+            self._step_param(site)
+
+    @opaque
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what `zoopt.fuse_backward` has accumulated in their place is dropped too."""
         super().zero_grad(set_to_none)
         if self._fusion is not None:
             self._fusion.discard()
 
+    def _make_state(self) -> None:
+        """State for every parameter that has a gradient, as before its first step."""
+        with own_arithmetic(self._device_type()):
+            for site in self._sites():
+                if site.param.grad is not None:
+                    self._state(site.param, site.group)
+
+    def _device_type(self) -> str:
+        first: Tensor = self.param_groups[0]["params"][0]
+        return first.device.type
+
     def _step_param(self, site: Site) -> None:
         gradient = site.param.grad
         if gradient is None:
             return
-        if self._initialises(site, gradient):
-            self._state(site.param, site.group)
-            return
         if is_sharded(site.param):
             self._step_shard(site, gradient)
-            return
-        reduced = self._reduce(site, gradient)
-        if reduced is not None:
-            self._apply(site, reduced, gradient)
+        else:
+            gradient = operand(gradient)
+            reduced = self._reduce(site, gradient)
+            if reduced is not None:
+                self._apply(site, reduced, gradient)
+        self._written(site.param)
+
+    def _written(self, param: Tensor) -> None:
+        """Kernels write past autograd: a graph that is still to be gone through again must not
+        find other weights in silence."""
+        torch.autograd.graph.increment_version(param)
+        if is_sharded(param):
+            torch.autograd.graph.increment_version(local(param))
 
     def _step_shard(self, site: Site, gradient: Tensor) -> None:
         """Step the part of a sharded parameter that lies here, as if it were all of it."""
@@ -179,17 +211,6 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         finally:
             del self.state[part]
         self._merge(site)
-
-    def _initialises(self, site: Site, gradient: Tensor) -> bool:
-        """Whether the step only asks for state to load a checkpoint into: no rate, no gradient,
-        and none before."""
-        state = self.state.get(site.param, {})
-        return (
-            (not state or not state.get("step", True))
-            and float(site.group["lr"]) == 0.0
-            and not gradient.is_sparse
-            and not anywhere(bool(local(gradient).any()), site.param)
-        )
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         """What the update needs of the gradient (micro-batches add it up); None leaves the
@@ -233,9 +254,19 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
                 )
 
     def _check_gradient(self, site: Site) -> None:
-        if site.param.grad is not None and site.param.grad.layout != torch.strided:
+        gradient = site.param.grad
+        if gradient is None:
+            return
+        wrapper: bool = is_traceable_wrapper_subclass(gradient)
+        if is_sharded(gradient) != is_sharded(site.param) or wrapper > is_sharded(gradient):
             raise RuntimeError(
-                f"{type(self).__name__} needs dense gradients, got layout {site.param.grad.layout} "
+                f"{type(self).__name__} needs a gradient of its parameter's kind, "
+                f"{type(site.param).__name__}, got {type(gradient).__name__} for parameter "
+                f"{site.name!r}; pass a plain tensor, or for a DTensor parameter a DTensor"
+            )
+        if gradient.layout != torch.strided:
+            raise RuntimeError(
+                f"{type(self).__name__} needs dense gradients, got layout {gradient.layout} "
                 f"for parameter {site.name!r}; use an embedding with sparse=False, or zoopt.SM3"
             )
 
@@ -251,12 +282,24 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
                 f"got {group['seed']}"
             )
         for param in group["params"]:
-            if param.dtype not in DTYPES:
-                hint = "use torch.view_as_real" if param.dtype.is_complex else "leave it out"
-                raise TypeError(
-                    f"a parameter must be float32, bfloat16, float16 or float64, "
-                    f"got {param.dtype}; {hint}"
-                )
+            check_param(local(param))
+
+
+def check_values(site: Site) -> None:
+    """Raise if the parameter has no values here: a step would leave it out in silence."""
+    if site.param.is_meta:
+        raise RuntimeError(
+            f"parameter {site.name!r} must hold values, got one on the meta device; load the "
+            f"model before the optimizer is made, and instead of accelerate's cpu_offload or "
+            f"disk_offload use fully_shard(..., offload_policy=CPUOffloadPolicy())"
+        )
+
+
+def operand(gradient: Tensor) -> Tensor:
+    """A gradient as the updates read it, its values in a row; sparse ones as they are."""
+    if gradient.layout != torch.strided:
+        return gradient
+    return gradient.resolve_neg().contiguous()
 
 
 def check_betas(group: Group) -> None:

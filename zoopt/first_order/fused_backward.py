@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
+from zoopt.ambient import opaque, own_arithmetic
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.distributed.sharding import is_sharded
 from zoopt.dtypes import accumulator_dtype
-from zoopt.first_order.base import FirstOrderOptimizer, Site
+from zoopt.first_order.base import FirstOrderOptimizer, Site, check_values, operand
+from zoopt.first_order.clipping import check_unclipped
 
 Clip = Literal["global", "parameter"]
 #: Wrappers that take gradients away before a hook could see what all processes have summed.
@@ -70,11 +73,19 @@ def fuse_backward(
             gradients (APOLLO, Fira) where only R is kept; the model is wrapped in DDP or FSDP,
             whose gradients are not complete when a parameter's backward is.
         RuntimeError: later, in `backward`, where gradients arrive more often than
-            `accumulation_steps` says; in `step`, given a closure or a GradScaler, whose scaled
-            gradients would long have been applied.
+            `accumulation_steps` says; in `step`, given a GradScaler, whose scaled gradients would
+            long have been applied, or called by a Trainer that clips gradients, where
+            max_grad_norm is None: it finds none; in `zero_grad`, where gradients to be thrown away
+            have been applied.
 
     `optimizer.zero_grad()` drops gradients that have been accumulated; so does loading a
-    state_dict, which does not hold them. A parameter that reentrant activation checkpointing
+    state_dict, which does not hold them. What has been applied cannot be dropped: freeze what a
+    backward pass must not train (a discriminator in its generator's step) by
+    `requires_grad_(False)`, and decide about a batch by its loss, before `backward`. A closure that
+    is given to `step` is run as ever. The parameters hold the handle weakly: it lives as long as
+    the optimizer, and where that has gone gradients stay in `.grad` again.
+
+    A parameter that reentrant activation checkpointing
     reaches several times in a pass (tied weights) counts as often: use `use_reentrant=False`.
 
     Example:
@@ -111,7 +122,7 @@ class FusedBackward:
         max_grad_norm: float | None,
         clip: Clip,
     ) -> None:
-        self._model, self._optimizer = model, optimizer
+        self._model, self._reference = model, weakref.ref(optimizer)
         self._accumulation_steps = accumulation_steps
         self._max_grad_norm, self._clip = max_grad_norm, clip
         #: Whether updates wait for `step`.
@@ -124,23 +135,33 @@ class FusedBackward:
         self._sites: dict[Tensor, Site] = {}
         self._arrivals: dict[Tensor, int] = {}
         self._kept: dict[Tensor, Tensor | None] = {}
+        self._may_be_clipped = max_grad_norm is None
         self._attach()
+        optimizer._check_seed()
         # GradScaler.step then leaves its scale on the optimizer and calls `step`, which can say
         # what is wrong, where it otherwise asserts that there were gradients to unscale.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         optimizer._fusion = self
-        self._loading = optimizer.register_load_state_dict_post_hook(lambda _: self.discard())
+        self._loading = optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
+
+    @property
+    def _optimizer(self) -> FirstOrderOptimizer:
+        optimizer = self._reference()
+        if optimizer is None:
+            raise RuntimeError("the fused optimizer is gone; keep it as long as its handle is used")
+        return optimizer
 
     def remove(self) -> None:
         """Undo the fusion: gradients stay in `.grad` again. Those that wait for `step` are lost."""
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-        self.discard()
-        if self._optimizer._fusion is self:
+        self._forget()
+        optimizer = self._reference()
+        if optimizer is not None and optimizer._fusion is self:
             self._loading.remove()
-            self._optimizer._fusion = None
-            del self._optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
+            optimizer._fusion = None
+            del optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
 
     def __enter__(self) -> FusedBackward:
         return self
@@ -154,19 +175,28 @@ class FusedBackward:
         self.remove()
 
     def discard(self) -> None:
-        """Drop what has arrived since the last step and has not been applied."""
+        """Drop what has arrived since the last step.
+
+        Raises:
+            RuntimeError: it has been applied. Nothing has changed then.
+        """
+        if self._arrivals and not self._deferred:
+            raise RuntimeError(
+                f"zero_grad() must come after step(), got gradients of {len(self._arrivals)} "
+                f"parameters that backward has applied and cannot take back; call step() to go on "
+                f"with them, and freeze what a backward pass must not train by "
+                f"requires_grad_(False), or leave the backward unfused"
+            )
+        self._forget()
+
+    def _forget(self) -> None:
         self._sites.clear()
         self._arrivals.clear()
         self._kept.clear()
 
-    def step(self, closure: Callable[[], Any] | None) -> None:
-        """The optimizer's step: whatever backward has left to do."""
-        optimizer = self._optimizer
-        if closure is not None:
-            raise RuntimeError(
-                "closure must be None where backward is fused, for backward updates the parameters "
-                "itself; call loss.backward(), then step(), or remove() the fusion"
-            )
+    def step(self, closure: Callable[[], Any] | None) -> Any:
+        """The optimizer's step: the closure if any, then whatever backward has left to do."""
+        optimizer, loss = self._optimizer, None
         if hasattr(optimizer, "grad_scale"):
             for left in ("grad_scale", "found_inf"):
                 delattr(optimizer, left)
@@ -174,16 +204,25 @@ class FusedBackward:
                 "a GradScaler cannot drive a fused backward, got one: its scaled gradients have "
                 "been applied; train in bfloat16 without a scaler, or unfused"
             )
+        if self._may_be_clipped:
+            check_unclipped()
+            self._may_be_clipped = False
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self._attach()
         for site in self._places().values():
             if site.param.grad is not None:
                 self._receive(site.param)
         # In the parameters' order, whatever that of their arrival was: norms round alike.
         kept = [site for param, site in self._sites.items() if param in self._kept]
-        whole = self._clip_scale(kept) if self._clip == "global" else None
-        for site in kept:
-            self._update(site, None, whole if self._clip == "global" else self._clip_scale([site]))
-        self.discard()
+        with own_arithmetic(optimizer._device_type()):
+            whole = self._clip_scale(kept) if self._clip == "global" else None
+            for site in kept:
+                scale = whole if self._clip == "global" else self._clip_scale([site])
+                self._update(site, None, scale)
+        self._forget()
+        return loss
 
     def _attach(self) -> None:
         """Hook the parameters that have no hook yet, once all of them have passed the checks."""
@@ -201,6 +240,7 @@ class FusedBackward:
                 )
         known = set(self._model.parameters())
         for site in new:
+            check_values(site)
             if site.param not in known:
                 raise ValueError(
                     f"optimizer must hold parameters of the model only, got {site.name!r}, which "
@@ -221,7 +261,7 @@ class FusedBackward:
             param, required = site.param, site.param.requires_grad
             # torch hooks no frozen parameter, but a hook survives freezing and unfreezing.
             param.requires_grad_(True)
-            hook = param.register_post_accumulate_grad_hook(self._receive)  # type: ignore[no-untyped-call]
+            hook = param.register_post_accumulate_grad_hook(_hook(self))  # type: ignore[no-untyped-call]
             param.requires_grad_(required)
             self._hooks[param] = hook
 
@@ -232,21 +272,20 @@ class FusedBackward:
             self._sites = {site.param: site for site in self._optimizer._sites()}
         return self._sites
 
-    @torch.no_grad()
+    @opaque
     def _receive(self, param: Tensor) -> None:
         """Take a gradient that is complete: update with it or keep its R, and let it go."""
         optimizer = self._optimizer
         site = self._places()[param]
         optimizer._check_gradient(site)
         self._check_arrival(site)
-        gradient, param.grad = param.grad, None
-        assert gradient is not None
-        if optimizer._initialises(site, gradient):
-            optimizer._state(param, site.group)
-            return
-        self._keep(site, gradient)
-        if not self._deferred:
-            self._update(site, gradient, self._clip_scale([site]))
+        with own_arithmetic(param.device.type):
+            gradient, param.grad = param.grad, None
+            assert gradient is not None
+            gradient = operand(gradient)
+            self._keep(site, gradient)
+            if not self._deferred:
+                self._update(site, gradient, self._clip_scale([site]))
 
     def _check_arrival(self, site: Site) -> None:
         gradient, arrivals = site.param.grad, self._arrivals.get(site.param, 0) + 1
@@ -295,6 +334,17 @@ class FusedBackward:
             if gradient is not None and optimizer._needs_gradient(site):
                 gradient.mul_(scale.to(gradient.device))
         optimizer._apply(site, reduced, gradient)
-        # The kernels write past autograd, which is at work here: a graph that is still to be gone
-        # through again must not find other weights in silence.
-        torch.autograd.graph.increment_version(site.param)
+        optimizer._written(site.param)
+
+
+def _hook(fusion: FusedBackward) -> Callable[[Tensor], None]:
+    """What autograd calls. It holds nothing: what a parameter's hook refers to, Python's collector
+    cannot see, and the parameter would live for ever."""
+    reference = weakref.ref(fusion)
+
+    def receive(param: Tensor) -> None:
+        alive = reference()
+        if alive is not None and alive._reference() is not None:
+            alive._receive(param)
+
+    return receive

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoopt.ambient import opaque
 from zoopt.checks import check_bool, check_number, check_positive_int
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
@@ -201,6 +202,7 @@ class OwLore(AdamFamily):
             draw=run["updates"] // run["sampling_gap"],
         )
 
+    @opaque
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; then, if it is time, sample other layers.
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zoopt.checks import check_positive_int
-from zoopt.kernels.noise.key import check_unsigned
+from zoopt.distributed.checkpoint import called_by_checkpoint
+from zoopt.distributed.seed import SharedSeed
 from zoopt.kernels.noise.philox import words
 from zoopt.nn.modules import repeated_layers
 from zoopt.noise import stream
@@ -108,7 +109,7 @@ class HalfFineTuning:
         model: with its repeated layers in an nn.ModuleList. Frozen parameters stay frozen.
         optimizer: made from the model's parameters, before.
         round_steps: steps of a round; an epoch's, or a task's. The paper has one round a task.
-        seed: draws the halves; default torch.initial_seed().
+        seed: draws the halves; default torch.initial_seed(), rank 0's in all processes.
 
     Raises:
         TypeError, ValueError: an argument out of range; a model without repeated layers; an
@@ -133,8 +134,7 @@ class HalfFineTuning:
         self, model: nn.Module, optimizer: Optimizer, *, round_steps: int, seed: int | None = None
     ) -> None:
         check_positive_int("round_steps", round_steps)
-        seed = torch.initial_seed() & 0xFFFFFFFFFFFFFFFF if seed is None else seed
-        check_unsigned("seed", seed, 64)
+        seed = SharedSeed(seed, type(self).__name__).value
         _check(optimizer)
         self._optimizer = optimizer
         self._units = units(model)
@@ -175,6 +175,8 @@ class HalfFineTuning:
 
     def _count(self) -> None:
         """After a step: the next one may begin a round."""
+        if called_by_checkpoint():
+            return  # It was none: it has made the optimizer's state.
         before = self.round
         self._run["hft_step"] += 1
         self._write()

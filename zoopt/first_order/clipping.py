@@ -1,0 +1,44 @@
+"""Loops that clip gradients by themselves, and find none where the backward is fused."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+#: Module, class, the attribute that says how gradients are clipped, and its name to the user.
+_LOOPS = (
+    ("transformers.trainer", "Trainer", "args.max_grad_norm", "max_grad_norm of TrainingArguments"),
+    ("lightning.pytorch", "Trainer", "gradient_clip_val", "gradient_clip_val of the Trainer"),
+    ("pytorch_lightning", "Trainer", "gradient_clip_val", "gradient_clip_val of the Trainer"),
+)
+
+
+def check_unclipped() -> None:
+    """Raise if this is called by a loop that would clip gradients, which are gone by then.
+
+    Raises:
+        RuntimeError: so it is. The updates of this step have been applied, unclipped.
+    """
+    loops: list[tuple[type[Any], str, str]] = []
+    for module, name, attribute, label in _LOOPS:
+        if module in sys.modules:  # who calls it has imported it
+            loops.append((getattr(sys.modules[module], name), attribute, label))
+    frame = sys._getframe(1) if loops else None
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        for cls, attribute, label in loops:
+            if isinstance(caller, cls):
+                _check(caller, attribute, label)
+        frame = frame.f_back
+
+
+def _check(loop: Any, attribute: str, label: str) -> None:
+    limit: Any = loop
+    for part in attribute.split("."):
+        limit = getattr(limit, part, None)
+    if limit:
+        raise RuntimeError(
+            f"{label} must be 0 or None where the backward is fused, got {limit}: there are no "
+            f"gradients left to clip, and nothing is clipped; pass "
+            f"zoopt.fuse_backward(..., max_grad_norm={limit}) and clip there only"
+        )
