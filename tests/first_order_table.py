@@ -197,6 +197,15 @@ def ldadam(name: str, **options: Any) -> Row:
     return row(name, zoopt.LDAdamW, oracle, kept, **options)
 
 
+def gradnormlorp(name: str, **options: Any) -> Row:
+    """GaLore between two bases. Between them a gradient is nearly diagonal, as of "two-sided"."""
+    state_dtype = options.get("state_dtype", "float32")
+    kept = projected(options["rank"], "full", state_dtype=state_dtype)
+    oracle = None if "state_dtype" in options else GaLore64
+    base = {"update_proj_gap": 5, "eps": 1e-3}
+    return row(name, zoopt.GradNormLoRP, oracle, kept, **{**base, **options})
+
+
 def frugal(name: str, **options: Any) -> Row:
     """A density of 1/4, and its basis where it is not columns."""
     density, projector = options.get("density", 0.25), options.get("projector", "columns")
@@ -293,6 +302,9 @@ ROWS = [
     ldadam("without feedback", rank=8, error_feedback=False),
     ldadam("full rank", rank=1000),
     ldadam("int8", rank=48, state_dtype="int8"),
+    gradnormlorp("", rank=32),
+    gradnormlorp("ascent", rank=32, weight_decay=0.1, maximize=True),
+    gradnormlorp("int8", rank=80, state_dtype="int8"),
     frugal(""),
     frugal("columns", proj_type="right", weight_decay=0.1, stagger=False),
     frugal("svd", projector="svd", sign_lr_scale=0.1),

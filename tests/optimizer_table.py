@@ -16,6 +16,7 @@ from tests.reference.adam_float64 import ZOAdam64
 from tests.reference.blocks_float64 import Blocks64
 from tests.reference.conmezo_float64 import ConMeZO64
 from tests.reference.conservative_float64 import ZOConservativeSGD64
+from tests.reference.evolution_float64 import EvolutionStrategy64
 from tests.reference.forward_grad_float64 import ForwardGrad64
 from tests.reference.fzoo_float64 import FZOO64
 from tests.reference.hizoo_float64 import HiZOO64
@@ -162,8 +163,21 @@ def mezo(name: str, **options: Any) -> Row:
     return row(name, zoopt.MeZO, MeZO64, per_element(1) if stored else nothing, **options)
 
 
+def evolution(name: str, **options: Any) -> Row:
+    """With a loss, unless it maximises: what the contract's closures return is one."""
+    base = {"lr": 5e-3, "sigma": 1e-2, "population_size": 6, "seed": 7, "maximize": False}
+    return Row(
+        f"EvolutionStrategy {name}",
+        zoopt.EvolutionStrategy,
+        {**base, **options},
+        EvolutionStrategy64,
+        nothing,
+    )
+
+
 INDICES = {"0.weight": torch.tensor([3, 0, 1]), "0.bias": torch.tensor([1])}
 
+SHAPINGS = ("zscore", "rank", "pair-sign")
 ROWS = [
     mezo("plain"),
     mezo("probes", num_probes=3),
@@ -266,6 +280,11 @@ ROWS = [
     row("", zoopt.ZOMuon, ZOMuon64, factors(3, "m"), rank=3, basis_update_gap=7, weight_decay=0.1),
     row("", zoopt.HiZOO, HiZOO64, per_element(1), hessian_smooth=1e-4, num_probes=2),
     row("", zoopt.ConMeZO, ConMeZO64, per_element(1), warmup_steps=20, weight_decay=0.1),
+    *(evolution(f"{s} {r}", shaping=s, rank=r) for s in SHAPINGS for r in (None, 2)),
+    evolution("single", antithetic=False, population_size=7, weight_decay=0.1),
+    evolution("single rank", antithetic=False, population_size=7, rank=1, shaping="rank"),
+    evolution("ascent", maximize=True, weight_decay=0.1),
+    evolution("blocks", blocks=["0.*", "*"], rank=1),
 ]
 PERTURBATIONS = ["inplace", "virtual"]
 #: Each row with each perturbation.

@@ -16,55 +16,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import zoopt
-from tests import test_contract as contract
+from tests.compare import same
 from tests.meter import peak_bytes
-from tests.optimizer_table import PERTURBATIONS, Row, closure_of, mlp, nothing
+from tests.optimizer_table import PERTURBATIONS, SHAPINGS, closure_of, mlp
 from tests.reference import evolution_float64 as oracle
 from zoopt import kernels, noise
 from zoopt.zeroth_order.engine import direction
 from zoopt.zeroth_order.engine.population import shaped
 
 SEED = 7
-
-
-def row(name: str, **options: Any) -> Row:
-    """With a loss, unless it maximises: what the contract's closures return is one."""
-    base = {"lr": 5e-3, "sigma": 1e-2, "population_size": 6, "seed": SEED, "maximize": False}
-    return Row(
-        name, zoopt.EvolutionStrategy, {**base, **options}, oracle.EvolutionStrategy64, nothing
-    )
-
-
-SHAPINGS = ["zscore", "rank", "pair-sign"]
-ROWS = [
-    *(row(f"{s} {r}", shaping=s, rank=r) for s in SHAPINGS for r in (None, 2)),
-    row("single", antithetic=False, population_size=7, weight_decay=0.1),
-    row("single rank", antithetic=False, population_size=7, rank=1, shaping="rank"),
-    row("ascent", maximize=True, weight_decay=0.1),
-    row("blocks", blocks=["0.*", "*"], rank=1),
-]
-CASES = [(row, mode) for row in ROWS for mode in PERTURBATIONS]
-
-
-@pytest.mark.parametrize(("row", "perturbation"), CASES, ids=str)
-def test_equals_the_float64_oracle(row: Row, perturbation: str) -> None:
-    contract.test_equals_the_float64_oracle(row, perturbation)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("row", "perturbation"), CASES, ids=str)
-def test_resume_is_exact(row: Row, dtype: torch.dtype, perturbation: str) -> None:
-    contract.test_resume_is_exact(row, dtype, perturbation)
-
-
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_keeps_the_contract(row: Row) -> None:
-    contract.test_is_deterministic_and_leaves_the_rng_alone(row)
-    contract.test_state_bytes(row, torch.bfloat16)
-    contract.test_order_of_named_parameters_does_not_matter(row)
-    contract.test_step_without_anything_pending_changes_nothing(row)
-    contract.test_refuses_foreign_checkpoints(row)
-    contract.test_loss_falls(row)
 
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
@@ -298,12 +258,12 @@ def test_a_population_without_fitness_changes_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step(lambda: closure_of(model)() * math.nan)
-    assert contract.same(model, before)
+    assert same(model, before)
     assert optimizer.skipped_probes == 8
     assert optimizer.param_groups[0]["draw"] == 4
     # The same fitness for all says nothing, but it decays.
     optimizer.update([2.0] * 4)
-    assert not contract.same(model, before)
+    assert not same(model, before)
 
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
@@ -365,7 +325,7 @@ def test_added_groups_join_the_run() -> None:
     before = copy.deepcopy(model[3])
     optimizer.step(closure_of(model))
     assert len(optimizer.last_step.fitness) == 6
-    assert not contract.same(model[3], before)
+    assert not same(model[3], before)
     for key, value in (("population_size", 8), ("shaping", "rank"), ("antithetic", False)):
         with pytest.raises(ValueError, match=f"{key} must be the same in every param group"):
             optimizer.add_param_group({"params": list(model[2].parameters()), key: value})

@@ -1,78 +1,23 @@
 """Memory-efficient optimizers for PyTorch.
 
-Zeroth order (the memory of inference): `MeZO`, `ZOAdam`, `ZOSignSGD`, `ZOConservativeSGD`,
-`ForwardGrad`, `FZOO`, `LOZO`, `SubZero`, `ZOMuon`, `HiZOO`, `ConMeZO`, `EvolutionStrategy`.
-With backprop on the late layers: `Hybrid`.
-Compact state: `SM3`, `AdamW`. Low-rank projection: `GaLoreAdamW`, `QGaLoreAdamW`, `Apollo`,
-`ApolloMini`, `Fira`, `LDAdamW`, `Frugal`, `GaLoreAdafactor`,
-`GradNormLoRP`, `OwLore`. Reparametrised layers: `zoopt.nn`. Which parameters train:
-`HalfFineTuning`.
+`zoopt.optimizers()` lists them, `zoopt.optimizer(name, params, ...)` makes one by name, and each
+is a class of its own: `zoopt.MeZO`, `zoopt.GaLoreAdamW`, `zoopt.SM3` ... By family:
+
+    zeroth-order    the memory of inference, gradients estimated from forward passes
+    low-rank        Adam's moments in a subspace of each matrix
+    compact         moments in few bytes, or one for each row and column
+
+Reparametrised layers: `zoopt.nn`. Which parameters train: `HalfFineTuning`.
 """
 
-from zoopt import kernels, lowrank, nn, noise
-from zoopt.first_order import (
-    SM3,
-    AdamW,
-    Apollo,
-    ApolloMini,
-    Fira,
-    Frugal,
-    GaLoreAdafactor,
-    GaLoreAdamW,
-    GradNormLoRP,
-    LDAdamW,
-    OwLore,
-    QGaLoreAdamW,
-    fuse_backward,
-)
-from zoopt.selection import HalfFineTuning
-from zoopt.zeroth_order import (
-    FZOO,
-    LOZO,
-    ConMeZO,
-    EvolutionStrategy,
-    ForwardGrad,
-    HiZOO,
-    Hybrid,
-    MeZO,
-    SubZero,
-    ZOAdam,
-    ZOConservativeSGD,
-    ZOMuon,
-    ZOSignSGD,
-)
+from zoopt import first_order, kernels, lowrank, nn, noise, selection, zeroth_order
+from zoopt.first_order import *  # noqa: F403
+from zoopt.registry import optimizer, optimizers
+from zoopt.selection import *  # noqa: F403
+from zoopt.zeroth_order import *  # noqa: F403
 
-__all__ = [
-    "FZOO",
-    "LOZO",
-    "SM3",
-    "AdamW",
-    "Apollo",
-    "ApolloMini",
-    "ConMeZO",
-    "EvolutionStrategy",
-    "Fira",
-    "ForwardGrad",
-    "Frugal",
-    "GaLoreAdafactor",
-    "GaLoreAdamW",
-    "GradNormLoRP",
-    "HalfFineTuning",
-    "HiZOO",
-    "Hybrid",
-    "LDAdamW",
-    "MeZO",
-    "OwLore",
-    "QGaLoreAdamW",
-    "SubZero",
-    "ZOAdam",
-    "ZOConservativeSGD",
-    "ZOMuon",
-    "ZOSignSGD",
-    "fuse_backward",
-    "kernels",
-    "lowrank",
-    "nn",
-    "noise",
-]
+__all__ = ["kernels", "lowrank", "nn", "noise", "optimizer", "optimizers"]
+__all__ += first_order.__all__
+__all__ += selection.__all__
+__all__ += zeroth_order.__all__
 __version__ = "0.1.0"

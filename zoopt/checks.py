@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Collection
 from numbers import Real
@@ -67,3 +68,9 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def nearest(value: Any, known: Collection[str]) -> str:
+    """The end of a message about a name that is not known: "; did you mean 'lr'?", or nothing."""
+    found = difflib.get_close_matches(str(value).lower(), known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""

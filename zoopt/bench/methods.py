@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import importlib.util
-import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-import zoopt
 from zoopt.bench.published_mezo import PublishedMeZO
-from zoopt.first_order.base import FirstOrderOptimizer
-from zoopt.first_order.projected.selection import param_groups
 from zoopt.memory.methods import Method, methods
 from zoopt.nn.modules import linear_layers
 
@@ -53,8 +48,7 @@ def key(name: str) -> str:
 
 def table() -> dict[str, Entry]:
     """Everything that can be measured here, by key."""
-    known = [*methods(rank=RANK), *_zeroth_order(), *_peers()]
-    known += _others({method.name for method in known})
+    known = [*methods(rank=RANK, all_variants=True), _published(), *_peers()]
     entries = [Entry(method) for method in known]
     entries += [Entry(method, True) for method in known if method.kind == "backprop"]
     return {key(entry.name): entry for entry in entries}
@@ -104,40 +98,13 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [param for param in model.parameters() if param.requires_grad]
 
 
-def _build(cls: Any, options: dict[str, Any], model: nn.Module) -> Any:
-    return cls(_trained(model), **options)
-
-
-def _zeroth_order() -> list[Method]:
-    """Variants that are worth a measurement of time, and the algorithm as published."""
-    variants: dict[str, tuple[Any, dict[str, Any]]] = {
-        "MeZO, virtual": (zoopt.MeZO, {"perturbation": "virtual"}),
-        "LOZO, momentum": (zoopt.LOZO, {"momentum": 0.7}),
-        "ForwardGrad": (zoopt.ForwardGrad, {}),
-        PUBLISHED: (PublishedMeZO, {"lr": LR, "zo_eps": ZO_EPS}),
-    }
-    return [
-        Method(name, "zeroth-order", functools.partial(_build, cls, options))
-        for name, (cls, options) in variants.items()
-    ]
-
-
-def _others(known: set[str]) -> list[Method]:
-    """First-order optimizers of the package that `zoopt.memory.methods` does not list."""
-    found = []
-    for name in zoopt.__all__:
-        cls = getattr(zoopt, name)
-        if not (inspect.isclass(cls) and issubclass(cls, FirstOrderOptimizer)):
-            continue
-        if not any(other.removeprefix("zoopt.").startswith(name) for other in known):
-            found.append(Method(name, "backprop", _builder(cls)))
-    return found
-
-
-def _builder(cls: Any) -> Callable[[nn.Module], Any]:
-    if "rank" in inspect.signature(cls).parameters:
-        return lambda model: cls(param_groups(model, rank=RANK))
-    return lambda model: cls(_trained(model))
+def _published() -> Method:
+    """The algorithm as its authors published it."""
+    return Method(
+        PUBLISHED,
+        "zeroth-order",
+        lambda model: PublishedMeZO(_trained(model), lr=LR, zo_eps=ZO_EPS),
+    )
 
 
 def _peers() -> list[Method]:

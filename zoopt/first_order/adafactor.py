@@ -20,6 +20,7 @@ from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format, decode
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.registry import register
 
 
 def root_mean_square(tensor: Tensor) -> Tensor:
@@ -90,6 +91,7 @@ def _adafactor(gradient: Tensor, state: State, group: Group, step: int, key: Noi
 ADAFACTOR = Rule(_specs, _adafactor)
 
 
+@register("galore-adafactor", "low-rank")
 class GaLoreAdafactor(ProjectedOptimizer):
     r"""GaLore (Zhao et al., 2024) with Adafactor (Shazeer & Stern, 2018) in the subspace.
 

@@ -12,6 +12,7 @@ from zoopt.first_order.base import check_betas
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.registry import Variant, register
 
 StateRounding = Literal["stochastic", "nearest"]
 
@@ -25,6 +26,14 @@ class AdamFamily(ProjectedOptimizer):
         check_number("eps", group["eps"], low=0.0)
 
 
+@register(
+    "adamw",
+    "compact",
+    Variant(),
+    Variant("bfloat16 state", {"state_dtype": "bfloat16"}),
+    Variant("int8 state", {"state_dtype": "int8"}, fused=True),
+    Variant("int4 state", {"state_dtype": "int4"}),
+)
 class AdamW(AdamFamily):
     r"""AdamW (Loshchilov & Hutter, 2019), with moments in as few bytes as asked for.
 

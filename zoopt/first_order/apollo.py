@@ -8,9 +8,11 @@ from zoopt.checks import check_bool
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.projected.residuals import CHANNELS, TENSOR, Residual, check_channels
+from zoopt.first_order.projected.selection import param_groups
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.registry import Recipe, Variant, register
 
 
 class GradientScaling(AdamFamily):
@@ -24,6 +26,7 @@ class GradientScaling(AdamFamily):
         check_channels(group)
 
 
+@register("apollo", "low-rank")
 class Apollo(GradientScaling):
     r"""APOLLO (Zhu et al., 2024): a learning rate for each channel, learnt in a small projection.
 
@@ -97,6 +100,12 @@ class Apollo(GradientScaling):
         return CHANNELS
 
 
+@register(
+    "apollo-mini",
+    "low-rank",
+    Variant(fused=True),
+    recipe=Recipe(lambda model, _: ApolloMini(param_groups(model, rank=1))),
+)
 class ApolloMini(GradientScaling):
     r"""APOLLO-Mini (Zhu et al., 2024): one learning rate for each matrix, learnt at rank 1.
 

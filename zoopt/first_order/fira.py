@@ -12,11 +12,13 @@ from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.projected.residuals import COMPLEMENT, OneSided, Residual, check_channels
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.registry import register
 
 #: Bases with orthonormal columns, of which P P^T G is the gradient's part.
 OrthonormalProjector = Literal["svd", "gram", "randomized", "warm"]
 
 
+@register("fira", "low-rank")
 class Fira(AdamFamily):
     r"""Fira (Chen et al., 2024): full-rank steps from low-rank moments.
 

@@ -23,6 +23,7 @@ from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.noise import normal
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.registry import register
 
 FrugalRule = Literal["adam", "lion", "momentum"]
 FrugalProjector = Literal["columns", "orthogonal", "svd", "gram", "randomized", "warm"]
@@ -42,6 +43,7 @@ def random_columns(
     return noise.argsort(stable=True)[:rank].sort().values
 
 
+@register("frugal", "low-rank")
 class Frugal(ProjectedOptimizer):
     r"""FRUGAL (Zmushko et al., 2024): Adam, Lion or momentum on a part of each matrix, and on all
     the rest signSGD, which keeps no state.

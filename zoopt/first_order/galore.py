@@ -13,8 +13,15 @@ from zoopt.first_order.projected.geometry import ProjType
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.registry import Variant, register
 
 
+@register(
+    "galore-adamw",
+    "low-rank",
+    Variant(),
+    Variant("int8 state", {"state_dtype": "int8"}, fused=True),
+)
 class GaLoreAdamW(AdamFamily):
     r"""GaLore (Zhao et al., 2024): Adam inside the leading singular directions of the gradient.
 

@@ -18,6 +18,7 @@ from zoopt.nn import GradNormLinear
 from zoopt.nn.linear import replace_layers, resolved_seed
 from zoopt.nn.modules import Target
 from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.registry import Recipe, register
 
 
 def convert(
@@ -77,6 +78,16 @@ def param_groups(model: nn.Module, *, rank: int, **group_options: Any) -> list[G
     ]
 
 
+def _prepared(model: nn.Module, rank: int) -> nn.Module:
+    return convert(model, rank=rank)
+
+
+def _of_factors(model: nn.Module, rank: int) -> GradNormLoRP:
+    """The factors projected to half of their rank, with the paper's 8-bit moments."""
+    return GradNormLoRP(param_groups(model, rank=max(1, rank // 2)), state_dtype="int8")
+
+
+@register("gradnormlorp", "low-rank", recipe=Recipe(_of_factors, _prepared))
 class GradNormLoRP(AdamFamily):
     r"""GradNormLoRP (Huang et al., 2024, arXiv:2412.19616): Adam between two bases of a gradient.
 

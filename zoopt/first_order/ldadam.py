@@ -22,6 +22,7 @@ from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.registry import register
 
 
 def next_basis(
@@ -94,6 +95,7 @@ def lost_factors(
     return torch.cat((now[0], before[0]), 1), torch.cat((now[1], before[1]), 1)
 
 
+@register("ldadamw", "low-rank")
 class LDAdamW(AdamFamily):
     r"""LDAdam (Robert et al., 2024): the subspace moves every step, and the moments with it.
 

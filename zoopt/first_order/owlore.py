@@ -14,6 +14,7 @@ from zoopt.ambient import opaque
 from zoopt.checks import check_bool, check_number, check_positive_int
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
+from zoopt.first_order.galore import GaLoreAdamW
 from zoopt.first_order.projected.geometry import ProjType
 from zoopt.first_order.projected.selection import param_groups
 from zoopt.first_order.projected.subspace import Projector
@@ -22,6 +23,7 @@ from zoopt.kernels.noise.philox import words
 from zoopt.nn.modules import Target, is_conv1d, linear_layers, repeated_layers
 from zoopt.noise import stream
 from zoopt.optimizer import Group, hyperparameters
+from zoopt.registry import Recipe, register
 
 _SAMPLING_STREAM = stream("zoopt layer sampling")
 
@@ -108,6 +110,19 @@ def sample_layers(scores: Sequence[float], count: int, *, seed: int, draw: int) 
     return sorted(order[:count])
 
 
+def _five_layers(model: nn.Module, rank: int) -> nn.Module:
+    """What trains between two draws: five layers, and all that is in none."""
+    for layer in list(repeated_layers(model).values())[5:]:
+        layer.requires_grad_(False)
+    return model
+
+
+def _between_draws(model: nn.Module, rank: int) -> GaLoreAdamW:
+    """The optimizer without its sampling, which would run the model to measure it."""
+    return GaLoreAdamW(param_groups(model, rank=rank))
+
+
+@register("owlore", "low-rank", recipe=Recipe(_between_draws, _five_layers, "five layers"))
 class OwLore(AdamFamily):
     r"""OwLore (Li et al., 2024, arXiv:2405.18380): GaLore on a few sampled layers at a time.
 

@@ -11,12 +11,14 @@ from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.registry import register
 
 BasisDtype = Literal["float32", "int4"]
 #: Bases that follow from the gradient alone, not from the basis before.
 FreshProjector = Literal["svd", "gram", "randomized"]
 
 
+@register("qgalore-adamw", "low-rank")
 class QGaLoreAdamW(AdamFamily):
     r"""Q-GaLore (Zhang et al., 2024): GaLore with int4 bases, int8 moments and a lazy refresh.
 

@@ -11,8 +11,10 @@ from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.base import FirstOrderOptimizer, Site, descent_rate
 from zoopt.kernels import sm3_
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.registry import Variant, register
 
 
+@register("sm3", "compact", Variant(fused=True))
 class SM3(FirstOrderOptimizer):
     r"""SM3-II (Anil et al., 2019): Adagrad with one accumulator for each row, column, ... of theta.
 

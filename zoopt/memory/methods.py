@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-import zoopt
-from zoopt.first_order import gradnormlorp
+import zoopt.nn
 from zoopt.first_order.projected.selection import param_groups
-from zoopt.nn.modules import is_conv1d, repeated_layers
+from zoopt.nn.modules import is_conv1d
+from zoopt.registry import Row, Variant, rows
 
 Kind = Literal["inference", "zeroth-order", "backprop"]
+Build = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Method:
 
     name: str
     kind: Kind
-    build: Callable[[nn.Module], torch.optim.Optimizer]
+    build: Build
     adapter: Callable[[nn.Module], nn.Module] | None = None
     fused: bool = False
     graph: bool = False
@@ -49,14 +52,6 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _none(model: nn.Module) -> Any:
     raise TypeError("inference has no optimizer")
-
-
-def _plain(cls: Any, **options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    return lambda model: cls(_trained(model), **options)
-
-
-def _projected(cls: Any, rank: int, **options: Any) -> Callable[[nn.Module], Any]:
-    return lambda model: cls(param_groups(model, target="linear", rank=rank), **options)
 
 
 def lora(rank: int) -> Callable[[nn.Module], nn.Module]:
@@ -76,98 +71,72 @@ def lora(rank: int) -> Callable[[nn.Module], nn.Module]:
     return adapt
 
 
-def methods(rank: int = 128, lora_rank: int = 8) -> list[Method]:
-    """Every method, the alternatives first.
-
-    `ForwardGrad` is missing: torch's forward derivatives make real tensors among fake ones.
+def methods(rank: int = 128, lora_rank: int = 8, *, all_variants: bool = False) -> list[Method]:
+    """Every method, those without a backward pass first.
 
     Args:
         rank: of the low-rank projections.
         lora_rank: of LoRA's adapters.
+        all_variants: those too that only benchmarks tell apart, or that cannot be planned:
+            `ForwardGrad`, whose forward derivatives make real tensors among fake ones.
     """
-    zeroth_order = {
-        "MeZO": _plain(zoopt.MeZO),
-        "MeZO, in place": _plain(zoopt.MeZO, perturbation="inplace"),
-        "MeZO, momentum window": _plain(zoopt.MeZO, momentum=0.9, momentum_window=10),
-        "ZOAdam": _plain(zoopt.ZOAdam),
-        "ZOAdam, window": _plain(zoopt.ZOAdam, state="window"),
-        "ZOAdam, scalar": _plain(zoopt.ZOAdam, state="scalar"),
-        "ZOSignSGD": _plain(zoopt.ZOSignSGD),
-        "ZOConservativeSGD": _plain(zoopt.ZOConservativeSGD),
-        "FZOO": _plain(zoopt.FZOO),
-        "LOZO": _plain(zoopt.LOZO),
-        "SubZero": _plain(zoopt.SubZero),
-        "ZOMuon": _plain(zoopt.ZOMuon),
-        "HiZOO": _plain(zoopt.HiZOO),
-        "ConMeZO": _plain(zoopt.ConMeZO),
-        "EvolutionStrategy": _plain(zoopt.EvolutionStrategy),
-    }
-    first_order = {
-        "SGD": _plain(torch.optim.SGD, lr=1e-3),
-        "AdamW": _plain(torch.optim.AdamW),
-        "zoopt.AdamW": _plain(zoopt.AdamW),
-        "zoopt.AdamW, bfloat16 state": _plain(zoopt.AdamW, state_dtype="bfloat16"),
-        "zoopt.AdamW, int8 state": _plain(zoopt.AdamW, state_dtype="int8"),
-        "zoopt.AdamW, int4 state": _plain(zoopt.AdamW, state_dtype="int4"),
-        "SM3": _plain(zoopt.SM3),
-        "Frugal": _plain(zoopt.Frugal),
-        "GaLoreAdamW": _projected(zoopt.GaLoreAdamW, rank),
-        "GaLoreAdamW, int8 state": _projected(zoopt.GaLoreAdamW, rank, state_dtype="int8"),
-        "GaLoreAdafactor": _projected(zoopt.GaLoreAdafactor, rank),
-        "QGaLoreAdamW": _projected(zoopt.QGaLoreAdamW, rank),
-        "Apollo": _projected(zoopt.Apollo, rank),
-        "ApolloMini": _projected(zoopt.ApolloMini, 1),
-        "Fira": _projected(zoopt.Fira, rank),
-        "LDAdamW": _projected(zoopt.LDAdamW, rank),
-    }
-    fused = ("SM3", "zoopt.AdamW, int8 state", "GaLoreAdamW, int8 state", "ApolloMini")
-    return [
-        Method("inference", "inference", _none),
-        *(Method(name, "zeroth-order", build) for name, build in zeroth_order.items()),
-        Method("Hybrid, last two layers", "zeroth-order", _hybrid, graph=True),
-        *(Method(name, "backprop", build) for name, build in first_order.items()),
-        *(
-            Method(f"{name}, fused backward", "backprop", first_order[name], fused=True)
-            for name in fused
-        ),
-        Method("LoRA + AdamW", "backprop", _plain(torch.optim.AdamW), adapter=lora(lora_rank)),
-        Method(
-            "OwLore, five layers",
-            "backprop",
-            _projected(zoopt.GaLoreAdamW, rank),
-            adapter=_five_layers,
-        ),
-        Method("GradNormLoRP", "backprop", _gradnormlorp(rank), adapter=_gradnorm(rank)),
-        Method("SLTrain + AdamW", "backprop", _plain(torch.optim.AdamW), adapter=_sltrain(rank)),
+    # MeZO, which the others begin from, comes first.
+    ordered = sorted(rows("zeroth-order"), key=lambda row: row.name != "mezo")
+    zeroth_order = [m for row in ordered for m in _of_row(row, rank, all_variants)]
+    backprop = [
+        Method("SGD", "backprop", _torch(torch.optim.SGD, lr=1e-3)),
+        Method("AdamW", "backprop", _torch(torch.optim.AdamW)),
+        *(m for row in rows("compact") for m in _of_row(row, rank, all_variants)),
+        *(m for row in rows("low-rank") for m in _of_row(row, rank, all_variants)),
+        Method("LoRA + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=lora(lora_rank)),
+        Method("SLTrain + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=_sltrain(rank)),
     ]
+    return [Method("inference", "inference", _none), *zeroth_order, *backprop]
 
 
-def _hybrid(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW on the last two layers, MeZO on what is before and around them."""
-    layers = list(repeated_layers(model).values())[-2:]
-    late = {id(param) for layer in layers for param in layer.parameters()}
-    split: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-    for _, param in _trained(model):
-        split[id(param) in late].append(param)
-    return zoopt.Hybrid(zoopt.MeZO(split[0]), zoopt.AdamW(split[1]))
+def _of_row(row: Row, rank: int, all_variants: bool) -> Iterator[Method]:
+    """The methods that a registered optimizer stands for."""
+    kind: Kind = "zeroth-order" if row.family == "zeroth-order" else "backprop"
+    recipe, adapter = row.recipe, None
+    if recipe is not None and recipe.adapt is not None:
+        adapter = functools.partial(_called, recipe.adapt, rank)
+    for variant in row.variants:
+        if not (variant.planned or all_variants):
+            continue
+        method = Method(
+            ", ".join(filter(None, (_shown(row), recipe and recipe.label, variant.label))),
+            kind,
+            functools.partial(_built, row, variant, rank),
+            adapter=adapter,
+            graph=recipe is not None and recipe.graph,
+        )
+        yield method
+        if variant.fused:
+            name = f"{method.name}, fused backward"
+            yield dataclasses.replace(method, name=name, fused=True)
 
 
-def _five_layers(model: nn.Module) -> nn.Module:
-    """What OwLore trains between two draws: five layers, and all that is in none."""
-    for layer in list(repeated_layers(model).values())[5:]:
-        layer.requires_grad_(False)
-    return model
+def _shown(row: Row) -> str:
+    """The class's name, with the package's where torch has one of that name."""
+    name = row.cls.__name__
+    return f"zoopt.{name}" if hasattr(torch.optim, name) else name
 
 
-def _gradnorm(rank: int) -> Callable[[nn.Module], nn.Module]:
-    return lambda model: gradnormlorp.convert(model, rank=rank)
+def _called(adapt: Callable[[nn.Module, int], nn.Module], rank: int, model: nn.Module) -> nn.Module:
+    return adapt(model, rank)
 
 
-def _gradnormlorp(rank: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """The factors projected to half of their rank."""
-    return lambda model: zoopt.GradNormLoRP(
-        gradnormlorp.param_groups(model, rank=max(1, rank // 2)), state_dtype="int8"
-    )
+def _built(row: Row, variant: Variant, rank: int, model: nn.Module) -> torch.optim.Optimizer:
+    if row.recipe is not None:
+        return row.recipe.build(model, rank)
+    cls: Callable[..., torch.optim.Optimizer] = row.cls
+    projected = row.family == "low-rank" and "rank" in inspect.signature(cls).parameters
+    params = param_groups(model, target="linear", rank=rank) if projected else _trained(model)
+    return cls(params, **variant.options)
+
+
+def _torch(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> Build:
+    return lambda model: cls(_trained(model), **options)
 
 
 def _sltrain(rank: int) -> Callable[[nn.Module], nn.Module]:

@@ -12,6 +12,7 @@ from zoopt.dtypes import RoundingMode
 from zoopt.kernels import adam_window_
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise
 from zoopt.zeroth_order.engine.mask import Mask
@@ -44,6 +45,13 @@ def adam_(
     return exp_avg.mul(-lr / (1.0 - beta1**step)).div_(denominator)
 
 
+@register(
+    "zo-adam",
+    "zeroth-order",
+    Variant(),
+    Variant("window", {"state": "window"}),
+    Variant("scalar", {"state": "scalar"}),
+)
 class ZOAdam(SparseZerothOrder):
     r"""Adam (Kingma & Ba, 2015) on the estimate ghat = mean_j(g_j z_j), with decoupled decay.
 

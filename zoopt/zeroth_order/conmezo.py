@@ -12,6 +12,7 @@ from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.parameters import named_params
+from zoopt.registry import register
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, chunks
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
@@ -41,6 +42,7 @@ class Cone(Elementwise):
         return total.add_(self.momentum[start : start + theta.numel()] * along)
 
 
+@register("conmezo", "zeroth-order")
 class ConMeZO(ZerothOrderOptimizer):
     r"""MeZO with directions near the momentum (2025).
 

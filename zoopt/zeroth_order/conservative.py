@@ -11,6 +11,7 @@ from zoopt.checks import check_choice
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.closure import Closure
 from zoopt.zeroth_order.engine.direction import Coefficients
@@ -27,6 +28,7 @@ from zoopt.zeroth_order.engine.sgd import SparseZerothOrder
 Candidates = Literal["three", "reused"]
 
 
+@register("zo-conservative-sgd", "zeroth-order")
 class ZOConservativeSGD(SparseZerothOrder):
     r"""SGD that keeps the best of several points (Zhang et al., 2024, arXiv:2402.11592).
 

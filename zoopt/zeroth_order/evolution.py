@@ -12,6 +12,7 @@ from zoopt.checks import check_bool, check_choice, check_positive_int
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.registry import register
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.batched import evaluate_batch
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
@@ -28,6 +29,7 @@ from zoopt.zeroth_order.engine.population import Population, Shaping, fitness_va
 from zoopt.zeroth_order.engine.probe import Evaluation, Measurement, PendingProbe, mean_loss
 
 
+@register("evolution-strategy", "zeroth-order")
 class EvolutionStrategy(ZerothOrderOptimizer):
     r"""A population around theta, and a step towards its fitter members (Salimans et al., 2017).
 

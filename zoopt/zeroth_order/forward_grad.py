@@ -12,12 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.probe import Evaluation, Measurement, PendingProbe
 from zoopt.zeroth_order.engine.sgd import MomentumSGD
 
 
+@register("forward-grad", "zeroth-order", Variant(planned=False))
 class ForwardGrad(MomentumSGD):
     r"""SGD along random directions by the exact slope (Baydin et al., 2022, arXiv:2202.08587).
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
@@ -16,6 +17,7 @@ from zoopt.zeroth_order.engine.probe import PendingProbe
 from zoopt.zeroth_order.engine.sgd import MomentumSGD
 
 
+@register("fzoo", "zeroth-order")
 class FZOO(MomentumSGD):
     r"""Normalised SGD from N one-sided probes along signs (Dang et al., 2025, arXiv:2506.09034).
 

@@ -10,6 +10,7 @@ from zoopt.checks import check_number
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.registry import register
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise, chunks
@@ -35,6 +36,7 @@ class Preconditioned(Elementwise):
         return noise.div_(self.hessian[start : start + theta.numel()].sqrt())
 
 
+@register("hizoo", "zeroth-order")
 class HiZOO(ZerothOrderOptimizer):
     r"""Zeroth-order SGD with a diagonal Hessian (Zhao et al., 2024, arXiv:2402.15173).
 

@@ -7,17 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import LBFGS, Optimizer
 
+from zoopt.first_order.adamw import AdamW
+from zoopt.nn.modules import repeated_layers
 from zoopt.optimizer import Group
 from zoopt.parameters import named_params
+from zoopt.registry import Recipe, register
 from zoopt.zeroth_order.conservative import ZOConservativeSGD
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.closure import Closure, check_closure, loss_value
 from zoopt.zeroth_order.evolution import EvolutionStrategy
 from zoopt.zeroth_order.forward_grad import ForwardGrad
+from zoopt.zeroth_order.mezo import MeZO
 
 #: Optimizers whose evaluations are not those of one probe of the loss around theta, and why.
 _REFUSED: dict[type[Optimizer], str] = {
@@ -27,6 +31,20 @@ _REFUSED: dict[type[Optimizer], str] = {
 }
 
 
+def _last_two_layers(model: nn.Module, rank: int) -> Hybrid:
+    """AdamW on the last two layers, MeZO on what is before and around them."""
+    layers = list(repeated_layers(model).values())[-2:]
+    late = {id(param) for layer in layers for param in layer.parameters()}
+    split: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for param in model.parameters():
+        if param.requires_grad:
+            split[id(param) in late].append(param)
+    return Hybrid(MeZO(split[0]), AdamW(split[1]))
+
+
+@register(
+    "hybrid", "zeroth-order", recipe=Recipe(_last_two_layers, label="last two layers", graph=True)
+)
 class Hybrid(Optimizer):
     r"""Zeroth order on the early layers and first order on the late ones, from the same passes.
 

@@ -9,6 +9,7 @@ from zoopt.checks import check_number
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
@@ -39,6 +40,7 @@ class LazyPair(LowRank):
         return self.left(coefficients), self.right
 
 
+@register("lozo", "zeroth-order", Variant(), Variant("momentum", {"momentum": 0.7}, planned=False))
 class LOZO(LowRankZerothOrder):
     r"""Low-rank zeroth-order SGD (Chen et al., 2024, arXiv:2410.07698), with or without momentum.
 

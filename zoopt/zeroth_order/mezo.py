@@ -7,6 +7,7 @@ from torch import Tensor
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Params, hyperparameters
+from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
@@ -14,6 +15,14 @@ from zoopt.zeroth_order.engine.probe import Estimator
 from zoopt.zeroth_order.engine.sgd import MomentumSGD
 
 
+@register(
+    "mezo",
+    "zeroth-order",
+    Variant(),
+    Variant("in place", {"perturbation": "inplace"}),
+    Variant("momentum window", {"momentum": 0.9, "momentum_window": 10}),
+    Variant("virtual", {"perturbation": "virtual"}, planned=False),
+)
 class MeZO(MomentumSGD):
     r"""SGD on a gradient estimated from forward passes; its directions are never stored.
 

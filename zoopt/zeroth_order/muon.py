@@ -9,6 +9,7 @@ from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, haar, matrix_shape
@@ -60,6 +61,7 @@ def msign(matrix: Tensor) -> Tensor:
     return sign.to(matrix.dtype)
 
 
+@register("zo-muon", "zeroth-order")
 class ZOMuon(LowRankZerothOrder):
     r"""Muon on a zeroth-order estimate in a random subspace (2026).
 

@@ -11,6 +11,7 @@ from zoopt.checks import check_choice
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.mask import Mask
@@ -21,6 +22,7 @@ from zoopt.zeroth_order.engine.sgd import SparseZerothOrder
 SignForm = Literal["elementwise", "projected"]
 
 
+@register("zo-sign-sgd", "zeroth-order")
 class ZOSignSGD(SparseZerothOrder):
     r"""Steps of one length along signs (Liu et al., 2019, "signSGD via zeroth-order oracle").
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, haar, matrix_shape
@@ -48,6 +49,7 @@ class Subspace(LowRank):
         return self.left_basis @ (core * scale), self.right_basis
 
 
+@register("subzero", "zeroth-order")
 class SubZero(LowRankZerothOrder):
     r"""Zeroth-order SGD in random subspaces (Yu et al., 2024, arXiv:2410.08989).
 
