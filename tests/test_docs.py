@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from zoopt import registry
+
 ROOT = Path(__file__).resolve().parent.parent
 #: What a browser would fetch by itself: not links, which a reader follows.
 FETCHED = re.compile(r"""(?:\bsrc=["']?|<link[^>]*\bhref=["']?|url\(["']?|@import )(https?:)?//""")
@@ -48,6 +50,15 @@ def test_pages_hold_transcription_figures_and_arguments(site: Path) -> None:
     assert "max_projected_grad" in text
     # Every table that a page asks for follows its marker.
     assert page.count("<!-- figures:") == len(re.findall(r"<!-- figures: .*? -->\s*<table>", page))
+
+
+@pytest.mark.parametrize("row", registry.rows(), ids=lambda row: row.name)
+def test_every_optimizer_has_a_page_that_tells_what_a_user_asks(row: registry.Row) -> None:
+    text = (ROOT / row.page).read_text(encoding="utf-8")
+    for heading in ("When to use it", "The update", "Settings that work", "Pitfalls"):
+        assert f"\n## {heading}\n" in text
+    assert "\n## What differs\n" in text
+    assert f"\n::: zoopt.{row.cls.__name__}\n" in text
 
 
 def test_readme_has_the_measured_figures() -> None:

@@ -221,11 +221,12 @@ def learning_rates() -> str:
 def precision() -> str:
     """What 16-bit weights lose."""
     return table(
-        ["method", "figure", "what it is"],
+        ["method", "what it is", "figure"],
         [
-            [row["name"], f"{row['median']:.2g}", row["unit"]]
+            [row["name"], row["unit"], f"{row['median']:.2g}"]
             for row in read("precision.json")["rows"]
         ],
+        text=2,
     )
 
 

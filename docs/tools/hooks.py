@@ -1,12 +1,15 @@
-"""What mkdocs does besides: figures from bench/results, their charts, docstrings as Markdown."""
+"""What mkdocs does besides: pages of the registry, figures from bench/results, their charts."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+
+from zoopt import registry
 
 _TOOLS = Path(__file__).parent
 _spec = importlib.util.spec_from_file_location("figures", _TOOLS / "figures.py")
@@ -14,6 +17,18 @@ assert _spec is not None
 assert _spec.loader is not None
 figures = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(figures)
+
+_REGISTRY = re.compile(r"^<!-- registry: ([\w-]+) -->$", re.MULTILINE)
+
+
+def on_config(config: Any) -> Any:
+    """Put the pages of a family where the menu says `registry FAMILY`."""
+    for entry in config.nav:
+        for title, target in entry.items() if isinstance(entry, dict) else ():
+            if isinstance(target, str) and target.startswith("registry "):
+                rows = registry.rows(target.removeprefix("registry "))
+                entry[title] = [f"optimizers/{row.name}.md" for row in rows]
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -27,4 +42,14 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put each table after the line that asks for it."""
+    markdown = _REGISTRY.sub(lambda m: f"{m[0]}\n\n{_table(m[1])}", markdown)
     return str(figures.MARKER.sub(lambda m: figures.render(m[0]), markdown))
+
+
+def _table(family: Any) -> str:
+    """The optimizers of a family, with links to their pages."""
+    rows = [
+        [f"[`{row.name}`]({row.name}.md)", f"`zoopt.{row.cls.__name__}`", row.summary]
+        for row in registry.rows(family)
+    ]
+    return str(figures.table(["name", "class", "in one line"], rows, text=3))
