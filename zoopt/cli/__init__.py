@@ -16,12 +16,12 @@ from zoopt.cli.terminal import CommandError, Parser
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit status.
 
-    0 is success, 1 that something was found wrong, 2 an error in what was asked for.
+    0: success. 1: a check failed. 2: the request was wrong.
     """
     try:
         parser = _parser()
         options, rest = parser.parse_known_args(argv)
-        # A command that hands its arguments on to another parser sets `rest`.
+        # A command that passes its arguments on to another parser sets `rest`.
         if hasattr(options, "rest"):
             options.rest = rest
         elif rest:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"zoopt: error: {error}\n")
         return 2
     except BrokenPipeError:
-        # Whoever read the output has seen enough; Python's own flush at exit must not fail again.
+        # The reader has closed the pipe. Python's flush at exit must not fail on it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

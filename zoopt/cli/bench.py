@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     )
     benchmarks = parser.add_subparsers(metavar="BENCHMARK", dest="benchmark", required=True)
     for name, summary in {**INSTALLED, **CHECKOUT}.items():
-        # Its arguments and its --help belong to the program.
+        # The program parses its own arguments, --help included.
         benchmarks.add_parser(name, prog=f"zoopt bench {name}", help=summary, add_help=False)
     parser.set_defaults(func=run, rest=[])
 

@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-#: Where output is no terminal: wide enough for every table.
+#: The width of output that is not a terminal: enough for every table.
 WIDTH = 160
 STDOUT = Path("-")
 
 
 class CommandError(Exception):
-    """What was asked for cannot be done; the message is one line, with a remedy."""
+    """A request that cannot be met; the message is one line, with a remedy."""
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines, and states the defaults that there are."""
+    """Keeps the description's line breaks, and shows defaults other than None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default else action.help
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help ends with an example and whose errors take one line and exit by 2.
+    """A parser whose help ends with an example. Errors take one line and exit with status 2.
 
     Args:
         prog: the command, "zoopt doctor" say.

@@ -13,7 +13,7 @@ from zoopt.doctor import machine
 from zoopt.kernels import dispatch
 from zoopt.kernels.runtime import threads as cpu_threads
 
-#: What a package of an extra is good for.
+#: Optional packages: the extra that brings each, and what it is for.
 PACKAGES = {
     "numba": ("cpu", "fast kernels on the CPU, with the same bits"),
     "triton": ("gpu", "kernels on a GPU"),
@@ -24,7 +24,7 @@ PACKAGES = {
     "peft": ("demo", "LoRA, in the benchmarks' baselines"),
     "accelerate": ("demo", "ZOTrainer"),
 }
-#: Operations whose implementation is chosen apart: family, one of its functions, what it does.
+#: Families whose implementation is chosen separately: name, one of its functions, label.
 FAMILIES = (
     ("noise", "weighted_sum", "noise"),
     ("adam", "adam", "Adam"),
@@ -113,9 +113,9 @@ def _reason(device: str, impl: str) -> str:
 
 
 def compiled_kernels() -> dict[str, str]:
-    """The CPU kernels' machine code on disk: where it is, and what was damaged and is removed now.
+    """Where the CPU kernels' machine code is kept on disk; removes damaged files and names them.
 
-    Kernels that have not been used yet have not said where they are kept.
+    Kernels that have not been used yet are not listed.
     """
     if machine.version("numba") is None:
         return {}
@@ -129,7 +129,7 @@ def compiled_kernels() -> dict[str, str]:
 
 
 def advice() -> list[Advice]:
-    """What is worth installing here and is not there."""
+    """What is not installed and worth having on this machine."""
     rows = []
     if torch.version.cuda is None and torch.version.hip is None and machine.driver() is not None:
         rows.append(

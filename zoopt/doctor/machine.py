@@ -57,7 +57,7 @@ def cores() -> int | None:
 
 
 def driver() -> str | None:
-    """The NVIDIA driver's version, or None if its tool is not there to ask."""
+    """The NVIDIA driver's version, or None without nvidia-smi."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None

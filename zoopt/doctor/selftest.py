@@ -1,6 +1,6 @@
 """Self-tests on this machine: the noise against known answers, each kernel against the reference.
 
-They take seconds, and up to a minute where kernels have yet to be compiled.
+They take seconds, or up to a minute if kernels must be compiled first.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of one self-test; `detail` says what was compared, or what differs."""
+    """The outcome of one self-test; `detail` says what was compared, or what differs."""
 
     name: str
     passed: bool
@@ -93,7 +93,7 @@ def self_tests() -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def run(name: str, test: Callable[[], str]) -> Result:
-    """Do one self-test; a kernel that cannot run is a failure, not an error."""
+    """Do one self-test. A kernel that cannot run counts as a failed test."""
     start = time.perf_counter()
     try:
         passed, detail = True, test()
@@ -103,7 +103,7 @@ def run(name: str, test: Callable[[], str]) -> Result:
 
 
 def _impls(device: str) -> list[str]:
-    """The implementations that can run on the device; the interpreter is no test of a GPU."""
+    """The implementations that run on the device. Triton's interpreter does not test a GPU."""
     fast = "triton" if device.startswith("cuda") else "numba"
     return [impl for impl in available_impls() if impl in ("reference", fast)]
 

@@ -30,8 +30,8 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     What is made in the phases `forward ...` and `backward` is an activation (autograd's saved
     tensors and the operators' own results alike), what is made elsewhere is workspace, unless
-    `track` says otherwise. Memory that an operator takes and frees inside, and that compiled
-    kernels keep in caches and registers, is not seen.
+    `track` says otherwise. Not seen: memory that an operator takes and frees inside itself, and
+    what compiled kernels keep in caches and registers.
 
     Attributes:
         live: bytes by category at this moment.
@@ -73,7 +73,7 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._record()
 
     def forget_peaks(self) -> None:
-        """Begin anew from what is alive."""
+        """Start new peaks from what is alive now."""
         self.peak = 0
         self.phases.clear()
         self._record()
@@ -111,8 +111,10 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class LiveStorages(StorageMeter):  # type: ignore[no-untyped-call]
-    """Counts from the storages of `known` tensors on: as nothing while they live, and then as less
-    than nothing."""
+    """Counts what is alive above the storages of `known` tensors.
+
+    When one of those dies, the count falls by its size.
+    """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The resident set of this process: what the system counts, caches and workspaces among it."""
+"""The resident set of this process, as the system counts it: caches and workspaces included."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def peak() -> int:
 
 
 def forget_peak() -> None:
-    """Begin anew from what is in memory now; only Linux can, where it is allowed."""
+    """Start a new peak from what is in memory now. Linux only, and only where it is permitted."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def beyond_forward(step: Callable[[], Any], forwards: Callable[[int], None]) -> int:
-    """The peak of one step less that of one forward pass, in a process that does nothing else."""
-    # Whatever compiles or loads on first use does so now, on something small.
+    """The peak of one step minus that of one forward pass, in a process that does nothing else."""
+    # What compiles or loads on first use does so now, on something small.
     small = torch.nn.Parameter(torch.zeros(1 << 16))
     zoopt.MeZO([small], perturbation="inplace").step(lambda: float(small[0]))
     key: dict[str, Any] = {"key": zoopt.kernels.NoiseKey(0, 0), "draw": 0}

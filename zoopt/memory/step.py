@@ -16,7 +16,7 @@ from zoopt.memory.methods import Method
 from zoopt.optimizer import DeclaredStateOptimizer
 
 Inputs = Mapping[str, Any]
-#: A zeroth-order step repeats its evaluations alike; this many are run, and the rest assumed.
+#: All evaluations of a zeroth-order step take the same memory: this many are run.
 EVALUATIONS = 2
 _FORWARD = {1: "forward +", 2: "forward -"}
 
@@ -53,7 +53,7 @@ def run_steps(
     steps: int = 2,
     mark: Callable[[str], None] | None = None,
 ) -> torch.optim.Optimizer | None:
-    """Take `steps` steps of the method: the first makes the state, the others have it throughout.
+    """Take `steps` steps of the method. The first makes the state; later ones start with it.
 
     Args:
         mark: called with the name of each phase as it begins.
@@ -100,7 +100,7 @@ def run_steps(
 
 
 def repeated_shapes(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters but one of each shape and group: updates of one shape take the same memory."""
+    """All parameters but one of each shape and group. Updates of one shape take the same memory."""
     repeated = []
     for group in optimizer.param_groups:
         seen = set()
@@ -129,7 +129,7 @@ def _zeroth_order_step(
     graph: bool,
 ) -> None:
     count = 0
-    # A run's first evaluation is repeated, to be compared.
+    # A run's first evaluation is made twice, to see that the closure is deterministic.
     repeats = int(not getattr(optimizer, "param_groups", [{}])[0].get("step", 1))
     smallest = min(model.parameters(), key=lambda param: param.numel())
 
@@ -139,13 +139,13 @@ def _zeroth_order_step(
         number = max(1, count - repeats)
         fake = is_fake(smallest)
         if fake and number > EVALUATIONS and not graph:
-            smallest.sum()  # Virtual perturbations want to be read.
+            smallest.sum()  # A virtual perturbation raises if nothing reads a parameter.
             return float(number)
         enter(_FORWARD.get(number, "forward, later ones"))
         loss = loss_of(model, inputs)
         if graph:
             return loss
-        # Of fake losses any that differ: an estimate of 0 would need no update.
+        # Fake losses have no value. Any two different numbers do; equal ones would mean no update.
         value = float(number) if fake else float(loss)
         del loss
         enter("perturb")

@@ -1,4 +1,4 @@
-"""What reparametrised linear layers share: autocast, merging, and their way into a model."""
+"""What reparametrised linear layers share: autocast, merging, replacing a model's layers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def merge(model: nn.Module) -> nn.Module:
     """Put an nn.Linear in the place of each reparametrised layer, in place.
 
     Returns:
-        The model; where it is such a layer itself, its nn.Linear.
+        The model; if it is itself such a layer, its nn.Linear.
     """
     if isinstance(model, ReparametrisedLinear):
         return model.merge()
@@ -84,8 +84,8 @@ def replace_layers(
     """Put build(name, weight (out, in), bias) in the place of each targeted layer, in place.
 
     Raises:
-        TypeError: a layer of another class than nn.Linear and Conv1D, whose weight its owner may
-            read. Nothing has changed then.
+        TypeError: a layer is of a subclass of nn.Linear or Conv1D, whose owner may read its
+            weight directly. Nothing has changed then.
         ValueError: `target` matches nothing, or the model itself.
     """
     layers = linear_layers(model, target)
@@ -111,8 +111,11 @@ def replace_layers(
 
 @torch.no_grad()
 def kaiming_uniform_(tensor: Tensor, fan_in: int, *, seed: int, name: str) -> None:
-    """Fill with U(+-1 / sqrt(fan_in)), as nn.Linear is, of 16 bits an element: a function of seed
-    and name. Meta tensors stay."""
+    """Fill with U(+-1 / sqrt(fan_in)), as nn.Linear does.
+
+    Each element takes 16 random bits that depend on seed and name alone. Meta tensors are left as
+    they are.
+    """
     if tensor.is_meta:
         return
     bound = 1.0 / math.sqrt(fan_in)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import nn
 
 #: "linear", another regular expression, shell patterns, or a predicate of a layer's name and
-#: module. All are about names of modules ("model.layers.0.mlp.up_proj"), whole ones.
+#: module. Patterns match whole module names, "model.layers.0.mlp.up_proj" say.
 Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
@@ -23,7 +23,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def linear_layers(model: nn.Module, target: Target = "linear") -> dict[str, nn.Module]:
-    """The nn.Linear and transformers Conv1D layers that `target` names, but for tied ones.
+    """The nn.Linear and transformers Conv1D layers that `target` names, except tied ones.
 
     Args:
         target: `"linear"` is every linear layer inside an nn.ModuleList, which is where models
@@ -95,7 +95,7 @@ def _matching(
 
 
 def _tied_layers(model: nn.Module) -> Iterator[str]:
-    """The names of modules one of whose own parameters has another name too."""
+    """The names of modules that share one of their own parameters with another module."""
     names = collections.defaultdict(list)
     for name, param in model.named_parameters(remove_duplicate=False):
         names[param].append(name)

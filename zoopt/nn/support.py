@@ -23,12 +23,13 @@ def support(
 
     The n columns are cut into `count` runs as equal as can be, and one column is taken of each: of
     run j of row i, number (a_i j + b_i mod 2^32) * width_j div 2^32, where a_i and b_i are words 0
-    and 1 of Philox's block i. So an element is chosen with probability 1 / width_j, rows are
-    independent of each other, runs of a row pairwise; it costs one block of noise a row.
+    and 1 of Philox's block i. So an element is chosen with probability 1 / width_j. Rows are
+    independent, and the runs of one row are pairwise independent. It costs one block of noise a
+    row.
     """
     row = torch.arange(m, device=device)
-    # On tensors without values Philox's rounds would be a tenth of a plan's time, and they need
-    # little memory beside what follows.
+    # The planner runs this on tensors without values. Philox's rounds would take a tenth of its
+    # time there, and their memory is small beside what follows.
     fake = is_fake(row)
     rows = row.new_empty(m, 4) if fake else words(row, seed=seed, stream=stream, draw=0)  # (m, 4)
     number = torch.arange(count, device=device)
