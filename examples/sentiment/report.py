@@ -64,7 +64,7 @@ def print_summary(figures: dict[str, Any]) -> None:
         console.print(table)
     seconds = figures["seconds"]
     console.print(
-        f"{figures['settings']['steps']} steps in {seconds['training']:.0f} s, "
+        f"{figures['steps']['done']} steps in {seconds['training']:.0f} s, "
         f"{seconds['total']:.0f} s in all"
     )
 

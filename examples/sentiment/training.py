@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ import zoopt
 
 from .evaluation import evaluate
 from .model import Batch, Classifier, Example, balanced_batches
+from .pace import RECENT, TIMED, WARM_UP, steps_that_fit
 
 SMOOTHING = 0.95
 
@@ -26,7 +28,12 @@ class History:
     losses: list[float] = field(default_factory=list)
     projected_grads: list[float] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
+    durations: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """All steps together."""
+        return sum(self.durations)
 
 
 def smooth(values: Sequence[float], factor: float = SMOOTHING) -> list[float]:
@@ -72,10 +79,6 @@ def step(optimizer: Any, classifier: Classifier, batch: Batch) -> float:
     return float(optimizer.step(closure))
 
 
-def _evaluation_steps(steps: int, evaluations: int) -> set[int]:
-    return {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-
-
 def train(
     classifier: Classifier,
     optimizer: torch.optim.Optimizer,
@@ -87,24 +90,38 @@ def train(
     schedule: str,
     evaluations: int,
     seed: int,
+    deadline: float = math.inf,
 ) -> History:
-    """Train for ``steps`` steps, looking at the validation set ``evaluations`` times on the way."""
+    """Train, looking at the validation set ``evaluations`` times on the way.
+
+    It takes ``steps`` steps, or as many as end before the ``deadline`` (of ``time.perf_counter``):
+    the last steps' duration tells how many those are, and the learning rate falls so as to end
+    with them.
+    """
     history = History()
     end_factor = {"constant": 1.0, "linear": 0.0}[schedule]
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end_factor, total_iters=steps)
     batches: Iterator[list[Example]] = balanced_batches(train_set, batch_size, seed)
-    evaluate_at = _evaluation_steps(steps, evaluations)
+    total, done, looks = steps, 0, 0
+    started = time.perf_counter()
     history.validation.append({"step": 0, **evaluate(classifier, validation_set).as_dict()})
-    with tqdm(total=steps, desc="training", unit="step", file=sys.stderr) as bar:
-        for done in range(1, steps + 1):
+    seconds_a_look = time.perf_counter() - started
+    with tqdm(total=total, desc="training", unit="step", file=sys.stderr) as bar:
+        while done < total:
+            done += 1
             started = time.perf_counter()
             batch = classifier.collate(next(batches))
             history.losses.append(step(optimizer, classifier, batch))
             if isinstance(optimizer, zoopt.MeZO) and optimizer.last_step is not None:
                 history.projected_grads.extend(optimizer.last_step.projected_grads)
             scheduler.step()
-            history.seconds += time.perf_counter() - started
-            if done in evaluate_at:
+            history.durations.append(time.perf_counter() - started)
+            if done == WARM_UP + TIMED or (done > WARM_UP + TIMED and done % RECENT == 0):
+                left = deadline - time.perf_counter() - (evaluations - looks) * seconds_a_look
+                total = steps_that_fit(history.durations, steps, left)
+                scheduler.total_iters = bar.total = total
+            if done >= round(total * (looks + 1) / evaluations):
+                looks = max(looks + 1, done * evaluations // total)
                 figures = evaluate(classifier, validation_set).as_dict()
                 history.validation.append({"step": done, **figures})
             latest = history.validation[-1]
