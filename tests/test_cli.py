@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -384,3 +385,34 @@ def test_without_a_checkout(
         assert main(["bench", name]) == 2
         expected = f"zoopt: error: zoopt bench {name} needs a checkout"
         assert capsys.readouterr().err.startswith(expected)
+
+
+def test_advice_on_waiting_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert "OMP_WAIT_POLICY" not in {row.package for row in doctor.advice()}
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    [advice] = [row for row in doctor.advice() if row.package == "OMP_WAIT_POLICY"]
+    assert advice.remedy == "export OMP_WAIT_POLICY=PASSIVE before Python"
+
+
+def test_benchmarks_start_again_with_sleeping_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only as a program, and only where nothing else has been asked for."""
+    started = []
+
+    def execv(program: str, arguments: list[str]) -> None:
+        started.append((program, arguments, os.environ["OMP_WAIT_POLICY"]))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "bin/zoopt", "bench", "step", "--help"])
+    monkeypatch.setattr(sys, "argv", ["bin/zoopt", "bench", "step", "--help"])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    with pytest.raises(SystemExit):
+        main()
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert exit_status(["bench", "step", "--help"]) == 0
+    assert not started
+    with pytest.raises(SystemExit):
+        main()
+    assert started == [(sys.executable, [sys.executable, *sys.orig_argv[1:]], "PASSIVE")]
+    monkeypatch.undo()

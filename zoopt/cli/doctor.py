@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         print_table(
             console,
             "For more",
-            ("install", "for", "by"),
+            ("what", "for", "by"),
             [dataclasses.astuple(row) for row in advice],
         )
     write_json(

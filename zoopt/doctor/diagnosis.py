@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 
 import torch
@@ -49,7 +50,7 @@ class Active:
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """Something to install: what it brings, and how."""
+    """Something to install or to set: what it brings, and how."""
 
     package: str
     gain: str
@@ -129,8 +130,13 @@ def compiled_kernels() -> dict[str, str]:
 
 
 def advice() -> list[Advice]:
-    """What is not installed and worth having on this machine."""
+    """What is not installed or not set, and worth having on this machine."""
     rows = []
+    if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+        gain = (
+            "speed beside other programs: else OpenMP's waiting threads spin, and take their cores"
+        )
+        rows.append(Advice("OMP_WAIT_POLICY", gain, "export OMP_WAIT_POLICY=PASSIVE before Python"))
     if torch.version.cuda is None and torch.version.hip is None and machine.driver() is not None:
         rows.append(
             Advice("torch with CUDA", "the GPU of this machine", "install a CUDA build of torch")
