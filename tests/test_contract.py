@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import zoopt
 from tests.compare import same, state_bytes
 from tests.optimizer_table import CASES, ROWS, Row, closure_of, mlp, regression
 
@@ -169,3 +172,80 @@ def test_loss_falls(row: Row) -> None:
     trained, _ = run(row, 300)
     end = closure_of(trained)().item()
     assert end > start if row.options.get("maximize") else end < row.falls * start
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+AMBIENCES: list[Callable[[], contextlib.AbstractContextManager[Any]]] = [
+    lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    lambda: torch.device("meta"),
+    lambda: default_dtype(torch.float64),
+    lambda: default_dtype(torch.bfloat16),
+    torch.inference_mode,
+]
+
+
+@pytest.mark.parametrize(("row", "perturbation"), CASES, ids=str)
+def test_a_step_does_not_see_what_is_set_around_it(row: Row, perturbation: str) -> None:
+    """The closure's own arithmetic is the same; then so are all bits. The first step, which makes
+    state, is once under each."""
+    plain, _ = run(row, len(AMBIENCES) + 1, perturbation=perturbation)
+    for first in range(len(AMBIENCES)):
+        model = mlp()
+        optimizer, loss = row.build(model, perturbation=perturbation), closure_of(model)
+
+        def closure(loss: Any = loss) -> Any:
+            with torch.autocast("cpu", enabled=False):
+                return loss()
+
+        for around in (*AMBIENCES[first:], *AMBIENCES[:first], contextlib.nullcontext):
+            with around():
+                optimizer.step(closure)
+                optimizer.zero_grad()
+        assert same(model, plain)
+
+
+@pytest.mark.parametrize(("row", "perturbation"), CASES, ids=str)
+def test_autocast_keeps_no_perturbed_copy(row: Row, perturbation: str) -> None:
+    """Within one autocast, whoever reads the weights after a step or a probe reads theta."""
+    model = mlp()
+    x, _ = regression()
+    optimizer = row.build(model, perturbation=perturbation, lr=0.1)
+    calls = [lambda: optimizer.step(closure_of(model))]
+    if row.cls is not zoopt.ZOConservativeSGD:
+        calls.append(lambda: optimizer.probe(closure_of(model)))
+    for call in calls:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            call()
+            within = model(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(within, model(x))
+
+
+@pytest.mark.parametrize("row", {row.cls: row for row in ROWS}.values(), ids=str)
+def test_a_compiled_caller_gets_the_bits_of_an_eager_one(row: Row) -> None:
+    models = mlp(), mlp()
+    for model, compiled in zip(models, (False, True), strict=True):
+        optimizer, closure = row.build(model), closure_of(model)
+
+        def one(optimizer: Any = optimizer, closure: Any = closure) -> Any:
+            loss = optimizer.step(closure)
+            if not isinstance(optimizer, zoopt.ZOConservativeSGD):
+                optimizer.probe(closure)
+                optimizer.step()
+            return loss
+
+        # In a process where nothing has been compiled so far, and then where something has.
+        call = torch.compile(one, backend="eager") if compiled else one
+        for _ in range(2):
+            call()
+    assert same(*models)
+    torch._dynamo.reset()

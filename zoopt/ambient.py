@@ -1,55 +1,75 @@
-"""Updates compute in their own precision, in the open: what the caller's modes do not reach."""
+"""What the program around a step may have set, and its updates must not see.
+
+An update computes in its operands' dtypes and on their devices. Autocast, a default device, a
+default dtype, inference mode and torch.compile are the program's own: the closure runs under them.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import sys
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch._compile import _disable_dynamo
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
-
-def opaque(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """The function, run as it is where a compiled function calls it: there are no graphs of our
-    kernels. What it calls that has been compiled by itself stays compiled."""
-    # torch's own optimizers use the same: it imports the compiler when it is first called only.
-    return _disable_dynamo(function)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-@contextlib.contextmanager
-def own_arithmetic(device_type: str = "cpu") -> Iterator[None]:
-    """Shield an update from autocast, inference mode, and the default device and dtype.
+class OwnArithmetic(contextlib.ContextDecorator):
+    """A context, or a decorator, in which torch computes as it does in a fresh process.
 
-    Gradients are off. What is in order costs no context.
-
-    Args:
-        device_type: where the parameters lie.
+    Autocast, inference mode and gradients are off, tensors are made on the CPU and in float32
+    unless their maker says otherwise. Where that is so already, entering costs half a microsecond.
     """
-    with contextlib.ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            # Tensors that are made in it, state say, could not be written outside.
-            stack.enter_context(torch.inference_mode(False))
-        if torch.is_grad_enabled():
-            stack.enter_context(torch.no_grad())
-        for kind in {"cpu", device_type}:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        if torch.get_default_dtype() != torch.float32:
-            stack.enter_context(_default_dtype(torch.float32))
-        yield
+
+    _stack: contextlib.ExitStack | None = None
+
+    def _recreate_cm(self) -> OwnArithmetic:
+        return OwnArithmetic()  # a decorated function may call itself
+
+    def __enter__(self) -> None:
+        autocast = torch._C._is_any_autocast_enabled()
+        device = torch._C._len_torch_function_stack() > 0
+        inference = torch.is_inference_mode_enabled()
+        gradients = torch.is_grad_enabled()
+        dtype = torch.get_default_dtype()
+        if not (autocast or device or inference or gradients or dtype != torch.float32):
+            return
+        with contextlib.ExitStack() as stack:
+            if autocast:
+                stack.enter_context(torch._C._DisableAutocast())
+            if device:
+                stack.enter_context(torch.device("cpu"))
+            if inference:
+                # Tensors that are made in it, state say, could not be written outside.
+                stack.enter_context(torch.inference_mode(False))
+            if gradients or inference:  # leaving inference mode turns gradients on
+                stack.enter_context(torch.no_grad())
+            if dtype != torch.float32:
+                stack.callback(torch.set_default_dtype, dtype)
+                torch.set_default_dtype(torch.float32)
+            self._stack = stack.pop_all()
+
+    def __exit__(self, *error: object) -> None:
+        if self._stack is not None:
+            self._stack.close()
 
 
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def opaque(method: Callable[P, R]) -> Callable[P, R]:
+    """A function that torch.compile does not look into: a compiled caller calls it as it is."""
+
+    @functools.cache
+    def disabled() -> Callable[P, R]:
+        return torch.compiler.disable(method)  # type: ignore[no-any-return,no-untyped-call]
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and the import is slow
+            return method(*args, **kwargs)
+        return disabled()(*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call

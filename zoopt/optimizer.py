@@ -5,12 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from zoopt.ambient import opaque
 from zoopt.distributed.seed import SharedSeed
 from zoopt.distributed.sharding import is_sharded, sharded_as, sharded_zeros
 from zoopt.kernels.noise.philox import NOISE_VERSION
@@ -18,6 +19,8 @@ from zoopt.kernels.noise.philox import NOISE_VERSION
 #: What torch.optim.Optimizer accepts as `params`.
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
+P = ParamSpec("P")
+R = TypeVar("R")
 #: State that Python reads in a step, which must not wait for the device: it lies on the CPU.
 PYTHON_NUMBERS = ("step", "agreements", "doublings")
 
@@ -56,6 +59,11 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
 
     _incoming: dict[Tensor, dict[str, Any]] | None = None
     _shared_seed: SharedSeed | None = None
+
+    @staticmethod
+    def profile_hook_step(func: Callable[P, R]) -> Callable[P, R]:
+        """What torch makes of a class's `step`: the hooks around it, and nothing to compile."""
+        return opaque(torch.optim.Optimizer.profile_hook_step(func))
 
     def _share_seed(self, seed: int | None) -> int:
         """The run's seed, the same in all processes; None is rank 0's `torch.initial_seed()`."""

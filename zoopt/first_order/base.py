@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zoopt.ambient import opaque, own_arithmetic
+from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.checks import check_bool, check_choice, check_number
 from zoopt.distributed.checkpoint import asks_for_state
 from zoopt.distributed.sharding import (
@@ -141,7 +141,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with own_arithmetic(self._device_type()):
+        with OwnArithmetic():
             self._step()
         return loss
 
@@ -168,14 +168,10 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
     def _make_state(self) -> None:
         """State for every parameter that has a gradient, as before its first step."""
-        with own_arithmetic(self._device_type()):
+        with OwnArithmetic():
             for site in self._sites():
                 if site.param.grad is not None:
                     self._state(site.param, site.group)
-
-    def _device_type(self) -> str:
-        first: Tensor = self.param_groups[0]["params"][0]
-        return first.device.type
 
     def _step_param(self, site: Site) -> None:
         gradient = site.param.grad

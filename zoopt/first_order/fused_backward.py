@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
-from zoopt.ambient import opaque, own_arithmetic
+from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.distributed.sharding import is_sharded
 from zoopt.dtypes import accumulator_dtype
@@ -216,7 +216,7 @@ class FusedBackward:
                 self._receive(site.param)
         # In the parameters' order, whatever that of their arrival was: norms round alike.
         kept = [site for param, site in self._sites.items() if param in self._kept]
-        with own_arithmetic(optimizer._device_type()):
+        with OwnArithmetic():
             whole = self._clip_scale(kept) if self._clip == "global" else None
             for site in kept:
                 scale = whole if self._clip == "global" else self._clip_scale([site])
@@ -279,7 +279,7 @@ class FusedBackward:
         site = self._places()[param]
         optimizer._check_gradient(site)
         self._check_arrival(site)
-        with own_arithmetic(param.device.type):
+        with OwnArithmetic():
             gradient, param.grad = param.grad, None
             assert gradient is not None
             gradient = operand(gradient)

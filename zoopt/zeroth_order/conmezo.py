@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from zoopt.ambient import OwnArithmetic
 from zoopt.checks import check_nonnegative_int, check_number
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.dispatch import known
@@ -107,6 +108,7 @@ class ConMeZO(ZerothOrderOptimizer):
             check_number(name, group[name], low=0.0, high=1.0, open_high=True)
         check_nonnegative_int("warmup_steps", group["warmup_steps"])
 
+    @OwnArithmetic()
     def _new_pending(self) -> PendingProbe:
         taking_part = [
             (param, group)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from torch import Tensor
 
+from zoopt.ambient import opaque
 from zoopt.checks import check_bool, check_choice, check_positive_int
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
+from zoopt.warn import warn
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.batched import evaluate_batch
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
@@ -118,6 +119,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
     ) -> None:
         super().__init__(params, hyperparameters(locals()), seed=seed)
 
+    @opaque
     def evaluate(self, evaluate: Closure, members: Iterable[int] | None = None) -> dict[int, float]:
         """The fitness of some members of the present generation; changes nothing.
 
@@ -139,6 +141,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         evaluation.perturbation.restore()
         return dict(zip(chosen, fitness, strict=True))
 
+    @opaque
     def evaluate_batched(
         self,
         evaluate: Closure,
@@ -183,6 +186,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
             self._verified |= {batch.rows}
         return dict(zip(chosen, values, strict=True))
 
+    @opaque
     def update(self, fitness: Mapping[int, Any] | Sequence[Any] | Tensor) -> float:
         """Take one step from the fitnesses of all members.
 
@@ -245,11 +249,10 @@ class EvolutionStrategy(ZerothOrderOptimizer):
 
     def _report_skipped(self, pending: PendingProbe) -> None:
         if not self.skipped_probes:
-            warnings.warn(
+            warn(
                 f"left out {pending.skipped} of {len(pending.draws)} members because a fitness was "
                 f"not finite; if this goes on, lower lr or sigma (later ones are only counted, in "
-                f"skipped_probes)",
-                stacklevel=6,
+                f"skipped_probes)"
             )
         self.skipped_probes += pending.skipped
 

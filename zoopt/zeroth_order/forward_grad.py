@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zoopt.ambient import OwnArithmetic
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
@@ -88,6 +90,7 @@ class ForwardGrad(MomentumSGD):
         """The loss and its derivative along z(draw)."""
         directions = {slot.param: slot.direction for slot in pending.slots}
 
+        @OwnArithmetic()
         def dual(param: Tensor) -> Tensor:
             primal = param.detach()
             return _dual(primal, directions[param].tangent(primal, draw))
@@ -103,6 +106,7 @@ class ForwardGrad(MomentumSGD):
             return _parts(result)[0]
 
         with (
+            torch.inference_mode(False),  # which has no derivatives
             forward_ad.dual_level(),
             sdpa_kernel(SDPBackend.MATH),
             evaluation.perturbation.substituted(dual, dual_rows, lambda weight: None),

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import LBFGS, Optimizer
 
+from zoopt.ambient import opaque
 from zoopt.first_order.adamw import AdamW
 from zoopt.nn.modules import repeated_layers
-from zoopt.optimizer import Group
+from zoopt.optimizer import Group, P, R
 from zoopt.parameters import named_params
 from zoopt.registry import Recipe, register
 from zoopt.zeroth_order.conservative import ZOConservativeSGD
@@ -108,6 +109,11 @@ class Hybrid(Optimizer):
     def __repr__(self) -> str:
         return f"Hybrid (\nzeroth_order: {self.zeroth_order}\nfirst_order: {self.first_order}\n)"
 
+    @staticmethod
+    def profile_hook_step(func: Callable[P, R]) -> Callable[P, R]:
+        """As in `zoopt.optimizer`: nothing to compile."""
+        return opaque(Optimizer.profile_hook_step(func))
+
     @property
     def param_groups(self) -> list[Group]:  # type: ignore[override]
         """The groups themselves of both optimizers, in a new list."""
@@ -125,6 +131,7 @@ class Hybrid(Optimizer):
             "zeroth_order or its first_order"
         )
 
+    @opaque
     def probe(self, closure: Closure) -> float:
         """Evaluate the closure along this step's directions, and add up for both halves.
 

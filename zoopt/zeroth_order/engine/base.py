@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
 from zoopt.dtypes import NARROW, RoundingMode, resolved_rounding
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
 from zoopt.parameters import check_param, check_streams, named_params
+from zoopt.warn import warn
 from zoopt.zeroth_order.engine.blocks import block_due, block_of, check_blocks
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise
@@ -91,6 +92,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             self.param_groups.pop()
             raise
 
+    @opaque
     def probe(self, closure: Closure) -> float:
         """Evaluate the closure along this step's directions, and leave the parameters alone.
 
@@ -170,6 +172,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     def _refine(self, evaluation: Evaluation, pending: PendingProbe) -> None:
         """Evaluate what the update still wants to know, at the closure that the step was given."""
 
+    @OwnArithmetic()
     def _new_pending(self) -> PendingProbe:
         draws = self._draws()
         if draws[-1] >= 1 << 32:
@@ -191,6 +194,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         run = self.param_groups[0]
         return tuple(range(run["draw"], run["draw"] + run[self._count_key]))
 
+    @OwnArithmetic()
     def _finish(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
         """Update every parameter, count the step and record it."""
         if pending.skipped:
@@ -218,11 +222,10 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
 
     def _report_skipped(self, pending: PendingProbe) -> None:
         if not self.skipped_probes:
-            warnings.warn(
+            warn(
                 f"skipped {pending.skipped} of {len(pending.losses)} probes because a loss was "
                 f"not finite; if this goes on, lower lr or zo_eps (later ones are only counted, "
-                f"in skipped_probes)",
-                stacklevel=4,
+                f"in skipped_probes)"
             )
         self.skipped_probes += pending.skipped
 

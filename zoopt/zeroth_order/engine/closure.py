@@ -88,11 +88,14 @@ class PinnedRNG:
         """The closure's loss, under the pinned state and without autograd."""
         if self._after is not None:
             self._set(self._before)
-        # Under autocast, the casts of weights that have moved in place would still be those of
-        # the evaluation before.
+        # Under autocast, the casts of weights that move in place would stay those of where the
+        # weights stood, here and for whoever reads them next.
         torch.clear_autocast_cache()
-        with torch.no_grad():
-            result = closure()
+        try:
+            with torch.no_grad():
+                result = closure()
+        finally:
+            torch.clear_autocast_cache()
         states = self._get()
         if self._after is None:
             self._after = states

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from zoopt.ambient import OwnArithmetic
 from zoopt.dtypes import Rounding
 from zoopt.optimizer import Group
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction
@@ -73,11 +74,13 @@ class Perturbation:
             yield
             return
 
+        @OwnArithmetic()
         def perturbed(param: Tensor) -> Tensor:
             slot = self._virtual[param]
             coefficients = displacement(slot)
             return slot.direction.perturbed(param, coefficients) if coefficients else param
 
+        @OwnArithmetic()
         def perturbed_rows(weight: Tensor, rows: Tensor) -> Tensor:
             slot = self._virtual[weight]
             coefficients = displacement(slot)
@@ -85,6 +88,7 @@ class Perturbation:
                 return weight[rows]
             return slot.direction.perturbed_rows(weight, rows, coefficients)
 
+        @OwnArithmetic()
         def factors(weight: Tensor) -> tuple[Tensor, Tensor] | None:
             slot = self._virtual[weight]
             coefficients = displacement(slot)
@@ -133,6 +137,7 @@ class Perturbation:
         """The caller has taken the offset away itself."""
         self._offset = {}
 
+    @OwnArithmetic()
     def _move(self, displacement: Displacement) -> None:
         """Add the difference of two displacements to the parameters perturbed in place."""
         with torch.no_grad():

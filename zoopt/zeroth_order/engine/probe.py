@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Literal
 
+from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure, PinnedRNG
 from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation, Slot, along
 
@@ -128,11 +128,10 @@ class Evaluation:
         """Warn unless two evaluations at one point agree, up to the order of a device's sums."""
         self.verify = False
         if abs(loss - again) > _SAME * max(abs(loss), abs(again)):
-            warnings.warn(
+            warn(
                 f"the closure must compute the same function each time, got {loss!r} and then "
                 f"{again!r} at the same parameters: the estimate will be mostly noise; draw the "
-                f"batch outside the closure, and make its random choices with torch's generator",
-                stacklevel=9,  # the caller of step
+                f"batch outside the closure, and make its random choices with torch's generator"
             )
 
     def along(self, draw: int, scale: float) -> float:

@@ -1,0 +1,24 @@
+"""Warnings that point at the line of the program, however deep in the package they are given."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import torch
+
+_OWN = tuple(os.path.dirname(str(path)) + os.sep for path in (__file__, torch.__file__))
+
+
+def warn(message: str) -> None:
+    """Warn in the name of the first caller outside zoopt and torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_own(frame.f_code.co_filename):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_own(filename: str) -> bool:
+    # "<string>", "<frozen ...>" and the like are between callers, never the program itself.
+    return filename.startswith((*_OWN, "<"))
