@@ -61,6 +61,17 @@ def test_every_optimizer_has_a_page_that_tells_what_a_user_asks(row: registry.Ro
     assert f"\n::: zoopt.{row.cls.__name__}\n" in text
 
 
+@pytest.mark.parametrize(
+    "path",
+    sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")}),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_code_on_a_page_is_python(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        compile(block, str(path), "exec")
+
+
 def test_readme_has_the_measured_figures() -> None:
     figures = runpy.run_path(str(ROOT / "docs" / "tools" / "figures.py"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
