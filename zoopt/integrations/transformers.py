@@ -38,11 +38,11 @@ class ZOTrainer(transformers.Trainer):
     In the log, `loss` is the mean over the evaluated points, and `grad_norm` the root mean square
     of the step's projected gradients (with one probe, the magnitude of the projected gradient),
     which estimates the norm of the gradient. `max_grad_norm` is without effect, as there are no
-    gradients to clip; the optimizer's `max_projected_grad` is the like of it.
+    gradients to clip; use the optimizer's `max_projected_grad`.
 
     Raises, at the first training step and before anything has changed:
-        TypeError: the optimizer is none of zoopt's zeroth-order ones.
-        RuntimeError: it cannot add probes up (`ZOConservativeSGD`).
+        TypeError: the optimizer is not one of zoopt's zeroth-order optimizers.
+        RuntimeError: the optimizer cannot accumulate probes (`ZOConservativeSGD`).
         ValueError: it maximises; fp16 with a gradient scaler, DeepSpeed, FSDP, several processes
             or DataParallel.
     """
@@ -59,8 +59,8 @@ class ZOTrainer(transformers.Trainer):
         """Probe the loss of a micro-batch; the Trainer's `optimizer.step()` then updates."""
         optimizer = self._zeroth_order()
         if self._run is not self.state:
-            # A run that was stopped between two micro-batches leaves its probes behind, and this
-            # is another: where the Trainer zeroes gradients, they go.
+            # A run that was stopped between two micro-batches leaves its probes behind. This is
+            # another run, so they go, as gradients would.
             optimizer.zero_grad()
             self._run = self.state
         # The loss of the original step, under its contexts and in its scale, by the rules of
@@ -76,10 +76,10 @@ class ZOTrainer(transformers.Trainer):
         return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's, with the step's projected gradients for the norm of no gradients.
+        """As the Trainer's, with `grad_norm` made from the step's projected gradients.
 
-        The Trainer takes the norm from `.grad`, after `training_step` and before the optimizer's
-        step; the log is the one public place where it can be replaced.
+        The Trainer takes the norm of `.grad`, which is empty here. The log is the only public place
+        where it can be replaced.
         """
         record = self._zeroth_order().last_step if "grad_norm" in logs else None
         if record is not None:
@@ -124,9 +124,9 @@ class ZOTrainer(transformers.Trainer):
 
 @contextlib.contextmanager
 def _intercepted_backward(accelerator: Any) -> Iterator[list[Tensor]]:
-    """Let `accelerator.backward` do no more than to put the loss into the list."""
+    """Make `accelerator.backward` only append the loss to the list."""
     losses: list[Tensor] = []
-    attributes = vars(accelerator)  # One of the instance stands in front of the method.
+    attributes = vars(accelerator)  # An attribute of the instance hides the method.
     before = {key: attributes[key] for key in ("backward",) if key in attributes}
     attributes["backward"] = lambda loss, **_: losses.append(loss)
     try:

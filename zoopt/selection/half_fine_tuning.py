@@ -24,11 +24,11 @@ Category = Literal["attention", "mlp", "norm"]
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What trains or rests as one: a module's own parameters.
+    """The own parameters of one module, which train or rest together.
 
     Attributes:
         layer: the number of the repeated layer that it is in.
-        category: what it is a half of, there.
+        category: of which part of the layer a half trains.
         params: its weight and bias, say.
     """
 
@@ -40,9 +40,9 @@ class Unit:
 def units(model: nn.Module) -> list[Unit]:
     """The modules of the repeated layers that have parameters of their own to train, in order.
 
-    Those of vectors only are norms. Of the others, attention's have "attn" or "attention" in their
-    name inside the layer, and the rest are the MLP's. Parameters that are shared with what is
-    outside the layers, or between them, are in no unit.
+    Modules that hold only vectors are norms. Of the others, those with "attn" or "attention" in
+    their name inside the layer are attention's, the rest the MLP's. Parameters that are shared
+    between layers, or with modules outside them, are in no unit.
     """
     layers = repeated_layers(model)
     owners: dict[Tensor, int] = {}
@@ -63,7 +63,7 @@ def units(model: nn.Module) -> list[Unit]:
 
 
 def trained_units(units: Sequence[Unit], *, seed: int, draw: int) -> list[bool]:
-    """Which units train in round `draw`: of each layer and category half, at random.
+    """Which units train in round `draw`: a random half of each layer and category.
 
     Of an odd number k, (k + 1) / 2 in half of the layers and (k - 1) / 2 in the others.
     """
