@@ -60,7 +60,7 @@ class ZOConservativeSGD(SparseZerothOrder):
         RuntimeError: `probe`.
 
     Differs from the benchmark's code, which by default takes and undoes its steps with AdamW, so
-    that undoing does not lead back.
+    that undoing does not restore the weights.
 
     Example:
         >>> opt = zoopt.ZOConservativeSGD(model.parameters(), lr=1e-5)

@@ -25,8 +25,8 @@ class FZOO(MomentumSGD):
         theta <- (1 - lr weight_decay) theta - lr sum_i (L_i - L_0) u_i / (N std_i(L_i))
 
     std (with N - 1) estimates zo_eps times the gradient's norm, so that steps have about one
-    length whatever the loss's scale; a step whose losses are all equal changes nothing but the
-    decay. A step costs N + 1 forward passes.
+    length whatever the loss's scale. If all losses of a step are equal, only the decay is
+    applied. A step costs N + 1 forward passes.
 
     State, in bytes a parameter element: 0; with `momentum` and no `momentum_window`, 4 (8 for
     float64); with `mask="magnitude"`, 4 a parameter.

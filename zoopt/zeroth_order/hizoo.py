@@ -60,8 +60,8 @@ class HiZOO(ZerothOrderOptimizer):
     Raises:
         TypeError, ValueError: as for `MeZO`.
 
-    Differs from the authors' code: theta descends along the directions that were probed, by H as
-    it was then, and H is kept in float32.
+    Differs from the authors' code: theta descends along the directions that were probed, with the
+    H they were made with, and H is kept in float32.
 
     Example:
         >>> opt = zoopt.HiZOO(model.parameters(), lr=1e-6)

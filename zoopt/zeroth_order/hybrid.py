@@ -59,9 +59,9 @@ class Hybrid(Optimizer):
     Two-sided points come in pairs, so that the mean is even in zo_eps and misses grad_l L(e, l) by
     O(zo_eps^2); one-sided ones miss it by O(zo_eps). A step costs n forward passes, and n backward
     passes through the late layers. Early parameters require no gradient meanwhile, so that
-    activations are kept from the first operator on that reads a late parameter. These are held
-    beside what `zeroth_order` takes, and a gradient of every late parameter (in backward, one
-    parameter more; while further micro-batches are probed, two of every).
+    activations are kept only from the first operator that reads a late parameter. They come on top
+    of what `zeroth_order` takes, and so do the gradients of the late parameters (in backward, one
+    parameter's more; while further micro-batches are probed, twice).
 
     Args:
         zeroth_order: a zoopt zeroth-order optimizer over the early parameters; not
@@ -84,8 +84,8 @@ class Hybrid(Optimizer):
     that is so for all of a step, neither half moves. If the closure raises, nothing has changed (in
     place, up to rounding).
 
-    The benchmark's published code has no such split to differ from; here, the late gradient comes
-    from the evaluations that are made in any case, not from one more at theta.
+    The benchmark's published code has no such split. Here the late gradient comes from the
+    evaluations that are made in any case, not from one more at theta.
 
     Example:
         >>> late = ("layers.22.", "layers.23.", "norm.", "head.")

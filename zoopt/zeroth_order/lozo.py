@@ -76,7 +76,8 @@ class LOZO(LowRankZerothOrder):
     Raises:
         TypeError, ValueError: as for `MeZO`; momentum with blocks.
 
-    Differs from the authors' code, which at a refresh updates along another U than it probed.
+    Differs from the authors' code, which in a step with a new V updates along a U that it did not
+    probe.
 
     Example:
         >>> opt = zoopt.LOZO(model.parameters(), lr=1e-6, rank=2)

@@ -32,9 +32,9 @@ class MeZO(MomentumSGD):
         g      = [L(theta + zo_eps z) - L(theta)] / zo_eps                    (one-sided)
         theta <- (1 - lr weight_decay) theta - lr mean_j(g_j z_j)             over num_probes
 
-    A step costs 2 num_probes forward passes (one-sided: 1 + num_probes) and, in place, as many
-    passes over the weights and one more. It needs the memory of inference: the closure runs
-    without autograd.
+    A step costs 2 num_probes forward passes (one-sided: 1 + num_probes) and, in place, one more
+    pass over the weights than that. It needs the memory of inference: the closure runs without
+    autograd.
 
     State, in bytes a parameter element: 0; with `momentum` and no `momentum_window`, 4 (8 for
     float64); with `mask="magnitude"`, 4 a parameter. The run's position (seed, step, draw, and the
@@ -78,8 +78,8 @@ class MeZO(MomentumSGD):
             in a process group rank 0's, and processes whose seeds differ are refused.
 
     lr, zo_eps, weight_decay, momentum, max_projected_grad, distribution, perturbation, rounding,
-    mask and density can differ between param groups. With different zo_eps, each group's g is in
-    its own.
+    mask and density can differ between param groups. With different zo_eps, each group's g is
+    divided by its own.
 
     Raises:
         TypeError, ValueError: an argument out of range; a parameter that is complex, integer,
@@ -87,7 +87,7 @@ class MeZO(MomentumSGD):
 
     Non-finite losses are skipped, counted in `skipped_probes` and warned of once; a step whose
     probes were all skipped changes nothing but the counters. `last_step` is a `StepRecord`.
-    A parameter unfrozen while a window is in use joins with the window's directions.
+    A parameter that is unfrozen while a window is in use also moves along the window's directions.
 
     The result depends on the seed, the closure and the parameters' names (or order), not on
     chunking, on the number of threads or on torch's generators; all of a step's evaluations see

@@ -93,8 +93,8 @@ class ZOMuon(LowRankZerothOrder):
     Raises:
         TypeError, ValueError: as for `MeZO`.
 
-    Differs from the authors' code, which draws another P for each probe and moves vectors by a
-    learning rate of their own, fixed in the code: put them in a param group for that.
+    Differs from the authors' code, which draws another P for each probe and moves vectors at a
+    fixed learning rate of their own. For such a rate, put them in a param group.
 
     Example:
         >>> opt = zoopt.ZOMuon(model.parameters(), lr=1e-2)
