@@ -98,7 +98,7 @@ def whole(moments: int = 2, state_dtype: str = "float32") -> StateBytes:
     """Moments of the parameter's size, and the step."""
 
     def state_bytes(shape: tuple[int, ...], itemsize: int) -> int:
-        return 4 + moments * coded(math.prod(shape), state_dtype, itemsize)
+        return 8 + moments * coded(math.prod(shape), state_dtype, itemsize)
 
     return state_bytes
 
@@ -131,7 +131,7 @@ def projected(
         }[proj_type]
         number = itemsize if narrow else wide(itemsize)
         basis = number * projected_side * r if bases else 0
-        return 4 + basis + extra * wide(itemsize) + moments * coded(kept * r, state_dtype, itemsize)
+        return 8 + basis + extra * wide(itemsize) + moments * coded(kept * r, state_dtype, itemsize)
 
     return state_bytes
 
@@ -219,7 +219,7 @@ def frugal(name: str, **options: Any) -> Row:
         side, channels = (n, m) if m >= n or options.get("proj_type") == "right" else (m, n)
         r = max(1, round(density * side))
         basis = 0 if projector == "columns" else itemsize * side * r
-        return 4 + basis + moments * coded(channels * r, state_dtype, itemsize)
+        return 8 + basis + moments * coded(channels * r, state_dtype, itemsize)
 
     oracle = None if "state_dtype" in options else Frugal64
     base = {"lr": 2e-3, "update_proj_gap": 5}
@@ -231,7 +231,7 @@ def sm3(name: str, **options: Any) -> Row:
 
     def kept(shape: tuple[int, ...], itemsize: int) -> int:
         buffer = math.prod(shape) if options.get("momentum") else 0
-        step = 4 if itemsize == 2 and options.get("rounding") != "nearest" else 0
+        step = 8 if itemsize == 2 and options.get("rounding") != "nearest" else 0
         return wide(itemsize) * (sum(shape) + buffer) + step
 
     return row(name, zoopt.SM3, SM364, kept, matrices=False, sparse=True, **options)

@@ -166,7 +166,9 @@ def test_equal_rules_train_alike(settings: Settings, task: Task) -> None:
     # Moments of 4 bytes each and a step of 4 bytes a tensor.
     tensors = 7 + 1 + 3
     assert torchs["state_bytes"] == 8 * torchs["trained_parameters"] + 4 * tensors
-    assert ours["state_bytes"] == ours["declared_state_bytes"] == torchs["state_bytes"]
+    assert ours["state_bytes"] == ours["declared_state_bytes"]
+    # The count of steps is an int64 number, where torch has a float32 one.
+    assert ours["state_bytes"] == torchs["state_bytes"] + 4 * tensors
     assert torchs["matrix_state_bytes"] == 8 * task.sizes()["matrix_parameters"] + 4 * 7
 
 

@@ -47,7 +47,7 @@ def test_llama_60m() -> None:
     weights = sum(p.numel() for p in layers + ends)
     assert round(4 * weights / 1e9, 2) == 0.23
     assert zoopt.AdamW(layers + ends, state_dtype="bfloat16").declared_state_bytes() == (
-        4 * weights + 4 * len(layers + ends)
+        4 * weights + 8 * len(layers + ends)
     )
     bases = LAYERS * 7 * HIDDEN * RANK
     moments = LAYERS * RANK * 2 * (4 * HIDDEN + 3 * INNER)

@@ -271,7 +271,7 @@ def test_llama_7b_state() -> None:
     bases = layers * sum(4 * (m + n + 2 * k) * r for m, n in shapes)
     moments = 2 * code * (layers * len(shapes) * 2 * r * r + weights - layers * 202_375_168)
     magnitudes = layers * 2 * code * (6 * hidden + inner)
-    steps = 4 * (layers * len(shapes) * 3 + len(plain))
+    steps = 8 * (layers * len(shapes) * 3 + len(plain))
     total = bases + moments + magnitudes + steps
     assert optimizer.declared_state_bytes() == pytest.approx(total, rel=1e-6)
 

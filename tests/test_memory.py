@@ -165,7 +165,7 @@ def function_of_a_module(batch: int, seq: int) -> tuple[nn.Module, dict[str, Any
 def test_any_module_by_its_function() -> None:
     planned = plan(f"{__name__}:function_of_a_module", batch=3, seq=8, dtype="float32")
     assert planned.parameters == 8 * 16 + 16 + 16 * 4 + 4
-    assert planned["zoopt.AdamW"].state == 8 * planned.parameters + 4 * 4
+    assert planned["zoopt.AdamW"].state == 8 * planned.parameters + 8 * 4
 
 
 def test_named_architectures_have_the_parameters_they_are_named_for() -> None:

@@ -44,6 +44,20 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+#: How many steps a parameter has taken; a float32 number would stop at 2^24.
+STEP = TensorSpec((), torch.int64)
+
+
+def _counted(value: Any) -> Any:
+    """A count of steps as it is kept; release 0.1.0 and torch have float32 ones, or plain numbers."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return value
+    if isinstance(number, int | float) and number >= 0 and number == number // 1:
+        return torch.tensor(int(number))
+    return value
+
+
 def state_device(name: str, param: Tensor) -> torch.device:
     """Where a state tensor of the parameter lies: with it, but for the numbers Python reads."""
     return torch.device("cpu") if name in PYTHON_NUMBERS else param.device
@@ -226,8 +240,11 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         exact: dict[Tensor, dict[str, Any]] = {}
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for param, index in zip(group["params"], saved["params"], strict=True):
-                entries = state_dict["state"].get(index, {})
                 declared = self.declared_state(param, saved)
+                entries = {
+                    name: _counted(value) if declared.get(name) == STEP else value
+                    for name, value in state_dict["state"].get(index, {}).items()
+                }
                 for name, value in entries.items():
                     self._check_entry(name, value, declared, index)
                 if entries:

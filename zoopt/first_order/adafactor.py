@@ -107,8 +107,8 @@ class GaLoreAdafactor(ProjectedOptimizer):
     vectors V is not factored, of tensors with more than two dimensions the last two are.
 
     State, in bytes of a matrix with k = max(m, n), l = min(m, n): 4 l r (basis; 2 l r where weights
-    are bfloat16) + 4 (k + r) + 4 (`step`), and 4 k r with beta1. Of a matrix that is not projected
-    4 (m + n) + 4.
+    are bfloat16) + 4 (k + r) + 8 (`step`), and 4 k r with beta1. Of a matrix that is not projected
+    4 (m + n) + 8.
 
     Args:
         params: parameters, or groups of them.

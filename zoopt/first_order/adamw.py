@@ -41,7 +41,7 @@ class AdamW(AdamFamily):
     theta <- (1 - lr weight_decay) theta - lr mhat / (sqrt(vhat) + eps)
 
     State, in bytes a parameter element: 8 for float32 moments (16 for float64 parameters), bfloat16
-    4, int8 2.03, int4 1.06; and 4 a parameter (`step`). In codes of 8 or 4 bits only moments of
+    4, int8 2.03, int4 1.06; and 8 a parameter (`step`). In codes of 8 or 4 bits only moments of
     4096 elements or more are kept; smaller ones stay float32.
 
     Args:

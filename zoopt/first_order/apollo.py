@@ -40,7 +40,7 @@ class Apollo(GradientScaling):
     Vectors, and groups with `rank=None`, get AdamW.
 
     State, in bytes of a matrix with m >= n: 8 m r for float32 moments (float64: 16; by
-    `state_dtype`: bfloat16 4, int8 2.03, int4 1.06), 4 for `step` and 4 for ||U||. The random
+    `state_dtype`: bfloat16 4, int8 2.03, int4 1.06), 8 for `step` and 4 for ||U||. The random
     basis is not stored: the seed remakes it. Of the others, 4 n r more for the basis
     (2 n r where weights are bfloat16).
 
@@ -114,7 +114,7 @@ class ApolloMini(GradientScaling):
         R = G P,    s = ||N|| / ||R||,    U = s G,    U <- U min(1, gamma ||U_prev|| / ||U||)
         W <- (1 - lr weight_decay) W - lr scale U
 
-    State, in bytes of a matrix with m >= n: 8 m for float32 moments, 4 for `step`, 4 for ||U||.
+    State, in bytes of a matrix with m >= n: 8 m for float32 moments, 8 for `step`, 4 for ||U||.
     That is SGD's but for a column.
 
     Args:

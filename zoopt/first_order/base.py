@@ -70,7 +70,12 @@ class Site:
     def rounding_draw(self, step: int) -> int | None:
         """The draw whose bits round the weights in this step, or None for rounding to nearest."""
         rounding = resolved_rounding(self.group["rounding"], self.param.dtype)
-        return step if rounding == "stochastic" else None
+        return draw_of(step) if rounding == "stochastic" else None
+
+
+def draw_of(number: int) -> int:
+    """The draw of that number: 32 bits, hence the first ones again from 2^32 on."""
+    return number & 0xFFFFFFFF
 
 
 class Fusion(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor
 from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
-from zoopt.first_order.base import Site, check_betas, descent_rate
+from zoopt.first_order.base import Site, check_betas, descent_rate, draw_of
 from zoopt.first_order.projected.basis import age, cycle, refresh_due
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
@@ -58,7 +58,7 @@ class Frugal(ProjectedOptimizer):
     With `projector="columns"` P is r columns of the identity: N is of those columns of G alone, and
     the signs are those of all others.
 
-    State, in bytes of a matrix (m, n): 8 density m n (Adam; Lion and momentum 4) + 4 (`step`); the
+    State, in bytes of a matrix (m, n): 8 density m n (Adam; Lion and momentum 4) + 8 (`step`); the
     columns are those of the seed. Other projectors keep a basis: with l = min(m, n), 4 density l^2
     more (2 where weights are bfloat16). The rule's own on other parameters.
 
@@ -260,7 +260,7 @@ def _columns(site: Site, geo: Geometry, completed: int) -> Tensor:
         geo.rank,
         seed=site.seed,
         stream=site.stream,
-        draw=cycle(site, completed),
+        draw=draw_of(cycle(site, completed)),
         device=site.param.device,
     )
 

@@ -38,7 +38,7 @@ class GaLoreAdamW(AdamFamily):
 
     State, in bytes of a matrix with m >= n: 4 n r for the basis (2 n r where weights are
     bfloat16), 8 m r for float32 moments (float64: twice as many; by `state_dtype`: bfloat16 4 m r,
-    int8 2.03, int4 1.06), 4 for `step`.
+    int8 2.03, int4 1.06), 8 for `step`.
 
     Args:
         params: parameters, named parameters, or param groups.

@@ -102,7 +102,7 @@ class GradNormLoRP(AdamFamily):
 
     State, in bytes: of a matrix (m, k), 4 r (m + k) for the bases (0 with projector="random"; half
     of it where weights are bfloat16) and 8 r^2 for the moments (int8: 2 r^2 + r^2 / 32, from 4096
-    elements on), r = min(rank, m, k); AdamW's of any other; and 4 each for `step`. float64
+    elements on), r = min(rank, m, k); AdamW's of any other; and 8 each for `step`. float64
     parameters: twice that.
 
     Args:

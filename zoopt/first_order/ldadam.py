@@ -114,7 +114,7 @@ class LDAdamW(AdamFamily):
     than two dimensions, get AdamW.
 
     State, in bytes of a matrix with k = max(m, n), l = min(m, n): 4 l r (basis) + 8 k r (moments)
-    + 4 (`step`), and with error feedback m n times the size of the parameter's element. AdamW's
+    + 8 (`step`), and with error feedback m n times the size of the parameter's element. AdamW's
     on other parameters.
 
     Args:

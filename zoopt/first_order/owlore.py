@@ -14,6 +14,7 @@ from zoopt.ambient import opaque
 from zoopt.checks import check_bool, check_number, check_positive_int
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
+from zoopt.first_order.base import draw_of
 from zoopt.first_order.galore import GaLoreAdamW
 from zoopt.first_order.projected.geometry import ProjType
 from zoopt.first_order.projected.selection import param_groups
@@ -214,7 +215,7 @@ class OwLore(AdamFamily):
             run["outlier_scores"],
             run["num_layers"],
             seed=run["seed"],
-            draw=run["updates"] // run["sampling_gap"],
+            draw=draw_of(run["updates"] // run["sampling_gap"]),
         )
 
     @opaque

@@ -38,7 +38,7 @@ class QGaLoreAdamW(AdamFamily):
     AdamW.
 
     State, in bytes of a matrix with m >= n: 0.516 n r for the basis, 2.03 m r for int8 moments
-    (those of fewer than 4096 elements stay float32: 8), 4 for `step`, 8 for the refresh's numbers.
+    (those of fewer than 4096 elements stay float32: 8), 8 for `step`, 8 for the refresh's numbers.
 
     Args:
         params: parameters, named parameters, or param groups.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zoopt.checks import check_number
@@ -10,7 +9,7 @@ from zoopt.distributed.sharding import greatest_, local
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.base import FirstOrderOptimizer, Site, descent_rate
 from zoopt.kernels import sm3_
-from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.optimizer import STEP, Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 
 
@@ -40,7 +39,7 @@ class SM3(FirstOrderOptimizer):
 
     State: for an (m, n) matrix m + n numbers, in any case the sum of the dimensions, each of 4
     bytes (8 for float64); with momentum 4 (8) bytes a parameter element besides; for bfloat16 and
-    float16 weights that are rounded stochastically 4 a parameter (`step`, which numbers the bits).
+    float16 weights that are rounded stochastically 8 a parameter (`step`, which numbers the bits).
 
     Args:
         params: tensors, (name, tensor) pairs, or groups of either.
@@ -103,7 +102,7 @@ class SM3(FirstOrderOptimizer):
         if group["momentum"]:
             declared["momentum_buffer"] = TensorSpec(tuple(param.shape), wide)
         if group["rounding"] != "nearest" and param.dtype.itemsize == 2:
-            declared["step"] = TensorSpec((), torch.float32)
+            declared["step"] = STEP
         return declared
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:

@@ -198,7 +198,9 @@ class HalfFineTuning:
 
     def _select(self) -> None:
         """Let the round's units train, and the others rest."""
-        trained = trained_units(self._units, seed=self._run["hft_seed"], draw=self.round)
+        trained = trained_units(
+            self._units, seed=self._run["hft_seed"], draw=self.round & 0xFFFFFFFF
+        )
         for unit, trains in zip(self._units, trained, strict=True):
             for param in unit.params:
                 param.requires_grad_(trains)

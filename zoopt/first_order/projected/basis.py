@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
-from zoopt.first_order.base import Site
+from zoopt.first_order.base import Site, draw_of
 from zoopt.first_order.projected.basis_codec import decode_int4, encode_int4, int4_specs
 from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.subspace import subspace
@@ -169,4 +169,4 @@ def _is_right(name: str, geo: Geometry) -> bool:
 
 def _draw(name: str, number: int) -> int:
     """The draw of a basis's noise: two a refresh, for there may be two bases."""
-    return 2 * number + (name == "basis_left")
+    return draw_of(2 * number + (name == "basis_left"))

@@ -32,9 +32,7 @@ from zoopt.kernels.adam.op import adamw_
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
-from zoopt.optimizer import Group, TensorSpec
-
-_STEP = TensorSpec((), torch.float32)
+from zoopt.optimizer import STEP, Group, TensorSpec
 
 
 class ProjectedOptimizer(FirstOrderOptimizer):
@@ -58,7 +56,7 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         """`step`, the bases, the rule's moments, and what the residual keeps."""
         geo = geometry(param, group)
         accumulator = accumulator_dtype(param.dtype)
-        rule, step = self._rule(group), {"step": _STEP}
+        rule, step = self._rule(group), {"step": STEP}
         if geo is None:
             return {**step, **rule.specs(tuple(param.shape), group, accumulator)}
         return {

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zoopt.first_order.base import draw_of
 from zoopt.first_order.projected.codecs import moment, moment_specs
 from zoopt.kernels.adam.moments import Moment, decode, encode
 from zoopt.kernels.adam.op import adam_
@@ -49,7 +50,7 @@ def adam_numbers(group: Group, step: int) -> tuple[float, float]:
 
 def moment_draw(group: Group, step: int) -> int | None:
     """The draw whose bits round moments, or None where they are rounded to nearest."""
-    return step if group["state_rounding"] == "stochastic" else None
+    return draw_of(step) if group["state_rounding"] == "stochastic" else None
 
 
 def _adam_specs(
