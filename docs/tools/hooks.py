@@ -1,15 +1,18 @@
-"""What mkdocs does besides: pages of the registry, figures from bench/results, their charts."""
+"""What mkdocs does besides: the registry's pages, measured figures and charts, the CLI's help."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from zoopt import registry
+from zoopt import cli, registry
 
 _TOOLS = Path(__file__).parent
 _spec = importlib.util.spec_from_file_location("figures", _TOOLS / "figures.py")
@@ -19,6 +22,8 @@ figures = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(figures)
 
 _REGISTRY = re.compile(r"^<!-- registry: ([\w-]+) -->$", re.MULTILINE)
+
+_HELP = re.compile(r"^<!-- help: ([\w ]+) -->$", re.MULTILINE)
 
 
 def on_config(config: Any) -> Any:
@@ -43,7 +48,17 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put each table after the line that asks for it."""
     markdown = _REGISTRY.sub(lambda m: f"{m[0]}\n\n{_table(m[1])}", markdown)
+    markdown = _HELP.sub(lambda m: f"{m[0]}\n\n```text\n{_help(m[1])}```\n", markdown)
     return str(figures.MARKER.sub(lambda m: figures.render(m[0]), markdown))
+
+
+def _help(command: str) -> str:
+    """What `zoopt COMMAND --help` prints."""
+    os.environ["COLUMNS"] = "92"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        cli.main([*command.split(), "--help"])
+    return printed.getvalue()
 
 
 def _table(family: Any) -> str:
