@@ -77,7 +77,7 @@ def layers_held(size: Size, m: int, n: int, count: int) -> int:
 
 
 class Floor:
-    """What a step of a matrix (m, n) at rank r cannot do without."""
+    """The least work of a step of a matrix (m, n) at rank r."""
 
     def __init__(self, theta: Tensor, rank: int) -> None:
         m, n = theta.shape
@@ -95,7 +95,7 @@ class Floor:
 
 
 def steps(theta: Tensor, rank: int, count: int) -> dict[str, Callable[[], Any]]:
-    """A step of each method on so many matrices like theta, no refresh among them."""
+    """A step of each method on that many matrices like theta, without a refresh."""
 
     def parameters() -> list[torch.nn.Parameter]:
         params = [torch.nn.Parameter(theta.clone()) for _ in range(count)]
