@@ -86,6 +86,8 @@ def silence_rounding_(
     """
     if geo.side == "both":
         magnitude = reduced.abs()
+    elif not reduced.numel():
+        magnitude = reduced.new_zeros(geo.rank)
     else:
         magnitude = torch.linalg.vector_norm(reduced, math.inf, dim=0)
     if greatest is not None:
