@@ -92,7 +92,9 @@ def silence_rounding_(
         magnitude = torch.linalg.vector_norm(reduced, math.inf, dim=0)
     if greatest is not None:
         greatest(magnitude)
-    floor = roundings * torch.finfo(accumulator_dtype(reduced.dtype)).eps * math.sqrt(max(geo.m, geo.n))
+    floor = (
+        roundings * torch.finfo(accumulator_dtype(reduced.dtype)).eps * math.sqrt(max(geo.m, geo.n))
+    )
     # NaN and infinity are below nothing, and stay.
     return reduced.masked_fill_(magnitude < magnitude.amax() * floor, 0.0)
 
