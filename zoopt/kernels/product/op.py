@@ -32,8 +32,9 @@ def add_product_(
 
     Args:
         theta: (m, n), a dense float32, bfloat16, float16 or float64 tensor.
-        left, right: (m, r) and (n, r), in the accumulator's dtype or in theta's. Where bfloat16
-            matrices are multiplied as they are, those of a bfloat16 theta are rounded to it.
+        left, right: (m, r) and (n, r), in the accumulator's dtype or in theta's. Where matrices
+            of theta's 16 bits are multiplied as they are (bfloat16 on some processors, both on a
+            GPU), they are rounded to it.
         alpha: multiplies their product.
         decay: multiplies theta, 1 - lr weight_decay say.
         gradient: (m, n), any of theta's dtypes.
