@@ -38,6 +38,7 @@ from torch import Tensor
 import zoopt
 from bench.published_galore import published_galore
 from zoopt.bench import common
+from zoopt.bench.galore_floor import Floor
 from zoopt.first_order.projected.subspace import subspace
 
 GAP = 200
@@ -74,24 +75,6 @@ def layers_held(size: Size, m: int, n: int, count: int) -> int:
     """How many layers' matrices of a shape are stepped together: all, or those that fit."""
     of_a_layer = count * m * n * 4 * 8  # Weights and gradients of four methods, in float32.
     return max(1, min(size.layers, MAX_BYTES // of_a_layer))
-
-
-class Floor:
-    """The least work of a step of a matrix (m, n) at rank r."""
-
-    def __init__(self, theta: Tensor, rank: int) -> None:
-        m, n = theta.shape
-        self.gradient = torch.randn(m, n, device=theta.device).to(theta.dtype)
-        self.theta, self.right = theta, m >= n
-        short, long = min(m, n), max(m, n)
-        self.basis = torch.randn(short, rank, device=theta.device, dtype=theta.dtype)
-        self.moments = [torch.ones(long, rank, device=theta.device) for _ in range(2)]
-
-    def __call__(self) -> None:
-        reduced = (self.gradient if self.right else self.gradient.t()) @ self.basis
-        torch._foreach_mul_(self.moments, 0.999)
-        up = (reduced, self.basis.t()) if self.right else (self.basis, reduced.t())
-        self.theta.addmm_(*up, alpha=1e-3)
 
 
 def steps(theta: Tensor, rank: int, count: int) -> dict[str, Callable[[], Any]]:
