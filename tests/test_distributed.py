@@ -23,6 +23,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import zoopt
+from tests.first_order_table import ROWS, backward
+from tests.first_order_table import net as network
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 #: Seconds after which a process that waits for another gives up.
@@ -286,6 +288,73 @@ def projections_resume_to_the_bit(folder: Path) -> None:
                 assert_same(value, whole(resumed.state[q][name]), name)
 
 
+def a_seed_a_rank_gives_equal_replicas(folder: Path) -> None:
+    """As scripts do that call torch.manual_seed(1337 + rank): what is drawn is rank 0's.
+
+    bfloat16 weights and coded moments are rounded by it, bases and columns are drawn from it.
+    """
+    for row in ROWS:
+        torch.manual_seed(1337 + dist.get_rank())
+        model = network(torch.bfloat16)
+        optimizer = row.build(model, seed=None)
+        assert optimizer.param_groups[0]["seed"] == 1337
+        for _ in range(2):
+            backward(model)
+            optimizer.step()
+        assert_same_everywhere([p.detach() for p in model.parameters()], row.name)
+
+
+def a_seed_a_rank_gives_one_basis(folder: Path) -> None:
+    for cls in (zoopt.Apollo, zoopt.Fira, zoopt.GaLoreAdamW):
+        torch.manual_seed(1337 + dist.get_rank())
+        model = fully_shard(net())
+        projector = "warm" if cls is zoopt.Fira else "random"
+        optimizer = galore(model, cls, seed=None, projector=projector)
+        go_on(model, optimizer, range(2))
+        for param in model.parameters():
+            if param.dim() > 1:
+                assert_same_everywhere(list(optimizer.bases(param).values()), cls.__name__)
+
+
+def a_seed_a_rank_gives_one_model_and_one_half(folder: Path) -> None:
+    torch.manual_seed(1337 + dist.get_rank())
+    layers = [
+        zoopt.nn.SLTrainLinear(8, 8, rank=2, density=0.25),
+        zoopt.nn.GradNormLinear(torch.ones(8, 8), None, rank=2),
+    ]
+    assert_same_everywhere([p.detach() for m in layers for p in m.parameters()], "a layer")
+    assert_same_everywhere([b for m in layers for b in m.buffers()], "a support")
+    blocks = nn.Sequential(nn.ModuleList(nn.ModuleList([nn.Linear(2, 2)] * 4) for _ in range(4)))
+    optimizer = torch.optim.SGD(blocks.parameters(), lr=0.1)
+    half = zoopt.HalfFineTuning(blocks, optimizer, round_steps=1)
+    assert optimizer.param_groups[0]["hft_seed"] == 1337
+    half.remove()
+
+
+def seeds_that_differ_are_refused(folder: Path) -> None:
+    """By the process that comes second; or at the next step, after a checkpoint."""
+    refused = False
+    try:
+        adamw(net(), seed=dist.get_rank())
+    except ValueError as error:
+        assert "seed must be the same in all processes" in str(error)  # noqa: PT017
+        refused = True
+    [first, second] = everywhere(torch.tensor(refused))
+    assert bool(first) != bool(second)
+
+
+def everywhere(value: Tensor) -> list[Tensor]:
+    values = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(values, value.contiguous())
+    return values
+
+
+def assert_same_everywhere(values: list[Tensor], what: str) -> None:
+    for value in values:
+        first, *others = everywhere(value)
+        assert all(torch.equal(first, other) for other in others), what
+
+
 def refuses(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
@@ -320,6 +389,10 @@ SCENARIOS = {
         projected_moments_are_rounded_by_their_places_in_the_whole,
         projections_resume_to_the_bit,
         refuses_what_has_no_shards,
+        a_seed_a_rank_gives_equal_replicas,
+        a_seed_a_rank_gives_one_basis,
+        a_seed_a_rank_gives_one_model_and_one_half,
+        seeds_that_differ_are_refused,
     ],
     4: [
         equals_the_unsharded_run,

@@ -7,12 +7,11 @@ default dtype, inference mode and torch.compile are the program's own: the closu
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch._compile import _disable_dynamo
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,15 +60,6 @@ class OwnArithmetic(contextlib.ContextDecorator):
 def opaque(method: Callable[P, R]) -> Callable[P, R]:
     """A function that torch.compile does not look into: a compiled caller calls it as it is."""
 
-    @functools.cache
-    def disabled() -> Callable[P, R]:
-        return torch.compiler.disable(method)  # type: ignore[no-any-return,no-untyped-call]
-
-    @functools.wraps(method)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and the import is slow
-            return method(*args, **kwargs)
-        return disabled()(*args, **kwargs)
-
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return call
+    # torch's own optimizers are wrapped so. It imports the compiler at the first call, which making
+    # an optimizer has done already; a cache of our own would itself be looked into.
+    return _disable_dynamo(method)

@@ -49,7 +49,7 @@ STEP = TensorSpec((), torch.int64)
 
 
 def _counted(value: Any) -> Any:
-    """A count of steps as it is kept; release 0.1.0 and torch have float32 ones, or plain numbers."""
+    """A count of steps as it is kept; release 0.1.0 and torch have float32 or plain numbers."""
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if isinstance(value, Tensor) and not value.is_floating_point():
         return value

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from zoopt.distributed.seed import SharedSeed
 from zoopt.kernels.noise.philox import halfwords
 from zoopt.nn.modules import Target, is_conv1d, linear_layers
 from zoopt.noise import stream
@@ -128,8 +129,8 @@ def kaiming_uniform_(tensor: Tensor, fan_in: int, *, seed: int, name: str) -> No
 
 
 def resolved_seed(seed: int | None) -> int:
-    """The seed, torch's initial one by default."""
-    return torch.initial_seed() & 0xFFFFFFFFFFFFFFFF if seed is None else seed
+    """The seed; by default torch's initial one, that of rank 0 in all processes."""
+    return SharedSeed(None, "zoopt.nn").value if seed is None else seed
 
 
 def outer_dims(x: Tensor) -> Tensor:
