@@ -1,9 +1,11 @@
 # make demo   fine-tune a real language model at inference memory, on this machine's CPU
 # make test   lint, types, documentation, tests, and the GPU kernels compiled ahead of time
 # make docs   the documentation, under site/
+# make gpu    what this machine's GPU says of the package: promises, figures, and whether they hold
 # make bench  the benchmarks, with their JSON under bench/results/
 #
-# Each installs what it needs into .venv first; only Python (3.10 or later) and make are needed.
+# Each installs what it needs into .venv first; only Python (3.10 or later) and make are needed. But
+# `make gpu` downloads nothing: it takes PYTHON's own torch, transformers and rich.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +17,7 @@ WORKERS ?= 2
 # every other process: one busy neighbour on two cores makes a step twenty times as slow.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types docs bench format clean
+.PHONY: demo test lint types docs gpu bench format clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/fetch_demo_assets.py
@@ -35,6 +37,10 @@ types: $(VENV)/test
 # Strict: a broken link, a page outside the menu or a name that is not there fails.
 docs: $(VENV)/test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+gpu:
+	PYTHONPATH=. $(PYTHON) -c "from zoopt.cli import main; raise SystemExit(main())" \
+		doctor --gpu --output bench/results
 
 bench: $(VENV)/test
 	$(BIN)/python examples/fetch_demo_assets.py

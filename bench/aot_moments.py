@@ -70,8 +70,8 @@ class FirstOrderVariant:
 
     @property
     def _is_narrow(self) -> bool:
-        """Whether it is a product of bfloat16 factors, and nothing else."""
-        return (self.kernel, self.dtype) == ("product", "bf16")
+        """Whether it is a product of factors of 16 bits, and nothing else."""
+        return self.kernel == "product" and self.dtype != "fp32"
 
     def num_warps(self, target: str) -> int:
         """Warps a program."""
@@ -109,7 +109,7 @@ class FirstOrderVariant:
                 "scaled": ("left", "right", "sign_left", "sign_right"),
             }[self.kernel]
             k = gpu_product.NARROW_K if self._is_narrow else gpu_product.K
-            shape = {"ROWS": rows, "COLUMNS": columns, "K": k, "NARROW": self.dtype == "bf16"}
+            shape = {"ROWS": rows, "COLUMNS": columns, "K": k, "NARROW": self.dtype != "fp32"}
             by = {"BY_ROW": True, "BY_COLUMN": False, "gradient_column": 1}
             return {**dict.fromkeys(absent), **shape, **by, "RANK": _RANK, "SIGN_RANK": _RANK}
         coded = self.rounding == "stochastic" and self.format != "float32"
@@ -124,7 +124,7 @@ class FirstOrderVariant:
 
     def _type(self, name: str) -> str:
         own = {"theta", "gradient"} | ({"out"} if self.kernel == "adam" else set())
-        if name in own or (name in ("left", "right") and self.dtype == "bf16"):
+        if name in own or (name in ("left", "right") and self.dtype != "fp32"):
             return f"*{self.dtype}"
         if name in ("first_codes", "second_codes"):
             return _CODES[self.format][name == "second_codes"]

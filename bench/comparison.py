@@ -50,7 +50,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """The result in the file, or None if there is none that is whole."""
+    """The result in the file, or None if it is missing or incomplete."""
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -72,7 +72,7 @@ def unpack(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def pack(folder: Path) -> int:
-    """Move the folder's results into its archive, and return how many that has then."""
+    """Move the folder's results into its archive; returns how many the archive holds."""
     files = sorted(folder.glob("*.json"))
     results = unpack(archive(folder))
     results |= {path.name: result for path in files if (result := load(path)) is not None}
@@ -87,14 +87,14 @@ def pack(folder: Path) -> int:
 
 
 def store(result: Mapping[str, Any], path: Path) -> None:
-    """Write the result in one piece, so that an interruption leaves none that is half there."""
+    """Write the result atomically: an interruption leaves no partial file."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
     draft.replace(path)
 
 
 def finite(value: Any) -> Any:
-    """The value with None for every number that JSON has not."""
+    """The value, with None in the place of numbers that JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

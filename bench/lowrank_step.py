@@ -38,6 +38,7 @@ from torch import Tensor
 import zoopt
 from bench.published_galore import published_galore
 from zoopt.bench import common
+from zoopt.bench.galore_floor import Floor
 from zoopt.first_order.projected.subspace import subspace
 
 GAP = 200
@@ -76,26 +77,8 @@ def layers_held(size: Size, m: int, n: int, count: int) -> int:
     return max(1, min(size.layers, MAX_BYTES // of_a_layer))
 
 
-class Floor:
-    """What a step of a matrix (m, n) at rank r cannot do without."""
-
-    def __init__(self, theta: Tensor, rank: int) -> None:
-        m, n = theta.shape
-        self.gradient = torch.randn(m, n, device=theta.device).to(theta.dtype)
-        self.theta, self.right = theta, m >= n
-        short, long = min(m, n), max(m, n)
-        self.basis = torch.randn(short, rank, device=theta.device, dtype=theta.dtype)
-        self.moments = [torch.ones(long, rank, device=theta.device) for _ in range(2)]
-
-    def __call__(self) -> None:
-        reduced = (self.gradient if self.right else self.gradient.t()) @ self.basis
-        torch._foreach_mul_(self.moments, 0.999)
-        up = (reduced, self.basis.t()) if self.right else (self.basis, reduced.t())
-        self.theta.addmm_(*up, alpha=1e-3)
-
-
 def steps(theta: Tensor, rank: int, count: int) -> dict[str, Callable[[], Any]]:
-    """A step of each method on so many matrices like theta, no refresh among them."""
+    """A step of each method on that many matrices like theta, without a refresh."""
 
     def parameters() -> list[torch.nn.Parameter]:
         params = [torch.nn.Parameter(theta.clone()) for _ in range(count)]

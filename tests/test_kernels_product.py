@@ -83,11 +83,13 @@ def difference(
         **moved,
     )
     # Sums of r + 4 terms in any order; then less than a spacing of the dtype, or half of one.
-    if product and (impl == "numba" or device == "cuda") and native_bfloat16(theta.to(device)):
+    native = native_bfloat16(theta.to(device)) or (device == "cuda" and dtype == torch.float16)
+    if product and (impl == "numba" or device == "cuda") and native:
         # Wide factors and, on the CPU (but where BLAS does all), their product are rounded to
-        # bfloat16, each to 2^-8 of itself.
+        # 16 bits, each to 2^-8 of itself, or 2^-11 in float16.
         roundings = sum(factor.dtype != dtype for factor in (left, right)) + (impl == "numba")
-        rounded = 1.03 * roundings * 2.0**-8 * (left.double().abs() @ right.double().abs().t())
+        unit = torch.finfo(dtype).eps / 2
+        rounded = 1.03 * roundings * unit * (left.double().abs() @ right.double().abs().t())
         size = size + rounded * 2.0**24 / (r + 8)
     form = torch.finfo(dtype)
     spacing = (0.0 if dtype == torch.float32 else form.eps) * (expected.abs() + form.tiny)

@@ -11,14 +11,23 @@ Array = np.ndarray
 Bases = dict[str, dict[str, Array]]
 
 
+def audible(
+    reduced: Array, gradient: Array, entries: bool = False, roundings: float = 2.0
+) -> Array:
+    """R but for its columns (or entries) that are rounding: below 2 eps sqrt(max(m, n)) max |R|."""
+    size = np.abs(reduced) if entries else np.abs(reduced).max(0)
+    floor = roundings * np.finfo(np.float64).eps * np.sqrt(max(gradient.shape))
+    return np.where(size < floor * np.abs(reduced).max(), 0.0, reduced)
+
+
 def down(gradient: Array, bases: dict[str, Array]) -> Array:
     """G (m, n) in its subspace, with the channels first: G Q, (P^T G)^T, or P^T G Q."""
     basis = bases["basis"]
     if "basis_left" in bases:
-        return bases["basis_left"].T @ gradient @ basis
+        return audible(bases["basis_left"].T @ gradient @ basis, gradient, entries=True)
     if bases["side"] == "left":
-        return (basis.T @ gradient).T
-    return gradient @ basis
+        return audible((basis.T @ gradient).T, gradient)
+    return audible(gradient @ basis, gradient)
 
 
 def up(reduced: Array, bases: dict[str, Array]) -> Array:

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from tests.reference.galore_float64 import Adam64
+from tests.reference.galore_float64 import Adam64, audible
 
 Array = np.ndarray
 
@@ -56,6 +56,6 @@ class GradNormLoRP64:
             rule = self.rules.setdefault(name, Adam64(self.betas, self.eps))
             if name in bases:
                 u, v = bases[name]
-                theta[name] -= self.lr * u @ rule(u.T @ d @ v) @ v.T
+                theta[name] -= self.lr * u @ rule(audible(u.T @ d @ v, d, entries=True)) @ v.T
             else:
                 theta[name] -= self.lr * rule(d)

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from tests.reference.galore_float64 import Adam64, Array, Bases, down, up
+from tests.reference.galore_float64 import Adam64, Array, Bases, audible, down, up
 
 
 def follow(a: Array, average: Array, basis: Array, rho: float) -> Array:
@@ -38,12 +38,13 @@ class Matrix64:
     def __call__(self, gradient: Array, bases: dict[str, Array], feedback: bool) -> Array:
         """The direction (m, n) in the subspace of these bases."""
         (b1, b2), a = self.betas, gradient + self.error
-        reduced = down(a, bases)
+        reduced = audible(down(a, bases), a, roundings=2 / (1 - b1))
         lost = a - up(reduced, bases)
         if self.bases is not None:
             change = self.bases["basis"].T @ bases["basis"]
             before = up(self.m, self.bases)
             self.m, self.v = rotate(self.m, self.v, change, 1 - b1**self.step, 1 - b2**self.step)
+            self.m = audible(self.m, a, roundings=2 / (1 - b1))
             lost = lost + b1 / (1 - b1) * (before - up(self.m, bases))
         self.error = lost if feedback else 0.0
         self.bases = bases

@@ -51,7 +51,7 @@ Row = dict[str, Any]
 
 
 def parser(description: str, example: str) -> Parser:
-    """A benchmark's parser, called what its example begins with."""
+    """A benchmark's parser; its program name is what the example begins with."""
     return Parser(example.partition(" --")[0], description, example)
 
 
@@ -67,7 +67,7 @@ def add_common_arguments(arguments: Parser, repeats: int) -> None:
 
 
 def parse(arguments: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, and `command`, which repeats the call; exits if results had nowhere to go."""
+    """The options, and `command`, which repeats the call. Exits if results cannot be written."""
     options = arguments.parse_args(argv)
     options.command = command(arguments, argv)
     check_json(arguments, options.json)

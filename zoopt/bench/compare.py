@@ -29,8 +29,8 @@ class Change:
     """One figure, before and after.
 
     Attributes:
-        before, after: its rows, or None where it is not there.
-        noise: what its medians must differ by, or None if a spread is not known.
+        before, after: its rows, or None where the document lacks it.
+        noise: the difference that its medians must exceed, or None if a spread is not known.
     """
 
     name: str
@@ -56,7 +56,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any], threshold: floa
 
 
 def noise_of(a: common.Row, b: common.Row, threshold: float) -> float | None:
-    """By how much the medians may differ without meaning anything; None if that is not known."""
+    """How large a difference between medians means nothing; None if that is not known."""
     if a["spread"] is None or b["spread"] is None:
         return None
     spreads = float(a["spread"] + b["spread"])
@@ -64,7 +64,7 @@ def noise_of(a: common.Row, b: common.Row, threshold: float) -> float | None:
 
 
 def verdict(a: common.Row | None, b: common.Row | None, noise: float | None) -> Verdict:
-    """What became of a figure whose medians may differ by `noise` without meaning anything."""
+    """Whether a figure changed, if a difference of `noise` between medians means nothing."""
     if a is None or b is None:
         return "new" if a is None else "gone"
     if a["median"] is None or b["median"] is None:
@@ -81,7 +81,7 @@ def verdict(a: common.Row | None, b: common.Row | None, noise: float | None) -> 
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """In what else the two differ than in their figures: machine, versions, arguments."""
+    """Where the two differ apart from their figures: machine, versions, arguments."""
     lines = []
     for part, keys in (
         ("machine", SAME_MACHINE),

@@ -1,4 +1,4 @@
-"""What of Adam and of low-rank products `zoopt bench kernels` times: ours, and torch's own."""
+"""The Adam and low-rank product kernels that `zoopt bench kernels` times, and torch's own."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ NUMBERS: dict[str, Any] = {"betas": (0.9, 0.999), "scale": -1e-6, "eps": 1e-8}
 
 
 def _normal(theta: Tensor, shape: Sequence[int], stream: int) -> Tensor:
-    """Normals of that shape where theta is."""
+    """Normals of that shape, on theta's device."""
     numel = math.prod(shape)
     return noise.normal(numel, seed=0, stream=stream, draw=0, device=theta.device).view(*shape)
 
 
 def moment(theta: Tensor, form: str, *, signed: bool) -> Moment:
-    """A moment of zeros of theta's elements."""
+    """A zero moment for theta's elements."""
     numel, device = theta.numel(), theta.device
     if form in ("float32", "bfloat16"):
         values = torch.zeros(numel, dtype=getattr(torch, form), device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
@@ -46,9 +47,9 @@ def key(name: str) -> str:
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def table() -> dict[str, Entry]:
+def table(rank: int = RANK) -> dict[str, Entry]:
     """Everything that can be measured here, by key."""
-    known = [*methods(rank=RANK, all_variants=True), _published(), *_peers()]
+    known = [*methods(rank=rank, all_variants=True), published(), *peers(rank)]
     entries = [Entry(method) for method in known]
     entries += [Entry(method, True) for method in known if method.kind == "backprop"]
     return {key(entry.name): entry for entry in entries}
@@ -98,7 +99,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [param for param in model.parameters() if param.requires_grad]
 
 
-def _published() -> Method:
+def published() -> Method:
     """The algorithm as its authors published it."""
     build: Any = PublishedMeZO  # its step is an optimizer's, and its class is none
     return Method(
@@ -106,7 +107,7 @@ def _published() -> Method:
     )
 
 
-def _peers() -> list[Method]:
+def peers(rank: int) -> list[Method]:
     """Other packages' optimizers, those that are installed."""
     found: list[Method] = []
 
@@ -117,8 +118,8 @@ def _peers() -> list[Method]:
 
     add("AdamW, int8 state (torchao)", _torchao)
     add("AdamW, int8 state (bitsandbytes)", _bitsandbytes)
-    add("GaLoreAdamW (galore-torch)", _galore)
-    add("APOLLOAdamW (apollo-torch)", _apollo)
+    add("GaLoreAdamW (galore-torch)", functools.partial(_galore, rank))
+    add("APOLLOAdamW (apollo-torch)", functools.partial(_apollo, rank))
     return found
 
 
@@ -134,18 +135,18 @@ def _bitsandbytes(model: nn.Module) -> Any:
     return AdamW8bit(_trained(model))
 
 
-def _galore(model: nn.Module) -> Any:
+def _galore(rank: int, model: nn.Module) -> Any:
     from galore_torch import GaLoreAdamW
 
-    options = {"rank": RANK, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    options = {"rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
     return GaLoreAdamW(_matrices_and_others(model, options))
 
 
-def _apollo(model: nn.Module) -> Any:
+def _apollo(rank: int, model: nn.Module) -> Any:
     from apollo_torch import APOLLOAdamW
 
     options = {
-        "rank": RANK,
+        "rank": rank,
         "update_proj_gap": 200,
         "scale": 1.0,
         "proj_type": "std",

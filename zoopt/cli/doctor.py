@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from zoopt.cli import doctor_gpu
 from zoopt.cli.terminal import add_json_argument, open_console, print_table, styled, write_json
 from zoopt.doctor import diagnosis as doctor
 from zoopt.doctor import selftest
@@ -13,7 +14,11 @@ from zoopt.doctor import selftest
 DESCRIPTION = """\
 Tell what this installation has: versions, devices, which implementation of the kernels runs on each
 and why; test the noise and the kernels on every device (seconds, or up to a minute where they have
-yet to be compiled); and say what to install for more. The exit status is 1 if a test fails."""
+yet to be compiled); check the compiled kernels on disk and remove damaged ones; and say what to
+install or set for more. The exit status is 1 if a test fails.
+
+With --gpu: kernels, training steps and memory on this machine's GPU, each of the package's promises
+with its figure and whether it holds; 1 if one does not, 2 without a GPU. Nothing is downloaded."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,11 +31,14 @@ def add_parser(subparsers: Any) -> None:
         example="zoopt doctor --json doctor.json",
     )
     add_json_argument(parser)
+    doctor_gpu.add_arguments(parser)
     parser.set_defaults(func=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the report; returns 1 if a self-test fails."""
+    if options.gpu:
+        return doctor_gpu.run(options)
     console = open_console(options.json)
     versions, devices, active = doctor.versions(), doctor.devices(), doctor.active()
     found = [(name, version or styled("none", "dim")) for name, version in versions.items()]

@@ -129,6 +129,8 @@ class GaLoreAdafactor(ProjectedOptimizer):
 
     Differs from torch.optim.Adafactor (at `rank=None`): that is `relative_step=True`, without
     beta1, to rounding; but here bfloat16 and float16 are computed in float32, with its epsilon.
+    Differs from the paper: directions of R that are nothing but rounding count as 0, as for
+    `GaLoreAdamW`; eps1 alone holds back gradients of size 1 at most.
     Differs from the authors' code: it adds eps1 = 1e-30 to the square of the gradient, and it
     averages steps, learning rate and all, where here directions are averaged.
 

@@ -66,7 +66,8 @@ class Apollo(GradientScaling):
     Differs from the paper: bases of different parameters change at different steps
     (`stagger=False` for the same ones). A norm of 0 sets no limit; the last one that was not 0
     does. The limiter's norm is that of U without alpha, which changes nothing as long as alpha is
-    constant. The authors' code, whose licence is not free, has not been consulted.
+    constant. With a basis from the gradient, directions that are nothing but rounding count as 0,
+    as for `GaLoreAdamW`. The authors' code, whose licence is not free, has not been consulted.
 
     Example:
         >>> opt = zoopt.Apollo(model.named_parameters(), lr=1e-2, rank=256)

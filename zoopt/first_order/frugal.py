@@ -94,9 +94,9 @@ class Frugal(ProjectedOptimizer):
     columns are rows in wide matrices, unless `proj_type="right"`; a rank is at least 1; a gradient
     that is not finite makes no basis: its parameter waits.
 
-    The signs of what is outside a basis from the gradient itself (SVD and its like) are those of
-    rounding where the gradient's rank is below r: a batch of few tokens wants a lower density, or
-    columns, where nothing is subtracted.
+    Where a basis from the gradient itself (SVD and its like) holds all of it, the rest is rounding,
+    and its signs are not stepped: below ||G||^2 - ||R||^2 = 32 eps ||G||^2. Directions of R that
+    are nothing but rounding count as 0, as for `GaLoreAdamW`.
 
     Example:
         >>> opt = zoopt.Frugal(model.parameters(), lr=1e-3, density=0.25)

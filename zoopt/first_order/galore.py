@@ -69,7 +69,10 @@ class GaLoreAdamW(AdamFamily):
         RuntimeError: in `step`, a sparse gradient. Nothing has changed then.
 
     Differs from the paper: warm bases, at different steps, as above. A gradient that is not finite
-    makes no basis: the old one stays, or without one the parameter waits. Differs from the
+    makes no basis: the old one stays, or without one the parameter waits. Directions in which a
+    gradient is nothing but rounding, of a rank above its own, are not stepped in: columns of R
+    below 2 eps sqrt(max(m, n)) max |R| count as 0 (for `"full"` single entries). The paper leaves
+    them open, and Adam's division would make steps of their rounding. Differs from the
     authors' code: `decay`, `eps_correction`; with `projector="svd", stagger=False, decay="after",
     eps_correction=False` it is that code's algorithm, step by step. `p.grad` keeps its shape;
     `"reverse_std"` works at every rank.

@@ -125,7 +125,9 @@ class GradNormLoRP(AdamFamily):
         RuntimeError: in `step`, a gradient is sparse.
 
     Differs from the authors' code, whose four variants disagree with the paper and of which the
-    8-bit one does not run: this is the paper's algorithm.
+    8-bit one does not run: this is the paper's algorithm. Entries of R that are nothing but
+    rounding (all but the diagonal, in the step that makes exact bases) count as 0, as for
+    `GaLoreAdamW`.
 
     Example:
         >>> zoopt.first_order.gradnormlorp.convert(model, rank=128)

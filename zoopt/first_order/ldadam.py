@@ -15,7 +15,13 @@ from zoopt.first_order.base import Site
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
 from zoopt.first_order.projected.residuals import OneSided, Terms
 from zoopt.first_order.projected.rules import adam_moments, adam_numbers, store_moment
-from zoopt.first_order.projected.subspace import factors, orthonormal, subspace, times
+from zoopt.first_order.projected.subspace import (
+    factors,
+    orthonormal,
+    silence_rounding_,
+    subspace,
+    times,
+)
 from zoopt.kernels.adam.moments import Format, Moment, decode
 from zoopt.kernels.adam.op import adam_
 from zoopt.kernels.dispatch import known
@@ -139,7 +145,9 @@ class LDAdamW(AdamFamily):
     `.grad` (`zero_grad` leaves it there, and clipping clips it); it is rounded once a step, as
     weights are. Bases and moments are float32. The first basis is a randomised SVD, not a full
     one. Biases are corrected by each parameter's own steps. A gradient that is not finite leaves
-    its parameter and all state as they are: E would keep it for good.
+    its parameter and all state as they are: E would keep it for good. Directions of R and of m'
+    that are nothing but rounding (below 2 / (1 - b1) eps sqrt(max(m, n)) of the largest, for E
+    has as much) count as 0: see `GaLoreAdamW`.
 
     Example:
         >>> opt = zoopt.LDAdamW(model.parameters(), lr=1e-3, rank=16)
@@ -224,6 +232,9 @@ class LDAdamW(AdamFamily):
             )
         projected = sum_times(parts, following, transposed=geo.side == "left")
         moved, square = rotated(average, square, state["basis"].t() @ following, corrections)
+        # E has the rounding of b1 / (1 - b1) (up(m) - up+(m')) in it, beside that of A.
+        for values in (projected, moved):
+            silence_rounding_(values, geo, roundings=2.0 / (1.0 - beta1))
         if "error" in state:
             lost = lost_factors(projected, average, moved, state["basis"], following, beta1, geo)
             add_product_(

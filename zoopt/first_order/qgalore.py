@@ -65,8 +65,10 @@ class QGaLoreAdamW(AdamFamily):
 
     Differs from the paper: weights keep their dtype (INT8 weights are not a matter of the
     optimizer here; bfloat16 ones are rounded stochastically, as by all of zoopt). Codes are
-    symmetric, without a zero point. Bases are refreshed at different steps, after Halko et al.'s
-    randomised SVD. Differs from the authors' code: that compares the *signed* cosine of the first
+    symmetric, without a zero point. Directions of R that are nothing but rounding count as 0, as
+    for `GaLoreAdamW` (codes of 4 bits leave none of that kind). Bases are
+    refreshed at different steps, after Halko et al.'s randomised SVD. Differs from the authors'
+    code: that compares the *signed* cosine of the first
     singular vector alone, whose sign an SVD chooses at will; takes the mean of the last k; stores
     a 4-bit code in a byte; and decays last.
 

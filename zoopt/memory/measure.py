@@ -122,7 +122,10 @@ def measure_here(
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = spec.build(checkpointing).to(device)
+        # On the device itself: a large model need not pass through the CPU.
+        with torch.device(device):
+            model = spec.build(checkpointing)
+        model = model.to(device)
     finally:
         torch.set_default_dtype(default)
     inputs = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import get_args
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_choice, check_number, check_positive_int
-from zoopt.distributed.sharding import anywhere, local, local_like, offset, sum_
+from zoopt.distributed.sharding import anywhere, greatest_, local, local_like, offset, sum_
 from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.base import FirstOrderOptimizer, Site, descent_rate
 from zoopt.first_order.projected.basis import basis_specs, load_bases, refresh, refresh_due
@@ -26,7 +27,13 @@ from zoopt.first_order.projected.rules import (
     moment_draw,
 )
 from zoopt.first_order.projected.sharded import first_row, refresh_together, rows_of
-from zoopt.first_order.projected.subspace import Projector, down, factors
+from zoopt.first_order.projected.subspace import (
+    BLIND,
+    Projector,
+    down,
+    factors,
+    silence_rounding_,
+)
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.adam.op import adamw_
 from zoopt.kernels.dispatch import known
@@ -81,6 +88,8 @@ class ProjectedOptimizer(FirstOrderOptimizer):
             elif not completed:
                 return None  # There is no basis yet, and none can be had from this gradient.
         reduced = down(grad, load_bases(site, state, geo, completed), geo)
+        if site.group["projector"] not in BLIND:
+            silence_rounding_(reduced, geo)
         # Adam's kernel reads every dtype; other rules and residuals compute with R.
         return (
             reduced
@@ -174,6 +183,8 @@ class ProjectedOptimizer(FirstOrderOptimizer):
         reduced = down(grad, bases, geo).to(accumulator_dtype(grad.dtype))
         if geo.side != "right":
             sum_(reduced, param)
+        if group["projector"] not in BLIND:
+            silence_rounding_(reduced, geo, greatest=functools.partial(greatest_, param=param))
         state["step"] += 1
         part = dataclasses.replace(site, param=local(param), offset=offset(param))
         first = first_row(param) * geo.rank if geo.side == "right" else 0

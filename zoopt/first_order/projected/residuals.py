@@ -15,7 +15,8 @@ from torch import Tensor
 from zoopt.checks import check_choice, check_number
 from zoopt.distributed.sharding import sum_
 from zoopt.first_order.projected.geometry import Geometry
-from zoopt.first_order.projected.subspace import CHUNK
+from zoopt.first_order.projected.subspace import BLIND, CHUNK
+from zoopt.kernels.dispatch import known
 from zoopt.optimizer import Group, TensorSpec
 
 State = dict[str, Tensor]
@@ -167,18 +168,26 @@ def _scaled(scale: Tensor, parts: Parts) -> Terms:
     return Terms(None, scale * group["scale"])
 
 
+def energy_outside(whole: Tensor, inside: Tensor) -> Tensor:
+    """||G||^2 - ||R||^2 of their norms, which is that of the part outside, the basis being
+    orthonormal; 0 where it is within the rounding of the squares, 32 eps ||G||^2."""
+    square = whole.square()
+    outside = square - inside.square()
+    return torch.where(outside > 32.0 * torch.finfo(square.dtype).eps * square, outside, 0.0)
+
+
 def _scaled_complement(parts: Parts) -> Terms:
     """scale N, and phi_j (G - R's part of G) with phi_j = ||N_j|| / ||R_j||.
 
-    The second term's norm needs no complement: ||G_j||^2 - ||R_j||^2, the basis being orthonormal.
-    Nor does its write: it is phi_j G, less phi_j R on the way up.
+    The second term's norm needs no complement, but `energy_outside`. Nor does its write: it is
+    phi_j G, less phi_j R on the way up.
     """
     assert parts.norms is not None
     group, inside = parts.group, parts.norms[1]
     scale = _quotient(parts.norms[0], inside)
     if group["norm_growth_limit"] is not None and parts.gradient is not None:
         whole = channel_norms(parts.gradient, parts.geo, scale.dtype, parts.sharded)
-        outside = (whole.square() - inside.square()).clamp_min(0.0).sqrt()
+        outside = energy_outside(whole, inside).sqrt()
         norm = norm_over_channels(scale * outside, parts)
         scale = scale * limited(norm, parts.state, group)
     inner = parts.direction * group["scale"] - scale.unsqueeze(1) * parts.reduced
@@ -201,8 +210,15 @@ def sign_rate(group: Group, geo: Geometry) -> float:
 
 
 def _signs(parts: Parts) -> Terms:
-    """N, and sign(G - up(R)) at a rate of its own."""
-    return Terms(parts.direction, sign_step=sign_rate(parts.group, parts.geo))
+    """N, and sign(G - up(R)) at a rate of its own, unless that part is nothing but rounding."""
+    step = sign_rate(parts.group, parts.geo)
+    assert parts.gradient is not None
+    if step and parts.group["projector"] not in BLIND:
+        dtype = parts.reduced.dtype
+        whole = torch.linalg.vector_norm(parts.gradient, dtype=dtype)
+        inside = torch.linalg.vector_norm(parts.reduced)
+        step *= known(energy_outside(whole, inside) > 0.0, True)
+    return Terms(parts.direction, sign_step=step)
 
 
 #: Of the part outside, the signs (FRUGAL).

@@ -15,9 +15,12 @@ from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.reference import Numbers
 from zoopt.kernels.noise.cpu import _KINDS, _counter, _floats, _parallel, _rounding
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.operands import address
 from zoopt.kernels.runtime.intrinsics import f32
 from zoopt.kernels.runtime.spread import Memory
 
+#: What values and codes come in.
+_DTYPES = (*_KINDS, torch.int8, torch.uint8)
 _BYTE = np.uint8(0)
 _NO_SCALE = (0, 0, np.float32(0))
 _NO_NORMS = np.empty((2, 0), np.float32)
@@ -25,7 +28,7 @@ _NO_NORMS = np.empty((2, 0), np.float32)
 
 def _bytes(tensor: Tensor) -> Memory:
     """The memory of a contiguous tensor as bytes."""
-    return tensor.data_ptr(), tensor.numel() * tensor.itemsize, _BYTE
+    return address(tensor, *_DTYPES), tensor.nbytes, _BYTE
 
 
 def _moments(first: Moment, second: Moment) -> list[Any]:
@@ -70,7 +73,7 @@ def adam(
         numel // rows if rows else 0,
     )
     if norms is not None:
-        row = torch.arange(0, numel, TILE) // (numel // rows)
+        row = torch.arange(0, numel, TILE, device="cpu") // (numel // rows)
         norms.index_add_(1, row, torch.from_numpy(heads))
 
 

@@ -18,6 +18,9 @@ _SIGNED4 = tl.constexpr(moments.SIGNED_LEVELS["int4"])
 _UNSIGNED8 = tl.constexpr(moments.UNSIGNED_LEVELS["int8"])
 _UNSIGNED4 = tl.constexpr(moments.UNSIGNED_LEVELS["int4"])
 _MIN_SCALE = tl.constexpr(moments.MIN_SCALE)
+#: A float32 whose spacing is 1, on both sides.
+_INTEGER = tl.constexpr(1.5 * 2.0**23)
+_TINY = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -25,6 +28,30 @@ def _spread(numbers, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Each element's number, of one for each SIZE of them: (BLOCK,)."""
     wide = tl.broadcast_to(tl.expand_dims(numbers, 1), [BLOCK // SIZE, SIZE])
     return tl.reshape(wide, [BLOCK])
+
+
+@triton.jit
+def _shifted(word, BYTE: tl.constexpr):
+    """2^23 + a byte of uint32 words: no conversion, since the byte is the mantissa's lowest."""
+    return ((word >> (8 * BYTE)) & 0xFF | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _level(squared, BACKEND: tl.constexpr):
+    """The integer below the root of a float32 of 2^-100 or more, as one; next to an integer it may
+    be either side, since all that is rounded from there goes to the integer itself.
+
+    An approximate root does, and so does the nearest integer to half less than it, which needs no
+    conversion: a sum with 1.5 2^23 has no fraction.
+    """
+    if BACKEND == "cuda":
+        # One instruction, where the others take care of denormal numbers.
+        inverse = tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [squared], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        inverse = tl.rsqrt(squared)
+    return (tl.fma(squared, inverse, -0.5) + _INTEGER) - _INTEGER
 
 
 @triton.jit
@@ -51,15 +78,16 @@ def read_moment(
         TOP4: tl.constexpr = _SIGNED4 if SIGNED else _UNSIGNED4
         TOP: tl.constexpr = TOP8 if FORMAT == "int8" else TOP4
         if FORMAT == "int8":
-            level = tl.load(codes + i, mask=i < numel, other=0).to(tl.float32)
+            code = tl.load(codes + i, mask=i < numel, other=0)
         else:
             pair = start // 2 + tl.arange(0, BLOCK // 2)
             packed = tl.load(codes + pair, mask=pair < pairs, other=0)
-            level = tl.reshape(tl.join(packed & 15, packed >> 4), [BLOCK]).to(tl.float32)
-            if SIGNED:
-                level = level - 8.0
-        if not SIGNED:
-            level = level + 1.0
+            code = tl.reshape(tl.join(packed & 15, packed >> 4), [BLOCK])
+        if FORMAT == "int8" and SIGNED:
+            level = code.to(tl.float32)
+        else:
+            whole = _shifted(code.to(tl.uint32), 0)
+            level = whole - (8388616.0 if SIGNED else 8388607.0)
         row = start // SIZE + tl.arange(0, BLOCK // SIZE)
         spread = _spread(tl.load(scale + row, mask=row * SIZE < numel, other=0.0), SIZE, BLOCK)
         value = level * tl.abs(level) * (1.0 / (TOP * TOP)) * spread
@@ -109,25 +137,31 @@ def write_moment(
         row = start // SIZE + tl.arange(0, BLOCK // SIZE)
         tl.store(scale + row, largest, mask=row * SIZE < numel)
         inverse = tl.div_rn(tl.full([BLOCK // SIZE], TOP * TOP, tl.float32), largest)
-        squared = magnitude.to(tl.float32, bitcast=True) * _spread(inverse, SIZE, BLOCK)
-        squared = tl.where(squared == squared, squared, 0.0)
-        # Approximate roots do: see moments.encode.
-        level = tl.minimum(tl.floor(tl.sqrt(squared)), TOP - 1.0)
-        odd = 2.0 * level + 1.0
+        # Neither a NaN, as 0 times infinity is, nor so little that `_level` has no root of it.
+        squared = tl.abs(tl.where(inside, x, 0.0)) * _spread(inverse, SIZE, BLOCK)
+        squared = tl.where(squared > _TINY, squared, _TINY)
+        level = _level(squared, BACKEND)
+        # All products are exact: a level's square, and nine bits by nine.
+        rest = tl.fma(level * -1.0, level, squared)
         if STOCHASTIC:
-            low = bits & 0xFF if SIGNED else bits >> 8
-            up = squared - level * level > (low.to(tl.float32) + 0.5) * 0.00390625 * odd
+            uniform = _shifted(bits, 0 if SIGNED else 1) - 8388607.5
+            up = rest > uniform * tl.fma(level, 0.0078125, 0.00390625)
         else:
-            up = squared - level * level > 0.5 * odd
+            up = rest > level + 0.5
         level = tl.where(up, level + 1.0, level)
-        code = tl.where(pattern < 0, -level, level) if SIGNED else tl.maximum(level, 1.0) - 1.0
+        if SIGNED:
+            sign = pattern & -2147483648
+            code = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+            code += _INTEGER if FORMAT == "int8" else _INTEGER + 8.0
+        else:
+            code = tl.maximum(level, 1.0) + (_INTEGER - 1.0)
+        # An integer in the mantissa, as its low bits.
+        whole = code.to(tl.int32, bitcast=True)
         dtype: tl.constexpr = codes.dtype.element_ty
         if FORMAT == "int8":
-            tl.store(codes + i, code.to(tl.int32).to(dtype), mask=inside)
+            tl.store(codes + i, whole.to(dtype), mask=inside)
         else:
-            if SIGNED:
-                code = code + 8.0
-            whole = tl.where(inside, code, 0.0).to(tl.int32)
+            whole = tl.where(inside, whole & 15, 0)
             first, second = tl.split(tl.reshape(whole, [BLOCK // 2, 2]))
             pair = start // 2 + tl.arange(0, BLOCK // 2)
             tl.store(codes + pair, (first | (second << 4)).to(dtype), mask=pair < pairs)

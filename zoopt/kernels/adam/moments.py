@@ -27,6 +27,7 @@ from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.reference import round_nearest
+from zoopt.kernels.operands import check_values
 
 #: How moments are stored, and how they are rounded to that.
 Format = Literal["float32", "bfloat16", "int8", "int4"]
@@ -37,6 +38,9 @@ SIGNED_LEVELS = {"int8": 127, "int4": 7}
 UNSIGNED_LEVELS = {"int8": 256, "int4": 16}
 #: The smallest scale but 0: s / Q^2 and Q^2 / s are normal float32 numbers.
 MIN_SCALE = 2.0**-110
+#: The dtypes of values, and of codes of eight bits by whether they are signed.
+_VALUES = (torch.float32, torch.bfloat16, torch.float64)
+_CODES = {True: torch.int8, False: torch.uint8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Moment:
         signed: whether values can be negative.
 
     Raises:
-        ValueError: tensors of other sizes, codes of one element, whose one byte does not tell how
-            many bits they have, or tensors that are not contiguous.
+        TypeError, ValueError: tensors of other sizes or dtypes, codes of one element, whose one
+            byte does not tell how many bits they have, or tensors that are not contiguous.
     """
 
     codes: Tensor
@@ -61,8 +65,17 @@ class Moment:
     signed: bool
 
     def __post_init__(self) -> None:
-        if not (self.codes.is_contiguous() and (self.scale is None or self.scale.is_contiguous())):
-            raise ValueError("codes and scale must be contiguous; call .contiguous() on them")
+        for name, tensor in (("codes", self.codes), ("scale", self.scale)):
+            if tensor is not None:
+                check_values(name, tensor)
+                if not tensor.is_contiguous() or tensor.is_neg():
+                    raise ValueError("codes and scale must be contiguous; pass clones of them")
+        known = _VALUES if self.scale is None else (_CODES[self.signed], torch.uint8)
+        if self.codes.dtype not in known:
+            raise TypeError(
+                f"codes must be of {' or '.join(map(str, dict.fromkeys(known)))}, "
+                f"got {self.codes.dtype}"
+            )
         if self.scale is None:
             if self.codes.numel() != self.numel:
                 raise ValueError(f"codes must have {self.numel} values, got {self.codes.numel()}")
@@ -73,6 +86,13 @@ class Moment:
         if self.codes.numel() not in (self.numel, -(-self.numel // 2)):
             raise ValueError(
                 f"codes must have {self.numel} or half as many bytes, got {self.codes.numel()}"
+            )
+        if self.codes.dtype != (_CODES[self.signed] if self.format == "int8" else torch.uint8):
+            raise TypeError(f"{self.format} codes must not be of {self.codes.dtype}")
+        if self.scale.dtype != torch.float32 or self.scale.device != self.codes.device:
+            raise TypeError(
+                f"scale must be float32 on {self.codes.device}, "
+                f"got {self.scale.dtype} on {self.scale.device}"
             )
         if self.scale.numel() != -(-self.numel // block):
             raise ValueError(

@@ -10,8 +10,18 @@ from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
 from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.reference import Numbers
-from zoopt.kernels.batch import check_tensor, check_unshared, contiguous
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
+from zoopt.kernels.operands import (
+    apart,
+    check_apart,
+    check_dense,
+    check_like,
+    check_read,
+    check_tensor,
+    check_unshared,
+    contiguous,
+    dense,
+)
 
 
 def adam_(
@@ -60,16 +70,21 @@ def adam_(
     wide = first.accumulator
     if out is None:
         out = torch.empty(gradient.shape, dtype=wide, device=gradient.device)
-    elif (
-        out.shape != gradient.shape
-        or out.dtype not in (wide, gradient.dtype)
-        or not out.is_contiguous()
-    ):
-        raise ValueError(
-            f"out must be a contiguous {wide} or {gradient.dtype} tensor of shape "
-            f"{tuple(gradient.shape)}, got {out.dtype} {tuple(out.shape)}"
-        )
+    else:
+        check_tensor("out", out)
+        if (
+            out.shape != gradient.shape
+            or out.dtype not in (wide, gradient.dtype)
+            or not out.is_contiguous()
+        ):
+            raise ValueError(
+                f"out must be a contiguous {wide} or {gradient.dtype} tensor of shape "
+                f"{tuple(gradient.shape)}, got {out.dtype} {tuple(out.shape)}"
+            )
+        check_like("out", out, gradient, out.dtype)
+        check_dense("out", out)
     if norms is not None:
+        check_tensor("norms", norms)
         if gradient.dim() != 2:
             raise ValueError(f"gradient must be a matrix for norms, got {tuple(gradient.shape)}")
         shape = (2, gradient.shape[0])
@@ -78,13 +93,18 @@ def adam_(
                 f"norms must be a contiguous {wide} tensor of shape {shape}, "
                 f"got {norms.dtype} {tuple(norms.shape)}"
             )
+        check_read("norms", norms, gradient)
+        check_dense("norms", norms)
     backend = dispatch.choose(_widest(gradient, first), impl, "adam")
     if not gradient.numel():
         if norms is not None:
             norms.zero_()
         return out
-    flat = gradient.detach().reshape(-1)
-    backend.adam(flat, first, second, out.view(-1), numbers, key, moment_draw, norms)
+    written = {"out": out.detach(), "norms": norms, **_stored(first, second)}
+    check_apart(**written)
+    values = apart(dense(gradient), *written.values(), same=True)
+    flat, target = values.view(-1), out.detach().view(-1)
+    backend.adam(flat, first, second, target, numbers, key, moment_draw, norms)
     return out
 
 
@@ -121,6 +141,7 @@ def adamw_(
     """
     check_tensor("theta", theta)
     check_unshared("theta", theta)
+    check_read("gradient", gradient, theta)
     if gradient.shape != theta.shape:
         raise ValueError(
             f"gradient must have theta's shape {tuple(theta.shape)}, got {tuple(gradient.shape)}"
@@ -136,10 +157,13 @@ def adamw_(
         return theta
     if gradient.dtype == torch.float64:
         gradient = gradient.to(first.accumulator)
-    with contiguous(theta) as dense:
+    with contiguous(theta) as target:
+        written = {"theta": target, **_stored(first, second)}
+        check_apart(**written)
+        values = apart(dense(gradient), *written.values(), same=True)
         backend.adamw(
-            dense.view(-1),
-            gradient.detach().reshape(-1),
+            target.view(-1),
+            values.view(-1),
             first,
             second,
             decay,
@@ -154,6 +178,16 @@ def adamw_(
 def _widest(theta: Tensor, moment: Moment) -> Tensor:
     """The one of float64 of the two, which only the reference has; theta if neither is."""
     return moment.codes if moment.codes.dtype == torch.float64 else theta
+
+
+def _stored(first: Moment, second: Moment) -> dict[str, Tensor | None]:
+    """The tensors that both moments are written to."""
+    return {
+        "first": first.codes,
+        "second": second.codes,
+        "first_scale": first.scale,
+        "second_scale": second.scale,
+    }
 
 
 def _checked(
@@ -172,6 +206,11 @@ def _checked(
             raise ValueError(
                 f"{name} must be {'a signed' if signed else 'an unsigned'} moment of "
                 f"{gradient.numel()} elements, got {moment.numel}, signed={moment.signed}"
+            )
+        if moment.codes.device != gradient.device:
+            raise ValueError(
+                f"{name} must be on the gradient's device {gradient.device}, "
+                f"got {moment.codes.device}"
             )
     if first.format != second.format or first.accumulator != second.accumulator:
         raise ValueError(

@@ -20,6 +20,7 @@ from torch import Tensor
 from zoopt.kernels.noise import cpu_kernels
 from zoopt.kernels.noise.cpu_tile import NORMALS_PER_WORD, SIGNS_PER_WORD, TILE
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.operands import address
 from zoopt.kernels.runtime import threads as cpu_threads
 from zoopt.kernels.runtime.convert import BFLOAT16, FLOAT16, FLOAT32
 from zoopt.kernels.runtime.intrinsics import f32, u16, u32
@@ -40,12 +41,13 @@ def _parallel(kernel: Callable[..., None], count: int, unit: int, *args: Any) ->
 
 def _memory(tensor: Tensor) -> Memory:
     """The memory of a contiguous tensor as integers of its width, (numel,)."""
-    return tensor.data_ptr(), tensor.numel(), _WORD if tensor.dtype == torch.float32 else _HALFWORD
+    width = _WORD if tensor.dtype == torch.float32 else _HALFWORD
+    return address(tensor, *_KINDS), tensor.numel(), width
 
 
 def _floats(tensor: Tensor) -> Memory:
     """The memory of a contiguous float32 tensor."""
-    return tensor.data_ptr(), tensor.numel(), _FLOAT
+    return address(tensor, torch.float32), tensor.numel(), _FLOAT
 
 
 def _counter(key: NoiseKey) -> tuple[np.uint32, np.uint32, np.uint32, int]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from zoopt.dtypes import scalars
 from zoopt.kernels import dispatch
-from zoopt.kernels.batch import check_like, check_tensor
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
+from zoopt.kernels.operands import check_like, check_tensor, dense
 
 
 def perturb(
@@ -55,11 +55,13 @@ def perturb(
         check_like("out", out, theta, theta.dtype)
     if theta.numel():
         [coefficient] = scalars([alpha], theta.dtype)
-        source, target = theta.detach().contiguous(), out.detach()
-        dense = target if target.is_contiguous() else torch.empty_like(source)
-        backend.weighted_sum(source.view(-1), dense.view(-1), [coefficient], [draw], 1.0, key, None)
-        if dense is not target:
-            target.copy_(dense)
+        source, target = dense(theta), out.detach()
+        result = target if target.is_contiguous() else torch.empty_like(source)
+        backend.weighted_sum(
+            source.view(-1), result.view(-1), [coefficient], [draw], 1.0, key, None
+        )
+        if result is not target:
+            target.copy_(result)
     return out
 
 
@@ -103,7 +105,7 @@ def perturb_rows(
     if out.numel():
         [coefficient] = scalars([alpha], weight.dtype)
         backend.gather_rows(
-            weight.detach().contiguous(),
+            dense(weight),
             rows.reshape(-1).long().contiguous(),
             out.view(-1, weight.shape[1]),
             coefficient,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from zoopt.dtypes import Rounding, accumulator_dtype, scalars
 from zoopt.kernels import dispatch
-from zoopt.kernels.batch import check_like, check_tensor, check_unshared, contiguous
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
+from zoopt.kernels.operands import check_like, check_tensor, check_unshared, contiguous
 
 
 def apply_(

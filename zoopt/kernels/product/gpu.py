@@ -1,5 +1,5 @@
-"""theta plus a low-rank product on the GPU: Triton, one read and one write of theta, which is
-rounded where its tile is."""
+"""theta plus a low-rank product on the GPU: BLAS where it rounds as it should, and Triton where
+terms of the gradient or random bits go with the product: one read and one write of theta."""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
@@ -11,10 +11,11 @@ from torch import Tensor
 from zoopt.kernels.noise.gpu import _int32, backend_name
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.gpu_kernels import product_kernel
+from zoopt.kernels.product.reference import blas_rounds
 
 #: Rows and columns of a program's tile with a product, and the columns of a factor at a time.
 TILE, K = (64, 64), 16
-#: The same where theta is bfloat16, and nothing but a product is added.
+#: The same where theta has 16 bits, and nothing but a product is added.
 NARROW_TILE, NARROW_K = (128, 64), 32
 #: Elements of a program's tile without one.
 PLAIN = 2048
@@ -39,12 +40,15 @@ def add_product(
         return
     m, n = theta.shape
     backend = backend_name()
-    # Rounding factors to bfloat16 is 2^-8 of a step, not of theta. The interpreter computes with
-    # numpy, which has no bfloat16.
-    narrow = theta.dtype == torch.bfloat16 and backend != "interpreter"
+    alone = channel_scale is None and sign_of is None
+    # Rounding factors to theta's 16 bits is 2^-8 or less of a step, not of theta. The interpreter
+    # computes with numpy, which has no bfloat16.
+    narrow = theta.dtype in (torch.bfloat16, torch.float16) and backend != "interpreter"
     if narrow and left is not None and right is not None:
         left, right = left.to(theta.dtype), right.to(theta.dtype)
-    alone = channel_scale is None and sign_of is None
+    if alone and left is not None and right is not None and blas_rounds(theta, rounding_draw):
+        theta.addmm_(left.to(theta.dtype), right.to(theta.dtype).t(), alpha=alpha, beta=decay)
+        return
     (rows, columns), k = (NARROW_TILE, NARROW_K) if narrow and alone else (TILE, K)
     if left is None and sign_of is None:
         columns = min(PLAIN, triton.next_power_of_2(max(n, 8)))

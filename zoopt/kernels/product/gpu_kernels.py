@@ -28,7 +28,7 @@ def _product(
 ):
     """A tile of left right^T, both contiguous (m or n, RANK): float32, (ROWS, COLUMNS).
 
-    Where both are bfloat16 (NARROW), matrix units multiply them, exactly, and sum in float32.
+    Where both have 16 bits (NARROW), matrix units multiply them, exactly, and sum in float32.
     """
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for begin in range(0, RANK, K):
@@ -49,7 +49,7 @@ def _product(
 def _bits(
     first,
     rows,
-    columns,
+    left,
     n,
     stream,
     draw,
@@ -59,16 +59,16 @@ def _bits(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """16 bits for each element of a tile: uint32, (ROWS, COLUMNS)."""
-    index = (first + rows * n)[:, None] + columns[None, :]
+    """16 bits for each element of a tile whose first column is `left`: uint32, (ROWS, COLUMNS)."""
     if ALIGNED:
         # Eight neighbours share a Philox call: rows and tiles begin at multiples of eight.
-        eighth = tl.reshape(index, [ROWS, COLUMNS // 8, 8])
-        block = tl.min(eighth, axis=2) // 8
+        eighth = left // 8 + tl.arange(0, COLUMNS // 8)
+        block = ((first + rows * n) // 8)[:, None] + eighth[None, :]
         c0, c1, c2, c3 = philox4x32(block, stream, draw, k0, k1, _ROUNDING)
         w = tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), [ROWS, COLUMNS // 2])
         return tl.reshape(tl.join(w & 0xFFFF, w >> 16), [ROWS, COLUMNS])
     else:
+        index = (first + rows * n)[:, None] + (left + tl.arange(0, COLUMNS))[None, :]
         return halfwords_at(index, stream, draw, k0, k1, _ROUNDING)
 
 
@@ -113,7 +113,8 @@ def product_kernel(
     across = tl.cdiv(n, COLUMNS)
     tile = tl.program_id(0)
     rows = (tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = (tile % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    leftmost = (tile % across).to(tl.int64) * COLUMNS
+    columns = leftmost + tl.arange(0, COLUMNS)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     at = rows[:, None] * n + columns[None, :]
     x = decay * tl.load(theta + at, mask=inside, other=0.0).to(tl.float32)
@@ -138,7 +139,9 @@ def product_kernel(
             x += tl.load(channel_scale) * g
     dtype: tl.constexpr = theta.dtype.element_ty
     if STOCHASTIC:
-        bits = _bits(first, rows, columns, n, stream, rounding_draw, k0, k1, ALIGNED, ROWS, COLUMNS)
+        bits = _bits(
+            first, rows, leftmost, n, stream, rounding_draw, k0, k1, ALIGNED, ROWS, COLUMNS
+        )
         tl.store(theta + at, stochastic(x, bits, dtype), mask=inside)
     else:
         tl.store(theta + at, nearest(x, dtype, BACKEND), mask=inside)

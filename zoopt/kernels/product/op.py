@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
-from zoopt.kernels.batch import check_tensor, check_unshared, contiguous
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
+from zoopt.kernels.operands import (
+    apart,
+    check_read,
+    check_tensor,
+    check_unshared,
+    contiguous,
+)
 
 
 def add_product_(
@@ -32,8 +42,9 @@ def add_product_(
 
     Args:
         theta: (m, n), a dense float32, bfloat16, float16 or float64 tensor.
-        left, right: (m, r) and (n, r), in the accumulator's dtype or in theta's. Where bfloat16
-            matrices are multiplied as they are, those of a bfloat16 theta are rounded to it.
+        left, right: (m, r) and (n, r), in the accumulator's dtype or in theta's. Where matrices
+            of theta's 16 bits are multiplied as they are (bfloat16 on some processors, both on a
+            GPU), they are rounded to it.
         alpha: multiplies their product.
         decay: multiplies theta, 1 - lr weight_decay say.
         gradient: (m, n), any of theta's dtypes.
@@ -56,12 +67,17 @@ def add_product_(
     if theta.dim() != 2:
         raise ValueError(f"theta must be a matrix, got shape {tuple(theta.shape)}")
     m, n = theta.shape
+    read = {"gradient": gradient, "channel_scale": channel_scale, "left": left, "right": right}
+    read |= {"sign_of": sign_of[0], "sign_of's second": sign_of[1]} if sign_of else {}
+    for name, tensor in read.items():
+        if tensor is not None:
+            check_read(name, tensor, theta)
     pairs = {"left, right": (left, right), "sign_of": sign_of or (None, None)}
     for name, (first, second) in pairs.items():
         if (first is None) != (second is None):
             raise ValueError(f"{name} must both be tensors or both be None")
         if first is not None and second is not None:
-            r = first.shape[-1]
+            r = first.shape[-1] if first.dim() else 0
             if first.shape != (m, r) or second.shape != (n, r):
                 raise ValueError(
                     f"{name} must have shapes ({m}, r) and ({n}, r), got {tuple(first.shape)} "
@@ -76,24 +92,36 @@ def add_product_(
             f"channel_scale must have shape ({m}, 1), (1, {n}) or (1, 1), "
             f"got {tuple(channel_scale.shape)}"
         )
+    wide = accumulator_dtype(theta.dtype)
+    if channel_scale is not None and channel_scale.dtype != wide:
+        raise TypeError(f"channel_scale must be of {wide}, got {channel_scale.dtype}")
     if rounding_draw is not None:
         check_unsigned("rounding_draw", rounding_draw, 32)
         if theta.dtype == accumulator_dtype(theta.dtype):
             rounding_draw = None
     alpha, decay, sign_step = scalars([alpha, decay, sign_step], theta.dtype)
     backend = dispatch.choose(theta, impl, "product")
-    with contiguous(theta) as dense:
+    with contiguous(theta) as target, _precise(theta):
+        # The product may be added a part at a time: nothing that is read may change meanwhile.
         backend.add_product(
-            dense,
-            left,
-            right,
+            target,
+            None if left is None else apart(left, target),
+            None if right is None else apart(right, target),
             alpha,
             decay,
-            gradient,
-            channel_scale,
-            sign_of,
+            None if gradient is None else apart(gradient, target, same=True),
+            None if channel_scale is None else apart(channel_scale, target),
+            None if sign_of is None else tuple(apart(factor, target) for factor in sign_of),
             sign_step,
             key,
             rounding_draw,
         )
     return theta
+
+
+def _precise(theta: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """No autocast: products are of the dtypes that the operation has, in whatever mode it runs."""
+    device = theta.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

@@ -77,8 +77,10 @@ def _times(factor: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
 
 def blas_rounds(theta: Tensor, rounding_draw: int | None) -> bool:
     """Whether BLAS adds a product to theta as is asked: it sums in float32, and rounds once, to
-    nearest."""
-    return theta.dtype == torch.float32 or (rounding_draw is None and native_bfloat16(theta))
+    nearest. In float16 a GPU's does."""
+    half = theta.is_cuda and theta.dtype == torch.float16
+    rounds = rounding_draw is None and (half or native_bfloat16(theta))
+    return theta.dtype == torch.float32 or rounds
 
 
 def chunk_rows(theta: Tensor) -> int:

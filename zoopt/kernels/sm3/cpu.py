@@ -151,7 +151,7 @@ def sm3(
     """See reference_sm3.sm3."""
     m, n = gradient.shape
     share = cpu_threads.share(m, 1, -(-MIN_PER_THREAD // n))
-    columns = torch.zeros(-(-m // share), n, dtype=torch.int32)
+    columns = torch.zeros(-(-m // share), n, dtype=torch.int32, device="cpu")
     arguments = (
         _memory(theta),
         _memory(gradient),

@@ -16,8 +16,18 @@ from torch import Tensor
 from zoopt.checks import check_number
 from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
-from zoopt.kernels.batch import check_like, check_tensor, check_unshared, contiguous
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
+from zoopt.kernels.operands import (
+    apart,
+    check_apart,
+    check_dense,
+    check_like,
+    check_read,
+    check_tensor,
+    check_unshared,
+    contiguous,
+    dense,
+)
 
 
 def sm3_(
@@ -69,6 +79,7 @@ def sm3_(
     Raises:
         TypeError, ValueError: an argument out of range, or tensors that do not match.
     """
+    check_tensor("theta", theta)
     shape = tuple(theta.shape) or (1,)
     _check(theta, gradient, accumulators, shape, buffer)
     check_number("beta", beta, low=0.0, high=1.0, open_high=True)
@@ -83,7 +94,7 @@ def sm3_(
     backend = dispatch.choose(theta, impl, "sm3")
     values, rows, split = gradient.detach(), None, _split(shape)
     if gradient.is_sparse:
-        values, rows, split = values.values(), values.indices()[0].contiguous(), 1
+        values, rows, split = values.values(), _rows(values), 1
     if values.numel() == 0:
         return theta
     if values.dtype != theta.dtype:
@@ -95,10 +106,12 @@ def sm3_(
         row = row[rows]
     n = column.numel()
     new_row, new_column = torch.zeros_like(row), torch.zeros_like(column)
-    with contiguous(theta) as dense:
+    with contiguous(theta) as target:
+        named = {f"accumulator_{axis}": vector for axis, vector in enumerate(accumulators)}
+        check_apart(theta=target, buffer=buffer, **named)
         backend.sm3(
-            dense.view(-1, n),
-            values.contiguous().view(-1, n),
+            target.view(-1, n),
+            apart(dense(values), target, buffer, same=True).view(-1, n),
             rows,
             row,
             column,
@@ -115,6 +128,19 @@ def sm3_(
     else:
         _store_rows(accumulators, rows, new_row, new_column)
     return theta
+
+
+def _rows(gradient: Tensor) -> Tensor:
+    """The rows of a gradient that is sparse in them: int64, (k,), in order."""
+    rows = gradient.indices()[0].contiguous()
+    if rows.numel() and not dispatch.is_fake(rows):
+        bounds = torch.stack((rows[0] >= 0, (rows.diff() > 0).all(), rows[-1] < len(gradient)))
+        if not bounds.all():
+            raise IndexError(
+                f"gradient must have distinct rows in order, in [0, {len(gradient)}), "
+                f"got rows from {int(rows.min())} to {int(rows.max())}; pass gradient.coalesce()"
+            )
+    return rows
 
 
 def _split(shape: tuple[int, ...]) -> int:
@@ -160,21 +186,24 @@ def _check(
     shape: tuple[int, ...],
     buffer: Tensor | None,
 ) -> None:
-    check_tensor("theta", theta)
     check_unshared("theta", theta)
+    if gradient.is_sparse:
+        check_tensor("gradient's values", gradient._values())
+    else:
+        check_read("gradient", gradient, theta)
+    for axis, vector in enumerate(accumulators):
+        check_read(f"accumulators[{axis}]", vector, theta)
+        check_unshared(f"accumulators[{axis}]", vector)
     if gradient.shape != theta.shape:
         raise ValueError(
             f"gradient must have theta's shape {tuple(theta.shape)}, got {tuple(gradient.shape)}"
         )
-    if gradient.is_sparse:
-        if gradient.sparse_dim() != 1 or not gradient.is_coalesced():
-            raise ValueError(
-                f"gradient must be sparse in its first axis only, and coalesced, got sparse_dim "
-                f"{gradient.sparse_dim()}, is_coalesced() {gradient.is_coalesced()}; pass "
-                f"gradient.to_dense() or gradient.coalesce()"
-            )
-    else:
-        check_tensor("gradient", gradient)
+    if gradient.is_sparse and (gradient.sparse_dim() != 1 or not gradient.is_coalesced()):
+        raise ValueError(
+            f"gradient must be sparse in its first axis only, and coalesced, got sparse_dim "
+            f"{gradient.sparse_dim()}, is_coalesced() {gradient.is_coalesced()}; pass "
+            f"gradient.to_dense() or gradient.coalesce()"
+        )
     wide = accumulator_dtype(theta.dtype)
     if [(tuple(vector.shape), vector.dtype) for vector in accumulators] != [
         ((size,), wide) for size in shape
@@ -184,6 +213,6 @@ def _check(
             f"got {[(vector.dtype, tuple(vector.shape)) for vector in accumulators]}"
         )
     if buffer is not None:
+        check_tensor("buffer", buffer)
         check_like("buffer", buffer, theta, wide)
-        if not buffer.is_contiguous():
-            raise ValueError("buffer must be contiguous; pass buffer.contiguous()")
+        check_dense("buffer", buffer)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from zoopt.dtypes import Rounding, accumulator_dtype
 from zoopt.kernels import add_, apply_, momentum_, perturb, perturb_rows
-from zoopt.kernels.batch import contiguous
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.operands import contiguous
 
 #: draw -> coefficient: the displacement sum_d coefficient_d z(d).
 Coefficients = Mapping[int, float]

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from zoopt.kernels.batch import contiguous
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.operands import contiguous
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise
 
 #: "random", "magnitude", or name (without names: position in the group) -> flat indices.

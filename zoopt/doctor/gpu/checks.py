@@ -1,0 +1,62 @@
+"""That results are right: the self-tests, and the checkout's tests of a GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from zoopt.doctor import selftest
+from zoopt.doctor.gpu import rows
+from zoopt.doctor.gpu.rows import Emit
+from zoopt.doctor.gpu.scale import Scale
+from zoopt.doctor.machine import ROOT
+
+SELF_TESTS, TESTS = "self-tests", "GPU tests"
+#: The figure of both: tests that failed.
+FAILURES, UNIT = "failures", "tests"
+
+
+def run_self_tests(scale: Scale, device: torch.device, emit: Emit) -> None:
+    """Noise against known answers, kernels against the reference, on every device."""
+    results = [selftest.run(name, test) for name, test in selftest.self_tests()]
+    failures = [f"{result.name}: {result.detail}" for result in results if not result.passed]
+    _tell(emit, SELF_TESTS, len(results) - len(failures), failures, finished=True)
+
+
+def run_tests(scale: Scale, device: torch.device, emit: Emit) -> None:
+    """The tests that need a GPU; what has been found so far is told after each."""
+    missing = [name for name in scale.tests if not (ROOT / name).exists()]
+    if missing:
+        reason = f"a checkout of the repository is needed: {ROOT} has no {missing[0]}"
+        emit(rows.failed(TESTS, TESTS, FAILURES, UNIT, reason))
+        return
+    try:
+        import pytest
+    except ImportError:
+        emit(rows.failed(TESTS, TESTS, FAILURES, UNIT, "pytest is not installed"))
+        return
+    os.chdir(ROOT)
+
+    class Told:
+        def __init__(self) -> None:
+            self.passed, self.failures = 0, list[str]()
+
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:
+                self.failures.append(report.nodeid)
+            self.passed += report.passed and report.when == "call"
+            if report.when == "teardown":
+                _tell(emit, TESTS, self.passed, self.failures, finished=False)
+
+    told = Told()
+    options = ["-o", "addopts=", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-q"]
+    status = pytest.main([*options, *scale.tests], plugins=[told])
+    broken = [] if status in (0, 1) else [f"pytest ended with status {int(status)}"]
+    _tell(emit, TESTS, told.passed, [*told.failures, *broken], finished=True)
+
+
+def _tell(emit: Emit, setting: str, passed: int, failures: list[str], *, finished: bool) -> None:
+    found = {"failed": failures, "passed": passed, "finished": finished}
+    emit(rows.counted(setting, setting, FAILURES, len(failures), UNIT, **found))
