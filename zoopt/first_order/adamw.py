@@ -64,7 +64,9 @@ class AdamW(AdamFamily):
         RuntimeError: in `step`, a sparse gradient. Nothing has changed then.
 
     Differs from torch's: its own, to rounding, in float32 and float64; bfloat16 and float16 weights
-    are computed with in float32 and rounded stochastically. Complex and sparse gradients,
+    are computed with in float32 and rounded stochastically. A gradient's NaN makes its weight NaN,
+    as there; in codes, whose scale is that of a block, the block's 256 (128) weights: skip a step
+    whose gradients are not finite. Complex and sparse gradients,
     `amsgrad`, `capturable` and `differentiable` are left out.
 
     Example:

@@ -16,6 +16,7 @@ from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
 from zoopt.first_order.projected.residuals import OneSided, Terms
 from zoopt.first_order.projected.rules import adam_moments, adam_numbers, store_moment
 from zoopt.first_order.projected.subspace import (
+    balanced,
     factors,
     orthonormal,
     silence_rounding_,
@@ -47,6 +48,7 @@ def next_basis(
     """
     left = geo.side == "left"
     image = rho * average + (1.0 - rho) * sum_times(parts, basis, transposed=left)
+    image = balanced(image)  # A multiple of B P, whose columns are normalised anyway.
     back = rho * (basis @ (average.t() @ image))
     return orthonormal(back + (1.0 - rho) * sum_times(parts, image, transposed=not left))
 
@@ -144,9 +146,9 @@ class LDAdamW(AdamFamily):
     Differs from the authors' code: E has a buffer of its own, where theirs is what stays in
     `.grad` (`zero_grad` leaves it there, and clipping clips it); it is rounded once a step, as
     weights are. Bases and moments are float32. The first basis is a randomised SVD, not a full
-    one. Biases are corrected by each parameter's own steps. A gradient that is not finite leaves
-    its parameter and all state as they are: E would keep it for good. Directions of R and of m'
-    that are nothing but rounding (below 2 / (1 - b1) eps sqrt(max(m, n)) of the largest, for E
+    one. Biases are corrected by each parameter's own steps. A gradient whose norm is not finite
+    leaves its parameter and all state as they are: E would keep it for good. Directions of R and of
+    m' that are nothing but rounding (below 2 / (1 - b1) eps sqrt(max(m, n)) of the largest, for E
     has as much) count as 0: see `GaLoreAdamW`.
 
     Example:
@@ -201,11 +203,8 @@ class LDAdamW(AdamFamily):
         """The gradient itself: the basis is one of the whole step's, and so is the error."""
         if geometry(site.param, site.group) is None:
             return gradient
-        return (
-            gradient
-            if known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True)
-            else None
-        )
+        norm = torch.linalg.vector_norm(gradient, dtype=accumulator_dtype(gradient.dtype))
+        return gradient if known(norm.isfinite(), True) else None
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
         param, group = site.param, site.group

@@ -141,7 +141,10 @@ def subspace(
         z = z.view(dim, rank).to(dtype)
         return orthonormal(z) if projector == "orthogonal" else z.mul_(1.0 / math.sqrt(rank))
     if projector == "svd":
-        u, _, vh = torch.linalg.svd(gradient.to(dtype), full_matrices=False)
+        try:
+            u, _, vh = torch.linalg.svd(gradient.to(dtype), full_matrices=False)
+        except torch.linalg.LinAlgError:  # It has not converged, as it may not on a finite matrix.
+            return _gram(gradient.to(dtype), rank, right)
         top: Tensor = vh[:rank].t() if right else u[:, :rank]
         return top.contiguous()
     if projector == "gram":
@@ -155,6 +158,7 @@ def subspace(
         sketch = orthonormal(_there_and_back(gradient, sketch, right))
     # The leading directions inside the sketch: of the small side's Gram matrix.
     inner = times(gradient, sketch, transposed=not right)  # (channels, width)
+    inner = inner * unit(inner)
     top, told_apart = _leading(inner.t() @ inner, rank)
     return _pure(torch.mm(sketch, top), told_apart, gradient, right)
 
@@ -184,8 +188,25 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 
 def _there_and_back(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
-    """G^T (G Q) for right, G (G^T P) for left."""
-    return times(gradient, times(gradient, basis, transposed=not right), transposed=right)
+    """G^T (G Q) for right, G (G^T P) for left, times a number."""
+    image = times(gradient, basis, transposed=not right)
+    return times(gradient, balanced(image), transposed=right)
+
+
+def unit(tensor: Tensor) -> Tensor:
+    """The power of two, (), that brings the tensor's greatest magnitude to between 1/2 and 1.
+
+    To multiply by it rounds nothing; squares of what it brings there neither overflow nor vanish.
+    """
+    greatest = torch.linalg.vector_norm(tensor, math.inf)
+    # 2^120 has a float32 of its own, and so has its inverse.
+    return torch.ldexp(torch.ones_like(greatest), -torch.frexp(greatest).exponent.clamp(-120, 120))
+
+
+def balanced(image: Tensor) -> Tensor:
+    """An image G F of numbers F of size 1, such that G^T times it has the size 1 too."""
+    scale = unit(image)
+    return image * scale * scale
 
 
 def _leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -215,6 +236,7 @@ def _gram(gradient: Tensor, rank: int, right: bool) -> Tensor:
     """Exact, from the eigenvectors of the smaller Gram matrix."""
     m, n = gradient.shape
     small_is_right = m >= n
+    gradient = gradient * unit(gradient)
     gram = gradient.t() @ gradient if small_is_right else gradient @ gradient.t()
     top, told_apart = _leading(gram, rank)
     if small_is_right != right:
