@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._C import _LinAlgError as LinAlgError
 
 from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.projected.geometry import Geometry
@@ -143,7 +144,7 @@ def subspace(
     if projector == "svd":
         try:
             u, _, vh = torch.linalg.svd(gradient.to(dtype), full_matrices=False)
-        except torch.linalg.LinAlgError:  # It has not converged, as it may not on a finite matrix.
+        except LinAlgError:  # It has not converged, as it may not on a finite matrix.
             return _gram(gradient.to(dtype), rank, right)
         top: Tensor = vh[:rank].t() if right else u[:, :rank]
         return top.contiguous()
