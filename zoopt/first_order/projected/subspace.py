@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._C import _LinAlgError as LinAlgError
 
 from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.projected.geometry import Geometry
@@ -144,7 +143,8 @@ def subspace(
     if projector == "svd":
         try:
             u, _, vh = torch.linalg.svd(gradient.to(dtype), full_matrices=False)
-        except LinAlgError:  # It has not converged, as it may not on a finite matrix.
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            # It has not converged, which may happen on finite matrices.
             return _gram(gradient.to(dtype), rank, right)
         top: Tensor = vh[:rank].t() if right else u[:, :rank]
         return top.contiguous()
