@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
 
 import torch
 
-_OWN = tuple(os.path.dirname(str(path)) + os.sep for path in (__file__, torch.__file__))
+_OWN = (
+    *(os.path.dirname(str(path)) + os.sep for path in (__file__, torch.__file__)),
+    contextlib.__file__,  # decorators
+)
 
 
 def warn(message: str) -> None:

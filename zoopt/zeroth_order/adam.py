@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.engine.direction import Coefficients, Noise
+from zoopt.zeroth_order.engine.direction import Coefficients, Noise, whole
 from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
+from zoopt.zeroth_order.engine.progress import Progress
 from zoopt.zeroth_order.engine.sgd import SparseZerothOrder, check_window, extended, window_steps
 
 AdamState = Literal["dense", "window", "scalar"]
@@ -32,17 +33,17 @@ def adam_(
     lr: float,
     betas: tuple[float, float],
     eps: float,
-) -> Tensor:
-    """Update both moments in place and return what theta receives; all of one shape.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The moments' new values, and what theta receives; all of one shape.
 
     exp_avg <- b1 exp_avg + (1 - b1) g, exp_avg_sq <- b2 exp_avg_sq + (1 - b2) g^2, and
     -lr [exp_avg / (1 - b1^step)] / (sqrt(exp_avg_sq / (1 - b2^step)) + eps).
     """
     beta1, beta2 = betas
-    exp_avg.mul_(beta1).add_(gradient * (1.0 - beta1))
-    exp_avg_sq.mul_(beta2).add_((gradient * gradient).mul_(1.0 - beta2))
-    denominator = exp_avg_sq.div(1.0 - beta2**step).sqrt_().add_(eps)
-    return exp_avg.mul(-lr / (1.0 - beta1**step)).div_(denominator)
+    first = (exp_avg * beta1).add_(gradient * (1.0 - beta1))
+    second = (exp_avg_sq * beta2).add_((gradient * gradient).mul_(1.0 - beta2))
+    denominator = second.div(1.0 - beta2**step).sqrt_().add_(eps)
+    return first, second, first.mul(-lr / (1.0 - beta1**step)).div_(denominator)
 
 
 @register(
@@ -138,8 +139,8 @@ class ZOAdam(SparseZerothOrder):
             }
         return declared
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
         if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
             raise TypeError(f"betas must be a pair of numbers, got {group['betas']!r}")
         for i, beta in enumerate(group["betas"]):
@@ -150,14 +151,16 @@ class ZOAdam(SparseZerothOrder):
         if group["state"] == "window":
             check_window("window", group)
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+    def _update(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
         group = slot.group
         if not pending.kept:
-            self._descend(slot, pending, offset, {})
+            self._descend(slot, pending, offset, {}, progress)
         elif group["state"] == "dense":
-            self._update_dense(slot, pending, offset)
+            self._update_dense(slot, pending, offset, progress)
         elif group["state"] == "window":
-            self._update_window(slot, pending, offset)
+            self._update_window(slot, pending, offset, progress)
         else:
             rms = (
                 self._mean_square(group, pending)
@@ -165,17 +168,20 @@ class ZOAdam(SparseZerothOrder):
             ) ** 0.5
             weights = self._weights(group, pending)
             scale = 1.0 / (rms + float(group["eps"])) if rms or group["eps"] else 0.0
-            self._descend(slot, pending, offset, {d: scale * w for d, w in weights.items()})
+            self._descend(
+                slot, pending, offset, {d: scale * w for d, w in weights.items()}, progress
+            )
 
-    def _update_dense(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+    def _update_dense(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
         group = slot.group
         state = self._state(slot.param, group)
-        state["step"] += 1
         exp_avg, exp_avg_sq = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-        step, (beta1, beta2) = int(state["step"]), group["betas"]
+        step, (beta1, beta2) = int(state["step"]) + 1, group["betas"]
 
         def rule(gradient: Tensor, chunk: slice) -> Tensor:
-            return adam_(
+            first, second, update = adam_(
                 gradient,
                 exp_avg[chunk],
                 exp_avg_sq[chunk],
@@ -184,10 +190,16 @@ class ZOAdam(SparseZerothOrder):
                 betas=(float(beta1), float(beta2)),
                 eps=float(group["eps"]),
             )
+            progress.hold((exp_avg[chunk], first), (exp_avg_sq[chunk], second))
+            return update
 
-        self._update_elements(slot, pending, offset, rule)
+        self._update_elements(slot, pending, offset, progress, rule)
+        for _ in whole(state["step"], progress.next):
+            state["step"] += 1
 
-    def _update_window(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+    def _update_window(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
         group, direction = slot.group, slot.direction
         assert isinstance(direction, Noise)
         decay = self._decay(group, pending)
@@ -199,29 +211,32 @@ class ZOAdam(SparseZerothOrder):
         last = [i == len(step) - 1 for step in steps for i in range(len(step))]
         # Directions that were evaluated and left out still stand in the offset: a step of weight 0.
         absent = [draw for draw in offset if draw not in draws]
-        with direction.elements(slot.param) as elements:
-            adam_window_(
-                elements,
-                [-decay * offset.get(draw, 0.0) for draw in absent + draws],
-                [0.0] * len(absent) + [weight for step in steps for _, weight in step],
-                [0.0] * len(absent) + [first[i] for i, step in enumerate(steps) for _ in step],
-                [0.0] * len(absent) + [second[i] for i, step in enumerate(steps) for _ in step],
-                [False] * len(absent) + last,
-                eps=float(group["eps"]),
-                step_size=-float(group["lr"]),
-                draws=absent + draws,
-                decay=decay,
-                rounding=slot.rounding,
-                key=direction.key,
-            )
+        none = [0.0] * len(absent)
+        with direction.elements(slot.param, progress) as elements:
+            for _ in whole(elements, progress):
+                adam_window_(
+                    elements,
+                    [-decay * offset.get(draw, 0.0) for draw in absent + draws],
+                    none + [weight for step in steps for _, weight in step],
+                    none + [first[i] for i, step in enumerate(steps) for _ in step],
+                    none + [second[i] for i, step in enumerate(steps) for _ in step],
+                    [False] * len(absent) + last,
+                    eps=float(group["eps"]),
+                    step_size=-float(group["lr"]),
+                    draws=absent + draws,
+                    decay=decay,
+                    rounding=slot.rounding,
+                    key=direction.key,
+                )
 
-    def _close_group(self, group: Group, pending: PendingProbe) -> None:
+    def _closing(self, group: Group, pending: PendingProbe) -> dict[str, Any]:
         if group["state"] == "window":
             weights = self._weights(group, pending)
-            group["past"] = extended(group["past"], pending.block, weights, group["window"])
-        elif group["state"] == "scalar":
-            group["exp_avg_sq"] = self._mean_square(group, pending)
-            group["updates"] += 1
+            return {"past": extended(group["past"], pending.block, weights, group["window"])}
+        if group["state"] == "scalar":
+            mean_square = self._mean_square(group, pending)
+            return {"exp_avg_sq": mean_square, "updates": group["updates"] + 1}
+        return {}
 
     def _mean_square(self, group: Group, pending: PendingProbe) -> float:
         """The group's v with the present step in it."""

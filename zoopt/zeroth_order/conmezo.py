@@ -18,6 +18,7 @@ from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, chunks
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
+from zoopt.zeroth_order.engine.progress import Progress
 
 
 class Cone(Elementwise):
@@ -101,8 +102,8 @@ class ConMeZO(ZerothOrderOptimizer):
         """`momentum_buffer`, in the accumulator's dtype."""
         return {"momentum_buffer": TensorSpec(tuple(param.shape), accumulator_dtype(param.dtype))}
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
         check_number("cone_angle", group["cone_angle"], low=0.0, high=math.pi / 2, open_low=True)
         for name in ("beta", "beta_start"):
             check_number(name, group[name], low=0.0, high=1.0, open_high=True)
@@ -132,17 +133,19 @@ class ConMeZO(ZerothOrderOptimizer):
         momentum = self._state(param, group)["momentum_buffer"]
         return Cone(NoiseKey(group["seed"], number), momentum, radial, lateral)
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+    def _update(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
         group, direction = slot.group, slot.direction
         weights = self._weights(group, pending)
-        self._descend(slot, pending, offset, weights)
+        self._descend(slot, pending, offset, weights, progress)
         if not pending.kept:
             return
         assert isinstance(direction, Cone)
         step, warmup = group["step"], group["warmup_steps"]
         start, end = float(group["beta_start"]), float(group["beta"])
         beta = start + (end - start) * (min(1.0, step / warmup) if warmup else 1.0)
-        for chunk in chunks(direction.momentum):
+        for chunk in chunks(direction.momentum, progress.next):
             momentum = direction.momentum[chunk]
             estimate = direction.combine(momentum, weights, chunk.start)
-            momentum.mul_(beta).add_(estimate.mul_(1.0 - beta))
+            momentum.copy_((momentum * beta).add_(estimate.mul_(1.0 - beta)))

@@ -23,6 +23,7 @@ from zoopt.zeroth_order.engine.perturbation import (
     along,
 )
 from zoopt.zeroth_order.engine.probe import Estimator, Evaluation, PendingProbe
+from zoopt.zeroth_order.engine.progress import Progress
 from zoopt.zeroth_order.engine.sgd import SparseZerothOrder
 
 Candidates = Literal["three", "reused"]
@@ -95,8 +96,8 @@ class ZOConservativeSGD(SparseZerothOrder):
             defaults["estimator"] = "one-sided" if candidates == "reused" else "two-sided"
         super().__init__(params, defaults, seed=seed)
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
         check_choice("candidates", group["candidates"], get_args(Candidates))
         if group["candidates"] == "reused" and group["estimator"] != "one-sided":
             raise ValueError(
@@ -123,14 +124,8 @@ class ZOConservativeSGD(SparseZerothOrder):
             "probes of several; call step(closure) with one that loops over the micro-batches"
         )
 
-    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
-        """As for every zeroth-order optimizer; see the class."""
-        try:
-            return super().step(closure)
-        finally:
-            self._chosen = None
-
     def _refine(self, evaluation: Evaluation, pending: PendingProbe) -> None:
+        self._chosen = None
         if not pending.kept:
             return
         run = self.param_groups[0]
@@ -157,14 +152,18 @@ class ZOConservativeSGD(SparseZerothOrder):
 
         return displacement
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+    def _update(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
         decay = self._decay(slot.group, pending)
         target = dict(self._chosen(slot)) if self._chosen else {}
         for draw, coefficient in offset.items():
             target[draw] = target.get(draw, 0.0) - coefficient
         target = {draw: decay * target[draw] for draw in sorted(target) if target[draw]}
         if target or decay != 1.0:
-            slot.direction.add_(slot.param, target, decay=decay, rounding=slot.rounding)
+            slot.direction.add_(
+                slot.param, target, decay=decay, rounding=slot.rounding, progress=progress
+            )
 
 
 def _stay(slot: Slot) -> Coefficients:

@@ -26,8 +26,15 @@ from zoopt.zeroth_order.engine.perturbation import (
     PerturbationMode,
     Slot,
 )
-from zoopt.zeroth_order.engine.population import Population, Shaping, fitness_values, shaped
+from zoopt.zeroth_order.engine.population import (
+    GenerationRecord,
+    Population,
+    Shaping,
+    fitness_values,
+    shaped,
+)
 from zoopt.zeroth_order.engine.probe import Evaluation, Measurement, PendingProbe, mean_loss
+from zoopt.zeroth_order.engine.progress import Progress
 
 
 @register("evolution-strategy", "zeroth-order")
@@ -136,9 +143,14 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         check_closure(evaluate, "evaluate")
         population = self._population()
         chosen = population.chosen(members)
-        evaluation = Evaluation(evaluate, Perturbation(population.slots), verify=False)
-        fitness = [evaluation.along(*population.place(i)) for i in chosen]
-        evaluation.perturbation.restore()
+        perturbation = Perturbation(population.slots)
+        evaluation = Evaluation(evaluate, perturbation, verify=False)
+        try:
+            fitness = [evaluation.along(*population.place(i)) for i in chosen]
+            perturbation.restore()
+        except BaseException:
+            self._undo(perturbation)
+            raise
         return dict(zip(chosen, fitness, strict=True))
 
     @opaque
@@ -208,7 +220,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         values = fitness_values(fitness, self.param_groups[0]["population_size"])
         population = self._population()
         population.add([Measurement((value,), value) for value in values])
-        self._finish(population, None)
+        self._take(population, None)
         return mean_loss(population.losses)
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
@@ -217,6 +229,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
 
     def _population(self) -> Population:
         """The generation that is due, or that probes have begun to measure."""
+        self._settle()
         population = self._pending or self._new_pending()
         assert isinstance(population, Population)
         return population
@@ -241,28 +254,32 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         fitness = [evaluation.along(*place) for place in map(pending.place, range(pending.size))]
         return [Measurement((value,), value) for value in fitness]
 
-    def _finish(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
+    def _record(self, pending: PendingProbe, step: int) -> GenerationRecord:
+        assert isinstance(pending, Population)
+        return pending.record(step)
+
+    def _take(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
         assert isinstance(pending, Population)
         pending.shaped = shaped(pending.deltas, self.param_groups[0]["shaping"])
-        super()._finish(pending, perturbation)
-        self.last_step = pending.record(self.param_groups[0]["step"])
+        super()._take(pending, perturbation)
 
-    def _report_skipped(self, pending: PendingProbe) -> None:
-        if not self.skipped_probes:
+    def _warn_of_skipped(self, pending: PendingProbe) -> None:
+        if pending.skipped and pending.skipped == self.skipped_probes:
             warn(
                 f"left out {pending.skipped} of {len(pending.draws)} members because a fitness was "
                 f"not finite; if this goes on, lower lr or sigma (later ones are only counted, in "
                 f"skipped_probes)"
             )
-        self.skipped_probes += pending.skipped
 
     def _weights(self, group: Group, pending: PendingProbe) -> dict[int, float]:
         assert isinstance(pending, Population)
         sign = -1.0 if group["maximize"] else 1.0
         return {draw: sign * c for draw, c in pending.coefficients().items()}
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
-        self._descend(slot, pending, offset, self._weights(slot.group, pending))
+    def _update(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
+        self._descend(slot, pending, offset, self._weights(slot.group, pending), progress)
 
     def _virtual(self, param: Tensor, group: Group) -> bool:
         if group["rank"] is None:
@@ -278,8 +295,8 @@ class EvolutionStrategy(ZerothOrderOptimizer):
             return Noise(key)
         return OuterProduct(key, param, group["rank"])
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
         size, antithetic, shaping = group["population_size"], group["antithetic"], group["shaping"]
         if size < 2:
             raise ValueError(

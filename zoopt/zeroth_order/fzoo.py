@@ -73,8 +73,8 @@ class FZOO(MomentumSGD):
         defaults = {**hyperparameters(locals()), "estimator": "one-sided", "window": ()}
         super().__init__(params, defaults, seed=seed)
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
         if group["num_probes"] < 2:
             raise ValueError(
                 f"num_probes must be at least 2, got {group['num_probes']}: one loss has no spread"

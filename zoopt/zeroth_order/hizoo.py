@@ -16,6 +16,7 @@ from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise, chunks
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Evaluation, Measurement, PendingProbe, three_point
+from zoopt.zeroth_order.engine.progress import Progress
 
 
 class Preconditioned(Elementwise):
@@ -92,8 +93,8 @@ class HiZOO(ZerothOrderOptimizer):
         """`hessian`, in the accumulator's dtype."""
         return {"hessian": TensorSpec(tuple(param.shape), accumulator_dtype(param.dtype))}
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
         check_number("hessian_smooth", group["hessian_smooth"], low=0.0, high=1.0, open_high=True)
 
     def _direction(self, param: Tensor, group: Group, number: int, *, virtual: bool) -> Direction:
@@ -107,18 +108,20 @@ class HiZOO(ZerothOrderOptimizer):
     def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Measurement]:
         return three_point(evaluation, pending.draws)
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
-        self._descend(slot, pending, offset, self._weights(slot.group, pending))
+    def _update(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
+        self._descend(slot, pending, offset, self._weights(slot.group, pending), progress)
         if pending.kept:
-            self._update_hessian(slot, pending)
+            self._update_hessian(slot, pending, progress.next)
 
-    def _update_hessian(self, slot: Slot, pending: PendingProbe) -> None:
+    def _update_hessian(self, slot: Slot, pending: PendingProbe, progress: Progress) -> None:
         direction = slot.direction
         assert isinstance(direction, Preconditioned)
         noise = Noise(direction.key)
         alpha = float(slot.group["hessian_smooth"])
         scale = alpha / (2.0 * slot.zo_eps**2 * len(pending.kept))
-        for chunk in chunks(direction.hessian):
+        for chunk in chunks(direction.hessian, progress):
             hessian = direction.hessian[chunk]
             growth = hessian.new_full(hessian.shape, 1.0 - alpha)
             for j in pending.kept:

@@ -11,10 +11,11 @@ from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.engine.direction import Coefficients, Noise
+from zoopt.zeroth_order.engine.direction import Coefficients, Noise, whole
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
+from zoopt.zeroth_order.engine.progress import Progress
 
 
 class LazyPair(LowRank):
@@ -116,8 +117,8 @@ class LOZO(LowRankZerothOrder):
             shape = (rows, min(group["rank"], rows, columns))
         return {"momentum_buffer": TensorSpec(shape, accumulator_dtype(param.dtype))}
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
         check_number("momentum", group["momentum"], low=0.0, high=1.0, open_high=True)
         if group["momentum"] and group["blocks"] is not None:
             raise ValueError(
@@ -128,20 +129,25 @@ class LOZO(LowRankZerothOrder):
     def _matrix_direction(self, param: Tensor, group: Group, key: NoiseKey) -> LazyPair:
         return LazyPair(key, param, group["rank"], group["basis_draw"])
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+    def _update(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
         group, direction = slot.group, slot.direction
         weights = self._weights(group, pending)
         if not group["momentum"] or not pending.kept:
             scale = 1.0 / direction.rank if isinstance(direction, LazyPair) else 1.0
-            self._descend(slot, pending, offset, {d: scale * w for d, w in weights.items()})
+            self._descend(
+                slot, pending, offset, {d: scale * w for d, w in weights.items()}, progress
+            )
             return
         beta, lr = float(group["momentum"]), float(group["lr"])
         decay = self._decay(group, pending)
         along = {draw: -decay * coefficient for draw, coefficient in offset.items()}
         buffer = self._state(slot.param, group)["momentum_buffer"]
         if isinstance(direction, LazyPair):
-            buffer.mul_(beta).add_(direction.left(weights) * (1.0 - beta))
-            left = direction.left(along) - buffer * (lr / direction.rank)
+            factor = (buffer * beta).add_(direction.left(weights) * (1.0 - beta))
+            progress.hold((buffer, factor))
+            left = direction.left(along) - factor * (lr / direction.rank)
             direction.add_product_(
                 slot.param,
                 left,
@@ -149,6 +155,7 @@ class LOZO(LowRankZerothOrder):
                 decay=decay,
                 rounding=slot.rounding,
                 rounding_draw=pending.draws[-1],
+                progress=progress,
             )
             return
         assert isinstance(direction, Noise)
@@ -161,11 +168,15 @@ class LOZO(LowRankZerothOrder):
             step_size=-lr,
             decay=decay,
             rounding=slot.rounding,
+            progress=progress,
         )
 
-    def _change_basis(self, param: Tensor, group: Group, number: int, new: int) -> None:
+    def _change_basis(
+        self, param: Tensor, group: Group, number: int, new: int, progress: Progress
+    ) -> None:
         if "momentum_buffer" not in self.state[param] or param.dim() == 1:
             return
         old = self._matrix_direction(param, group, NoiseKey(group["seed"], number))
         buffer = self.state[param]["momentum_buffer"]
-        buffer.copy_(buffer @ (old.right.T @ old.basis(new)) / old.columns)
+        for _ in whole(buffer, progress):
+            buffer.copy_(buffer @ (old.right.T @ old.basis(new)) / old.columns)

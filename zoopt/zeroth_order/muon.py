@@ -15,6 +15,7 @@ from zoopt.zeroth_order.engine.direction import Coefficients, Noise
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, haar, matrix_shape
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
+from zoopt.zeroth_order.engine.progress import Progress
 
 
 class LeftSubspace(LowRank):
@@ -137,14 +138,18 @@ class ZOMuon(LowRankZerothOrder):
             direction.draw_basis(group["basis_draw"])
         return direction
 
-    def _change_basis(self, param: Tensor, group: Group, number: int, new: int) -> None:
+    def _change_basis(
+        self, param: Tensor, group: Group, number: int, new: int, progress: Progress
+    ) -> None:
         self._matrix_direction(param, group, NoiseKey(group["seed"], number)).draw_basis(new)
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+    def _update(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
         group, direction = slot.group, slot.direction
         weights = self._weights(group, pending)
         if not weights:
-            self._descend(slot, pending, offset, {})
+            self._descend(slot, pending, offset, {}, progress)
         elif isinstance(direction, LeftSubspace):
             lr, decay = float(group["lr"]), self._decay(group, pending)
             inner = direction.inner({draw: -decay * c for draw, c in offset.items()})
@@ -156,10 +161,13 @@ class ZOMuon(LowRankZerothOrder):
                 decay=decay,
                 rounding=slot.rounding,
                 rounding_draw=pending.draws[-1],
+                progress=progress,
             )
         else:
             assert isinstance(direction, Noise)
             estimate = direction.combine(slot.param.detach().flatten(), weights, 0)
             norm = known(estimate.double().square().sum().sqrt(), 1.0)
             scale = 1.0 / norm if norm else 0.0
-            self._descend(slot, pending, offset, {d: scale * w for d, w in weights.items()})
+            self._descend(
+                slot, pending, offset, {d: scale * w for d, w in weights.items()}, progress
+            )

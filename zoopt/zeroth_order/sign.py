@@ -17,6 +17,7 @@ from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
+from zoopt.zeroth_order.engine.progress import Progress
 from zoopt.zeroth_order.engine.sgd import SparseZerothOrder
 
 SignForm = Literal["elementwise", "projected"]
@@ -72,21 +73,23 @@ class ZOSignSGD(SparseZerothOrder):
     ) -> None:
         super().__init__(params, hyperparameters(locals()), seed=seed)
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
         check_choice("form", group["form"], get_args(SignForm))
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+    def _update(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
         group = slot.group
         if group["form"] == "projected" or not pending.kept:
             weights = self._weights(group, pending)
             count = len(weights)
             signs = {d: (w > 0) / count - (w < 0) / count for d, w in weights.items()}
-            self._descend(slot, pending, offset, signs)
+            self._descend(slot, pending, offset, signs, progress)
             return
         lr = float(group["lr"])
 
         def rule(gradient: Tensor, chunk: slice) -> Tensor:
             return torch.sign(gradient).mul_(-lr)
 
-        self._update_elements(slot, pending, offset, rule)
+        self._update_elements(slot, pending, offset, progress, rule)

@@ -16,6 +16,7 @@ from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, haar, matrix_shape
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
+from zoopt.zeroth_order.engine.progress import Progress
 
 
 class Subspace(LowRank):
@@ -126,8 +127,12 @@ class SubZero(LowRankZerothOrder):
             direction.draw_bases(group["basis_draw"])
         return direction
 
-    def _change_basis(self, param: Tensor, group: Group, number: int, new: int) -> None:
+    def _change_basis(
+        self, param: Tensor, group: Group, number: int, new: int, progress: Progress
+    ) -> None:
         self._matrix_direction(param, group, NoiseKey(group["seed"], number)).draw_bases(new)
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
-        self._descend(slot, pending, offset, self._weights(slot.group, pending))
+    def _update(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
+        self._descend(slot, pending, offset, self._weights(slot.group, pending), progress)

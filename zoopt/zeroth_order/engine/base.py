@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic, opaque
@@ -34,6 +34,7 @@ from zoopt.zeroth_order.engine.probe import (
     one_sided,
     two_sided,
 )
+from zoopt.zeroth_order.engine.progress import Commit, Progress, count_write
 
 #: Group keys that describe the run, hence are the same in every group.
 _RUN_KEYS = (
@@ -59,6 +60,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     last_step: StepRecord | None = None
     skipped_probes: int = 0
     _pending: PendingProbe | None = None
+    _unfinished: Callable[[], None] | None = None
 
     #: Group keys: how far from theta the loss is evaluated, in how many directions, and what
     #: describes the run as a whole.
@@ -114,8 +116,17 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             RuntimeError: a virtual perturbation did not reach the closure, the closure writes to a
                 parameter, or no parameter requires a gradient.
         """
-        evaluation, loss = self._probe(closure, "probe")
-        evaluation.perturbation.restore()
+        self._settle()
+        check_closure(closure, "probe")
+        pending = self._pending_copy()
+        perturbation = Perturbation(pending.slots)
+        try:
+            loss = self._measure(self._evaluation(closure, perturbation), pending)
+            perturbation.restore()
+        except BaseException:
+            self._undo(perturbation)
+            raise
+        self._pending = pending
         return loss
 
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
@@ -129,19 +140,24 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             The mean of the closure's losses (without a closure: of all the pending ones), or None
             if there was nothing to do, in which case nothing at all has changed.
         """
-        evaluation: Evaluation | None = None
-        loss: float | None = None
-        if closure is not None:
-            evaluation, loss = self._probe(closure, "step")
-        pending = self._pending
-        if pending is None:
-            return None
-        if evaluation is not None:
+        self._settle()
+        if closure is None:
+            if self._pending is None:
+                return None
+            pending = self._pending
+            self._take(pending, None)
+            return mean_loss(pending.losses)
+        check_closure(closure, "step")
+        pending = self._pending_copy()
+        perturbation = Perturbation(pending.slots)
+        try:
+            evaluation = self._evaluation(closure, perturbation)
+            loss = self._measure(evaluation, pending)
             self._refine(evaluation, pending)
-        if loss is None:
-            loss = mean_loss(pending.losses)
-        self._pending = None
-        self._finish(pending, evaluation.perturbation if evaluation else None)
+            self._take(pending, perturbation)
+        except BaseException:
+            self._undo(perturbation)
+            raise
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -149,15 +165,33 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         super().zero_grad(set_to_none)
         self._pending = None
 
-    def _probe(self, closure: Closure, caller: str) -> tuple[Evaluation, float]:
-        """Evaluate and record; parameters perturbed in place are left at their last point."""
-        check_closure(closure, caller)
-        pending = self._pending or self._new_pending()
-        evaluation = Evaluation(closure, Perturbation(pending.slots), verify=self._verifies)
+    def _pending_copy(self) -> PendingProbe:
+        """The step's directions, and a copy of what has been measured along them."""
+        return self._new_pending() if self._pending is None else self._pending.copy()
+
+    def _evaluation(self, closure: Closure, perturbation: Perturbation) -> Evaluation:
+        return Evaluation(closure, perturbation, verify=self._verifies)
+
+    def _measure(self, evaluation: Evaluation, pending: PendingProbe) -> float:
+        """Add the losses along the directions; parameters perturbed in place are left where the
+        last one was evaluated."""
         measurements = self._evaluate(evaluation, pending)
         pending.add(measurements)
-        self._pending = pending
-        return evaluation, mean_loss([measurement.losses for measurement in measurements])
+        return mean_loss([measurement.losses for measurement in measurements])
+
+    def _undo(self, perturbation: Perturbation) -> None:
+        """Bring parameters that an error has left somewhere else back to theta."""
+        try:
+            perturbation.restore()
+        except BaseException:
+            # Memory, say. Whatever comes next begins with this.
+            self._unfinished = perturbation.restore
+
+    def _settle(self) -> None:
+        """Finish what an error has cut short."""
+        if self._unfinished is not None:
+            self._unfinished()
+            self._unfinished = None
 
     @property
     def _verifies(self) -> bool:
@@ -177,6 +211,8 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         draws = self._draws()
         if draws[-1] >= 1 << 32:
             raise RuntimeError("the run has used all of its 2^32 draws; begin one with a new seed")
+        for group in self.param_groups:
+            self._check_options(group)
         self._check_seed()
         self._check_state()
         block = self._block_due()
@@ -195,46 +231,100 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         return tuple(range(run["draw"], run["draw"] + run[self._count_key]))
 
     @OwnArithmetic()
-    def _finish(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
-        """Update every parameter, count the step and record it."""
-        if pending.skipped:
-            self._report_skipped(pending)
-        kept = pending.kept
-        with torch.no_grad():
-            for slot in pending.slots:
-                self._update(slot, pending, perturbation.offset(slot) if perturbation else {})
-        if perturbation:
-            perturbation.forget()
+    def _take(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
+        """Take the step: update every parameter, count the step and record it; all or nothing.
+
+        What can fail comes first. An error in the updates themselves is raised after they have been
+        finished; if they cannot be, by the next call, and the weights that are not updated wait at
+        theta.
+        """
         for group in self.param_groups:
-            group["step"] += 1
-            group["draw"] = pending.draws[-1] + 1
-            if kept:
-                self._close_group(group, pending)
+            self._check_options(group)
+        updates = [(slot, Progress()) for slot in pending.slots]
+        commit = Commit(self._tasks(pending, perturbation, updates))
+        try:
+            commit.run()
+        except BaseException:
+            if commit.begun and not commit.finished:
+                self._unfinished = OwnArithmetic()(commit.run)
+                if perturbation is not None:
+                    perturbation.restore([slot for slot, progress in updates if not progress.begun])
+                    perturbation.release()
+            raise
+        self._warn_of_skipped(pending)
+
+    def _tasks(
+        self,
+        pending: PendingProbe,
+        perturbation: Perturbation | None,
+        updates: Sequence[tuple[Slot, Progress]],
+    ) -> list[Callable[[], None]]:
+        """What the step changes, in order."""
+        run = {"step": self.param_groups[0]["step"] + 1, "draw": pending.draws[-1] + 1}
+        further = self._change_run(run)
+        groups = [
+            (group, {**run, **(self._closing(group, pending) if pending.kept else {})})
+            for group in self.param_groups
+        ]
+        record = self._record(pending, run["step"])
+        skipped_probes = self.skipped_probes + pending.skipped
+
+        def update(slot: Slot, progress: Progress) -> None:
+            offset = perturbation.offset(slot) if perturbation is not None else {}
+            self._update(slot, pending, offset, progress)
+            count_write(slot.param)
+            if perturbation is not None:
+                perturbation.forget(slot)
+
+        def close() -> None:
+            for group, values in groups:
+                group.update(values)
+            self.last_step, self.skipped_probes, self._pending = record, skipped_probes, None
+
+        return [*(functools.partial(update, *each) for each in updates), *further, close]
+
+    def _change_run(self, run: dict[str, int]) -> list[Callable[[], None]]:
+        """What the step changes besides the updates; what all groups are to hold goes into `run`,
+        which has the `step` and the `draw` that the next step begins with."""
+        return []
+
+    def _record(self, pending: PendingProbe, step: int) -> StepRecord:
+        """What the step has measured."""
         grads = self._projected_grads(pending, self.param_groups[0])
-        by_draw = dict(zip((pending.draws[j] for j in kept), grads, strict=True))
-        self.last_step = StepRecord(
-            step=self.param_groups[0]["step"],
+        by_draw = dict(zip((pending.draws[j] for j in pending.kept), grads, strict=True))
+        return StepRecord(
+            step=step,
             draws=pending.draws,
             projected_grads=tuple(by_draw.get(draw, float("nan")) for draw in pending.draws),
             losses=tuple(pending.losses),
             skipped=pending.skipped,
         )
 
-    def _report_skipped(self, pending: PendingProbe) -> None:
-        if not self.skipped_probes:
+    def _warn_of_skipped(self, pending: PendingProbe) -> None:
+        """Warn of the first losses that were not finite."""
+        if pending.skipped and pending.skipped == self.skipped_probes:
             warn(
                 f"skipped {pending.skipped} of {len(pending.losses)} probes because a loss was "
                 f"not finite; if this goes on, lower lr or zo_eps (later ones are only counted, "
                 f"in skipped_probes)"
             )
-        self.skipped_probes += pending.skipped
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
-        """Update one parameter from the probe, and take the displacement `offset` away from it."""
+    def _update(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
+        """Update one parameter from the probe, and take the displacement `offset` away from it.
+
+        Made again with the same `progress`, it goes on where it broke off.
+        """
         raise NotImplementedError
 
     def _descend(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, weights: Coefficients
+        self,
+        slot: Slot,
+        pending: PendingProbe,
+        offset: Coefficients,
+        weights: Coefficients,
+        progress: Progress,
     ) -> None:
         """theta <- decay (theta - offset) - lr sum_d weights[d] z(d), in one pass."""
         lr, decay = float(slot.group["lr"]), self._decay(slot.group, pending)
@@ -243,10 +333,13 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             along[draw] = along.get(draw, 0.0) - lr * weight
         along = {draw: along[draw] for draw in sorted(along) if along[draw]}
         if along or decay != 1.0:
-            slot.direction.add_(slot.param, along, decay=decay, rounding=slot.rounding)
+            slot.direction.add_(
+                slot.param, along, decay=decay, rounding=slot.rounding, progress=progress
+            )
 
-    def _close_group(self, group: Group, pending: PendingProbe) -> None:
-        """Update what a group keeps besides its parameters' state."""
+    def _closing(self, group: Group, pending: PendingProbe) -> dict[str, Any]:
+        """What the group is to hold after the step, besides its place in the run."""
+        return {}
 
     def _decay(self, group: Group, pending: PendingProbe) -> float:
         """What the update multiplies theta by: 1 if there is nothing to update from."""
@@ -279,6 +372,8 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             virtual = self._virtual(param, group)
             direction = self._direction(param, group, stream(name), virtual=virtual)
             if direction is not None:
+                if self.declared_state(param, group):
+                    self._state(param, group)  # where memory ends, it ends before the evaluations
                 scale = float(group[self._scale_key])
                 rounding = resolved_rounding(group["rounding"], param.dtype)
                 yield Slot(param, group, direction, virtual, rounding, scale)
@@ -311,6 +406,12 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
 
     def _check_group(self, group: Group) -> None:
         """Raise unless the group's hyperparameters and parameters can be worked with."""
+        self._check_options(group)
+        for param in group["params"]:
+            check_param(param)
+
+    def _check_options(self, group: Group) -> None:
+        """Raise unless the group's hyperparameters can be worked with."""
         check_number("lr", group["lr"], low=0.0)
         check_number(self._scale_key, group[self._scale_key], low=0.0, open_low=True)
         check_number("weight_decay", group["weight_decay"], low=0.0)
@@ -326,8 +427,6 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             check_choice("distribution", group["distribution"], get_args(Distribution))
         check_choice("perturbation", group["perturbation"], get_args(PerturbationMode))
         check_choice("rounding", group["rounding"], get_args(RoundingMode))
-        for param in group["params"]:
-            check_param(param)
 
     def _check_run(self, groups: list[Group]) -> None:
         for key in self._run_keys:
@@ -346,4 +445,9 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             ValueError: also if the run was recorded with another version of the noise.
         """
         super().load_state_dict(state_dict)
-        self._pending = None
+        self._pending = self._unfinished = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As for every zoopt optimizer."""
+        self._settle()
+        return super().state_dict()

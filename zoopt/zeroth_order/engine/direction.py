@@ -17,7 +17,7 @@ from zoopt.dtypes import Rounding, accumulator_dtype
 from zoopt.kernels import add_, apply_, momentum_, perturb, perturb_rows
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.operands import contiguous
+from zoopt.zeroth_order.engine.progress import Progress
 
 #: draw -> coefficient: the displacement sum_d coefficient_d z(d).
 Coefficients = Mapping[int, float]
@@ -37,8 +37,13 @@ class Direction:
         *,
         decay: float = 1.0,
         rounding: Rounding = "nearest",
+        progress: Progress | None = None,
     ) -> None:
-        """param <- round(decay param + sum_d coefficients[d] z(d)), in place."""
+        """param <- round(decay param + sum_d coefficients[d] z(d)), in place.
+
+        Args:
+            progress: that of a pass which broke off, to be finished.
+        """
         raise NotImplementedError
 
     def perturbed(self, param: Tensor, coefficients: Coefficients) -> Tensor:
@@ -75,9 +80,9 @@ class Elementwise(Direction):
         return tuple(param.shape)
 
     @contextlib.contextmanager
-    def elements(self, param: Tensor) -> Iterator[Tensor]:
+    def elements(self, param: Tensor, progress: Progress | None = None) -> Iterator[Tensor]:
         """What moves, flat; changes made to it are the parameter's on leaving."""
-        with contiguous(param) as dense:
+        with (progress or Progress()).dense(param) as dense:
             yield dense.view(-1)
 
     def combine(self, theta: Tensor, coefficients: Coefficients, start: int) -> Tensor:
@@ -136,11 +141,12 @@ class Elementwise(Direction):
         *,
         decay: float = 1.0,
         rounding: Rounding = "nearest",
+        progress: Progress | None = None,
     ) -> None:
         """As in `Direction`, chunk by chunk."""
         last = max(coefficients, default=None)
-        with self.elements(param) as elements:
-            for chunk in chunks(elements):
+        with self.elements(param, progress) as elements:
+            for chunk in chunks(elements, progress):
                 theta = elements[chunk]
                 self.write_(
                     theta,
@@ -163,6 +169,7 @@ class Elementwise(Direction):
         step_size: float,
         decay: float,
         rounding: Rounding,
+        progress: Progress,
     ) -> None:
         """One pass over the parameter and a buffer of the shape of what moves:
 
@@ -170,14 +177,16 @@ class Elementwise(Direction):
         param  <- round(decay param + sum_d coefficients[d] z(d) + step_size buffer)
         """
         flat = buffer.view(-1)
-        with self.elements(param) as elements:
-            for chunk in chunks(elements):
+        with self.elements(param, progress) as elements:
+            for chunk in chunks(elements, progress):
                 theta = elements[chunk]
-                flat[chunk].mul_(momentum).add_(self.combine(theta, gradient, chunk.start))
+                grown = flat[chunk] * momentum
+                grown.add_(self.combine(theta, gradient, chunk.start))
+                progress.hold((flat[chunk], grown))
                 self.write_(
                     theta,
                     coefficients,
-                    flat[chunk] * step_size,
+                    grown * step_size,
                     chunk.start,
                     decay=decay,
                     rounding=rounding,
@@ -203,18 +212,20 @@ class Noise(Elementwise):
         *,
         decay: float = 1.0,
         rounding: Rounding = "nearest",
+        progress: Progress | None = None,
     ) -> None:
         """As in `Direction`."""
         draws = sorted(coefficients)
-        with self.elements(param) as elements:
-            apply_(
-                elements,
-                [coefficients[draw] for draw in draws],
-                draws=draws,
-                decay=decay,
-                rounding=rounding if draws else "nearest",
-                key=self.key,
-            )
+        with self.elements(param, progress) as elements:
+            for _ in whole(elements, progress):
+                apply_(
+                    elements,
+                    [coefficients[draw] for draw in draws],
+                    draws=draws,
+                    decay=decay,
+                    rounding=rounding if draws else "nearest",
+                    key=self.key,
+                )
 
     def momentum_(
         self,
@@ -227,22 +238,24 @@ class Noise(Elementwise):
         step_size: float,
         decay: float,
         rounding: Rounding,
+        progress: Progress,
     ) -> None:
         """As in `Elementwise`."""
         draws = sorted(coefficients.keys() | gradient.keys())
-        with self.elements(param) as elements:
-            momentum_(
-                elements,
-                buffer.view(-1),
-                [coefficients.get(draw, 0.0) for draw in draws],
-                [gradient.get(draw, 0.0) for draw in draws],
-                momentum=momentum,
-                step_size=step_size,
-                draws=draws,
-                decay=decay,
-                rounding=rounding,
-                key=self.key,
-            )
+        with self.elements(param, progress) as elements:
+            for _ in whole(elements, progress):
+                momentum_(
+                    elements,
+                    buffer.view(-1),
+                    [coefficients.get(draw, 0.0) for draw in draws],
+                    [gradient.get(draw, 0.0) for draw in draws],
+                    momentum=momentum,
+                    step_size=step_size,
+                    draws=draws,
+                    decay=decay,
+                    rounding=rounding,
+                    key=self.key,
+                )
 
     def perturbed(self, param: Tensor, coefficients: Coefficients) -> Tensor:
         """As in `Direction`, in one pass if there is one draw."""
@@ -282,10 +295,29 @@ class Noise(Elementwise):
         )
 
 
-def chunks(elements: Tensor) -> Iterator[slice]:
+def chunks(elements: Tensor, progress: Progress | None = None) -> Iterator[slice]:
     """Slices that cover a flat tensor, in order; of a fake one the first: memory is counted there,
-    and each takes the same."""
+    and each takes the same.
+
+    Args:
+        progress: that of the pass, whose pieces the slices are: those that are written are left
+            out.
+    """
     size = _CHUNK.get(elements.device.type, _CHUNK["cuda"])
     end = min(size, elements.numel()) if is_fake(elements) else elements.numel()
-    for start in range(0, end, size):
-        yield slice(start, min(start + size, elements.numel()))
+    for number, start in enumerate(range(0, end, size)):
+        chunk = slice(start, min(start + size, elements.numel()))
+        if progress is None:
+            yield chunk
+            continue
+        if progress.begin(number, elements[chunk]):
+            yield chunk
+        progress.end(number)
+
+
+def whole(elements: Tensor, progress: Progress | None) -> Iterator[None]:
+    """Once, for all elements as one piece, unless they are written."""
+    if progress is None or progress.begin(0, elements):
+        yield
+    if progress is not None:
+        progress.end(0)

@@ -7,7 +7,9 @@ x W^T + (x R) L^T, so a perturbed forward pass costs no pass over the weights.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +24,8 @@ from zoopt.noise import normal, stream
 from zoopt.optimizer import Group, Params
 from zoopt.parameters import named_params
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
-from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise
-from zoopt.zeroth_order.engine.perturbation import Perturbation
-from zoopt.zeroth_order.engine.probe import PendingProbe
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise, whole
+from zoopt.zeroth_order.engine.progress import Progress
 
 #: Rows of a narrow matrix are updated some at a time, so that their float32 sum stays small.
 _ROW_CHUNK_ELEMENTS = 1 << 20
@@ -76,6 +77,7 @@ class LowRank(Direction):
         *,
         decay: float = 1.0,
         rounding: Rounding = "nearest",
+        progress: Progress | None = None,
     ) -> None:
         """As in `Direction`, by one matrix product that accumulates into the parameter."""
         last = max(coefficients, default=None)
@@ -86,7 +88,13 @@ class LowRank(Direction):
                 torch.zeros(size, 1, dtype=self.dtype, device=self.device)
                 for size in (self.rows, self.columns)
             )
-        self.add_product_(param, left, right, decay=decay, rounding=rounding, rounding_draw=last)
+        self.add_product_(
+            *(param, left, right),
+            decay=decay,
+            rounding=rounding,
+            rounding_draw=last,
+            progress=progress,
+        )
 
     def add_product_(
         self,
@@ -97,17 +105,24 @@ class LowRank(Direction):
         decay: float,
         rounding: Rounding,
         rounding_draw: int | None,
+        progress: Progress | None = None,
     ) -> None:
         """param <- round(decay param + left right^T): left (m, k), right (n, k)."""
-        with contiguous(param) as dense:
+        progress = progress or Progress()
+        with progress.dense(param) as dense:
             matrix = dense.view(self.rows, self.columns)
             if param.dtype == self.dtype:
-                matrix.addmm_(left, right.T, beta=decay)
+                for _ in whole(matrix, progress):
+                    matrix.addmm_(left, right.T, beta=decay)
                 return
             size = max(1, _ROW_CHUNK_ELEMENTS // max(1, self.columns))
-            for start in range(0, self.rows, size):
+            for number, start in enumerate(range(0, self.rows, size)):
+                rows = matrix[start : start + size]
+                if not progress.begin(number, rows):
+                    progress.end(number)
+                    continue
                 add_(
-                    matrix[start : start + size],
+                    rows,
                     left[start : start + size] @ right.T,
                     [],
                     draws=[],
@@ -116,6 +131,7 @@ class LowRank(Direction):
                     rounding_draw=rounding_draw,
                     key=self.key.shifted(start * self.columns),
                 )
+                progress.end(number)
 
     def perturbed_rows(self, weight: Tensor, rows: Tensor, coefficients: Coefficients) -> Tensor:
         """As in `Direction`, without the other rows."""
@@ -152,8 +168,8 @@ class LowRankZerothOrder(ZerothOrderOptimizer):
             param_group = {"basis_draw": self.param_groups[0]["basis_draw"], **param_group}
         super().add_param_group(param_group)
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
         check_positive_int("rank", group["rank"])
         check_positive_int("basis_update_gap", group["basis_update_gap"])
 
@@ -177,25 +193,27 @@ class LowRankZerothOrder(ZerothOrderOptimizer):
         """The directions of a parameter of two or more dimensions."""
         raise NotImplementedError
 
-    def _finish(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
-        super()._finish(pending, perturbation)
-        run = self.param_groups[0]
-        if run["step"] % run["basis_update_gap"]:
-            return
-        with torch.no_grad():
-            for _, group, param, name in named_params(self.param_groups):
-                if param in self.state and param.dim() > 1:
-                    self._change_basis(param, group, stream(name), run["draw"])
-        for group in self.param_groups:
-            group["basis_draw"] = group["draw"]
+    def _change_run(self, run: dict[str, int]) -> list[Callable[[], None]]:
+        tasks = super()._change_run(run)
+        if run["step"] % self.param_groups[0]["basis_update_gap"]:
+            return tasks
+        run["basis_draw"] = run["draw"]
+        for _, group, param, name in named_params(self.param_groups):
+            if param in self.state and param.dim() > 1:
+                change = (param, group, stream(name), run["draw"], Progress())
+                tasks.append(functools.partial(self._change_basis, *change))
+        return tasks
 
-    def _change_basis(self, param: Tensor, group: Group, number: int, new: int) -> None:
+    def _change_basis(
+        self, param: Tensor, group: Group, number: int, new: int, progress: Progress
+    ) -> None:
         """Take a matrix's state from the present basis to that of the draw `new`.
 
         Args:
             param, group: the matrix, which has state, and its group.
             number: its stream.
             new: the draw that the next step begins with.
+            progress: of the change, should it break off.
         """
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.operands import contiguous
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise
+from zoopt.zeroth_order.engine.progress import Progress
 
 #: "random", "magnitude", or name (without names: position in the group) -> flat indices.
 Mask = Literal["random", "magnitude"] | Mapping[str, Tensor] | Mapping[int, Tensor]
@@ -62,13 +63,10 @@ class Indexed(Noise):
         return tuple(self.indices.shape)
 
     @contextlib.contextmanager
-    def elements(self, param: Tensor) -> Iterator[Tensor]:
+    def elements(self, param: Tensor, progress: Progress | None = None) -> Iterator[Tensor]:
         """The indexed elements."""
-        with contiguous(param) as dense:
-            flat = dense.view(-1)
-            values = flat[self.indices]
+        with (progress or Progress()).indexed(param, self.indices) as values:
             yield values
-            flat[self.indices] = values
 
     def perturbed(self, param: Tensor, coefficients: Coefficients) -> Tensor:
         """As in `Direction`."""

@@ -10,13 +10,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic
 from zoopt.dtypes import Rounding
 from zoopt.optimizer import Group
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction
+from zoopt.zeroth_order.engine.progress import Progress, count_write, uninterrupted
 from zoopt.zeroth_order.engine.uncompiled import uncompiled
 from zoopt.zeroth_order.engine.virtual import Interception, Substitution
 
@@ -57,6 +57,7 @@ class Perturbation:
         self._virtual = {slot.param: slot for slot in slots if slot.virtual}
         self._in_place = [slot for slot in slots if not slot.virtual]
         self._offset: dict[Tensor, Coefficients] = {}
+        self._flights: dict[Tensor, _Flight] = {}
 
     def offset(self, slot: Slot) -> Coefficients:
         """By how much the parameter stands off theta."""
@@ -69,7 +70,7 @@ class Perturbation:
         Raises:
             RuntimeError: there are virtual parameters, and the closure read none of them.
         """
-        self._move(displacement)
+        self._move(displacement, self._in_place)
         if not self._virtual:
             yield
             return
@@ -129,24 +130,53 @@ class Perturbation:
                 "the model); use perturbation='inplace', or call the model itself"
             )
 
-    def restore(self) -> None:
-        """Bring parameters perturbed in place back to theta."""
-        self._move(lambda slot: {})
+    def restore(self, slots: Sequence[Slot] | None = None) -> None:
+        """Bring parameters perturbed in place back to theta, these or all."""
+        self._move(lambda slot: {}, self._in_place if slots is None else slots)
 
-    def forget(self) -> None:
-        """The caller has taken the offset away itself."""
-        self._offset = {}
+    def forget(self, slot: Slot) -> None:
+        """The caller has taken the parameter's offset away itself."""
+        self._offset.pop(slot.param, None)
+
+    def release(self) -> None:
+        """Let the parameters stand where they are; the caller knows of them."""
+        self._in_place = []
 
     @OwnArithmetic()
-    def _move(self, displacement: Displacement) -> None:
-        """Add the difference of two displacements to the parameters perturbed in place."""
-        with torch.no_grad():
-            for slot in self._in_place:
+    def _move(self, displacement: Displacement, slots: Sequence[Slot]) -> None:
+        """Bring parameters perturbed in place to a displacement.
+
+        If that breaks off, the next move goes on where this one was.
+        """
+        with uninterrupted():
+            for slot in slots:
+                self._land(slot)
                 target = displacement(slot)
                 change = {draw: -c for draw, c in self.offset(slot).items()}
                 for draw, c in target.items():
                     change[draw] = change.get(draw, 0.0) + c
                 change = {draw: c for draw, c in change.items() if c}
                 if change:
-                    slot.direction.add_(slot.param, change)
-                self._offset[slot.param] = target
+                    self._flights[slot.param] = _Flight(change, target)
+                    self._land(slot)
+                else:
+                    self._offset[slot.param] = target
+
+    def _land(self, slot: Slot) -> None:
+        """Finish the move that the parameter is in."""
+        flight = self._flights.get(slot.param)
+        if flight is None:
+            return
+        slot.direction.add_(slot.param, flight.change, progress=flight.progress)
+        count_write(slot.param)
+        self._offset[slot.param] = flight.target
+        del self._flights[slot.param]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flight:
+    """A move of one parameter: noted before it begins, so that it can be finished."""
+
+    change: Coefficients
+    target: Coefficients
+    progress: Progress = dataclasses.field(default_factory=Progress)

@@ -11,16 +11,19 @@ and delta / zo_eps is its projected gradient, an estimate of <grad L, z>.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure, PinnedRNG
 from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation, Slot, along
 
 Estimator = Literal["two-sided", "one-sided"]
+
+_Pending = TypeVar("_Pending", bound="PendingProbe")
 
 #: Losses that differ by less, relative to their size, differ by rounding.
 _SAME = 1e-4
@@ -77,6 +80,13 @@ class PendingProbe:
         self.deltas = [0.0] * len(self.draws)
         self.curvatures = [0.0] * len(self.draws)
         self.finite = [False] * len(self.draws)
+
+    def copy(self: _Pending) -> _Pending:
+        """A copy to which losses can be added."""
+        copied = copy.copy(self)
+        for name in ("deltas", "curvatures", "finite", "losses"):
+            setattr(copied, name, list(getattr(self, name)))
+        return copied
 
     @property
     def kept(self) -> list[int]:

@@ -22,6 +22,7 @@ from zoopt.zeroth_order.engine.mask import (
 )
 from zoopt.zeroth_order.engine.perturbation import Slot
 from zoopt.zeroth_order.engine.probe import PendingProbe
+from zoopt.zeroth_order.engine.progress import Progress
 
 #: Past steps of a group, oldest first: the block that was due, and the (draw, weight) pairs.
 Window = tuple[tuple[int | None, tuple[tuple[int, float], ...]], ...]
@@ -72,20 +73,22 @@ class SparseZerothOrder(ZerothOrderOptimizer):
         slot: Slot,
         pending: PendingProbe,
         offset: Coefficients,
+        progress: Progress,
         rule: Callable[[Tensor, slice], Tensor],
     ) -> None:
         """theta <- decay (theta - offset) + rule(estimate), chunk by chunk, rounded once.
 
         Args:
             rule: the gradient estimate of a chunk (flat, in the accumulator's dtype) and the
-                chunk's place among what moves -> what theta receives.
+                chunk's place among what moves -> what theta receives. State that it changes goes
+                to `progress.hold`.
         """
         group, direction = slot.group, slot.direction
         assert isinstance(direction, Elementwise)
         decay, weights = self._decay(group, pending), self._weights(group, pending)
         along = {draw: -decay * coefficient for draw, coefficient in offset.items()}
-        with direction.elements(slot.param) as elements:
-            for chunk in chunks(elements):
+        with direction.elements(slot.param, progress) as elements:
+            for chunk in chunks(elements, progress):
                 theta = elements[chunk]
                 direction.write_(
                     theta,
@@ -120,8 +123,8 @@ class SparseZerothOrder(ZerothOrderOptimizer):
                     return found
         return None
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
         mask = group["mask"]
         if not (mask is None or isinstance(mask, Mapping | list)):
             if not isinstance(mask, str):
@@ -155,8 +158,8 @@ class MomentumSGD(SparseZerothOrder):
             declared["momentum_buffer"] = moving
         return declared
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
         check_number("momentum", group["momentum"], low=0.0, high=1.0, open_high=True)
         check_window("momentum_window", group)
         if group["momentum_window"] is not None and not group["momentum"]:
@@ -165,10 +168,12 @@ class MomentumSGD(SparseZerothOrder):
                 f"{group['momentum_window']!r}; set momentum, 0.9 say"
             )
 
-    def _update(self, slot: Slot, pending: PendingProbe, offset: Coefficients) -> None:
+    def _update(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
         group, direction = slot.group, slot.direction
         if not pending.kept:
-            self._descend(slot, pending, offset, {})
+            self._descend(slot, pending, offset, {}, progress)
         elif _stores_buffer(group):
             assert isinstance(direction, Elementwise)
             decay = self._decay(group, pending)
@@ -181,6 +186,7 @@ class MomentumSGD(SparseZerothOrder):
                 step_size=-float(group["lr"]),
                 decay=decay,
                 rounding=slot.rounding,
+                progress=progress,
             )
         else:
             present = self._weights(group, pending)
@@ -189,13 +195,13 @@ class MomentumSGD(SparseZerothOrder):
             weights: dict[int, float] = {}
             for age, step in enumerate(reversed(steps)):
                 weights |= {draw: momentum**age * weight for draw, weight in step}
-            self._descend(slot, pending, offset, weights)
+            self._descend(slot, pending, offset, weights, progress)
 
-    def _close_group(self, group: Group, pending: PendingProbe) -> None:
-        if group["momentum_window"] is not None:
-            group["window"] = extended(
-                group["window"], pending.block, self._weights(group, pending), _length(group)
-            )
+    def _closing(self, group: Group, pending: PendingProbe) -> dict[str, Any]:
+        if group["momentum_window"] is None:
+            return {}
+        weights = self._weights(group, pending)
+        return {"window": extended(group["window"], pending.block, weights, _length(group))}
 
 
 def check_window(name: str, group: Group) -> None:

@@ -1,0 +1,183 @@
+"""Passes over the weights that break off, and how they are finished.
+
+An exception may come before a kernel has written, or after it has, when nobody has noted it yet. To
+take a displacement away twice, or never, would leave the weights off by a whole zo_eps z. So a pass
+is noted before it begins, and where one has broken off, the values themselves tell how far it came.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoopt.kernels.dispatch import is_fake
+from zoopt.kernels.operands import contiguous
+
+#: Those that programs have handlers for. (Not every system has each.)
+_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+]
+#: Bytes at the beginning of a piece by which it is known whether the piece has been written.
+_SAMPLE_BYTES = 1 << 14
+
+
+class Progress:
+    """How far a pass over one parameter has come. The same pass, made again, goes on from there.
+
+    A pass consists of pieces, and one kernel writes a piece; changes of state that belong to it are
+    held back until it has written.
+    """
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._mark: tuple[int, bytes] | None = None
+        self._state: list[tuple[Tensor, Tensor]] = []
+        self._dense: Tensor | None = None
+        self._next: Progress | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything may have been written."""
+        return self._done > 0 or self._mark is not None
+
+    @property
+    def next(self) -> Progress:
+        """The progress of a second pass, which follows this one."""
+        if self._next is None:
+            self._next = Progress()
+        return self._next
+
+    def begin(self, number: int, piece: Tensor) -> bool:
+        """Whether the piece is to be written; pieces are numbered from 0, in order."""
+        if number < self._done:
+            return False
+        if self._mark is not None:  # the pass broke off here
+            return self._mark == _sample(piece)
+        self._mark = _sample(piece)
+        return True
+
+    def hold(self, *state: tuple[Tensor, Tensor]) -> None:
+        """Give state (first of a pair) its new values (second) once the piece is written.
+
+        Values that are held already stay: the state that they were made of may have changed since.
+        """
+        self._state = self._state or list(state)
+
+    def end(self, number: int) -> None:
+        """The piece has been written."""
+        if number < self._done:
+            return
+        for target, values in self._state:
+            target.copy_(values)
+        self._state = []
+        self._done, self._mark = number + 1, None
+
+    @contextlib.contextmanager
+    def dense(self, param: Tensor) -> Iterator[Tensor]:
+        """The parameter in row-major memory; what is written there is the parameter's on leaving.
+
+        A copy, where it is not itself, outlives a pass that breaks off.
+        """
+        if self._dense is None:
+            if param.is_contiguous():
+                yield param.detach()
+                return
+            self._dense = param.detach().contiguous()
+        yield self._dense
+        param.detach().copy_(self._dense)
+
+    @contextlib.contextmanager
+    def indexed(self, param: Tensor, indices: Tensor) -> Iterator[Tensor]:
+        """The elements at flat indices, in a copy; what is written there is the parameter's."""
+        if self._dense is None:
+            self._dense = param.detach().reshape(-1)[indices]
+        yield self._dense
+        with contiguous(param) as dense:
+            dense.view(-1)[indices] = self._dense
+
+
+def _sample(piece: Tensor) -> tuple[int, bytes]:
+    """What a write changes: autograd's count of writes, and, on the CPU, the first values."""
+    values = b""
+    if piece.device.type == "cpu" and not is_fake(piece) and piece.numel():
+        size = min(piece.numel() * piece.element_size(), _SAMPLE_BYTES)
+        values = ctypes.string_at(piece.data_ptr(), size)
+    return 0 if piece.is_inference() else piece._version, values
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals, Ctrl-C's among them, are handled when the block is over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where Python handles no signals
+        return
+    caught: list[tuple[int, Any]] = []
+    handlers: dict[int, Any] = {}
+    try:
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, lambda number, frame: caught.append((number, frame)))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in caught:
+            handlers[number](number, frame)
+
+
+def count_write(param: Tensor) -> None:
+    """Let autograd see that the parameter has been written: a graph that needs it as it was is
+    refused a backward pass."""
+    if not param.is_inference():
+        torch.autograd.graph.increment_version(param)
+
+
+class Commit:
+    """What a step changes, as tasks in order. Once begun, it is finished.
+
+    Args:
+        tasks: each, made again after it broke off or was done, goes on from where it was.
+
+    Attributes:
+        begun: whether a task has begun.
+    """
+
+    def __init__(self, tasks: Iterable[Callable[[], None]]) -> None:
+        self._tasks = collections.deque(tasks)
+        self.begun = False
+
+    def run(self) -> None:
+        """Make what is left. If it breaks off, it is tried once more; then the error goes on.
+
+        Signals wait. So what breaks it off is a task's own error, from lack of memory say.
+        """
+        with uninterrupted():
+            self.begun = True
+            try:
+                self._make()
+            except BaseException:
+                with contextlib.suppress(BaseException):
+                    self._make()
+                raise
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of it has been made."""
+        return not self._tasks
+
+    def _make(self) -> None:
+        while self._tasks:
+            self._tasks[0]()
+            self._tasks.popleft()
