@@ -41,7 +41,7 @@ class Apollo(GradientScaling):
 
     State, in bytes of a matrix with m >= n: 8 m r for float32 moments (float64: 16; by
     `state_dtype`: bfloat16 4, int8 2.03, int4 1.06), 8 for `step` and 4 for ||U||. The random
-    basis is not stored: the seed remakes it. Of the others, 4 n r more for the basis
+    basis is not stored: the seed remakes it. Other projectors keep a basis, 4 n r more
     (2 n r where weights are bfloat16).
 
     Args:

@@ -68,7 +68,7 @@ def fuse_backward(
         A handle: `remove()` undoes it, and so does leaving its `with` block.
 
     Raises:
-        TypeError: the optimizer is none of zoopt's first-order ones.
+        TypeError: the optimizer is not one of zoopt's first-order optimizers.
         ValueError: it is fused already, holds parameters that are not the model's, or needs whole
             gradients (APOLLO, Fira) where only R is kept; the model is wrapped in DDP or FSDP,
             whose gradients are not complete when a parameter's backward is.
@@ -83,10 +83,10 @@ def fuse_backward(
     backward pass must not train (a discriminator in its generator's step) by
     `requires_grad_(False)`, and decide about a batch by its loss, before `backward`. A closure that
     is given to `step` is run as ever. The parameters hold the handle weakly: it lives as long as
-    the optimizer, and where that has gone gradients stay in `.grad` again.
+    the optimizer, and once that is gone, gradients stay in `.grad` again.
 
-    A parameter that reentrant activation checkpointing
-    reaches several times in a pass (tied weights) counts as often: use `use_reentrant=False`.
+    Under reentrant activation checkpointing, a tied weight is reached several times in a pass, and
+    each counts as a backward pass: pass `use_reentrant=False`.
 
     Example:
         >>> opt = zoopt.GaLoreAdamW(model.named_parameters(), lr=1e-2, rank=128)

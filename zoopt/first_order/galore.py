@@ -26,7 +26,7 @@ class GaLoreAdamW(AdamFamily):
     r"""GaLore (Zhao et al., 2024): Adam inside the leading singular directions of the gradient.
 
     For a matrix of m >= n, with P (n, r) a basis of leading right singular vectors of a past G,
-    made anew every `update_proj_gap` steps (m < n: of left ones, R = P^T G):
+    made anew every `update_proj_gap` steps (m < n: P (m, r) of left ones, R = G^T P):
 
         R = G P
         M <- b1 M + (1 - b1) R,    V <- b2 V + (1 - b2) R^2,    N = Mhat / (sqrt(Vhat) + eps)
@@ -51,7 +51,7 @@ class GaLoreAdamW(AdamFamily):
         update_proj_gap: steps from one basis to the next; default 200 (paper).
         scale: alpha; default 0.25 (the authors' code).
         proj_type: `"std"` projects the shorter side (m >= n the right one), `"reverse_std"` the
-            longer, `"right"` and `"left"` that one, `"full"` both: R = P^T G Q is (r, r).
+            longer, `"right"` and `"left"` the one they name, `"full"` both: R = P^T G Q is (r, r).
         projector: how a basis is made. `"svd"` (paper) and `"gram"` (eigenvectors of the smaller
             Gram matrix) are exact, `"randomized"` is Halko et al.'s (2011); `"warm"` (default) is
             randomized at first and then one step of orthogonal iteration, orth(G^T (G P));
@@ -71,8 +71,8 @@ class GaLoreAdamW(AdamFamily):
     Differs from the paper: warm bases, at different steps, as above. A gradient that is not finite
     makes no basis: the old one stays, or without one the parameter waits. Directions in which a
     gradient is nothing but rounding, of a rank above its own, are not stepped in: columns of R
-    below 2 eps sqrt(max(m, n)) max |R| count as 0 (for `"full"` single entries). The paper leaves
-    them open, and Adam's division would make steps of their rounding. Differs from the
+    below 2 eps sqrt(max(m, n)) max |R| count as 0 (for `"full"` single entries). The paper does
+    not mention them; Adam's division would make steps of their rounding. Differs from the
     authors' code: `decay`, `eps_correction`; with `projector="svd", stagger=False, decay="after",
     eps_correction=False` it is that code's algorithm, step by step. `p.grad` keeps its shape;
     `"reverse_std"` works at every rank.

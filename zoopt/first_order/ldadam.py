@@ -69,7 +69,7 @@ def rotated(
 
         m <- m C,    vhat <- |(vhat - mhat^2) C^2 + (mhat C)^2|,    squares of elements
 
-    for a mean moves by C, and variances of uncorrelated coordinates move by its squares.
+    because a mean transforms by C, and variances of uncorrelated coordinates by its squares.
 
     Args:
         corrections: 1 - b1^t and 1 - b2^t, that make mhat and vhat of m and v.

@@ -46,8 +46,7 @@ class SM3(FirstOrderOptimizer):
         lr: learning rate; default 0.1, that of common ports. As Adagrad's, steps shrink by
             themselves; the authors' only schedule is a warm-up.
         momentum: in [0, 1); default 0, hence no buffer.
-        beta: in [0, 1); default 0, the paper's sums. Unlike in the limit beta -> 0, there is then
-            no forgetting at all.
+        beta: in [0, 1); default 0, the paper's sums, which forget nothing.
         eps: added to sqrt(nu); default 0, as in the paper. torch.optim.Adagrad's is 1e-10.
         weight_decay: decoupled, of the rows that have a gradient; default 0.
         rounding: how bfloat16 and float16 weights are written: `"nearest"`, `"stochastic"`, or
@@ -60,13 +59,13 @@ class SM3(FirstOrderOptimizer):
         RuntimeError: in `step`, a gradient that is sparse otherwise than in whole rows. Nothing has
             changed then.
 
-    A gradient that is not finite makes its weight NaN, as with torch's optimizers. Among the
-    accumulators a NaN counts as more than infinite: where another axis's is finite, that one holds.
+    A gradient that is not finite makes its weight NaN, as with torch's optimizers. In the minimum
+    over axes a NaN counts as larger than infinity, so a finite accumulator of another axis wins.
 
     Differs from the paper: has `eps`, `weight_decay` and rounding. Differs from common ports:
     accumulators are float32 whatever the weights (in bfloat16 they stop growing at 256 squares of
-    one size); nothing is divided where nu is 0; averages fall, since nu is assigned, not maximised
-    with what was; absent rows of a sparse gradient keep their accumulators, and count in the
+    one size); nothing is divided where nu is 0; averages can fall, since nu is assigned, not
+    the larger of old and new; absent rows of a sparse gradient keep their accumulators, and count in the
     columns'; momentum holds for sparse gradients too, and has no buffer where it is 0.
 
     Example:
