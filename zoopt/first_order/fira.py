@@ -63,10 +63,10 @@ class Fira(AdamFamily):
     last one that was not 0 does. Directions of R that are nothing but rounding count as 0, as for
     `GaLoreAdamW`. So does the part of a channel outside the subspace where its squared norm is
     within the rounding of ||G_j||^2 - ||R_j||^2, 32 eps ||G_j||^2; the limiter would not let the
-    next norms grow from it. Differs from the authors' code: S there is of G - scale P P^T G, which has some of the
-    projected part in it again unless scale is 1; the limiter sees S before the biases of N's
-    moments are corrected; channels run along the longer side of R, not along the side that is
-    kept, which is the same for `"std"`; decay comes last.
+    next norms grow from it. Differs from the authors' code: S there is of G - scale P P^T G, which
+    has some of the projected part in it again unless scale is 1; the limiter sees S before the
+    biases of N's moments are corrected; channels run along the longer side of R, not along the side
+    that is kept, which is the same for `"std"`; decay comes last.
 
     Example:
         >>> opt = zoopt.Fira(model.named_parameters(), lr=1e-2, rank=128)

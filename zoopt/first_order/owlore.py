@@ -99,8 +99,8 @@ def outlier_scores(
 def sample_layers(scores: Sequence[float], count: int, *, seed: int, draw: int) -> list[int]:
     """`count` of the layers, drawn without replacement with p_l = D_l / sum D, in ascending order.
 
-    The `count` smallest E_l / D_l, with E_l = -log u_l exponential, which is the same as drawing one
-    after the other in proportion to D. Layers with D = 0 come last, each as likely as another.
+    The `count` smallest E_l / D_l, with E_l = -log u_l exponential, which is the same as drawing
+    one after the other in proportion to D. Layers with D = 0 come last, all equally likely.
     """
     number = torch.arange(len(scores))
     word = words(number, seed=seed, stream=_SAMPLING_STREAM, draw=draw)[:, 0].tolist()
@@ -256,7 +256,7 @@ class OwLore(AdamFamily):
 
 
 def _layer_numbers(model: nn.Module) -> dict[Tensor, int]:
-    """The number of each parameter's repeated layer. Shared parameters and those outside have none."""
+    """The number of each parameter's repeated layer; shared parameters and ones outside have none."""
     numbers: dict[Tensor, int] = {}
     outside = _outside(model)
     for number, layer in enumerate(repeated_layers(model).values()):

@@ -64,9 +64,9 @@ class SM3(FirstOrderOptimizer):
 
     Differs from the paper: has `eps`, `weight_decay` and rounding. Differs from common ports:
     accumulators are float32 whatever the weights (in bfloat16 they stop growing at 256 squares of
-    one size); nothing is divided where nu is 0; averages can fall, since nu is assigned, not
-    the larger of old and new; absent rows of a sparse gradient keep their accumulators, and count in the
-    columns'; momentum holds for sparse gradients too, and has no buffer where it is 0.
+    one size); nothing is divided where nu is 0; averages can fall, since nu is assigned, not the
+    larger of old and new; absent rows of a sparse gradient keep their accumulators, and count in
+    the columns'; momentum holds for sparse gradients too, and has no buffer where it is 0.
 
     Example:
         >>> opt = zoopt.SM3(model.parameters(), lr=0.1, momentum=0.9)
