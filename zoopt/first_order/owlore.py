@@ -256,7 +256,7 @@ class OwLore(AdamFamily):
 
 
 def _layer_numbers(model: nn.Module) -> dict[Tensor, int]:
-    """The number of each parameter's repeated layer; shared parameters and ones outside have none."""
+    """The number of each parameter's repeated layer. Shared and outside ones have none."""
     numbers: dict[Tensor, int] = {}
     outside = _outside(model)
     for number, layer in enumerate(repeated_layers(model).values()):
