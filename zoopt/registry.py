@@ -48,12 +48,14 @@ class Recipe(NamedTuple):
         adapt: prepares the model first, and returns what is trained.
         label: what tables add to the method's name.
         graph: whether the closure of a zeroth-order step returns the loss with its graph.
+        layers: how many of a model's repeated layers it treats unlike the others.
     """
 
     build: Callable[[nn.Module, int], Optimizer]
     adapt: Callable[[nn.Module, int], nn.Module] | None = None
     label: str = ""
     graph: bool = False
+    layers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,7 +123,9 @@ def _between_draws(model: nn.Module, rank: int) -> GaLoreAdamW:
     return GaLoreAdamW(param_groups(model, rank=rank))
 
 
-@register("owlore", "low-rank", recipe=Recipe(_between_draws, _five_layers, "five layers"))
+@register(
+    "owlore", "low-rank", recipe=Recipe(_between_draws, _five_layers, "five layers", layers=5)
+)
 class OwLore(AdamFamily):
     r"""OwLore (Li et al., 2024, arXiv:2405.18380): GaLore on a few sampled layers at a time.
 

@@ -18,7 +18,6 @@ from zoopt.memory.meter import Category, StorageMeter
 from zoopt.memory.methods import Method, methods
 from zoopt.memory.models import ModelSpec, resolve
 from zoopt.memory.plan import DTYPES, select
-from zoopt.memory.simulate import categories_of
 from zoopt.memory.step import run_steps, tensors_of
 
 
@@ -149,7 +148,7 @@ def measure_here(
         method.name,
         method.kind,
         meter.peak,
-        categories_of(meter),
+        meter.at_peak,
         dict(meter.phases),
         state,
         None if cuda else max(0, resident.peak() - before),

@@ -31,6 +31,7 @@ class Method:
         build: makes the optimizer of a prepared model.
         adapter: adapts the model first (LoRA), and returns what is trained; default, nothing.
         fused: each gradient is applied and freed as backward reaches it.
+        layers: how many of the repeated layers it treats unlike the others.
         graph: the closure of a zeroth-order step returns the loss with what derivatives it carries.
     """
 
@@ -40,6 +41,7 @@ class Method:
     adapter: Callable[[nn.Module], nn.Module] | None = None
     fused: bool = False
     graph: bool = False
+    layers: int = 0
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model that is trained."""
@@ -109,6 +111,7 @@ def _of_row(row: Row, rank: int, all_variants: bool) -> Iterator[Method]:
             functools.partial(_built, row, variant, rank),
             adapter=adapter,
             graph=recipe is not None and recipe.graph,
+            layers=recipe.layers if recipe is not None else 0,
         )
         yield method
         if variant.fused:

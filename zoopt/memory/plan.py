@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from zoopt.checks import check_choice, check_positive_int
+from zoopt.memory.estimate import Estimate
 from zoopt.memory.methods import Method, methods
 from zoopt.memory.models import ModelSpec, resolve
-from zoopt.memory.simulate import Estimate, Simulation, fake
+from zoopt.memory.simulate import Simulation, fake
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

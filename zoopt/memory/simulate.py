@@ -1,248 +1,109 @@
-"""A step on fake tensors, cut into parts that methods share, so that each part runs once."""
+"""A step on fake tensors, cut into parts that methods share, so that each part runs once.
+
+Layers repeat: parts run on models of a few layers, and continue to the whole one's (see
+`zoopt.memory.timeline`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from zoopt.memory.meter import CATEGORIES, Category, StorageMeter
+from zoopt.memory.depth import shortened, stacks_of
+from zoopt.memory.estimate import Estimate, parabola
+from zoopt.memory.meter import StorageMeter
 from zoopt.memory.methods import Method
 from zoopt.memory.models import ModelSpec
-from zoopt.memory.step import (
-    allocate_state,
-    backprop,
-    repeated_shapes,
-    run_steps,
-    tensors_of,
-)
+from zoopt.memory.step import allocate_state, backprop, repeated_shapes, run_steps, tensors_of
+from zoopt.memory.timeline import Part, Timeline, extended
 from zoopt.optimizer import DeclaredStateOptimizer
 
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """The memory of one method.
-
-    Attributes:
-        name, kind: the method's.
-        peak: bytes at the step's highest point.
-        categories: what they are, at that point.
-        phases: the peak of each phase of the step.
-        state: bytes of optimizer state between steps.
-        per_example: bytes that one more example adds to the peak of a phase.
-        per_token: of the bytes that tokens in every example take in it, those that grow with their
-            number and those that grow with its square.
-    """
-
-    name: str
-    kind: str
-    peak: int
-    categories: dict[Category, int]
-    phases: dict[str, int]
-    state: int
-    per_example: dict[str, int]
-    per_token: dict[str, tuple[float, float]]
-
-    def fits(self, budget: int) -> bool:
-        """Whether the peak is within the budget, in bytes."""
-        return self.peak <= budget
-
-    def largest_batch(self, budget: int, batch: int) -> int:
-        """The largest batch that fits a budget in bytes, or 0; peaks grow in proportion."""
-        growth = {phase: (float(slope), 0.0) for phase, slope in self.per_example.items()}
-        return self._largest(growth, budget, batch)
-
-    def largest_seq(self, budget: int, seq: int) -> int:
-        """The longest sequence that fits a budget in bytes, or 0."""
-        return self._largest(self.per_token, budget, seq)
-
-    def _largest(self, growth: dict[str, tuple[float, float]], budget: int, size: int) -> int:
-        """The largest size at which no phase exceeds the budget."""
-
-        def fits(other: int) -> bool:
-            for phase, peak in self.phases.items():
-                linear, square = growth.get(phase, (0.0, 0.0))
-                grown = linear * (other - size) + square * (other * other - size * size)
-                if peak + grown > budget:
-                    return False
-            return True
-
-        low, high = 0, 1 << 30
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return low
+#: Repeated layers of the smaller model: the first, one that follows it, and the last.
+_LAYERS = 3
 
 
 @contextlib.contextmanager
 def fake(dtype: torch.dtype) -> Iterator[FakeTensorMode]:
     """Tensors made inside have no values, and this dtype where none is asked for."""
     before = torch.get_default_dtype()
-    with FakeTensorMode() as mode:
-        torch.set_default_dtype(dtype)
-        try:
+    # Collections of cycles, at any time, would free tensors at any operator.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with FakeTensorMode() as mode:
+            torch.set_default_dtype(dtype)
             yield mode
-        finally:
-            torch.set_default_dtype(before)
+    finally:
+        torch.set_default_dtype(before)
+        if collecting:
+            gc.enable()
 
 
 _INFERENCE = Method("inference", "inference", lambda model: None)  # type: ignore[arg-type, return-value]
 _PLAIN = dataclasses.replace(_INFERENCE, kind="backprop")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """What a meter saw in a part of the step."""
-
-    categories: dict[Category, int]
-    phases: dict[str, int]
-    peak: int
-
-    @staticmethod
-    def of(meter: StorageMeter) -> _Part:
-        return _Part(categories_of(meter), dict(meter.phases), meter.peak)
-
-
-def categories_of(meter: StorageMeter) -> dict[Category, int]:
-    """What the meter's peak was made of."""
-    return {category: meter.at_peak.get(category, 0) for category in CATEGORIES}
-
-
-class Simulation:
-    """The steps of one model, under `fake`.
+class Parts:
+    """The parts of steps of one model, under `fake`, each run once.
 
     Backpropagation does not depend on the optimizer, whose state is just there: it runs once for
     all. Updates of parameters of one shape take the same memory: one of them runs.
     """
 
-    def __init__(self, spec: ModelSpec, checkpointing: bool, seq: int) -> None:
-        self.spec, self.checkpointing, self.seq = spec, checkpointing, seq
-        self._plain = self._build(lambda model: model)
-        self.parameters = sum(param.numel() for param in self._plain.parameters())
+    def __init__(self, spec: ModelSpec, model: nn.Module) -> None:
+        """The model's tensors are on the meta device; it stays as it is."""
+        self.spec, self._meta = spec, model
+        self._plain = self._made(_PLAIN)
         self._adapted: dict[str, nn.Module] = {}
-        self._passes: dict[tuple[str, bool, int, int], _Part] = {}
 
-    def estimate(self, method: Method, batch: int) -> Estimate:
-        """The method's memory at that batch."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if method.kind == "backprop":
-                return self._backprop(method, batch)
-            part, state = self._forward_only(method, batch, self.seq)
-            slopes = self._slopes(method, batch)
-        return Estimate(
-            method.name, method.kind, part.peak, part.categories, part.phases, state, *slopes
-        )
-
-    def _slopes(
-        self, method: Method, batch: int
-    ) -> tuple[dict[str, int], dict[str, tuple[float, float]]]:
-        """What an example and a token add to each pass over the model, see `Estimate`.
-
-        They are the plain model's: adapters and frozen layers change them little.
-        """
-        backward = method.kind == "backprop" or method.graph
-
-        def phases(batch: int, seq: int) -> dict[str, int]:
-            part = self._pass(_PLAIN, batch, seq) if backward else self._inference(batch, seq)
-            return part.phases
-
-        # Shorter ones: twice as long could be more than the model's positions.
-        sizes = [self.seq, max(1, self.seq // 2), max(1, self.seq // 4)]
-        here, half, quarter = (phases(batch, seq) for seq in sizes)
-        wider = phases(2 * batch, self.seq)
-        per_example, per_token = {}, {}
-        for phase in here.keys() - {"load"}:
-            per_example[phase] = (wider[phase] - here[phase]) // batch
-            per_token[phase] = _parabola(sizes, [here[phase], half[phase], quarter[phase]])
-        if method.kind == "zeroth-order":
-            for name in ("forward +", "forward -"):
-                per_example[name], per_token[name] = per_example["forward"], per_token["forward"]
-        return per_example, per_token
-
-    def _inference(self, batch: int, seq: int) -> _Part:
-        key = ("inference", False, batch, seq)
-        if key not in self._passes:
-            self._passes[key] = self._forward_only(_INFERENCE, batch, seq)[0]
-        return self._passes[key]
-
-    def _forward_only(self, method: Method, batch: int, seq: int) -> tuple[_Part, int]:
-        meter = StorageMeter()
+    def forward_only(self, method: Method, batch: int, seq: int) -> Timeline:
+        """Whole steps of a method that makes no gradients of all parameters."""
+        meter = StorageMeter(keep_events=True)
         inputs = self.spec.inputs(batch, seq)
         trained = [param for param in self._plain.parameters() if param.requires_grad]
         with meter:
             # What keeps its own graph makes its state as it goes: it is there in a second step.
             steps = 2 if method.graph else 1
             optimizer = run_steps(self._plain, inputs, method, meter, steps=steps)
-            state = meter.live["optimizer state"]
         for param in trained:
             param.requires_grad_()
         del optimizer
-        return _Part.of(meter), state
+        return _timeline(meter)
 
-    def _build(self, adapt: Callable[[nn.Module], nn.Module]) -> nn.Module:
-        with _disable_current_modes(), torch.device("meta"):
-            model = adapt(self.spec.build(self.checkpointing))
-        return _faked(model)
-
-    def _model(self, method: Method) -> nn.Module:
-        if method.adapter is None:
-            return self._plain
-        if method.name not in self._adapted:
-            self._adapted[method.name] = self._build(method.adapter)
-        return self._adapted[method.name]
-
-    def _pass(self, method: Method, batch: int, seq: int) -> _Part:
+    def passes(self, method: Method, batch: int, seq: int) -> Timeline:
         """Forward and backward, without any optimizer."""
-        key = (method.name if method.adapter else "", method.fused, batch, seq)
-        if key not in self._passes:
-            model = self._model(method)
-            model.train()
-            meter = StorageMeter()
-            inputs = self.spec.inputs(batch, seq)
-            freed = [
-                param.register_post_accumulate_grad_hook(_free)  # type: ignore[no-untyped-call]
-                for param in model.parameters()
-                if method.fused and param.requires_grad
-            ]
-            with meter:
-                meter.track([*model.parameters(), *model.buffers()], "parameters")
-                meter.track(tensors_of(inputs), "activations")
-                backprop(model, inputs, meter, meter.enter_phase)
-            for hook in freed:
-                hook.remove()
-            model.zero_grad()
-            self._passes[key] = _Part.of(meter)
-        return self._passes[key]
+        model = self._model(method)
+        model.train()
+        meter = StorageMeter(keep_events=True)
+        inputs = self.spec.inputs(batch, seq)
+        freed = [
+            param.register_post_accumulate_grad_hook(_free)  # type: ignore[no-untyped-call]
+            for param in model.parameters()
+            if method.fused and param.requires_grad
+        ]
+        with meter:
+            meter.track([*model.parameters(), *model.buffers()], "parameters")
+            meter.track(tensors_of(inputs), "activations")
+            backprop(model, inputs, meter, meter.enter_phase)
+        for hook in freed:
+            hook.remove()
+        model.zero_grad()
+        return _timeline(meter)
 
-    def _backprop(self, method: Method, batch: int) -> Estimate:
-        passes = self._pass(method, batch, self.seq)
-        update, state = self._update(method)
-        phases = {name: peak + state for name, peak in passes.phases.items()}
-        phases["update"] = update.peak
-        categories, peak = passes.categories | {"optimizer state": state}, passes.peak + state
-        if method.fused:
-            # Updates run while backward does.
-            workspace = update.categories["workspace"]
-            categories, peak = categories | {"workspace": workspace}, peak + workspace
-            phases["update"] = update.peak - update.categories["gradients"]
-        elif update.peak > peak:
-            categories, peak = update.categories, update.peak
-        slopes = self._slopes(method, batch)
-        return Estimate(method.name, method.kind, peak, categories, phases, state, *slopes)
-
-    def _update(self, method: Method) -> tuple[_Part, int]:
+    def update(self, method: Method) -> Timeline:
         """One update, all state and all gradients being there (fused: one gradient)."""
         model = self._model(method)
         optimizer = method.build(model)
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        meter = StorageMeter()
+        meter = StorageMeter(keep_events=True)
         with meter:
             meter.enter_phase("update")
             meter.track([*model.parameters(), *model.buffers()], "parameters")
@@ -257,21 +118,163 @@ class Simulation:
             else:
                 optimizer.step()
                 meter.track(tensors_of(list(optimizer.state.values())), "optimizer state")
-            state = meter.live["optimizer state"]
             meter.forget_peaks()
             optimizer.step()
             model.zero_grad()
-        return _Part.of(meter), state
+        return _timeline(meter)
+
+    def _made(self, method: Method) -> nn.Module:
+        """The model that the method trains."""
+        with _disable_current_modes(), torch.device("meta"):
+            model = shortened(self._meta, [])
+            model = model if method.adapter is None else method.adapter(model)
+        return _faked(model)
+
+    def _model(self, method: Method) -> nn.Module:
+        if method.adapter is None:
+            return self._plain
+        if method.name not in self._adapted:
+            self._adapted[method.name] = self._made(method)
+        return self._adapted[method.name]
 
 
-def _parabola(sizes: Sequence[int], values: Sequence[int]) -> tuple[float, float]:
-    """The coefficients of s and of s^2 through three points; (0, 0) if two of them are one."""
-    (a, b, c), (x, y, z) = sizes, values
-    if len({a, b, c}) < 3:
-        return 0.0, 0.0
-    first, second = (x - y) / (a - b), (y - z) / (b - c)
-    square = max(0.0, (first - second) / (a - c))
-    return first - square * (a + b), square
+class Simulation:
+    """The steps of one model, under `fake`.
+
+    Args:
+        spec, checkpointing, seq: what is planned.
+        whole: run every layer of the model, where the default is a few of those that repeat.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, checkpointing: bool, seq: int, *, whole: bool = False
+    ) -> None:
+        self.spec, self.seq, self.whole = spec, seq, whole
+        with _disable_current_modes(), torch.device("meta"):
+            self._meta = spec.build(checkpointing)
+        self.parameters = sum(param.numel() for param in self._meta.parameters())
+        self._whole: Parts | None = None
+        self._short: dict[int, tuple[Parts, list[tuple[Parts, int]]] | None] = {}
+        self._parts: dict[tuple[str, bool, int, int], Part] = {}
+
+    def estimate(self, method: Method, batch: int) -> Estimate:
+        """The method's memory at that batch."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            backward = method.kind == "backprop" or method.graph
+            if method.kind == "backprop":
+                part, state = self._backprop(method, batch)
+            else:
+                part = self._part("forward_only", method, batch, self.seq)
+                state = part.last["optimizer state"]
+            per_example, per_token = self._growth(backward, batch)
+        if method.kind == "zeroth-order":
+            for name in ("forward +", "forward -"):
+                per_example = per_example | {name: per_example["forward"]}
+                per_token = per_token | {name: per_token["forward"]}
+        return Estimate(
+            method.name,
+            method.kind,
+            part.peak,
+            part.categories,
+            part.phases,
+            state,
+            per_example,
+            per_token,
+        )
+
+    def _passes(self, method: Method, batch: int, seq: int) -> Part:
+        key = (method.name if method.adapter else "", method.fused, batch, seq)
+        if key not in self._parts:
+            self._parts[key] = self._part("passes", method, batch, seq)
+        return self._parts[key]
+
+    def _inference(self, batch: int, seq: int) -> Part:
+        key = ("inference", False, batch, seq)
+        if key not in self._parts:
+            self._parts[key] = self._part("forward_only", _INFERENCE, batch, seq)
+        return self._parts[key]
+
+    def _part(self, name: str, method: Method, *sizes: int) -> Part:
+        """A part of the whole model's step: of `Parts`, the method of that name."""
+        short = self._shortened(_LAYERS + method.layers)
+        if short is not None:
+            base, deeper = short
+            timeline = extended(
+                getattr(base, name)(method, *sizes),
+                [(getattr(parts, name)(method, *sizes), more) for parts, more in deeper],
+            )
+            if timeline is not None:
+                return timeline.part
+        if self._whole is None:
+            self._whole = Parts(self.spec, self._meta)
+        whole: Timeline = getattr(self._whole, name)(method, *sizes)
+        return whole.part
+
+    def _shortened(self, units: int) -> tuple[Parts, list[tuple[Parts, int]]] | None:
+        """The parts of a model with that many of each repeated layer; and for each kind of them,
+        of one with one more, and how many more the whole one has. None if layers do not repeat."""
+        if units not in self._short:
+            families = [] if self.whole else stacks_of(self._meta, units + 2)
+            self._short[units] = None
+            if families:
+                made = []
+                for deeper in (None, *range(len(families))):
+                    cut = [
+                        (stack, units + (number == deeper))
+                        for number, family in enumerate(families)
+                        for stack in family
+                    ]
+                    with _disable_current_modes():
+                        model = shortened(self._meta, cut)
+                    made.append(Parts(self.spec, model))
+                more = [family[0].units - units for family in families]
+                self._short[units] = made[0], list(zip(made[1:], more, strict=True))
+        return self._short[units]
+
+    def _backprop(self, method: Method, batch: int) -> tuple[Part, int]:
+        passes = self._passes(method, batch, self.seq)
+        update = self._part("update", method)
+        state = update.last["optimizer state"]
+        phases = {name: peak + state for name, peak in passes.phases.items()}
+        phases["update"] = update.peak
+        categories, peak = passes.categories | {"optimizer state": state}, passes.peak + state
+        if method.fused:
+            # Updates run while backward does.
+            workspace = update.categories["workspace"]
+            categories, peak = categories | {"workspace": workspace}, peak + workspace
+            phases["update"] = update.peak - update.categories["gradients"]
+        elif update.peak > peak:
+            categories, peak = update.categories, update.peak
+        return Part(categories, phases, peak, update.last), state
+
+    def _growth(
+        self, backward: bool, batch: int
+    ) -> tuple[dict[str, int], dict[str, tuple[float, float]]]:
+        """What an example and a token add to each pass over the model, see `Estimate`.
+
+        They are the plain model's: adapters and frozen layers change them little.
+        """
+
+        def phases(batch: int, seq: int) -> dict[str, int]:
+            part = self._passes(_PLAIN, batch, seq) if backward else self._inference(batch, seq)
+            return part.phases
+
+        # Shorter ones: twice as long could be more than the model's positions.
+        sizes = [self.seq, max(1, self.seq // 2), max(1, self.seq // 4)]
+        here, half, quarter = (phases(batch, seq) for seq in sizes)
+        wider = phases(2 * batch, self.seq)
+        per_example, per_token = {}, {}
+        for phase in here.keys() - {"load"}:
+            per_example[phase] = (wider[phase] - here[phase]) // batch
+            per_token[phase] = parabola(sizes, [here[phase], half[phase], quarter[phase]])
+        return per_example, per_token
+
+
+def _timeline(meter: StorageMeter) -> Timeline:
+    meter.enter_phase(meter.phase)  # What was freed last is part of it.
+    assert meter.events is not None
+    return Timeline.of(meter.events)
 
 
 def _faked(model: nn.Module) -> nn.Module:

@@ -44,7 +44,9 @@ def _last_two_layers(model: nn.Module, rank: int) -> Hybrid:
 
 
 @register(
-    "hybrid", "zeroth-order", recipe=Recipe(_last_two_layers, label="last two layers", graph=True)
+    "hybrid",
+    "zeroth-order",
+    recipe=Recipe(_last_two_layers, label="last two layers", graph=True, layers=2),
 )
 class Hybrid(Optimizer):
     r"""Zeroth order on the early layers and first order on the late ones, from the same passes.

@@ -1,0 +1,30 @@
+"""Grouped products of fake tensors in dtypes that torch multiplies and cannot simulate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoopt.kernels.dispatch import is_fake
+
+GROUPED_MM = torch.ops.aten._grouped_mm.default
+#: Rows of a result begin at multiples of this many bytes.
+_ALIGNMENT = 16
+
+
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any, **options: Any) -> Any:
+    """`torch._grouped_mm`, which experts use: torch's own shape function takes bfloat16 alone.
+
+    (M, K) x (G, K, N) and (G, M, K) x (K, N) make (M, N), the two other forms (G, M, N).
+    """
+    if not is_fake(a) or a.dtype == torch.bfloat16 or a.dtype != b.dtype:
+        return GROUPED_MM(a, b, offs, *rest, **options)
+    m, n = a.shape[-2], b.shape[-1]
+    step = _ALIGNMENT // a.element_size()
+    row = -(-n // step) * step
+    if a.dim() != b.dim():
+        return a.new_empty_strided((m, n), (row, 1))
+    groups = a.shape[0] if offs is None or a.dim() == 3 else offs.shape[0]
+    return a.new_empty_strided((groups, m, n), (m * row, row, 1))
