@@ -16,7 +16,8 @@ from zoopt.memory import measure, plan
 from zoopt.memory.measure import measure_here
 from zoopt.memory.meter import StorageMeter
 from zoopt.memory.methods import methods
-from zoopt.memory.models import ModelSpec, names, resolve
+from zoopt.memory.models import names, resolve
+from zoopt.memory.spec import ModelSpec
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoopt.memory.models import ModelSpec, names, resolve
+from zoopt.memory.models import resolve
+from zoopt.memory.spec import ModelSpec
 
 #: A model for a trial run.
 TINY = "tiny"

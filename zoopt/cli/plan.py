@@ -21,9 +21,9 @@ step runs on tensors that have shapes and no values. Not counted: the framework'
 context takes some 0.7 GB), fragmentation, and temporaries inside operators.
 
 MODEL is a named architecture (gpt2, opt-1.3b ... opt-66b, llama-7b, llama-3-8b, qwen2.5-7b,
-roberta-large ...: any wrong name lists them), a directory or config.json of a transformers causal
-or masked language model, or module:function, which is called with batch and sequence length and
-returns a module and the keyword arguments of its call."""
+roberta-large ...: any wrong name lists them), a directory or config.json of a transformers model
+(decoder, encoder, encoder-decoder, of images or of audio), or module:function, which is called with
+batch and sequence length and returns a module and the keyword arguments of its call."""
 _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40}
 
@@ -65,7 +65,9 @@ def add_parser(subparsers: Any) -> None:
         help="some of the table's methods; default: all",
     )
     parser.add_argument("--batch", type=positive, default=1, help="examples a step")
-    parser.add_argument("--seq", type=positive, default=512, help="tokens an example")
+    parser.add_argument(
+        "--seq", type=positive, help="tokens an example; default: 512, or the model's longest"
+    )
     parser.add_argument(
         "--dtype",
         default="bfloat16",
@@ -116,21 +118,23 @@ def run(options: argparse.Namespace) -> int:
         row += [_gb(estimate.categories[category]) for category in CATEGORIES]
         if fits is not None:
             batch = estimate.largest_batch(fits, options.batch)
-            seq = estimate.largest_seq(fits, options.seq)
+            seq = estimate.largest_seq(fits, result.seq)
+            longest = str(min(seq, result.longest or seq) or "-") if result.sequential else "-"
             row += [
                 styled("yes", "green") if estimate.fits(fits) else styled("no", "red"),
                 str(batch or "-"),
-                str(min(seq, result.longest or seq) or "-"),
+                longest,
             ]
         rows.append(row)
     checkpointed = ", checkpointed" if options.checkpointing else ""
     title = (
         f"{options.model}: {result.parameters / 1e6:,.0f}M parameters, {options.dtype}, batch "
-        f"{options.batch} x {options.seq} tokens{checkpointed}"
+        f"{options.batch} x {result.seq} tokens{checkpointed}"
     )
+    rows += [[name, "-", *[""] * (len(headings) - 2)] for name in result.left_out]
     print_table(console, title, headings, rows)
     for name, reason in result.left_out.items():
-        console.print(f"left out: {name}: {reason}", markup=False)
+        console.print(f"{name} cannot be planned: {reason}", markup=False)
     if fits is not None:
         console.print(
             f"fits: within {fits / 1e9:.1f} GB; the largest batch at this sequence and the "

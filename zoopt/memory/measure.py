@@ -16,8 +16,9 @@ from zoopt.checks import check_choice, check_positive_int
 from zoopt.memory import resident
 from zoopt.memory.meter import Category, StorageMeter
 from zoopt.memory.methods import Method, methods
-from zoopt.memory.models import ModelSpec, resolve
+from zoopt.memory.models import resolve
 from zoopt.memory.plan import DTYPES, select
+from zoopt.memory.spec import ModelSpec
 from zoopt.memory.step import run_steps, tensors_of
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
+
+from zoopt.memory.spec import ModelSpec
+from zoopt.memory.transformers_models import from_config
 
 #: name -> model type and what its configuration says, from the published config.json files.
 _OPT = {
@@ -64,23 +65,6 @@ def names() -> list[str]:
     return [*_GPT2, *_OPT, *_LLAMA, *_QWEN, *_BERT]
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """A model that can be built.
-
-    Attributes:
-        name: what the user called it.
-        build: (checkpointing) -> the model, on torch's default device and in its default dtype.
-        inputs: batch, sequence length -> what the model is called with.
-        longest: the sequence length that it has positions for; None if there is no limit.
-    """
-
-    name: str
-    build: Callable[[bool], nn.Module]
-    inputs: Callable[[int, int], Mapping[str, Any]]
-    longest: int | None = None
-
-
 def resolve(model: str) -> ModelSpec:
     """The model of that name, directory, config.json or module:function.
 
@@ -106,9 +90,9 @@ def resolve(model: str) -> ModelSpec:
                 f"MODEL must be the config.json of a transformers model, got {path}, "
                 f"which has no 'model_type'"
             )
-        return _from_config(model, kind, content)
+        return from_config(model, kind, content)
     kind, content = _named(model.lower())
-    return _from_config(model, kind, content)
+    return from_config(model, kind, content)
 
 
 def _named(name: str) -> tuple[str, dict[str, Any]]:
@@ -150,57 +134,6 @@ def _named(name: str) -> tuple[str, dict[str, Any]]:
         f"MODEL must be a directory, a config.json, module:function or one of "
         f"{', '.join(names())}; got {name!r}"
     )
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError:
-        raise ImportError(
-            "planning a transformers model needs transformers; pip install 'zoopt-torch[demo]'"
-        ) from None
-
-
-def _from_config(name: str, kind: str, content: dict[str, Any]) -> ModelSpec:
-    transformers = _transformers()
-    try:
-        config = transformers.AutoConfig.for_model(kind, **content)
-    except ValueError:
-        raise ValueError(
-            f"MODEL {name!r} has model_type {kind!r}, which this version of transformers "
-            f"({transformers.__version__}) does not know; upgrade it"
-        ) from None
-    config.use_cache = False
-    causal = type(config) in transformers.AutoModelForCausalLM._model_mapping and kind not in (
-        *("bert", "roberta", "electra", "deberta", "deberta-v2", "distilbert"),
-    )
-    factory = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
-
-    def build(checkpointing: bool) -> nn.Module:
-        model: nn.Module = factory.from_config(config)
-        if checkpointing:
-            enable_checkpointing(model)
-        return model
-
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and kind in ("roberta", "xlm-roberta"):
-        limit -= 2  # its positions begin at 2
-
-    def inputs(batch: int, seq: int) -> Mapping[str, Any]:
-        if limit is not None and seq > limit:
-            raise ValueError(f"seq must be at most {limit} for {name}, got {seq}")
-        ids = torch.arange(batch * seq).remainder(config.vocab_size).view(batch, seq)
-        return {"input_ids": ids, "labels": ids}
-
-    return ModelSpec(name, build, inputs, limit)
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    """Let a transformers model compute its layers' activations again in the backward pass."""
-    # The second is the older name.
-    enable: Any = getattr(model, "activation_checkpointing_enable", None)
-    enable = enable or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _from_function(name: str) -> ModelSpec:

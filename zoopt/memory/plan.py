@@ -11,9 +11,12 @@ import torch
 from zoopt.checks import check_choice, check_positive_int
 from zoopt.memory.estimate import Estimate
 from zoopt.memory.methods import Method, methods
-from zoopt.memory.models import ModelSpec, resolve
+from zoopt.memory.models import resolve
 from zoopt.memory.simulate import Simulation, fake
+from zoopt.memory.spec import ModelSpec
 
+#: Tokens an example, unless the model has fewer positions.
+DEFAULT_SEQ = 512
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -25,6 +28,7 @@ class Plan:
         model, batch, seq, dtype, checkpointing: what was planned.
         parameters: how many the model has.
         longest: the sequence length that it has positions for; None if there is no limit.
+        sequential: whether its inputs grow with the sequence length.
         estimates: one a method.
         left_out: methods that this model cannot be trained by, and why.
     """
@@ -36,6 +40,7 @@ class Plan:
     checkpointing: bool
     parameters: int
     longest: int | None
+    sequential: bool
     estimates: list[Estimate]
     left_out: dict[str, str]
 
@@ -55,7 +60,7 @@ def plan(
     *,
     optimizers: str | Sequence[str | Method] = "all",
     batch: int = 1,
-    seq: int = 512,
+    seq: int | None = None,
     dtype: str = "bfloat16",
     checkpointing: bool = False,
     rank: int = 128,
@@ -71,10 +76,13 @@ def plan(
 
     Args:
         model: a named architecture (`zoopt.memory.models.names()`), a directory or config.json of
-            a transformers causal or masked LM, or `module:function`, called with batch and seq and
-            returning a module and its keyword arguments.
+            a transformers model (decoder, encoder, encoder-decoder, of images or of audio), or
+            `module:function`, called with batch and seq and returning a module and its keyword
+            arguments.
         optimizers: `"all"`, or names of methods (see `zoopt.memory.methods`), or `Method`s.
-        batch, seq: examples, and tokens an example.
+        batch: examples.
+        seq: tokens an example (of an encoder-decoder: on either side; frames of audio; of no
+            meaning for images); default 512, or the model's longest if it is shorter.
         dtype: of weights, gradients and activations: bfloat16, float16 or float32.
         checkpointing: activations are computed again in the backward pass.
         rank: of the low-rank projections.
@@ -89,12 +97,15 @@ def plan(
         ImportError: transformers (or peft, for LoRA) is needed and not installed.
     """
     check_positive_int("batch", batch)
-    check_positive_int("seq", seq)
+    if seq is not None:
+        check_positive_int("seq", seq)
     check_positive_int("rank", rank)
     check_positive_int("lora_rank", lora_rank)
     check_choice("dtype", dtype, DTYPES)
     chosen = select(optimizers, methods(rank, lora_rank))
     spec = resolve(model) if isinstance(model, str) else model
+    if seq is None:
+        seq = min(DEFAULT_SEQ, spec.longest or DEFAULT_SEQ)
     with fake(DTYPES[dtype]):
         spec.inputs(batch, seq)
         simulation = Simulation(spec, checkpointing, seq)
@@ -105,16 +116,25 @@ def plan(
                 progress(method.name)
             try:
                 estimates.append(simulation.estimate(method, batch))
-            except (ImportError, TypeError, ValueError) as error:
-                # Of all methods, some ask for linear layers, or for peft.
+            except Exception as error:
+                # Some ask for linear layers or for peft, and some models for values.
                 if optimizers != "all":
                     raise
-                left_out[method.name] = str(error)
+                left_out[method.name] = f"{type(error).__name__}: {error}".partition("\n")[0]
     parameters = simulation.parameters
     estimates.sort(key=lambda estimate: estimate.peak)
     name = model if isinstance(model, str) else model.name
     return Plan(
-        name, batch, seq, dtype, checkpointing, parameters, spec.longest, estimates, left_out
+        name,
+        batch,
+        seq,
+        dtype,
+        checkpointing,
+        parameters,
+        spec.longest,
+        spec.sequential,
+        estimates,
+        left_out,
     )
 
 

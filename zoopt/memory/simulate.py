@@ -21,7 +21,7 @@ from zoopt.memory.depth import shortened, stacks_of
 from zoopt.memory.estimate import Estimate, parabola
 from zoopt.memory.meter import StorageMeter
 from zoopt.memory.methods import Method
-from zoopt.memory.models import ModelSpec
+from zoopt.memory.spec import ModelSpec
 from zoopt.memory.step import allocate_state, backprop, repeated_shapes, run_steps, tensors_of
 from zoopt.memory.timeline import Part, Timeline, extended
 from zoopt.optimizer import DeclaredStateOptimizer

@@ -1,0 +1,28 @@
+"""A model that can be planned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model that can be built.
+
+    Attributes:
+        name: what the user called it.
+        build: (checkpointing) -> the model, on torch's default device and in its default dtype.
+        inputs: batch, sequence length -> what the model is called with.
+        longest: the sequence length that it has positions for; None if there is no limit.
+        sequential: whether its inputs grow with the sequence length.
+    """
+
+    name: str
+    build: Callable[[bool], nn.Module]
+    inputs: Callable[[int, int], Mapping[str, Any]]
+    longest: int | None = None
+    sequential: bool = True
