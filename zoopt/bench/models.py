@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoopt.memory.models import resolve
+from zoopt.memory.models import names, resolve
 from zoopt.memory.spec import ModelSpec
 
 #: A model for a trial run.

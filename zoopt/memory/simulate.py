@@ -73,10 +73,11 @@ class Parts:
             # What keeps its own graph makes its state as it goes: it is there in a second step.
             steps = 2 if method.graph else 1
             optimizer = run_steps(self._plain, inputs, method, meter, steps=steps)
+        timeline = _timeline(meter)  # The optimizer's state is there at its end.
+        del optimizer
         for param in trained:
             param.requires_grad_()
-        del optimizer
-        return _timeline(meter)
+        return timeline
 
     def passes(self, method: Method, batch: int, seq: int) -> Timeline:
         """Forward and backward, without any optimizer."""
