@@ -1,12 +1,17 @@
-"""On a GPU (collected only where there is one): the CPU's bits, and MeZO beside its CPU run."""
+"""On a GPU (collected only where there is one): the CPU's bits, and what its runs come to."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import zoopt
-from tests import test_kernels_adam, test_kernels_product
+from tests import device_cases, first_order_table, test_kernels_adam, test_kernels_product
+from tests.compare import same
+from tests.device_cases import CUDA
 from tests.optimizer_table import CASES, PERTURBATIONS, Row, mlp, regression
 from tests.test_kernels import DISTRIBUTIONS, DTYPES, KEY, WORDS, same_bits, weights
 from tests.test_sm3 import SHAPES, kernel_steps
@@ -152,3 +157,81 @@ def test_norms(rows: int, r: int) -> None:
     )
     expected = torch.stack((out.cpu(), gradient)).double().square().sum(2)
     assert ((norms.cpu().double() - expected).abs() <= r * 2.0**-24 * expected).all()
+
+
+@pytest.mark.parametrize("row", first_order_table.ROWS, ids=str)
+def test_first_order_follows_its_cpu_run(row: first_order_table.Row) -> None:
+    device_cases.follows_its_cpu_run(row, CUDA)
+
+
+@pytest.mark.parametrize("row", device_cases.CLASSES, ids=str)
+def test_fused_backward(row: first_order_table.Row) -> None:
+    device_cases.fused_backward_is_the_unfused_step(row, CUDA)
+
+
+@pytest.mark.parametrize("row", first_order_table.ROWS, ids=str)
+def test_resumes_to_the_bit(row: first_order_table.Row) -> None:
+    device_cases.resumes_to_the_bit(row, CUDA)
+
+
+@pytest.mark.parametrize("row", device_cases.CLASSES, ids=str)
+def test_moved_after_the_optimizer_was_made(row: first_order_table.Row) -> None:
+    device_cases.moved_after_the_optimizer_was_made(row, CUDA)
+
+
+def test_two_devices_in_one_optimizer() -> None:
+    device_cases.two_devices_in_one_optimizer(CUDA)
+
+
+def test_empty_and_single_tensors() -> None:
+    device_cases.empty_and_single_tensors(CUDA)
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    numel = (1 << 31) + 8
+    torch.cuda.empty_cache()
+    # theta, and room for what poisons uninitialised memory.
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * numel:
+        pytest.skip("too little memory on this GPU")
+    device_cases.long_tensor(CUDA, numel)
+
+
+@contextlib.contextmanager
+def side_stream() -> Iterator[None]:
+    """A stream of its own that is busy at first: what is launched elsewhere comes too early."""
+    stream, outside = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        yield
+    outside.wait_stream(stream)
+
+
+def test_another_stream() -> None:
+    device_cases.another_stream(CUDA, side_stream())
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_a_cuda_graph_around_a_step(state_dtype: str) -> None:
+    """A captured step is not done; replayed once, it is the step that it was captured as."""
+    models = []
+    for captured in (False, True):
+        model = first_order_table.net(torch.bfloat16).cuda()
+        optimizer = zoopt.AdamW(model.parameters(), seed=5, state_dtype=state_dtype)
+        for param, grad in zip(model.parameters(), device_cases.gradients(0, model), strict=True):
+            param.grad = grad.cuda()
+        for _ in range(2):
+            optimizer.step()
+        before = [param.detach().clone() for param in model.parameters()]
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            assert all(map(same_bits, before, model.parameters()))
+            graph.replay()
+        else:
+            optimizer.step()
+        torch.cuda.synchronize()
+        models.append(model)
+    assert same(*models)
