@@ -175,6 +175,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         hooks = self._optimizer_load_state_dict_pre_hooks
         for hook in hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        state_dict = self._adopted(state_dict)
         self._check_groups(state_dict)
         self._incoming = self._exact_state(state_dict)
         # The hooks have run; torch gets no state to cast, and hands over in __setstate__.
@@ -188,6 +189,10 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         finally:
             self._optimizer_load_state_dict_pre_hooks = hooks
             self._incoming = None
+
+    def _adopted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state_dict, or what stands for it where it is of another optimizer that is known."""
+        return state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if self._incoming is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import warnings
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from zoopt.checks import check_number
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.base import check_betas
 from zoopt.first_order.projected.core import ProjectedOptimizer
+from zoopt.first_order.projected.geometry import geometry
+from zoopt.first_order.torch_state import from_torch, is_torchs, to_torch, without_torchs_options
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.registry import Variant, register
@@ -19,6 +22,40 @@ StateRounding = Literal["stochastic", "nearest"]
 
 class AdamFamily(ProjectedOptimizer):
     """Projected optimizers whose rule is Adam."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of the same class, bit for bit, or one of torch.optim.AdamW.
+
+        Of torch's, lr, betas, eps, weight_decay, maximize and all steps are taken over, and the
+        moments in the format that is asked for here, rounded to nearest. Those of parameters that
+        are projected here have no place: they begin anew, and a warning says how many they are.
+
+        Raises:
+            ValueError: the dict belongs to another optimizer, or to parameters of other shapes.
+                Nothing has changed then.
+        """
+        super().load_state_dict(state_dict)
+
+    def _adopted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if not is_torchs(state_dict) or [len(g["params"]) for g in state_dict["param_groups"]] != [
+            len(group["params"]) for group in self.param_groups
+        ]:
+            return state_dict
+        specs = [
+            [
+                None if geometry(param, group) else self.declared_state(param, group)
+                for param in group["params"]
+            ]
+            for group in self.param_groups
+        ]
+        adopted, dropped = from_torch(state_dict, self.param_groups, specs)
+        if dropped:
+            warnings.warn(
+                f"{dropped} parameters are projected here: their moments in torch's checkpoint are "
+                f"of whole gradients, and they begin anew",
+                stacklevel=4,
+            )
+        return adopted
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -56,6 +93,8 @@ class AdamW(AdamFamily):
             that move by less than a level a step still move, or `"nearest"`.
         rounding: how weights are rounded: `"auto"` (default) is stochastic for bfloat16 and
             float16; `"nearest"`, or `"stochastic"`.
+        amsgrad, capturable, differentiable: torch's, which must be False (default).
+        foreach, fused: torch's, without effect: a step is fused as it is.
         maximize: ascend; default False.
         seed: of the rounding's noise; default torch's initial seed.
 
@@ -66,8 +105,9 @@ class AdamW(AdamFamily):
     Differs from torch's: its own, to rounding, in float32 and float64; bfloat16 and float16 weights
     are computed with in float32 and rounded stochastically. A gradient's NaN makes its weight NaN,
     as there; in codes, whose scale is that of a block, the block's 256 (128) weights: skip a step
-    whose gradients are not finite. Complex and sparse gradients,
-    `amsgrad`, `capturable` and `differentiable` are left out.
+    whose gradients are not finite. Complex and sparse gradients, `amsgrad`, `capturable` and
+    `differentiable` are left out. A state_dict of torch's loads, in any state_dtype, and
+    `torch_state_dict` makes one for it.
 
     Example:
         >>> opt = zoopt.AdamW(model.named_parameters(), lr=1e-3, state_dtype="int8")
@@ -82,11 +122,31 @@ class AdamW(AdamFamily):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         state_dtype: Format = "float32",
         state_rounding: StateRounding = "stochastic",
         rounding: RoundingMode = "auto",
         maximize: bool = False,
         seed: int | None = None,
     ) -> None:
-        super().__init__(params, hyperparameters(locals()), seed=seed)
+        defaults = without_torchs_options(hyperparameters(locals()))
+        super().__init__(params, defaults, seed=seed)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as in torch; options of torch.optim.AdamW's are as in `__init__`."""
+        super().add_param_group(without_torchs_options(param_group))
+
+    def torch_state_dict(self) -> dict[str, Any]:
+        """The state as torch.optim.AdamW's state_dict, moments decoded to float32 (float64).
+
+        torch casts them to the weights' dtype when it loads them.
+
+        Raises:
+            ValueError: a group has a `rank` of its own: torch has no such moments.
+        """
+        return to_torch(self.state_dict(), self.defaults)
