@@ -43,7 +43,6 @@ gpu:
 		doctor --gpu --output bench/results
 
 bench: $(VENV)/test
-	$(BIN)/python examples/fetch_demo_assets.py
 	$(BIN)/python -m bench.sass --json bench/results/sass.json
 	$(BIN)/zoopt bench kernels --json bench/results/kernels_cpu.json
 	$(BIN)/zoopt bench step --repeats 5 --json bench/results/step_cpu.json --plot bench/results/step_cpu.png
@@ -62,15 +61,18 @@ format: $(VENV)/test
 
 # torch first: with the pinned build in place, nothing else pulls one with gigabytes of CUDA.
 $(VENV)/torch: constraints.txt
+	@echo "making $(VENV) and installing torch: 200 MB, a minute or two ..."
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) "pip>=23" "setuptools>=77" torch
 	touch $@
 
 $(VENV)/demo: $(VENV)/torch pyproject.toml
+	@echo "installing the package and what the demo needs ..."
 	$(INSTALL) --editable ".[demo]"
 	touch $@
 
 $(VENV)/test: $(VENV)/torch pyproject.toml
+	@echo "installing the package and what its tests need ..."
 	$(INSTALL) --editable ".[test]"
 	touch $@ $(VENV)/demo
 

@@ -236,3 +236,35 @@ def test_the_command_line(
     assert "24 of 25 promises are kept, 1 were not measured" in capsys.readouterr().out
     assert main(["doctor", "--gpu", "--output", "/no/where"]) == 2
     assert "--output: cannot write to the folder '/no/where'" in capsys.readouterr().err
+
+
+def test_self_tests_are_told_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong() -> str:
+        raise AssertionError("3 bytes differ")
+
+    tests = [("sums", lambda: "1 + 1"), ("noise", wrong)]
+    monkeypatch.setattr(checks.selftest, "self_tests", lambda: iter(tests))
+    told: list[Row] = []
+    checks.run_self_tests(TINY, CPU, told.append)
+    assert [(row["passed"], row["median"], row["finished"]) for row in told] == [
+        *((1, 0, False), (1, 1, False), (1, 1, True)),
+    ]
+    assert told[-1]["failed"] == ["noise: 3 bytes differ"]
+
+
+def test_tests_are_counted_as_they_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "def test_right():\n    pass\n\ndef test_wrong():\n    assert 1 == 2\n"
+    )
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    told: list[Row] = []
+    checks.run_tests(dataclasses.replace(TINY, tests=("test_it.py",)), CPU, told.append)
+    assert [(row["passed"], row["median"], row["finished"]) for row in told] == [
+        *((1, 0, False), (1, 1, False), (1, 1, True)),
+    ]
+    assert told[-1]["failed"] == ["test_it.py::test_wrong"]
+
+    checks.run_tests(dataclasses.replace(TINY, tests=("test_no.py",)), CPU, told.append)
+    assert told[-1]["median"] is None
+    assert told[-1]["reason"].startswith("a checkout of the repository is needed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -11,18 +12,25 @@ from zoopt.doctor import selftest
 from zoopt.doctor.gpu import rows
 from zoopt.doctor.gpu.rows import Emit
 from zoopt.doctor.gpu.scale import Scale
-from zoopt.doctor.machine import ROOT
+from zoopt.doctor.machine import ROOT, cores
 
 SELF_TESTS, TESTS = "self-tests", "GPU tests"
+#: Of the tests, at most.
+WORKERS = 8
 #: The figure of both: tests that failed.
 FAILURES, UNIT = "failures", "tests"
 
 
 def run_self_tests(scale: Scale, device: torch.device, emit: Emit) -> None:
     """Noise against known answers, kernels against the reference, on every device."""
-    results = [selftest.run(name, test) for name, test in selftest.self_tests()]
-    failures = [f"{result.name}: {result.detail}" for result in results if not result.passed]
-    _tell(emit, SELF_TESTS, len(results) - len(failures), failures, finished=True)
+    passed, failures = 0, list[str]()
+    for name, test in selftest.self_tests():
+        result = selftest.run(name, test)
+        passed += result.passed
+        if not result.passed:
+            failures.append(f"{result.name}: {result.detail}")
+        _tell(emit, SELF_TESTS, passed, failures, finished=False)
+    _tell(emit, SELF_TESTS, passed, failures, finished=True)
 
 
 def run_tests(scale: Scale, device: torch.device, emit: Emit) -> None:
@@ -52,6 +60,10 @@ def run_tests(scale: Scale, device: torch.device, emit: Emit) -> None:
 
     told = Told()
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-q"]
+    workers = min(WORKERS, (cores() or 1) // 2)
+    if workers > 1 and importlib.util.find_spec("xdist") is not None:
+        # What takes the time is compiling kernels, on the CPU.
+        options += ["-n", str(workers)]
     status = pytest.main([*options, *scale.tests], plugins=[told])
     broken = [] if status in (0, 1) else [f"pytest ended with status {int(status)}"]
     _tell(emit, TESTS, told.passed, [*told.failures, *broken], finished=True)

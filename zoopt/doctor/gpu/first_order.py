@@ -146,19 +146,21 @@ def _step(
 ) -> list[float] | None:
     """Durations of the method's steps on the gradients that are there; None if it fails."""
     seconds = None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with _told(emit, SECTION, SETTING, method.name):
+        # A function of its own, whose end lets go of the state also where memory has run out.
+        seconds = _durations(model, method, scale, device)
         cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        optimizer = _still(method.build(model))
-        times = common.round_robin({"": optimizer.step}, device, scale.repeats, method.name)
-        seconds = times[""]
         peak = torch.cuda.max_memory_allocated(device) if cuda else None
-        row = rows.timed(SECTION, SETTING, method.name, seconds, to=to or seconds, peak=peak)
-        emit(row)
-        del optimizer
+        emit(rows.timed(SECTION, SETTING, method.name, seconds, to=to or seconds, peak=peak))
     rows.forget(device)
     return seconds
+
+
+def _durations(model: nn.Module, method: Method, scale: Scale, device: torch.device) -> list[float]:
+    optimizer = _still(method.build(model))
+    return common.round_robin({"": optimizer.step}, device, scale.repeats, method.name)[""]
 
 
 def _still(optimizer: Any) -> Any:

@@ -36,7 +36,6 @@ class Section:
 
 #: In order of importance: a time limit cuts off the last ones.
 SECTIONS = {
-    checks.SELF_TESTS: Section("noise and kernels against answers", checks.run_self_tests, 0.2),
     zeroth_order.SECTION: Section(
         "MeZO and others beside two forward passes", zeroth_order.measure, 0.4
     ),
@@ -47,6 +46,7 @@ SECTIONS = {
     kernels.SECTION: Section("kernels beside a copy", kernels.measure, 0.3),
     first_order.FUSED: Section("updates within the backward pass", first_order.measure_fused, 0.3),
     first_order.PLAN: Section("planned and allocated memory", first_order.measure_plan, 0.3),
+    checks.SELF_TESTS: Section("noise and kernels against answers", checks.run_self_tests, 0.3),
     checks.TESTS: Section("the checkout's tests of a GPU", checks.run_tests, 1.0),
 }
 
