@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -114,6 +114,11 @@ class AdamW(AdamFamily):
         >>> model(**batch).loss.backward()
         >>> opt.step()
     """
+
+    _remedies: ClassVar = dict.fromkeys(
+        ("rank", "update_proj_gap", "scale", "proj_type", "projector"),
+        "AdamW projects nothing: use zoopt.GaLoreAdamW, or leave it out",
+    )
 
     def __init__(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from zoopt.checks import check_bool
@@ -19,6 +21,10 @@ class GradientScaling(AdamFamily):
     """Methods that descend the gradient itself, scaled."""
 
     _projects_shards = True
+    _remedies: ClassVar = {
+        "proj": "say projector='random' or 'svd'",
+        "scale_type": "zoopt.Apollo scales channels, zoopt.ApolloMini the tensor",
+    }
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

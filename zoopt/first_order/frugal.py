@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -105,6 +105,10 @@ class Frugal(ProjectedOptimizer):
         ...     opt.step()
         ...     opt.zero_grad()
     """
+
+    _remedies: ClassVar = {
+        "rank": "give its density, the rank as a share of the side that is projected, or None"
+    }
 
     def __init__(
         self,

@@ -41,13 +41,18 @@ class GaLoreAdamW(AdamFamily):
     int8 2.03, int4 1.06), 8 for `step`.
 
     Args:
-        params: parameters, named parameters, or param groups.
+        params: parameters, named parameters, or param groups. Of named parameters, embeddings and
+            output layers are a plain group of their own (told by names such as `embed`, `wte`,
+            `lm_head`; unnamed ones cannot be told). A group with a `rank` of its own is projected
+            whatever it holds. Where one group has a `rank`, groups without are plain, as in the
+            authors' code.
         lr: learning rate; default 1e-3 (the authors' code; their pre-training takes 1e-2).
         betas: decay of the moments; default (0.9, 0.999) (Adam).
         eps: added to the denominator; default 1e-6 (the authors' code).
         weight_decay: decoupled; default 0 (the authors' code).
-        rank: r, cut to the matrix's own; default 128 (the authors' code, for 60M weights; a quarter
-            of the width for larger models).
+        rank: r, cut to the matrix's own (which is warned of, for matrices of 65536 elements or
+            more); default 128 (the authors' code, for 60M weights; a quarter of the width for
+            larger models).
         update_proj_gap: steps from one basis to the next; default 200 (paper).
         scale: alpha; default 0.25 (the authors' code).
         proj_type: `"std"` projects the shorter side (m >= n the right one), `"reverse_std"` the

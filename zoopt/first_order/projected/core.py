@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.distributed.sharding import anywhere, greatest_, local, local_like, offset, sum_
 from zoopt.dtypes import accumulator_dtype
-from zoopt.first_order.base import FirstOrderOptimizer, Site, descent_rate
+from zoopt.first_order.base import Site, descent_rate
 from zoopt.first_order.projected.basis import basis_specs, load_bases, refresh, refresh_due
-from zoopt.first_order.projected.geometry import Geometry, ProjType, geometry, matrix
+from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
+from zoopt.first_order.projected.groups import ProjectedGroups
 from zoopt.first_order.projected.residuals import NONE, Parts, Residual, Terms
 from zoopt.first_order.projected.rules import (
     ADAM,
@@ -29,12 +28,10 @@ from zoopt.first_order.projected.rules import (
 from zoopt.first_order.projected.sharded import first_row, refresh_together, rows_of
 from zoopt.first_order.projected.subspace import (
     BLIND,
-    Projector,
     down,
     factors,
     silence_rounding_,
 )
-from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.adam.op import adamw_
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
@@ -42,7 +39,7 @@ from zoopt.kernels.product.op import add_product_
 from zoopt.optimizer import STEP, Group, TensorSpec
 
 
-class ProjectedOptimizer(FirstOrderOptimizer):
+class ProjectedOptimizer(ProjectedGroups):
     """A rule inside a subspace of each matrix's gradient; parameters of groups with `rank=None`,
     and those of fewer than two dimensions, get the rule itself.
 
@@ -302,18 +299,3 @@ class ProjectedOptimizer(FirstOrderOptimizer):
     def _needs_gradient(self, site: Site) -> bool:
         geo = geometry(site.param, site.group)
         return geo is not None and self._residual(site.group).needs_gradient
-
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
-        check_choice("state_dtype", group["state_dtype"], get_args(Format))
-        check_choice("state_rounding", group["state_rounding"], ("stochastic", "nearest"))
-        if group.get("rank") is None:
-            return
-        check_positive_int("rank", group["rank"])
-        check_choice("proj_type", group["proj_type"], get_args(ProjType))
-        if "update_proj_gap" in group:
-            check_positive_int("update_proj_gap", group["update_proj_gap"])
-        if "scale" in group:
-            check_number("scale", group["scale"], low=0.0)
-        if "projector" in group:
-            check_choice("projector", group["projector"], get_args(Projector))
