@@ -168,5 +168,7 @@ class GradNormLoRP(AdamFamily):
         state = self.state.get(site.param, {})
         begun = bool(state) and int(state["step"]) > 0
         if not begun and geometry(site.param, site.group) and not known(gradient.any(), True):
-            return None  # A gradient of zeros has no subspace, and Adam makes no step of it.
+            # A gradient of zeros has no subspace, and Adam makes no step of it.
+            self.state.pop(site.param, None)
+            return None
         return super()._reduce(site, gradient)
