@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -115,7 +116,7 @@ class AdamW(AdamFamily):
         >>> opt.step()
     """
 
-    _remedies: ClassVar = dict.fromkeys(
+    _remedies: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("rank", "update_proj_gap", "scale", "proj_type", "projector"),
         "AdamW projects nothing: use zoopt.GaLoreAdamW, or leave it out",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
@@ -21,7 +22,7 @@ class GradientScaling(AdamFamily):
     """Methods that descend the gradient itself, scaled."""
 
     _projects_shards = True
-    _remedies: ClassVar = {
+    _remedies: ClassVar[Mapping[str, str]] = {
         "proj": "say projector='random' or 'svd'",
         "scale_type": "zoopt.Apollo scales channels, zoopt.ApolloMini the tensor",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -106,7 +107,7 @@ class Frugal(ProjectedOptimizer):
         ...     opt.zero_grad()
     """
 
-    _remedies: ClassVar = {
+    _remedies: ClassVar[Mapping[str, str]] = {
         "rank": "give its density, the rank as a share of the side that is projected, or None"
     }
 

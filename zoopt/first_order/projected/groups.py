@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.first_order.base import FirstOrderOptimizer
@@ -22,7 +22,7 @@ class ProjectedGroups(FirstOrderOptimizer):
     """The groups of optimizers some of whose parameters are projected."""
 
     #: Group keys of other classes and of the authors' code, and what is said here in their place.
-    _remedies: Mapping[str, str] = {}
+    _remedies: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
         if isinstance(params, Iterator):
