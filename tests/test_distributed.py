@@ -288,6 +288,25 @@ def projections_resume_to_the_bit(folder: Path) -> None:
                 assert_same(value, whole(resumed.state[q][name]), name)
 
 
+def ddp_trains_as_with_torchs_adamw(folder: Path) -> None:
+    """Each process has its own half of the batch; float32, some roundings of 1e-2 a step."""
+    x = torch.randn(8, 7, generator=torch.Generator().manual_seed(3))
+    own = x.chunk(2)[dist.get_rank()]
+    runs = []
+    for cls in (zoopt.AdamW, torch.optim.AdamW):
+        model = nn.parallel.DistributedDataParallel(net())
+        optimizer = cls(model.parameters(), lr=1e-2, weight_decay=0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(own).sin().square().mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+        assert_same_everywhere([p.detach() for p in model.parameters()], cls.__name__)
+        runs.append(list(model.parameters()))
+    for ours, theirs in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-5)
+
+
 def a_seed_a_rank_gives_equal_replicas(folder: Path) -> None:
     """As scripts do that call torch.manual_seed(1337 + rank): what is drawn is rank 0's.
 
@@ -389,6 +408,7 @@ SCENARIOS = {
         projected_moments_are_rounded_by_their_places_in_the_whole,
         projections_resume_to_the_bit,
         refuses_what_has_no_shards,
+        ddp_trains_as_with_torchs_adamw,
         a_seed_a_rank_gives_equal_replicas,
         a_seed_a_rank_gives_one_basis,
         a_seed_a_rank_gives_one_model_and_one_half,
