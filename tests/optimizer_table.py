@@ -212,12 +212,12 @@ ROWS = [
         momentum=0.9,
         falls=1.0,
     ),
-    row("dense", zoopt.ZOAdam, ZOAdam64, per_element(2, 4), num_probes=2, weight_decay=0.1),
+    row("dense", zoopt.ZOAdam, ZOAdam64, per_element(2, 8), num_probes=2, weight_decay=0.1),
     row(
         "dense random mask",
         zoopt.ZOAdam,
         ZOAdam64,
-        per_element(2, 4),
+        per_element(2, 8),
         mask="random",
         density=0.5,
         # Where no direction has moved yet both moments are 0, and eps decides.

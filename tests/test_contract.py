@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
+import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import zoopt
 from tests.compare import same, state_bytes
@@ -249,3 +254,147 @@ def test_a_compiled_caller_gets_the_bits_of_an_eager_one(row: Row) -> None:
             call()
     assert same(*models)
     torch._dynamo.reset()
+
+
+CLASSES = list({row.cls: row for row in reversed(ROWS)}.values())
+
+
+class WithNothing(nn.Module):
+    """The model of the other tests, and matrices without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(0, 4))
+        self.columns = nn.Parameter(torch.empty(4, 0))
+        self.nothing = nn.Parameter(torch.empty(0))
+        self.inner = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.rows.sum() + self.columns.sum() + self.nothing.sum()
+
+
+@pytest.mark.parametrize(("row", "perturbation"), CASES, ids=str)
+def test_matrices_without_elements_change_nothing(row: Row, perturbation: str) -> None:
+    if row.options.get("blocks") == "groups" or isinstance(row.options.get("mask"), dict):
+        row = dataclasses.replace(row, options={**row.options, "mask": None, "momentum": 0.0})
+    model, plain = WithNothing(), mlp()
+    named = [(name.removeprefix("inner."), p) for name, p in model.named_parameters()]
+    optimizer = row.build_from(named, perturbation=perturbation)
+    other = row.build(plain, perturbation=perturbation)
+    for _ in range(2):
+        optimizer.step(closure_of(model))
+        other.step(closure_of(plain))
+    assert same(model.inner, plain)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert state_bytes(optimizer) == optimizer.declared_state_bytes()
+
+
+@pytest.mark.parametrize("row", CLASSES, ids=str)
+def test_a_backward_pass_does_not_feed_it(row: Row) -> None:
+    """Whoever leaves gradients and calls step is told what to call; torch's checkpoints are not."""
+    model = mlp()
+    optimizer = row.build(model)
+    before = copy.deepcopy(model), str(optimizer.state_dict())
+    get_optimizer_state_dict(model, optimizer)
+    assert same(model, before[0])
+    assert str(optimizer.state_dict()) == before[1]
+    closure_of(model)().backward()
+    name = row.cls.__name__
+    for call in (optimizer.step, lambda: optimizer.step(None)):
+        with pytest.raises(RuntimeError, match=rf"{name}.step\(\) needs a closure.*ZOTrainer"):
+            call()
+    assert same(model, before[0])
+    assert str(optimizer.state_dict()) == before[1]
+    # Gradients of another optimizer's, over the same parameters, are no matter.
+    optimizer.step(closure_of(model))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "enable_grad"])
+@pytest.mark.parametrize(("row", "perturbation"), CASES, ids=str)
+def test_a_closure_that_calls_backward_is_told_not_to(
+    row: Row, perturbation: str, grad: bool
+) -> None:
+    model = mlp()
+    optimizer = row.build(model, perturbation=perturbation)
+    before = copy.deepcopy(model)
+
+    def closure() -> torch.Tensor:
+        with torch.set_grad_enabled(grad):
+            loss = closure_of(model)()
+            loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="got one that calls backward: leave the backward pass"):
+        optimizer.step(closure)
+    assert all(param.grad is None for param in model.parameters())
+    for p, q in zip(model.parameters(), before.parameters(), strict=True):
+        assert (p - q).abs().max() <= 1e-6
+    assert optimizer.param_groups[0]["step"] == 0
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_a_loss_beyond_float32_is_no_loss(row: Row) -> None:
+    """1e300 is finite in float64, and its square, or its quotient by zo_eps, in no float32."""
+    model, optimizer = run(row, 1)
+    weights = copy.deepcopy(model)
+    count = itertools.count(1)
+
+    def closure() -> torch.Tensor:
+        return closure_of(model)() * 0 + 1e300 * next(count)
+
+    if row.cls is zoopt.EvolutionStrategy:  # whose fitnesses are shaped
+        optimizer.step(closure)
+    elif row.cls is zoopt.ForwardGrad:
+        with pytest.warns(UserWarning, match="not finite"):
+            optimizer.step(lambda: closure_of(model)() * 1e300)
+    elif "max_projected_grad" in row.options:
+        optimizer.step(closure)
+    else:
+        with pytest.warns(UserWarning, match="not finite"):
+            optimizer.step(closure)
+        assert all((p - q).abs().max() <= 1e-6 for p, q in zip(*map(params, (model, weights))))  # noqa: B905
+    optimizer.step(closure_of(model))
+    assert all(param.isfinite().all() for param in model.parameters())
+    for state in optimizer.state.values():
+        assert all(value.isfinite().all() for value in state.values())
+
+
+def params(model: nn.Module) -> list[torch.Tensor]:
+    return [param.detach() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_copies_and_pickles_go_on_with_the_record(row: Row) -> None:
+    model, optimizer = run(row, 2)
+    optimizer.skipped_probes = 3
+    for again, twin in (
+        copy.deepcopy((optimizer, model)),
+        pickle.loads(pickle.dumps((optimizer, model))),
+    ):
+        assert again.last_step == optimizer.last_step
+        assert again.skipped_probes == 3
+        again.step(closure_of(twin))
+        assert again.last_step.step == 3
+    optimizer.step(closure_of(model))
+    assert same(model, twin)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_counts_are_checked_before_memory_is_taken(row: Row) -> None:
+    key = "population_size" if row.cls is zoopt.EvolutionStrategy else "num_probes"
+    with pytest.raises(ValueError, match=rf"{key} must be at most 2\^20, got 3000000000"):
+        row.build(mlp(), **{key: 3 * 10**9})
+    model, optimizer = run(row, 1)
+    optimizer.param_groups[0]["draw"] = 2**32
+    with pytest.raises(RuntimeError, match=r"used all of its 2\^32 draws"):
+        optimizer.step(closure_of(model))
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
+@pytest.mark.parametrize(("row", "perturbation"), CASES, ids=str)
+def test_parameters_without_values_are_refused_where_they_are(row: Row, perturbation: str) -> None:
+    model = mlp().to("meta")
+    optimizer = row.build(model, perturbation=perturbation)
+    with pytest.raises(RuntimeError, match=r"'0.weight' must hold values, got one on the meta dev"):
+        optimizer.step(lambda: pytest.fail("evaluated"))
+    assert optimizer.param_groups[0]["step"] == 0

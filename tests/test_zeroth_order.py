@@ -513,6 +513,58 @@ def test_zero_grad_drops_what_has_been_probed() -> None:
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
+# --- losses of 16 bits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_whose_spacing_hides_the_estimate_are_warned_of_once(
+    dtype: torch.dtype, perturbation: str
+) -> None:
+    """Around 3 the spacing is 0.016 in bfloat16, and a perturbation changes the loss by 0.001."""
+    model, x = nn.Linear(8, 8), torch.randn(4, 8)
+    optimizer = zoopt.MeZO(model.named_parameters(), zo_eps=1e-5, perturbation=perturbation, seed=1)
+    with pytest.warns(UserWarning, match=r"16 bits, .* compute the loss in float32") as caught:
+        optimizer.step(lambda: (3.0 + 0.1 * model(x).square().mean()).to(dtype))
+    assert [warning.filename for warning in caught] == [__file__]
+    optimizer.step(lambda: (3.0 + 0.1 * model(x).square().mean()).to(dtype))
+
+
+def test_losses_whose_spacing_is_fine_are_not_warned_of() -> None:
+    model, x = nn.Linear(8, 8), torch.randn(4, 8)
+    optimizer = zoopt.MeZO(model.named_parameters(), zo_eps=0.1, seed=1)
+    for closure in (
+        lambda: model(x).square().mean().bfloat16(),
+        lambda: (3.0 + 1e-6 * model(x).mean()).float(),
+        lambda: float((3.0 + 1e-6 * model(x).mean()).bfloat16()),
+    ):
+        optimizer.step(closure)
+
+
+# --- long runs ------------------------------------------------------------------------------
+
+
+def test_adam_counts_on_beyond_what_float32_can_count() -> None:
+    """The count of a checkpoint with a float32 one is converted, and 2^24 + 1 is not 2^24."""
+    model = mlp()
+    optimizer = zoopt.ZOAdam(model.named_parameters(), seed=1)
+    optimizer.step(closure_of(model))
+    old = optimizer.state_dict()
+    for state in old["state"].values():
+        state["step"] = torch.tensor(2.0**24)
+    optimizer.load_state_dict(old)
+    for _ in range(2):
+        optimizer.step(closure_of(model))
+    assert all(int(state["step"]) == 2**24 + 2 for state in optimizer.state.values())
+    assert all(state["step"].dtype == torch.int64 for state in optimizer.state.values())
+    optimizer.param_groups[0]["step"] = 2**40
+    for state in optimizer.state.values():
+        state["step"].fill_(2**40)
+    before = model[0].weight.detach().clone()
+    optimizer.step(closure_of(model))
+    assert not torch.equal(before, model[0].weight)
+
+
 # --- parameters that change --------------------------------------------------------------------
 
 

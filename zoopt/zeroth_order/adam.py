@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels import adam_window_
 from zoopt.kernels.noise.key import Distribution
-from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.optimizer import STEP, Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise, whole
@@ -72,7 +71,7 @@ class ZOAdam(SparseZerothOrder):
         v <- b2 v + (1 - b2) mean_j(g_j^2)
         theta <- (1 - lr weight_decay) theta - lr ghat / (sqrt(vhat) + eps)
 
-    State, in bytes a parameter element: dense 8 (16 for float64) and 4 a parameter (`step`);
+    State, in bytes a parameter element: dense 8 (16 for float64) and 8 a parameter (`step`);
     window and scalar 0; with `mask="magnitude"`, 4 a parameter.
 
     Args:
@@ -95,6 +94,9 @@ class ZOAdam(SparseZerothOrder):
         >>> for batch in loader:
         ...     loss = opt.step(lambda: model(**batch).loss)
     """
+
+    #: g^2 and z^2 are multiplied.
+    _largest_grad = 2.0**50
 
     def __init__(
         self,
@@ -133,7 +135,7 @@ class ZOAdam(SparseZerothOrder):
         moving = self._moving(param, group)
         if group["state"] == "dense" and moving is not None:
             declared |= {
-                "step": TensorSpec((), torch.float32),
+                "step": STEP,
                 "exp_avg": moving,
                 "exp_avg_sq": moving,
             }

@@ -6,7 +6,6 @@ import math
 
 from torch import Tensor
 
-from zoopt.ambient import OwnArithmetic
 from zoopt.checks import check_nonnegative_int, check_number
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.dispatch import known
@@ -109,8 +108,7 @@ class ConMeZO(ZerothOrderOptimizer):
             check_number(name, group[name], low=0.0, high=1.0, open_high=True)
         check_nonnegative_int("warmup_steps", group["warmup_steps"])
 
-    @OwnArithmetic()
-    def _new_pending(self) -> PendingProbe:
+    def _survey(self) -> None:
         taking_part = [
             (param, group)
             for _, group, param, _ in named_params(self.param_groups)
@@ -122,7 +120,6 @@ class ConMeZO(ZerothOrderOptimizer):
             for param, group in taking_part
         )
         self._norm, self._numel = math.sqrt(square), sum(p.numel() for p, _ in taking_part)
-        return super()._new_pending()
 
     def _direction(self, param: Tensor, group: Group, number: int, *, virtual: bool) -> Direction:
         angle = float(group["cone_angle"])

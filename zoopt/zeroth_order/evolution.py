@@ -144,7 +144,8 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         population = self._population()
         chosen = population.chosen(members)
         perturbation = Perturbation(population.slots)
-        evaluation = Evaluation(evaluate, perturbation, verify=False)
+        evaluation = self._evaluation(evaluate, perturbation)
+        evaluation.verify = False
         try:
             fitness = [evaluation.along(*population.place(i)) for i in chosen]
             perturbation.restore()
@@ -253,6 +254,9 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         assert isinstance(pending, Population)
         fitness = [evaluation.along(*place) for place in map(pending.place, range(pending.size))]
         return [Measurement((value,), value) for value in fitness]
+
+    def _usable(self, measurement: Measurement) -> Measurement:
+        return measurement  # shaped before it meets float32
 
     def _record(self, pending: PendingProbe, step: int) -> GenerationRecord:
         assert isinstance(pending, Population)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -97,16 +99,23 @@ class HiZOO(ZerothOrderOptimizer):
         super()._check_options(group)
         check_number("hessian_smooth", group["hessian_smooth"], low=0.0, high=1.0, open_high=True)
 
+    def _initialise(self, param: Tensor, group: Group, number: int) -> None:
+        self.state[param]["hessian"].fill_(1.0)
+
     def _direction(self, param: Tensor, group: Group, number: int, *, virtual: bool) -> Direction:
-        fresh = "hessian" not in self.state[param]
         hessian: Tensor = self._state(param, group)["hessian"]
-        if fresh:
-            hessian.fill_(1.0)
         key = NoiseKey(group["seed"], number, distribution=group["distribution"])
         return Preconditioned(key, hessian)
 
     def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Measurement]:
         return three_point(evaluation, pending.draws)
+
+    def _usable(self, measurement: Measurement) -> Measurement:
+        measurement = super()._usable(measurement)
+        scale = min(float(group["zo_eps"]) for group in self.param_groups)
+        if abs(measurement.curvature) / (2.0 * scale**2) > self._largest_grad:
+            return dataclasses.replace(measurement, delta=math.nan)
+        return measurement
 
     def _update(
         self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress

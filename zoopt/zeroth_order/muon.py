@@ -132,11 +132,12 @@ class ZOMuon(LowRankZerothOrder):
         return {"basis": TensorSpec(shape, accumulator_dtype(param.dtype))}
 
     def _matrix_direction(self, param: Tensor, group: Group, key: NoiseKey) -> LeftSubspace:
-        fresh = "basis" not in self.state[param]
-        direction = LeftSubspace(key, param, group["rank"], self._state(param, group)["basis"])
-        if fresh:
-            direction.draw_basis(group["basis_draw"])
-        return direction
+        return LeftSubspace(key, param, group["rank"], self._state(param, group)["basis"])
+
+    def _initialise(self, param: Tensor, group: Group, number: int) -> None:
+        if param.dim() > 1:
+            key = NoiseKey(group["seed"], number)
+            self._matrix_direction(param, group, key).draw_basis(group["basis_draw"])
 
     def _change_basis(
         self, param: Tensor, group: Group, number: int, new: int, progress: Progress

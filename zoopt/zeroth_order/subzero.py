@@ -120,12 +120,13 @@ class SubZero(LowRankZerothOrder):
         }
 
     def _matrix_direction(self, param: Tensor, group: Group, key: NoiseKey) -> Subspace:
-        fresh = "basis_u" not in self.state[param]
         state = self._state(param, group)
-        direction = Subspace(key, param, group["rank"], state["basis_u"], state["basis_v"])
-        if fresh:
-            direction.draw_bases(group["basis_draw"])
-        return direction
+        return Subspace(key, param, group["rank"], state["basis_u"], state["basis_v"])
+
+    def _initialise(self, param: Tensor, group: Group, number: int) -> None:
+        if param.dim() > 1:
+            key = NoiseKey(group["seed"], number)
+            self._matrix_direction(param, group, key).draw_bases(group["basis_draw"])
 
     def _change_basis(
         self, param: Tensor, group: Group, number: int, new: int, progress: Progress

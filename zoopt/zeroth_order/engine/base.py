@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
+from zoopt.distributed.checkpoint import called_by_checkpoint
 from zoopt.dtypes import NARROW, RoundingMode, resolved_rounding
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
@@ -41,6 +44,10 @@ _RUN_KEYS = (
     *("seed", "step", "draw", "noise_version", "num_probes", "estimator"),
     *("blocks", "block_order"),
 )
+#: More directions a step are a mistake, of which memory would be gone before anyone noticed.
+_MOST_DIRECTIONS = 1 << 20
+#: The first so many differences of 16-bit losses are judged; of so many spacings they are noise.
+_JUDGED, _COARSE = 3, 2.0
 
 
 class ZerothOrderOptimizer(DeclaredStateOptimizer):
@@ -56,7 +63,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         skipped_probes: how many probes this optimizer has left out for a non-finite loss.
     """
 
-    # torch copies and pickles an optimizer's state and groups only: a copy starts from these.
+    # A copy, which torch makes without calling __init__, starts from these.
     last_step: StepRecord | None = None
     skipped_probes: int = 0
     _pending: PendingProbe | None = None
@@ -67,6 +74,10 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     _scale_key = "zo_eps"
     _count_key = "num_probes"
     _run_keys: tuple[str, ...] = _RUN_KEYS
+    #: The largest |g| that the update can bear in float32, times |z| < 8 and a learning rate.
+    _largest_grad = 2.0**100
+    #: How many losses of 16 bits have been looked at, until one is warned of.
+    _narrow_losses = 0
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
         run = {"seed": self._share_seed(seed), "step": 0, "draw": 0, "noise_version": NOISE_VERSION}
@@ -139,10 +150,17 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         Returns:
             The mean of the closure's losses (without a closure: of all the pending ones), or None
             if there was nothing to do, in which case nothing at all has changed.
+
+        Raises:
+            RuntimeError: there is nothing to do, and a parameter has a gradient: whoever calls the
+                step has taken the optimizer for one that is fed by backward passes.
+            TypeError, ValueError, RuntimeError: as for `probe`; also a hyperparameter that has been
+                set out of range.
         """
         self._settle()
         if closure is None:
             if self._pending is None:
+                self._refuse_gradients()
                 return None
             pending = self._pending
             self._take(pending, None)
@@ -160,6 +178,11 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             raise
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: as torch's, and the record of the last step."""
+        record = {"last_step": self.last_step, "skipped_probes": self.skipped_probes}
+        return {**super().__getstate__(), **record}
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch: what has been accumulated goes, here the probes that are pending."""
         super().zero_grad(set_to_none)
@@ -170,14 +193,53 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         return self._new_pending() if self._pending is None else self._pending.copy()
 
     def _evaluation(self, closure: Closure, perturbation: Perturbation) -> Evaluation:
-        return Evaluation(closure, perturbation, verify=self._verifies)
+        params = [param for group in self.param_groups for param in group["params"]]
+        return Evaluation(closure, perturbation, params, verify=self._verifies)
 
     def _measure(self, evaluation: Evaluation, pending: PendingProbe) -> float:
         """Add the losses along the directions; parameters perturbed in place are left where the
         last one was evaluated."""
-        measurements = self._evaluate(evaluation, pending)
+        measurements = [self._usable(each) for each in self._evaluate(evaluation, pending)]
+        self._warn_of_narrow(evaluation.rng.spacing, measurements)
         pending.add(measurements)
         return mean_loss([measurement.losses for measurement in measurements])
+
+    def _usable(self, measurement: Measurement) -> Measurement:
+        """The measurement, with a delta of NaN if no update in float32 can bear it."""
+        for group in self.param_groups:
+            grad = abs(measurement.delta) / float(group[self._scale_key])
+            bound = group.get("max_projected_grad")
+            if (grad if bound is None else min(grad, bound)) > self._largest_grad:
+                return dataclasses.replace(measurement, delta=math.nan)
+        return measurement
+
+    def _warn_of_narrow(self, spacing: float, measurements: Sequence[Measurement]) -> None:
+        """Warn of losses of 16 bits that hardly differ: once, at the beginning of the run."""
+        differences = min(len(measurement.losses) for measurement in measurements) > 1
+        if not spacing or not differences or self._narrow_losses >= _JUDGED:
+            return
+        self._narrow_losses += len(measurements)
+        spread = min(max(m.losses) - min(m.losses) for m in measurements)
+        if spread <= _COARSE * spacing:
+            self._narrow_losses = _JUDGED
+            warn(
+                f"the closure returned a loss of 16 bits, whose spacing of {spacing:.1g} is no "
+                f"finer than what a perturbation changes, {spread:.1g}: the estimate will be "
+                f"mostly rounding; compute the loss in float32, from logits.float() say, and "
+                f"return it as it is (loss.float() at the least), or raise {self._scale_key}"
+            )
+
+    def _refuse_gradients(self) -> None:
+        """Raise if a parameter has a gradient, unless a checkpoint only asks for state."""
+        for *_, param, name in named_params(self.param_groups):
+            if param.grad is not None and not called_by_checkpoint():
+                cls = type(self).__name__
+                raise RuntimeError(
+                    f"{cls}.step() needs a closure, or probes that are pending, got neither, and "
+                    f"parameter {name!r} has a gradient: {cls} does not read what backward passes "
+                    f"leave. Call step(closure), or probe(closure) and then step(); in place of "
+                    f"transformers.Trainer use zoopt.integrations.transformers.ZOTrainer"
+                )
 
     def _undo(self, perturbation: Perturbation) -> None:
         """Bring parameters that an error has left somewhere else back to theta."""
@@ -208,13 +270,15 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
 
     @OwnArithmetic()
     def _new_pending(self) -> PendingProbe:
+        for group in self.param_groups:
+            self._check_options(group)
         draws = self._draws()
         if draws[-1] >= 1 << 32:
             raise RuntimeError("the run has used all of its 2^32 draws; begin one with a new seed")
-        for group in self.param_groups:
-            self._check_options(group)
+        self._check_values()
         self._check_seed()
         self._check_state()
+        self._survey()
         block = self._block_due()
         slots = list(self._slots(block))
         if not slots:
@@ -224,6 +288,20 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
                 f"perturb; unfreeze one with .requires_grad_()"
             )
         return PendingProbe(slots, draws, block)
+
+    def _survey(self) -> None:
+        """Read what directions depend on beyond their own parameter."""
+
+    def _check_values(self) -> None:
+        """Raise if a parameter has no values here."""
+        for *_, param, name in named_params(self.param_groups):
+            if param.is_meta:
+                raise RuntimeError(
+                    f"parameter {name!r} must hold values, got one on the meta device, which can "
+                    f"be perturbed neither in place nor virtually; load the model whole before the "
+                    f"optimizer is made, in bfloat16 say, without accelerate's cpu_offload or "
+                    f"disk_offload"
+                )
 
     def _draws(self) -> tuple[int, ...]:
         """The numbers of this step's directions."""
@@ -369,14 +447,33 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
                 continue
             if block is not None and block_of(blocks, group_index, name) != block:
                 continue
+            self._ready_state(param, group, stream(name))
+            if not param.numel():
+                continue
             virtual = self._virtual(param, group)
             direction = self._direction(param, group, stream(name), virtual=virtual)
             if direction is not None:
-                if self.declared_state(param, group):
-                    self._state(param, group)  # where memory ends, it ends before the evaluations
                 scale = float(group[self._scale_key])
                 rounding = resolved_rounding(group["rounding"], param.dtype)
                 yield Slot(param, group, direction, virtual, rounding, scale)
+
+    def _ready_state(self, param: Tensor, group: Group, number: int) -> None:
+        """Make what is missing of the parameter's state: where memory ends, it ends before the
+        evaluations."""
+        missing = self.declared_state(param, group).keys() - self.state.get(param, {}).keys()
+        if not missing:
+            return
+        try:
+            self._state(param, group)
+            if param.numel():
+                self._initialise(param, group, number)
+        except BaseException:
+            for name in missing:
+                self.state[param].pop(name, None)
+            raise
+
+    def _initialise(self, param: Tensor, group: Group, number: int) -> None:
+        """Give new state its first values, where those are not zeros; `number` is the stream."""
 
     def _virtual(self, param: Tensor, group: Group) -> bool:
         """Whether the parameter is perturbed virtually."""
@@ -416,6 +513,11 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         check_number(self._scale_key, group[self._scale_key], low=0.0, open_low=True)
         check_number("weight_decay", group["weight_decay"], low=0.0)
         check_positive_int(self._count_key, group[self._count_key])
+        if group[self._count_key] > _MOST_DIRECTIONS:
+            raise ValueError(
+                f"{self._count_key} must be at most 2^20, got {group[self._count_key]}: a step "
+                f"evaluates the loss for each"
+            )
         if group.get("max_projected_grad") is not None:
             check_number("max_projected_grad", group["max_projected_grad"], low=0.0, open_low=True)
         if "estimator" in group:

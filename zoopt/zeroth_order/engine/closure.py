@@ -13,9 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from zoopt.dtypes import NARROW
 from zoopt.kernels.dispatch import known
 
 Closure = Callable[[], Any]
+
+#: What torch says to a backward pass without a graph.
+_NO_GRAPH = "does not require grad and does not have a grad_fn"
+CALLS_BACKWARD = (
+    "the closure of a zeroth-order optimizer evaluates the loss and returns it, got one that calls "
+    "backward: leave the backward pass out; where gradients are wanted use an optimizer of "
+    "torch's or zoopt.AdamW, or zoopt.Hybrid for both"
+)
 
 
 def check_closure(closure: Any, caller: str) -> None:
@@ -72,6 +81,8 @@ class PinnedRNG:
             self._generators.append((numpy.random.get_state, numpy.random.set_state))
         self._before = self._get()
         self._after: list[Any] | None = None
+        #: The spacing of numbers around the last loss, where it was of 16 bits; otherwise 0.
+        self.spacing = 0.0
 
     # A mode that is active, of fake tensors say, would make tensors of its own of the states.
 
@@ -94,6 +105,10 @@ class PinnedRNG:
         try:
             with torch.no_grad():
                 result = closure()
+        except RuntimeError as error:
+            if _NO_GRAPH in str(error):
+                raise RuntimeError(CALLS_BACKWARD) from error
+            raise
         finally:
             torch.clear_autocast_cache()
         states = self._get()
@@ -101,4 +116,7 @@ class PinnedRNG:
             self._after = states
         else:
             self._set(self._after)
-        return loss_value(result)
+        loss = loss_value(result)
+        narrow = isinstance(result, Tensor) and result.dtype in NARROW
+        self.spacing = torch.finfo(result.dtype).eps * abs(loss) if narrow else 0.0
+        return loss

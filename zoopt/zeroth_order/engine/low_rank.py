@@ -198,7 +198,7 @@ class LowRankZerothOrder(ZerothOrderOptimizer):
             return tasks
         run["basis_draw"] = run["draw"]
         for _, group, param, name in named_params(self.param_groups):
-            if param in self.state and param.dim() > 1:
+            if param in self.state and param.dim() > 1 and param.numel():
                 change = (param, group, stream(name), run["draw"], Progress())
                 tasks.append(functools.partial(self._change_basis, *change))
         return tasks

@@ -14,11 +14,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeVar
 
+from torch import Tensor
+
 from zoopt.warn import warn
-from zoopt.zeroth_order.engine.closure import Closure, PinnedRNG
+from zoopt.zeroth_order.engine.closure import CALLS_BACKWARD, Closure, PinnedRNG
 from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation, Slot, along
 
 Estimator = Literal["two-sided", "one-sided"]
@@ -113,14 +115,24 @@ class Evaluation:
 
     Args:
         closure, perturbation: what is evaluated, and how parameters move.
+        params: all of the optimizer's; the closure may leave no gradients at them.
         verify: evaluate the first point twice, and warn if the losses are not the same.
     """
 
-    def __init__(self, closure: Closure, perturbation: Perturbation, *, verify: bool) -> None:
+    def __init__(
+        self,
+        closure: Closure,
+        perturbation: Perturbation,
+        params: Iterable[Tensor],
+        *,
+        verify: bool,
+    ) -> None:
         self.closure = closure
         self.perturbation = perturbation
         self.verify = verify
         self.rng = PinnedRNG(slot.param.device for slot in perturbation.slots)
+        self._without_grad = [param for param in params if param.grad is None]
+        self._checked = False
 
     def at(self, displacement: Displacement) -> float:
         """The loss at theta plus the displacement."""
@@ -129,10 +141,22 @@ class Evaluation:
                 loss = self.rng.evaluate(self.closure)
                 if self.verify:
                     self._compare(loss, self.rng.evaluate(self.closure))
+                self._refuse_gradients()
                 return loss
         except BaseException:
             self.perturbation.restore()
             raise
+
+    def _refuse_gradients(self) -> None:
+        """Raise if the closure has left gradients behind, once they have been removed."""
+        if self._checked:
+            return
+        self._checked = True
+        fresh = [param for param in self._without_grad if param.grad is not None]
+        for param in fresh:
+            param.grad = None
+        if fresh:
+            raise RuntimeError(CALLS_BACKWARD)
 
     def _compare(self, loss: float, again: float) -> None:
         """Warn unless two evaluations at one point agree, up to the order of a device's sums."""

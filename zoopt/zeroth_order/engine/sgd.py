@@ -47,6 +47,11 @@ class SparseZerothOrder(ZerothOrderOptimizer):
                 self.param_groups.pop()
                 raise
 
+    def _initialise(self, param: Tensor, group: Group, number: int) -> None:
+        if group["mask"] == "magnitude":
+            threshold = magnitude_threshold(param, float(group["density"]))
+            self.state[param]["threshold"].copy_(threshold)
+
     def _direction(
         self, param: Tensor, group: Group, number: int, *, virtual: bool
     ) -> Direction | None:
@@ -60,10 +65,7 @@ class SparseZerothOrder(ZerothOrderOptimizer):
             indices = self._indices(param, group)
             return None if indices is None else Indexed(key, indices.to(param.device).long())
         if group["mask"] == "magnitude":
-            fresh = param not in self.state or "threshold" not in self.state[param]
             threshold = self._state(param, group)["threshold"]
-            if fresh:
-                threshold.copy_(magnitude_threshold(param, float(group["density"])))
             mask = None if virtual else (param.detach().abs() <= threshold).flatten()
             return SmallMagnitudes(key, threshold, mask)
         return Noise(key)
