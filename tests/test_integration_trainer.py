@@ -517,6 +517,25 @@ def test_refuses_optimizers_of_another_kind(
     assert equal(bits(model), before)
 
 
+@pytest.mark.parametrize("kind", ["MeZO", "Hybrid"])
+def test_the_ordinary_trainer_is_told_of(kind: str, tmp_path: Path) -> None:
+    """It calls backward and then a step that has nothing to do: weights would stay, in silence."""
+    model = opt()
+    before = bits(model)
+    named = list(model.named_parameters())
+    optimizer: Any = zoopt.MeZO(named[:-2], **MEZO)
+    if kind == "Hybrid":
+        late = torch.optim.SGD([param for _, param in named[-2:]], lr=1.0)
+        optimizer = zoopt.Hybrid(optimizer, late)
+    own = build(model, tmp_path, optimizers=(optimizer, None))
+    trainer = transformers.Trainer(
+        model=model, args=own.args, train_dataset=sentences(4), optimizers=(optimizer, None)
+    )
+    with pytest.raises(RuntimeError, match=r"MeZO.step\(\) needs a closure.* has a gradient.*ZOTr"):
+        trainer.train()
+    assert equal(bits(model), before)
+
+
 def test_importing_zoopt_imports_no_framework() -> None:
     source = (
         "import sys, zoopt, zoopt.integrations\n"

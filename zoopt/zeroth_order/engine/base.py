@@ -46,8 +46,8 @@ _RUN_KEYS = (
 )
 #: More directions a step are a mistake, of which memory would be gone before anyone noticed.
 _MOST_DIRECTIONS = 1 << 20
-#: The first so many differences of 16-bit losses are judged; of so many spacings they are noise.
-_JUDGED, _COARSE = 3, 2.0
+#: How many differences of 16-bit losses are judged, the run's first.
+_JUDGED = 4
 
 
 class ZerothOrderOptimizer(DeclaredStateOptimizer):
@@ -76,8 +76,8 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     _run_keys: tuple[str, ...] = _RUN_KEYS
     #: The largest |g| that the update can bear in float32, times |z| < 8 and a learning rate.
     _largest_grad = 2.0**100
-    #: How many losses of 16 bits have been looked at, until one is warned of.
-    _narrow_losses = 0
+    #: How many differences of 16-bit losses have been judged, and how coarse they were.
+    _judged = _coarse = 0
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
         run = {"seed": self._share_seed(seed), "step": 0, "draw": 0, "noise_version": NOISE_VERSION}
@@ -214,20 +214,21 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         return measurement
 
     def _warn_of_narrow(self, spacing: float, measurements: Sequence[Measurement]) -> None:
-        """Warn of losses of 16 bits that hardly differ: once, at the beginning of the run."""
-        differences = min(len(measurement.losses) for measurement in measurements) > 1
-        if not spacing or not differences or self._narrow_losses >= _JUDGED:
-            return
-        self._narrow_losses += len(measurements)
-        spread = min(max(m.losses) - min(m.losses) for m in measurements)
-        if spread <= _COARSE * spacing:
-            self._narrow_losses = _JUDGED
-            warn(
-                f"the closure returned a loss of 16 bits, whose spacing of {spacing:.1g} is no "
-                f"finer than what a perturbation changes, {spread:.1g}: the estimate will be "
-                f"mostly rounding; compute the loss in float32, from logits.float() say, and "
-                f"return it as it is (loss.float() at the least), or raise {self._scale_key}"
-            )
+        """Warn of losses of 16 bits that do not differ, or twice hardly: once, early in the run."""
+        for measurement in measurements:
+            if not spacing or len(measurement.losses) < 2 or self._judged >= _JUDGED:
+                return
+            spread = max(measurement.losses) - min(measurement.losses)
+            self._judged += 1
+            self._coarse += (spread <= 2.0 * spacing) + (spread == 0.0)
+            if self._coarse >= 2:
+                self._judged = _JUDGED
+                warn(
+                    f"the closure returned losses of 16 bits, which differ by {spread:.1g} where "
+                    f"such numbers lie {spacing:.1g} apart: the estimate will be mostly rounding; "
+                    f"compute the loss in float32, from logits.float() say, and return it as it is "
+                    f"(loss.float() at the least), or raise {self._scale_key}"
+                )
 
     def _refuse_gradients(self) -> None:
         """Raise if a parameter has a gradient, unless a checkpoint only asks for state."""
