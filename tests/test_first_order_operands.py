@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import zoopt
 from tests.compare import equal, same
 from tests.first_order_table import ROWS, Row, backward, batch, net
+from zoopt.first_order.projected.subspace import subspace
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
 every_class = pytest.mark.parametrize(
@@ -224,3 +226,41 @@ def test_no_ambient_mode_changes_a_fused_step(row: Row) -> None:
                     optimizer.step()
         runs.append((model.state_dict(), optimizer.state_dict()))
     assert equal(*runs)
+
+
+def _makes_bases(row: Row) -> bool:
+    group = row.build(net()).param_groups[0]
+    return "update_proj_gap" in group and group["projector"] not in ("random", "columns")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if _makes_bases(row)], ids=str)
+def test_a_step_that_fails_moves_nothing(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear algebra that fails, of the last but one of four matrices or earlier."""
+    model = net()
+    optimizer = row.build(model, update_proj_gap=1)
+    backward(model)
+    optimizer.step()
+    backward(model)
+    before = copy.deepcopy(model)
+    kept = {
+        param: {name: value.clone() for name, value in state.items() if "basis" not in name}
+        for param, state in optimizer.state.items()
+    }
+    calls = []
+
+    def failing(*args: Any, **options: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("the algorithm failed to converge")
+        return subspace(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zoopt.first_order.projected.basis.subspace", failing)
+        with pytest.raises(RuntimeError, match="failed to converge"):
+            optimizer.step()
+    assert same(model, before)
+    for param, values in kept.items():
+        for name in values.keys() - {"agreements", "doublings"}:
+            assert torch.equal(optimizer.state[param][name], values[name])
+    optimizer.step()
+    assert not same(model, before)

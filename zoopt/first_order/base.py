@@ -38,8 +38,8 @@ class Site:
     Attributes:
         name: the parameter's name, or its position where names are not known.
         position, count: its number among the optimizer's parameters, and how many there are.
-        continues: whether a micro-batch of this step has been reduced before: what the reduction
-            is made with, a basis say, then stays as it is.
+        continues: whether the step has been prepared, or a micro-batch of it reduced, before: what
+            the reduction is made with, a basis say, then stays as it is.
         offset: the position of the parameter's first element, where it is a shard, in the whole.
     """
 
@@ -161,7 +161,14 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         for site in sites:
             # Where memory ends, it ends before anything has changed.
             self._state(site.param, site.group)
+        ready = []
         for site in sites:
+            gradient = site.param.grad
+            if is_sharded(site.param) or gradient is None:
+                ready.append(site)
+            elif self._prepare(site, operand(gradient)):
+                ready.append(dataclasses.replace(site, continues=True))
+        for site in ready:
             self._step_param(site)
 
     @opaque
@@ -212,6 +219,11 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         finally:
             del self.state[part]
         self._merge(site)
+
+    def _prepare(self, site: Site, gradient: Tensor) -> bool:
+        """Do what can fail, for all parameters before any of them is written; False leaves this
+        one as it is."""
+        return True
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         """What the update needs of the gradient (micro-batches add it up); None leaves the

@@ -180,18 +180,26 @@ class Frugal(ProjectedOptimizer):
         check_choice("projector", group["projector"], get_args(FrugalProjector))
         check_bool("stagger", group["stagger"])
 
+    def _prepare(self, site: Site, gradient: Tensor) -> bool:
+        """As GaLore's; a gradient that is not finite changes no subspace, and moves nothing."""
+        if geometry(site.param, site.group) is None or site.continues:
+            return True
+        state = self._state(site.param, site.group)
+        if not refresh_due(site, state, int(state["step"])):
+            return True
+        if not known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True):
+            return False
+        return _selects(site) or super()._prepare(site, gradient)
+
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         geo = geometry(site.param, site.group)
         if geo is None:
             return gradient
-        state = self._state(site.param, site.group)
-        completed = int(state["step"])
-        if refresh_due(site, state, completed) and not site.continues:
-            finite = torch.linalg.vector_norm(gradient, math.inf).isfinite()
-            if not known(finite, True):
-                return None
         if not _selects(site):
             return super()._reduce(site, gradient)
+        if not self._prepare(site, gradient):
+            return None
+        completed = int(self._state(site.param, site.group)["step"])
         block = matrix(gradient).index_select(_axis(geo), _columns(site, geo, completed))
         return _channels_first(block, geo).to(accumulator_dtype(site.param.dtype)).contiguous()
 

@@ -199,6 +199,10 @@ class LDAdamW(AdamFamily):
         check_bool("error_feedback", group["error_feedback"])
         check_choice("proj_type", group["proj_type"], get_args(OneSided))
 
+    def _prepare(self, site: Site, gradient: Tensor) -> bool:
+        """Nothing: the basis turns with the moments, in the update."""
+        return True
+
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         """The gradient itself: the basis is one of the whole step's, and so is the error."""
         if geometry(site.param, site.group) is None:

@@ -70,20 +70,29 @@ class ProjectedOptimizer(ProjectedGroups):
             **self._residual(group).specs(geo, accumulator),
         }
 
+    def _prepare(self, site: Site, gradient: Tensor) -> bool:
+        """Make the bases anew if it is time: linear algebra, which can fail."""
+        geo = geometry(site.param, site.group)
+        if geo is None or site.continues:
+            return True
+        state = self._state(site.param, site.group)
+        completed = int(state["step"])
+        if not refresh_due(site, state, completed):
+            return True
+        # A norm makes no temporaries of the gradient's size.
+        if known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True):
+            refresh(site, state, matrix(gradient), geo)
+            return True
+        return completed > 0  # There is no basis yet, and none can be had from this gradient.
+
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         geo = geometry(site.param, site.group)
         if geo is None:
             return gradient
+        if not self._prepare(site, gradient):
+            return None
         state = self._state(site.param, site.group)
-        grad = matrix(gradient)
-        completed = int(state["step"])
-        if refresh_due(site, state, completed) and not site.continues:
-            # A norm makes no temporaries of the gradient's size.
-            finite = known(torch.linalg.vector_norm(grad, math.inf).isfinite(), True)
-            if finite:
-                refresh(site, state, grad, geo)
-            elif not completed:
-                return None  # There is no basis yet, and none can be had from this gradient.
+        grad, completed = matrix(gradient), int(state["step"])
         reduced = down(grad, load_bases(site, state, geo, completed), geo)
         if site.group["projector"] not in BLIND:
             silence_rounding_(reduced, geo)
