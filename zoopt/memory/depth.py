@@ -23,7 +23,7 @@ class Stack:
         name: of the module that holds them, an nn.ModuleList or nn.Sequential.
         start: the position of the first.
         period: after how many layers the pattern repeats.
-        units: how many times it is there.
+        units: how many times the pattern occurs.
     """
 
     name: str

@@ -64,7 +64,7 @@ class Estimate:
 
 
 def parabola(sizes: Sequence[int], values: Sequence[int]) -> tuple[float, float]:
-    """The coefficients of s and of s^2 through three points; (0, 0) if two of them are one."""
+    """The coefficients of s and of s^2 through three points; (0, 0) if two of them coincide."""
     (a, b, c), (x, y, z) = sizes, values
     if len({a, b, c}) < 3:
         return 0.0, 0.0

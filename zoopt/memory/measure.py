@@ -115,7 +115,7 @@ def measure_here(
     device: str = "cpu",
     steps: int = 2,
 ) -> Measurement:
-    """As `measure`, in this process: what else it holds is in `resident`, not in `peak`."""
+    """As `measure`, in this process. What else it holds counts in `resident`, not in `peak`."""
     _load_kernels(device)
     before = resident.now()
     resident.forget_peak()

@@ -34,7 +34,7 @@ _LAYERS = 3
 def fake(dtype: torch.dtype) -> Iterator[FakeTensorMode]:
     """Tensors made inside have no values, and this dtype where none is asked for."""
     before = torch.get_default_dtype()
-    # Collections of cycles, at any time, would free tensors at any operator.
+    # The garbage collector could free tensors at any operator, so it waits.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -54,8 +54,7 @@ _PLAIN = dataclasses.replace(_INFERENCE, kind="backprop")
 class Parts:
     """The parts of steps of one model, under `fake`, each run once.
 
-    Backpropagation does not depend on the optimizer, whose state is just there: it runs once for
-    all. Updates of parameters of one shape take the same memory: one of them runs.
+    Backpropagation does not depend on the optimizer: it runs once for all of them. Updates of parameters of one shape take the same memory: one of them runs.
     """
 
     def __init__(self, spec: ModelSpec, model: nn.Module) -> None:
@@ -65,12 +64,12 @@ class Parts:
         self._adapted: dict[str, nn.Module] = {}
 
     def forward_only(self, method: Method, batch: int, seq: int) -> Timeline:
-        """Whole steps of a method that makes no gradients of all parameters."""
+        """Whole steps of a method that never has the gradients of all parameters."""
         meter = StorageMeter(keep_events=True)
         inputs = self.spec.inputs(batch, seq)
         trained = [param for param in self._plain.parameters() if param.requires_grad]
         with meter:
-            # What keeps its own graph makes its state as it goes: it is there in a second step.
+            # A method that keeps its own graph makes its state in the first step: run a second.
             steps = 2 if method.graph else 1
             optimizer = run_steps(self._plain, inputs, method, meter, steps=steps)
         timeline = _timeline(meter)  # The optimizer's state is there at its end.
@@ -100,7 +99,7 @@ class Parts:
         return _timeline(meter)
 
     def update(self, method: Method) -> Timeline:
-        """One update, all state and all gradients being there (fused: one gradient)."""
+        """One update, with all state and all gradients in memory (fused: one gradient)."""
         model = self._model(method)
         optimizer = method.build(model)
         params = [param for group in optimizer.param_groups for param in group["params"]]

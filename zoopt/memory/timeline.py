@@ -1,6 +1,6 @@
 """What a meter saw, event by event, and how it continues in a model of more layers.
 
-A step on d layers and one on d + 1 differ by what one layer adds: blocks of events that are there
+A step on d layers and one on d + 1 differ by what one layer adds: blocks of events that occur
 once more (the layer's forward, its backward, its part of a pass over the weights), and events that
 grow (all weights are counted at once). With both, the step on any number of layers is known to the
 byte: the blocks are repeated, and what grows grows in proportion.
@@ -97,7 +97,7 @@ def extended(base: Timeline, deeper: Sequence[tuple[Timeline, int]]) -> Timeline
         )
         for kind, i, i_end, j, j_end in matcher.get_opcodes():
             if kind == "equal":
-                # Zero but for events that grow: all others are equal to the byte.
+                # Zero except for events that grow: all others are equal to the byte.
                 grown[i:i_end] += more * (other_changes[j:j_end] - changes[i:i_end])
             elif kind == "insert":
                 inserted.setdefault(i, []).append((other, j, j_end, more))
@@ -119,7 +119,7 @@ def extended(base: Timeline, deeper: Sequence[tuple[Timeline, int]]) -> Timeline
 
 
 def _signature(timeline: Timeline, changes: np.ndarray) -> list[tuple[str, str, bytes]]:
-    """What makes two events the same: their sizes too, unless these grow with the depth."""
+    """What two events share if they are the same: sizes too, unless they grow with the depth."""
     return [
         (phase, name, b"" if name.startswith(_GROWING) else change.tobytes())
         for phase, name, change in zip(timeline.phases, timeline.names, changes, strict=True)

@@ -25,7 +25,7 @@ _HEADS = {
     "input_features": ("AudioClassification",),
 }
 _ENCODER_DECODER_HEADS = ("SpeechSeq2Seq", "Seq2SeqLM")
-#: What would depend on values: random masks of frames, and layers that are skipped at random.
+#: Settings that need values are switched off: random masks of frames, layers skipped at random.
 _SETTINGS = {
     "apply_spec_augment": False,
     **dict.fromkeys(("layerdrop", "encoder_layerdrop", "decoder_layerdrop"), 0.0),
@@ -108,7 +108,7 @@ def _factory(transformers: Any, config: Any, kind: str) -> tuple[Any, str]:
         if type(config) in factory._model_mapping:
             model = factory._model_mapping[type(config)]
             if isinstance(model, tuple):
-                # Which of several is said by the architectures of a saved configuration.
+                # A saved configuration's architectures say which of several it is.
                 model = model[0]
                 config.architectures = config.architectures or [model.__name__]
             main_input = model.main_input_name
@@ -151,7 +151,7 @@ def _image(config: Any, text: Any, batch: int, seq: int) -> Mapping[str, Any]:
 
 
 def _waveform(config: Any, text: Any, batch: int, seq: int) -> Mapping[str, Any]:
-    """`seq` frames: samples are strides times as many. Or the whole window's spectrogram."""
+    """`seq` frames of samples; for models that read spectrograms, one of the whole window."""
     bins = getattr(config, "num_mel_bins", None)
     if bins is not None:
         return {"input_values": torch.zeros(batch, config.max_length, bins)}
@@ -160,7 +160,7 @@ def _waveform(config: Any, text: Any, batch: int, seq: int) -> Mapping[str, Any]
 
 
 def _spectrogram(config: Any, text: Any, batch: int, seq: int) -> Mapping[str, Any]:
-    """Of an encoder-decoder, the whole window of audio, and `seq` tokens of text."""
+    """`seq` frames; for an encoder-decoder, the whole window of audio and `seq` tokens of text."""
     bins = getattr(config, "num_mel_bins", 80)
     if not config.is_encoder_decoder:
         return {"input_features": torch.zeros(batch, seq, bins)}
