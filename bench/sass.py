@@ -1,6 +1,6 @@
 """What the compiler made of the Triton kernels: machine instructions, registers, spills, accesses.
 
-Needs no GPU: kernels are compiled ahead of time and, for NVIDIA targets, the cubin is
+Needs no GPU: kernels are launched on a stub of one and, for NVIDIA targets, the cubin is
 disassembled by the nvdisasm that triton ships; for AMD targets the assembly is read as it is.
 
 `python -m bench.sass` counts every variant of every kernel for each target.
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import triton
 
-from bench import aot, aot_moments
+from bench.stub_gpu import TARGETS
+from bench.variants import Variant, variants
 from zoopt.bench import common
 
 UNIT = "instructions/element"
@@ -95,25 +96,28 @@ def _amd(compiled: Any) -> tuple[list[str], int, int, list[int]]:
     return opcodes, int(registers), int(spills), widths
 
 
-def report(variant: aot.Variant | aot_moments.FirstOrderVariant, target: str) -> Report:
-    """Compile one kernel for one target and count.
+def report(variant: Variant, target: str) -> Report:
+    """Compile one kernel for one target, as its launch asks for it, and count.
 
-    The instructions of a loop over directions are counted once: the figure is that of one
-    direction. `access_bits` is 128 if every load and store of theta (and of a buffer, an addend, a
-    gradient or moments) is: loads of coefficients, bounds, draws and row numbers are scalar by
-    nature, and int4 codes come in 64 bits.
+    What is compiled for blocks at a tensor's end counts too, though few programs run it. The
+    instructions of a loop over directions are counted once: the figure is that of one direction.
+    `access_bits` is 128 if every load and store of theta (and of a buffer, an addend, a gradient
+    or moments) is: loads of coefficients, bounds, draws and row numbers are scalar by nature, and
+    int4 codes come in 64 bits.
     """
-    compiled = variant.compile(target)
+    launch = variant.launch(target)
+    compiled = launch.compiled
     read = _amd if target.startswith("gfx") else _nvidia
     opcodes, registers, spills, widths = read(compiled)
-    machine = aot.TARGETS[target]
-    threads = variant.num_warps(target) * machine.warp_size
+    threads = compiled.metadata.num_warps * TARGETS[target].warp_size
+    named = launch.arguments
+    block = named["BLOCK"] if "BLOCK" in named else named["ROWS"] * named["COLUMNS"]
     work = [opcode for opcode in opcodes if not opcode.startswith(PADDING)]
-    full = int(variant.bytes_per_element * variant.block) // (16 * threads)
+    full = int(variant.bytes_per_element * block) // (16 * threads)
     return Report(
         **dataclasses.asdict(variant),
         target=target,
-        instructions_per_element=len(work) * threads / variant.block,
+        instructions_per_element=len(work) * threads / block,
         registers=registers,
         spills=spills,
         access_bits=128 if widths.count(128) >= full else min(widths, default=16),
@@ -123,8 +127,8 @@ def report(variant: aot.Variant | aot_moments.FirstOrderVariant, target: str) ->
 def rows() -> list[common.Row]:
     """A row for each kernel variant and target."""
     found = []
-    for variant in (*aot.variants(), *aot_moments.variants()):
-        for target in aot.TARGETS:
+    for variant in variants():
+        for target in TARGETS:
             common.progress(f"compiling {variant.kernel} {variant.dtype} for {target}")
             found.append(row(dataclasses.asdict(report(variant, target))))
     common.progress("")

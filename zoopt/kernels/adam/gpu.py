@@ -110,7 +110,7 @@ def _launch(
 
 def _noise(key: NoiseKey, moment_draw: int | None, rounding_draw: int | None) -> dict[str, Any]:
     return {
-        "stream": _int32(key.stream),
+        "number": _int32(key.stream),
         "moment_draw": _int32(moment_draw or 0),
         "rounding_draw": _int32(rounding_draw or 0),
         "k0": _int32(key.seed & 0xFFFFFFFF),

@@ -17,7 +17,7 @@ _MOMENTS = tl.constexpr(philox.PURPOSE_MOMENTS)
 @triton.jit
 def _bits(
     index,
-    stream,
+    number,
     draw,
     k0,
     k1,
@@ -27,9 +27,9 @@ def _bits(
 ):
     """16 bits for each of BLOCK elements from index on, which begins a Philox block if ALIGNED."""
     if ALIGNED:
-        return halfwords(index, stream, draw, k0, k1, PURPOSE, BLOCK)
+        return halfwords(index, number, draw, k0, k1, PURPOSE, BLOCK)
     else:
-        return halfwords_at(index + tl.arange(0, BLOCK), stream, draw, k0, k1, PURPOSE)
+        return halfwords_at(index + tl.arange(0, BLOCK), number, draw, k0, k1, PURPOSE)
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _store_sums(sums, x, start, numel, GROUP: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(sums + group, totals, mask=group * GROUP < numel)
 
 
-@triton.jit(do_not_specialize=["stream", "moment_draw", "rounding_draw", "k0", "k1"])
+@triton.jit(do_not_specialize=["number", "moment_draw", "rounding_draw", "k0", "k1"])
 def moments_kernel(
     theta,
     gradient,
@@ -61,7 +61,7 @@ def moments_kernel(
     numel,
     pairs,
     first,
-    stream,
+    number,
     moment_draw,
     rounding_draw,
     k0,
@@ -100,13 +100,13 @@ def moments_kernel(
         dtype: tl.constexpr = theta.dtype.element_ty
         if STOCHASTIC:
             index = first + start
-            bits = _bits(index, stream, rounding_draw, k0, k1, _ROUNDING, ALIGNED, BLOCK)
+            bits = _bits(index, number, rounding_draw, k0, k1, _ROUNDING, ALIGNED, BLOCK)
             tl.store(theta + i, stochastic(x, bits, dtype), mask=inside)
         else:
             tl.store(theta + i, nearest(x, dtype, BACKEND), mask=inside)
     bits = 0
     if CODED:
-        bits = _bits(first + start, stream, moment_draw, k0, k1, _MOMENTS, ALIGNED, BLOCK)
+        bits = _bits(first + start, number, moment_draw, k0, k1, _MOMENTS, ALIGNED, BLOCK)
     write_moment(
         m, first_codes, first_scale, start, numel, pairs, bits, FORMAT, True, CODED, BACKEND, BLOCK
     )

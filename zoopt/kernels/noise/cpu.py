@@ -68,12 +68,12 @@ def _rounding(draw: int | None) -> int:
 def weighted_sum(
     theta: Tensor,
     out: Tensor,
+    addend: Tensor | None,
     coefficients: Sequence[float],
     draws: Sequence[int],
     decay: float,
-    key: NoiseKey,
     rounding_draw: int | None,
-    addend: Tensor | None = None,
+    key: NoiseKey,
 ) -> None:
     """See reference.weighted_sum."""
     _parallel(
@@ -117,8 +117,8 @@ def momentum_sum(
     decay: float,
     momentum: float,
     step_size: float,
-    key: NoiseKey,
     rounding_draw: int | None,
+    key: NoiseKey,
 ) -> None:
     """See reference.momentum_sum."""
     _parallel(
@@ -150,8 +150,8 @@ def adam_window(
     decay: float,
     step_size: float,
     eps: float,
-    key: NoiseKey,
     rounding_draw: int | None,
+    key: NoiseKey,
 ) -> None:
     """See reference.adam_window."""
     _parallel(

@@ -9,23 +9,28 @@ stored 128 bits at a time. There is no autotuning: it would apply an update seve
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import interpreting
 from zoopt.kernels.noise.gpu_kernels import (
-    adam_kernel,
-    apply_kernel,
     momentum_kernel,
-    perturb_kernel,
+    numbers_kernel,
     rows_kernel,
+    sum_kernel,
+    window_kernel,
 )
 from zoopt.kernels.noise.key import NoiseKey
 
+#: An operation takes a whole batch.
+BATCHES = True
 #: Elements a program, and its warps: 32 elements a thread spread the key schedule's cost.
 BLOCK = 4096
 NUM_WARPS = {"cuda": 4, "hip": 2, "interpreter": 1}
@@ -35,6 +40,22 @@ ADAM_BLOCK = {False: 2048, True: 1024}
 ROW_BLOCK = 1024
 #: Blocks of 128 signs or 8 normals begin at multiples of this.
 _ALIGNMENT = {"normal": 8, "rademacher": 128}
+#: So many directions are unrolled, their numbers passed by value; those of more go to memory.
+UNROLLED = 4
+#: Numbers that one launch brings there.
+_PAGE = (16, 64, 128)
+#: A table's hints are as many at most: 64 KiB, whatever the model.
+_MAX_HINTS = 1 << 14
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Table(NamedTuple):
+    """Which program of a launch serves which tensor of a batch (see `gpu_kernels`)."""
+
+    places: Tensor
+    hints: Tensor
+    shift: int
+    programs: int
 
 
 def _int32(word: int) -> int:
@@ -42,140 +63,196 @@ def _int32(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def _spans(key: NoiseKey, numel: int) -> list[tuple[int, int, dict[str, Any]]]:
-    """Launches that cover the tensor: element from and to, and the arguments that place them.
-
-    A tensor that starts at a Philox block is cut before its last partial block, so that the mask
-    of the main launch never divides a vector.
-    """
-    alignment = _ALIGNMENT[key.distribution]
-    skipped = key.offset % alignment
-    cut = numel if skipped else numel - numel % 128
-    spans = []
-    for start, stop in ((0, cut), (cut, numel)):
-        if start < stop:
-            place = {
-                "numel": stop - start + skipped,
-                "first": key.offset - skipped + start,
-                "skipped": skipped,
-                "ALIGNED": skipped == 0,
-            }
-            spans.append((start, stop, place))
-    return spans
-
-
 def backend_name() -> str:
     """What the kernels run on."""
     return "interpreter" if interpreting() else "hip" if torch.version.hip else "cuda"
 
 
-def _noise(key: NoiseKey) -> dict[str, Any]:
-    backend = backend_name()
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers in the device's memory: the one place from which anything is copied there."""
+    return torch.tensor(values, dtype=dtype).to(device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """Addresses on the device, int64; the same ones are copied there once."""
+    return to_device(addresses, torch.int64, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(
+    rows: tuple[tuple[int, int, int], ...], block: int, alignment: int, device: torch.device
+) -> Table:
+    """The table of tensors of (elements, offset, stream); the same ones are copied there once."""
+    places, programs = [], 0
+    for numel, offset, number in rows:
+        places.append((programs, numel, offset, _int32(number)))
+        programs += triton.cdiv(numel + offset % alignment, block) if numel else 0
+    places.append((programs, 0, 0, 0))
+    shift = max(0, (max(programs - 1, 0) // _MAX_HINTS).bit_length())
+    hints, tensor = [], 0
+    for program in range(0, programs, 1 << shift):
+        while places[tensor + 1][0] <= program:
+            tensor += 1
+        hints.append(tensor)
+    return Table(
+        to_device(places, torch.int64, device),
+        to_device(hints, torch.int32, device),
+        shift,
+        programs,
+    )
+
+
+def _launch(
+    kernel: Any,
+    batch: Batch,
+    memories: Mapping[str, Sequence[Tensor] | None],
+    block: int,
+    **own: Any,
+) -> None:
+    """Launch a kernel once on all tensors of a batch; `memories` are its theta, out and so on."""
+    key, backend = batch.key, backend_name()
+    alignment = _ALIGNMENT[key.distribution]
+    alone = len(batch) == 1
+    vectors = True
+    arguments: dict[str, Any] = {}
+    if alone:
+        [theta], [own_key] = batch.tensors, batch.keys
+        place: dict[str, Any] = {
+            "places": None,
+            "hints": None,
+            "shift": 0,
+            "numel": theta.numel(),
+            "offset": own_key.offset,
+            "number": _int32(own_key.stream),
+        }
+        programs = triton.cdiv(theta.numel() + own_key.offset % alignment, block)
+        if not theta.numel():
+            return
+        for name, tensors in memories.items():
+            arguments[name] = None if tensors is None else tensors[0]
+    else:
+        rows = tuple(
+            (tensor.numel(), own.offset, own.stream)
+            for tensor, own in zip(batch.tensors, batch.keys, strict=True)
+        )
+        table = _table(rows, block, alignment, batch.device)
+        place = {
+            "places": table.places,
+            "hints": table.hints,
+            "shift": table.shift,
+            "numel": 0,
+            "offset": 0,
+            "number": 0,
+        }
+        programs = table.programs
+        if not programs:
+            return
+        for name, tensors in memories.items():
+            if tensors is None:
+                arguments[name] = None
+                continue
+            addresses = tuple([tensor.data_ptr() for tensor in tensors])
+            vectors = vectors and not any(address % 16 for address in addresses)
+            arguments[name] = _addresses(addresses, batch.device)
+    with torch.cuda.device_of(batch.tensors[0]):
+        kernel[(programs,)](
+            **arguments,
+            **place,
+            **own,
+            k0=_int32(key.seed & 0xFFFFFFFF),
+            k1=_int32(key.seed >> 32),
+            threshold=key.threshold or 0,
+            DTYPE=_TYPES[batch.dtype],
+            NORMAL=key.distribution == "normal",
+            MASKED=key.threshold is not None,
+            TABLE=not alone,
+            VECTORS=vectors,
+            ALIGNED=not any(own_key.offset % alignment for own_key in batch.keys),
+            BACKEND=backend,
+            BLOCK=block,
+            num_warps=NUM_WARPS[backend],
+            enable_fp_fusion=False,
+        )
+
+
+def _numbers(draws: Sequence[int], *columns: Sequence[float]) -> tuple[float, ...]:
+    """Each direction's numbers in a row: its draw's two halves, and one of each column."""
+    return tuple(
+        float(number)
+        for draw, *row in zip(draws, *columns, strict=True)
+        for number in (draw >> 16, draw & 0xFFFF, *row)
+    )
+
+
+def _in_memory(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers in the device's memory: float32, written there by launches that bring them by value,
+    so that nothing is copied and nobody waits."""
+    page = next((size for size in _PAGE if size >= len(numbers)), _PAGE[-1])
+    count = triton.cdiv(len(numbers), page)
+    out = torch.empty(count, page, dtype=torch.float32, device=device)
+    padded = [*numbers, *[0.0] * (count * page - len(numbers))]
+    for i in range(count):
+        own = tuple(padded[i * page : (i + 1) * page])
+        numbers_kernel[(1,)](out[i], own, COUNT=page, num_warps=1)
+    return out
+
+
+def _terms(device: torch.device, draws: Sequence[int], *columns: Sequence[float]) -> dict[str, Any]:
+    """Directions as a kernel's arguments: a few by value, more in memory."""
+    numbers = _numbers(draws, *columns)
+    if not draws:
+        return {"terms": None, "UNROLLED": 0, "count": 0}
+    if len(draws) <= UNROLLED:
+        return {"terms": numbers, "UNROLLED": len(draws), "count": 0}
+    return {"terms": _in_memory(numbers, device), "UNROLLED": 0, "count": len(draws)}
+
+
+def _rounds(rounding_draw: int | None) -> dict[str, Any]:
     return {
-        "stream": _int32(key.stream),
-        "k0": _int32(key.seed & 0xFFFFFFFF),
-        "k1": _int32(key.seed >> 32),
-        "threshold": key.threshold or 0,
-        "NORMAL": key.distribution == "normal",
-        "MASKED": key.threshold is not None,
-        "BACKEND": backend,
-        "BLOCK": BLOCK,
-        "num_warps": NUM_WARPS[backend],
-        "enable_fp_fusion": False,
+        "rounding_draw": _int32(rounding_draw or 0),
+        "STOCHASTIC": rounding_draw is not None,
     }
 
 
-def _grid(place: dict[str, Any], block: int = BLOCK) -> tuple[int]:
-    return (triton.cdiv(place["numel"], block),)
-
-
-def _scalars(device: torch.device, *rows: Sequence[float]) -> Tensor:
-    """Sequences of numbers of one length, on the device: float32, (len(rows), length)."""
-    return torch.tensor(rows, dtype=torch.float32).to(device)
-
-
-def _draws(device: torch.device, draws: Sequence[int]) -> Tensor:
-    """Draws on the device: int32, (len(draws),)."""
-    return torch.tensor([_int32(draw) for draw in draws], dtype=torch.int32).to(device)
-
-
 def weighted_sum(
-    theta: Tensor,
-    out: Tensor,
+    batch: Batch,
+    outs: Sequence[Tensor],
+    addends: Sequence[Tensor] | None,
     coefficients: Sequence[float],
     draws: Sequence[int],
     decay: float,
-    key: NoiseKey,
     rounding_draw: int | None,
-    addend: Tensor | None = None,
 ) -> None:
     """See reference.weighted_sum."""
-    plain = len(draws) == 1 and decay == 1.0 and rounding_draw is None and addend is None
-    with torch.cuda.device_of(theta):
-        if theta.data_ptr() != out.data_ptr() or plain:
-            [alpha], [draw] = coefficients, draws
-            for start, stop, place in _spans(key, theta.numel()):
-                perturb_kernel[_grid(place)](
-                    theta[start:stop],
-                    out[start:stop],
-                    alpha,
-                    draw=_int32(draw),
-                    **place,
-                    **_noise(key),
-                )
-            return
-        [scalars], numbers = _scalars(theta.device, coefficients), _draws(theta.device, draws)
-        for start, stop, place in _spans(key, theta.numel()):
-            apply_kernel[_grid(place)](
-                theta[start:stop],
-                None if addend is None else addend[start:stop],
-                scalars,
-                numbers,
-                len(draws),
-                decay,
-                rounding_draw=_int32(rounding_draw or 0),
-                STOCHASTIC=rounding_draw is not None,
-                **place,
-                **_noise(key),
-            )
+    memories = {"theta": batch.tensors, "out": outs, "addend": addends}
+    with torch.cuda.device_of(batch.tensors[0]):
+        terms = _terms(batch.device, draws, coefficients)
+    rounds = _rounds(rounding_draw)
+    _launch(sum_kernel, batch, memories, BLOCK, decay=decay, DECAYS=decay != 1.0, **terms, **rounds)
 
 
 def momentum_sum(
-    theta: Tensor,
-    buffer: Tensor,
+    batch: Batch,
+    buffers: Sequence[Tensor],
     coefficients: Sequence[float],
     gradients: Sequence[float],
     draws: Sequence[int],
     decay: float,
     momentum: float,
     step_size: float,
-    key: NoiseKey,
     rounding_draw: int | None,
 ) -> None:
     """See reference.momentum_sum."""
-    with torch.cuda.device_of(theta):
-        scalars = _scalars(theta.device, coefficients, gradients)
-        numbers = _draws(theta.device, draws)
-        for start, stop, place in _spans(key, theta.numel()):
-            momentum_kernel[_grid(place)](
-                theta[start:stop],
-                buffer[start:stop],
-                scalars[0],
-                scalars[1],
-                numbers,
-                len(draws),
-                decay,
-                momentum,
-                step_size,
-                rounding_draw=_int32(rounding_draw or 0),
-                STOCHASTIC=rounding_draw is not None,
-                **place,
-                **_noise(key),
-            )
+    memories = {"theta": batch.tensors, "buffer": buffers}
+    with torch.cuda.device_of(batch.tensors[0]):
+        terms = _terms(batch.device, draws, coefficients, gradients)
+    numbers = {"decay": decay, "momentum": momentum, "step_size": step_size}
+    _launch(momentum_kernel, batch, memories, BLOCK, **numbers, **terms, **_rounds(rounding_draw))
 
 
 def adam_window(
-    theta: Tensor,
+    batch: Batch,
     coefficients: Sequence[float],
     gradients: Sequence[float],
     first: Sequence[float],
@@ -185,36 +262,23 @@ def adam_window(
     decay: float,
     step_size: float,
     eps: float,
-    key: NoiseKey,
     rounding_draw: int | None,
 ) -> None:
     """See reference.adam_window."""
-    with torch.cuda.device_of(theta):
-        scalars = _scalars(theta.device, coefficients, gradients, first, second)
-        ends, numbers = _draws(theta.device, closes), _draws(theta.device, draws)
-        block = ADAM_BLOCK[key.threshold is not None]
-        for start, stop, place in _spans(key, theta.numel()):
-            adam_kernel[_grid(place, block)](
-                theta[start:stop],
-                *scalars,
-                ends,
-                numbers,
-                len(draws),
-                decay,
-                step_size,
-                eps,
-                rounding_draw=_int32(rounding_draw or 0),
-                STOCHASTIC=rounding_draw is not None,
-                **place,
-                **{**_noise(key), "BLOCK": block},
-            )
+    columns = (coefficients, gradients, first, second, closes)
+    with torch.cuda.device_of(batch.tensors[0]):
+        terms = _in_memory(_numbers(draws, *columns), batch.device)
+    numbers = {"count": len(draws), "decay": decay, "step_size": step_size, "eps": eps}
+    block = ADAM_BLOCK[batch.key.threshold is not None]
+    memories = {"theta": batch.tensors}
+    _launch(window_kernel, batch, memories, block, terms=terms, **numbers, **_rounds(rounding_draw))
 
 
 def gather_rows(
     weight: Tensor, rows: Tensor, out: Tensor, alpha: float, key: NoiseKey, draw: int
 ) -> None:
     """See reference.gather_rows."""
-    d = weight.shape[1]
+    d, backend = weight.shape[1], backend_name()
     blocks = triton.cdiv(d + _ALIGNMENT[key.distribution] - 1, ROW_BLOCK)
     with torch.cuda.device_of(weight):
         rows_kernel[(rows.numel(), blocks)](
@@ -224,6 +288,15 @@ def gather_rows(
             alpha,
             d,
             key.offset,
-            draw=_int32(draw),
-            **{**_noise(key), "BLOCK": ROW_BLOCK},
+            _int32(key.stream),
+            _int32(draw),
+            _int32(key.seed & 0xFFFFFFFF),
+            _int32(key.seed >> 32),
+            key.threshold or 0,
+            NORMAL=key.distribution == "normal",
+            MASKED=key.threshold is not None,
+            BACKEND=backend,
+            BLOCK=ROW_BLOCK,
+            num_warps=NUM_WARPS[backend],
+            enable_fp_fusion=False,
         )

@@ -1,68 +1,130 @@
 """The operations that leave theta alone.
 
-An operation checks its arguments, chooses an implementation and runs it.
+An operation checks its arguments, chooses an implementation and runs it. It takes a batch, or a
+tensor and its key, which are a batch of one.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from zoopt.dtypes import scalars
 from zoopt.kernels import dispatch
+from zoopt.kernels.batch import Batch, as_batch, check_like, check_tensor, contiguous
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
-from zoopt.kernels.operands import check_like, check_tensor, dense
 
 
+@overload
 def perturb(
     theta: Tensor,
     alpha: float,
     *,
-    key: NoiseKey,
     draw: int,
+    key: NoiseKey,
     out: Tensor | None = None,
     impl: str | None = None,
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def perturb(
+    theta: Batch,
+    alpha: float,
+    *,
+    draw: int,
+    out: Sequence[Tensor] | None = None,
+    impl: str | None = None,
+) -> Sequence[Tensor]: ...
+
+
+def perturb(
+    theta: Tensor | Batch,
+    alpha: float,
+    *,
+    draw: int,
+    key: NoiseKey | None = None,
+    out: Tensor | Sequence[Tensor] | None = None,
+    impl: str | None = None,
+) -> Tensor | Sequence[Tensor]:
     """theta + alpha z, rounded to nearest; z = z(seed, stream, draw, offset + index) of the key.
 
     Args:
-        theta: a dense float32, bfloat16, float16 or float64 tensor of any shape.
+        theta: a dense float32, bfloat16, float16 or float64 tensor of any shape, or a batch.
         alpha: the scale of the direction (rounded to float32, or float64 for float64).
-        key: the noise of theta. With a density below 1, elements that the direction does not move
-            keep their bits.
+        key: the noise of theta; a batch has its own. With a density below 1, elements that the
+            direction does not move keep their bits.
         draw: the direction's number, 32 bits.
-        out: where the result goes: `theta` itself for in place, or a tensor of its shape, dtype
-            and device that shares no memory with it. Default: a new contiguous tensor.
+        out: where the result goes: `theta` itself for in place (a batch: its `tensors`), or a
+            tensor of its shape, dtype and device that shares no memory with it, one for each of a
+            batch. Default: new contiguous tensors.
         impl: `"reference"`, `"numba"`, `"triton"`, or None for the fastest that can run.
 
     Returns:
         `out`. All implementations return the same bits (but for the payloads of NaNs).
 
     Raises:
-        TypeError: not a tensor, or of an unsupported dtype or layout.
+        TypeError: not a tensor, or of an unsupported dtype or layout, or a wrapper of one.
         ValueError: an argument out of range, an `out` that does not match, an `impl` that is not
             available.
 
     A tensor that is not contiguous is worked on through a contiguous copy.
     """
-    check_tensor("theta", theta)
+    batch = as_batch(theta, key)
     check_unsigned("draw", draw, 32)
-    backend = dispatch.choose(theta, impl)
+    backend = dispatch.choose(batch.tensors[0], impl)
     if out is None:
-        out = torch.empty_like(theta, memory_format=torch.contiguous_format)
-    elif out is not theta:
-        check_tensor("out", out)
-        check_like("out", out, theta, theta.dtype)
-    if theta.numel():
-        [coefficient] = scalars([alpha], theta.dtype)
-        source, target = dense(theta), out.detach()
-        result = target if target.is_contiguous() else torch.empty_like(source)
-        backend.weighted_sum(
-            source.view(-1), result.view(-1), [coefficient], [draw], 1.0, key, None
-        )
-        if result is not target:
-            target.copy_(result)
-    return out
+        outs: Sequence[Tensor] = [
+            torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            for tensor in batch.tensors
+        ]
+    else:
+        outs = (out,) if isinstance(out, Tensor) else out
+        if len(outs) != len(batch):
+            raise ValueError(
+                f"out must have a tensor for each of the batch's {len(batch)}, got {len(outs)}"
+            )
+    for own, target in zip(batch.tensors, outs, strict=True):
+        if target is not own:
+            check_tensor("out", target)
+            check_like("out", target, own, batch.dtype)
+    terms = (scalars([alpha], batch.dtype), [draw], 1.0, None)
+    if all(target is own for own, target in zip(batch.tensors, outs, strict=True)):
+        with batch.contiguous() as dense:
+            run(backend, "weighted_sum", dense, (dense.tensors, None), *terms)
+    else:
+        with contextlib.ExitStack() as stack:
+            targets = [stack.enter_context(contiguous(target)) for target in outs]
+            run(backend, "weighted_sum", batch.row_major(), (targets, None), *terms)
+    return outs if isinstance(theta, Batch) else outs[0]
+
+
+def run(
+    backend: ModuleType,
+    operation: str,
+    batch: Batch,
+    beside: Sequence[Sequence[Tensor] | None],
+    *numbers: Any,
+) -> None:
+    """An implementation's operation on a contiguous batch: at once, or tensor by tensor.
+
+    Args:
+        beside: other tensors that it works on, contiguous, one for each of the batch's; or None.
+        numbers: what else it takes, the same for all.
+    """
+    function = getattr(backend, operation)
+    if getattr(backend, "BATCHES", False):
+        function(batch, *beside, *numbers)
+        return
+    for i, (theta, key) in enumerate(zip(batch.tensors, batch.keys, strict=True)):
+        if theta.numel():
+            others = [None if own is None else own[i].detach().view(-1) for own in beside]
+            function(theta.detach().view(-1), *others, *numbers, key)
 
 
 def perturb_rows(
@@ -105,7 +167,7 @@ def perturb_rows(
     if out.numel():
         [coefficient] = scalars([alpha], weight.dtype)
         backend.gather_rows(
-            dense(weight),
+            weight.detach().contiguous(),
             rows.reshape(-1).long().contiguous(),
             out.view(-1, weight.shape[1]),
             coefficient,

@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from zoopt.dtypes import Rounding, accumulator_dtype, scalars
 from zoopt.kernels import dispatch
+from zoopt.kernels.batch import Batch, as_batch
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
-from zoopt.kernels.operands import check_like, check_tensor, check_unshared, contiguous
+from zoopt.kernels.noise.op import run
+
+#: A tensor (then with a `key`), or a batch.
+Batched = TypeVar("Batched", Tensor, Batch)
 
 
 def apply_(
-    theta: Tensor,
+    theta: Batched,
     coefficients: Sequence[float],
     *,
-    key: NoiseKey,
     draws: Sequence[int],
+    key: NoiseKey | None = None,
     decay: float = 1.0,
     rounding: Rounding = "nearest",
     rounding_draw: int | None = None,
     impl: str | None = None,
-) -> Tensor:
+) -> Batched:
     """theta <- round(decay theta + sum_j coefficients[j] z(draws[j])), in place.
 
     One read and one write of theta however many directions are added; the sum runs in float32
     (float64 for float64) in the order of `draws` and is rounded once.
 
     Args:
-        theta: a dense float32, bfloat16, float16 or float64 tensor of any shape.
+        theta: a dense float32, bfloat16, float16 or float64 tensor of any shape, or a batch.
         coefficients: one number a direction (rounded to float32, or float64 for float64).
         draws: the directions' numbers, 32 bits each.
         decay: multiplies theta, 1 - lr weight_decay say.
@@ -48,38 +52,35 @@ def apply_(
         TypeError, ValueError: as for `perturb`; also coefficients and draws of unequal length,
             stochastic rounding without a draw, or a theta whose elements share memory.
     """
-    check_tensor("theta", theta)
-    check_unshared("theta", theta)
+    batch: Batch = as_batch(theta, key)
     _check_directions(draws, coefficients=coefficients)
-    rounded_by = _rounding_draw(rounding, rounding_draw, draws, theta.dtype)
-    backend = dispatch.choose(theta, impl)
-    [decay] = scalars([decay], theta.dtype)
-    with contiguous(theta) as dense:
-        flat = dense.view(-1)
-        backend.weighted_sum(
-            flat, flat, scalars(coefficients, theta.dtype), list(draws), decay, key, rounded_by
-        )
+    rounded_by = _rounding_draw(rounding, rounding_draw, draws, batch.dtype)
+    backend = dispatch.choose(batch.tensors[0], impl)
+    [decay] = scalars([decay], batch.dtype)
+    terms = (scalars(coefficients, batch.dtype), list(draws), decay, rounded_by)
+    with batch.contiguous() as dense:
+        run(backend, "weighted_sum", dense, (dense.tensors, None), *terms)
     return theta
 
 
 def add_(
-    theta: Tensor,
-    update: Tensor,
+    theta: Batched,
+    update: Tensor | Sequence[Tensor],
     coefficients: Sequence[float],
     *,
-    key: NoiseKey,
     draws: Sequence[int],
+    key: NoiseKey | None = None,
     decay: float = 1.0,
     rounding: Rounding = "nearest",
     rounding_draw: int | None = None,
     impl: str | None = None,
-) -> Tensor:
+) -> Batched:
     """theta <- round(decay theta + sum_j coefficients[j] z(draws[j]) + update), in place.
 
     Args:
-        theta: a dense tensor, as for `apply_`.
+        theta: a dense tensor or a batch, as for `apply_`.
         update: contiguous, of theta's shape and device; float32 (float64 for float64). It is
-            read only, and shares no memory with theta.
+            read only, and shares no memory with theta. For a batch: one for each tensor.
         coefficients, draws: as for `apply_`; both may be empty.
         rounding_draw: the draw whose bits round. Default: the last of `draws`; stochastic rounding
             without `draws` needs it.
@@ -91,51 +92,41 @@ def add_(
     Raises:
         TypeError, ValueError: as for `apply_`, or an update that does not match.
     """
-    check_tensor("theta", theta)
-    check_unshared("theta", theta)
-    _check_companion("update", update, theta)
+    batch: Batch = as_batch(theta, key)
+    updates = _beside("update", update, batch)
     _check_directions(draws, coefficients=coefficients)
-    rounded_by = _rounding_draw(rounding, rounding_draw, draws, theta.dtype)
-    backend = dispatch.choose(theta, impl)
-    [decay] = scalars([decay], theta.dtype)
-    with contiguous(theta) as dense:
-        flat = dense.view(-1)
-        backend.weighted_sum(
-            flat,
-            flat,
-            scalars(coefficients, theta.dtype),
-            list(draws),
-            decay,
-            key,
-            rounded_by,
-            update.detach().view(-1),
-        )
+    rounded_by = _rounding_draw(rounding, rounding_draw, draws, batch.dtype)
+    backend = dispatch.choose(batch.tensors[0], impl)
+    [decay] = scalars([decay], batch.dtype)
+    terms = (scalars(coefficients, batch.dtype), list(draws), decay, rounded_by)
+    with batch.contiguous() as dense:
+        run(backend, "weighted_sum", dense, (dense.tensors, updates), *terms)
     return theta
 
 
 def momentum_(
-    theta: Tensor,
-    buffer: Tensor,
+    theta: Batched,
+    buffer: Tensor | Sequence[Tensor],
     coefficients: Sequence[float],
     gradients: Sequence[float],
     *,
     momentum: float,
     step_size: float,
-    key: NoiseKey,
     draws: Sequence[int],
+    key: NoiseKey | None = None,
     decay: float = 1.0,
     rounding: Rounding = "nearest",
     impl: str | None = None,
-) -> Tensor:
+) -> Batched:
     """One pass over theta and a momentum buffer, in place:
 
         buffer <- momentum buffer + sum_j gradients[j] z(draws[j])
         theta  <- round(decay theta + sum_j coefficients[j] z(draws[j]) + step_size buffer)
 
     Args:
-        theta: a dense tensor, as for `apply_`.
+        theta: a dense tensor or a batch, as for `apply_`.
         buffer: contiguous, of theta's shape and device; float32 (float64 for float64). It shares
-            no memory with theta.
+            no memory with theta. For a batch: one for each tensor.
         coefficients: one number a direction: what theta itself receives (a restored perturbation).
         gradients: one number a direction: its projected gradient.
         momentum, step_size: numbers, as in the formula.
@@ -147,29 +138,25 @@ def momentum_(
     Raises:
         TypeError, ValueError: as for `apply_`, or a buffer that does not match.
     """
-    check_tensor("theta", theta)
-    check_unshared("theta", theta)
-    _check_companion("buffer", buffer, theta)
+    batch: Batch = as_batch(theta, key)
+    buffers = _beside("buffer", buffer, batch)
     _check_directions(draws, coefficients=coefficients, gradients=gradients)
-    rounded_by = _rounding_draw(rounding, None, draws, theta.dtype)
-    backend = dispatch.choose(theta, impl)
-    with contiguous(theta) as dense:
-        flat = dense.view(-1)
-        backend.momentum_sum(
-            flat,
-            buffer.detach().view(-1),
-            scalars(coefficients, theta.dtype),
-            scalars(gradients, theta.dtype),
-            list(draws),
-            *scalars([decay, momentum, step_size], theta.dtype),
-            key,
-            rounded_by,
-        )
+    rounded_by = _rounding_draw(rounding, None, draws, batch.dtype)
+    backend = dispatch.choose(batch.tensors[0], impl)
+    terms = (
+        scalars(coefficients, batch.dtype),
+        scalars(gradients, batch.dtype),
+        list(draws),
+        *scalars([decay, momentum, step_size], batch.dtype),
+        rounded_by,
+    )
+    with batch.contiguous() as dense:
+        run(backend, "momentum_sum", dense, (buffers,), *terms)
     return theta
 
 
 def adam_window_(
-    theta: Tensor,
+    theta: Batched,
     coefficients: Sequence[float],
     gradients: Sequence[float],
     first: Sequence[float],
@@ -178,12 +165,12 @@ def adam_window_(
     *,
     eps: float,
     step_size: float,
-    key: NoiseKey,
     draws: Sequence[int],
+    key: NoiseKey | None = None,
     decay: float = 1.0,
     rounding: Rounding = "nearest",
     impl: str | None = None,
-) -> Tensor:
+) -> Batched:
     """Adam whose moments are remade from the directions of past steps: one pass, over theta only.
 
     ghat, m and v begin as 0, in registers or cache. Direction j, in order, adds
@@ -200,7 +187,7 @@ def adam_window_(
                        + (step_size m) / (sqrt(v) + eps)).
 
     Args:
-        theta: a dense tensor, as for `apply_`.
+        theta: a dense tensor or a batch, as for `apply_`.
         coefficients: one number a direction: what theta itself receives (a restored perturbation).
         gradients: one number a direction: its projected gradient, over the directions of its step.
         first, second: one number a direction, the weights of its step in m and in v, at least 0 in
@@ -216,38 +203,34 @@ def adam_window_(
     Raises:
         TypeError, ValueError: as for `apply_`, or a number out of range.
     """
-    check_tensor("theta", theta)
-    check_unshared("theta", theta)
+    batch: Batch = as_batch(theta, key)
     _check_directions(draws, coefficients=coefficients, gradients=gradients)
     _check_directions(draws, first=first, second=second, closes=closes)
     if any(weight < 0 for weight, closed in zip(second, closes, strict=True) if closed):
         raise ValueError(f"second must be at least 0 where closes, got {list(second)}")
-    numbers = scalars([decay, step_size, eps], theta.dtype)
+    numbers: list[float] = scalars([decay, step_size, eps], batch.dtype)
     if not numbers[-1] > 0:
-        wide = accumulator_dtype(theta.dtype)
+        wide = accumulator_dtype(batch.dtype)
         raise ValueError(f"eps must be positive in {wide}, got {eps!r}; use 1e-8")
-    rounded_by = _rounding_draw(rounding, None, draws, theta.dtype)
-    backend = dispatch.choose(theta, impl)
-    with contiguous(theta) as dense:
-        flat = dense.view(-1)
-        backend.adam_window(
-            flat,
-            *(scalars(values, theta.dtype) for values in (coefficients, gradients, first, second)),
-            [bool(closed) for closed in closes],
-            list(draws),
-            *numbers,
-            key,
-            rounded_by,
-        )
+    rounded_by = _rounding_draw(rounding, None, draws, batch.dtype)
+    backend = dispatch.choose(batch.tensors[0], impl)
+    terms = (
+        *(scalars(values, batch.dtype) for values in (coefficients, gradients, first, second)),
+        [bool(closed) for closed in closes],
+        list(draws),
+        *numbers,
+        rounded_by,
+    )
+    with batch.contiguous() as dense:
+        run(backend, "adam_window", dense, (), *terms)
     return theta
 
 
-def _check_companion(name: str, tensor: Tensor, theta: Tensor) -> None:
-    """Raise unless the tensor can be read, element by element, beside theta."""
-    check_tensor(name, tensor)
-    check_like(name, tensor, theta, accumulator_dtype(theta.dtype))
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous; pass {name}.contiguous()")
+def _beside(name: str, given: Tensor | Sequence[Tensor], batch: Batch) -> Sequence[Tensor]:
+    """What lies beside the batch, element by element, a tensor for each of its tensors; checked."""
+    others = (given,) if isinstance(given, Tensor) else given
+    batch.check_beside(name, others, accumulator_dtype(batch.dtype))
+    return others
 
 
 def _check_directions(draws: Sequence[int], **per_direction: Sequence[float]) -> None:

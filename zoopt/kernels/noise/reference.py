@@ -106,16 +106,16 @@ def _store(out: Tensor, acc: Tensor, part: slice, key: NoiseKey, rounding_draw: 
 def weighted_sum(
     theta: Tensor,
     out: Tensor,
+    addend: Tensor | None,
     coefficients: Sequence[float],
     draws: Sequence[int],
     decay: float,
-    key: NoiseKey,
     rounding_draw: int | None,
-    addend: Tensor | None = None,
+    key: NoiseKey,
 ) -> None:
     """out <- round(decay theta + sum_j coefficients[j] z(draws[j]) + addend), all tensors (n,).
 
-    The addend has the accumulator's dtype; without one nothing is added last.
+    The addend has the accumulator's dtype; None: nothing is added last.
     """
     for part in _chunks(theta.numel()):
         acc = theta[part].to(accumulator_dtype(theta.dtype)) * decay
@@ -137,8 +137,8 @@ def momentum_sum(
     decay: float,
     momentum: float,
     step_size: float,
-    key: NoiseKey,
     rounding_draw: int | None,
+    key: NoiseKey,
 ) -> None:
     """buffer <- momentum buffer + sum_j gradients[j] z_j, all tensors (n,), and with the new buffer
     theta <- round(decay theta + sum_j coefficients[j] z_j + step_size buffer)."""
@@ -164,8 +164,8 @@ def adam_window(
     decay: float,
     step_size: float,
     eps: float,
-    key: NoiseKey,
     rounding_draw: int | None,
+    key: NoiseKey,
 ) -> None:
     """theta (n,) <- round(decay theta + sum_j coefficients[j] z_j + step_size m / (sqrt(v) + eps)).
 
@@ -198,4 +198,4 @@ def gather_rows(
     d = weight.shape[1]
     for i, row in enumerate(rows.tolist()):
         row_key = key.shifted(row * d)
-        weighted_sum(weight[row], out[i], [alpha], [draw], 1.0, row_key, None)
+        weighted_sum(weight[row], out[i], None, [alpha], [draw], 1.0, None, row_key)

@@ -61,10 +61,10 @@ def add_product(
         cpu.weighted_sum(
             part,
             part,
+            None if terms is None else terms.reshape(-1),
             [],
             [],
             decay,
-            key.shifted(rows.start * theta.shape[1]),
             rounding_draw,
-            None if terms is None else terms.reshape(-1),
+            key.shifted(rows.start * theta.shape[1]),
         )

@@ -51,7 +51,7 @@ def _bits(
     rows,
     left,
     n,
-    stream,
+    number,
     draw,
     k0,
     k1,
@@ -64,15 +64,15 @@ def _bits(
         # Eight neighbours share a Philox call: rows and tiles begin at multiples of eight.
         eighth = left // 8 + tl.arange(0, COLUMNS // 8)
         block = ((first + rows * n) // 8)[:, None] + eighth[None, :]
-        c0, c1, c2, c3 = philox4x32(block, stream, draw, k0, k1, _ROUNDING)
+        c0, c1, c2, c3 = philox4x32(block, number, draw, k0, k1, _ROUNDING)
         w = tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), [ROWS, COLUMNS // 2])
         return tl.reshape(tl.join(w & 0xFFFF, w >> 16), [ROWS, COLUMNS])
     else:
         index = (first + rows * n)[:, None] + (left + tl.arange(0, COLUMNS))[None, :]
-        return halfwords_at(index, stream, draw, k0, k1, _ROUNDING)
+        return halfwords_at(index, number, draw, k0, k1, _ROUNDING)
 
 
-@triton.jit(do_not_specialize=["stream", "rounding_draw", "k0", "k1"])
+@triton.jit(do_not_specialize=["number", "rounding_draw", "k0", "k1"])
 def product_kernel(
     theta,
     left,
@@ -89,7 +89,7 @@ def product_kernel(
     gradient_row,
     gradient_column,
     first,
-    stream,
+    number,
     rounding_draw,
     k0,
     k1,
@@ -140,7 +140,7 @@ def product_kernel(
     dtype: tl.constexpr = theta.dtype.element_ty
     if STOCHASTIC:
         bits = _bits(
-            first, rows, leftmost, n, stream, rounding_draw, k0, k1, ALIGNED, ROWS, COLUMNS
+            first, rows, leftmost, n, number, rounding_draw, k0, k1, ALIGNED, ROWS, COLUMNS
         )
         tl.store(theta + at, stochastic(x, bits, dtype), mask=inside)
     else:

@@ -14,7 +14,7 @@ import triton.language as tl
 from zoopt.kernels.noise.gpu_tile import rounded
 
 
-@triton.jit(do_not_specialize=["m", "offset", "stream", "rounding_draw", "k0", "k1"])
+@triton.jit(do_not_specialize=["m", "offset", "number", "rounding_draw", "k0", "k1"])
 def sm3_kernel(
     theta,
     gradient,
@@ -34,7 +34,7 @@ def sm3_kernel(
     m,
     n,
     offset,
-    stream,
+    number,
     rounding_draw,
     k0,
     k1,
@@ -80,7 +80,7 @@ def sm3_kernel(
             tl.store(buffer + (at + j), u, mask=inside)
         x = x + step_size * u
         index = offset + at + start
-        x = rounded(x, index, stream, rounding_draw, k0, k1, dtype, STOCHASTIC, BACKEND, BLOCK)
+        x = rounded(x, index, number, rounding_draw, k0, k1, dtype, STOCHASTIC, BACKEND, BLOCK)
         tl.store(theta + (at + j), x, mask=inside)
         # Outside, the bound and g are 0, and nu with them.
         bits = nu.to(tl.int32, bitcast=True) & 0x7FFFFFFF

@@ -1,0 +1,160 @@
+"""A GPU that is not there: Triton's launcher, from the binder to the compiler, without a device.
+
+`stub_gpu(target)` makes zoopt launch Triton kernels on CPU tensors; nothing runs, so results mean
+nothing. `launches(function)` counts what a call asks of the device. Run it in a process of its own:
+Triton's driver is one a process.
+
+    with stub_gpu("sm_90"):
+        recorded = launches(lambda: optimizer.step(closure))
+    assert len(recorded.launches) == 3 and recorded.copies == 0 and recorded.waits == 1
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from zoopt.kernels import dispatch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: Triton keeps compiled kernels by device number: these are no real GPU's.
+_FIRST_DEVICE = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel's name, its grid, arguments and options, and what was compiled.
+
+    `specialization` is what Triton tells variants apart by; `compiled` is None unless asked for.
+    """
+
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    specialization: str
+    compiled: Any
+
+
+@dataclasses.dataclass
+class Recorded:
+    """What one call asked of the device.
+
+    Attributes:
+        launches: in order.
+        copies: tensors made from Python numbers, each of which goes to the device by a copy.
+        waits: values of tensors that Python read (`.item()`, `bool(tensor)`), each of which waits.
+    """
+
+    launches: list[Launch] = dataclasses.field(default_factory=list)
+    copies: int = 0
+    waits: int = 0
+
+    def of(self, kernel: str) -> list[Launch]:
+        """The launches of one kernel."""
+        return [launch for launch in self.launches if launch.kernel == kernel]
+
+
+class _Driver:
+    """What Triton asks its driver, answered for a target."""
+
+    def __init__(self, target: str) -> None:
+        self.target = TARGETS[target]
+        self.index = _FIRST_DEVICE + list(TARGETS).index(target)
+        self.launcher_cls = lambda src, metadata: lambda *args: None
+        self.utils = types.SimpleNamespace(
+            # 227 KiB a block on sm_90; kernels here use little.
+            get_device_properties=lambda device: {"max_shared_mem": 227 << 10, "warpSize": 32},
+            load_binary=lambda name, binary, shared, device: (0, 0, 0, 0, 1024),
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.index
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def stub_gpu(target: str = "sm_90") -> Iterator[None]:
+    """Have zoopt take CPU tensors for a GPU's: a key of `TARGETS`."""
+
+    def best(theta: Tensor) -> str:
+        return "reference" if theta.dtype == torch.float64 else "triton"
+
+    driver = _Driver(target)
+    hip = "stub" if driver.target.backend == "hip" else None
+    config = triton.runtime.driver
+    before, config._active = config._active, driver
+    try:
+        with (
+            mock.patch.object(dispatch, "_best", best),
+            mock.patch.object(torch.version, "hip", hip),
+        ):
+            yield
+    finally:
+        config._active = before
+
+
+def launches(function: Callable[[], Any], *, compiled: bool = False) -> Recorded:
+    """Call the function and say what it asked of the stub GPU.
+
+    Args:
+        compiled: also compile each kernel, for the target of the stub. By default launches go as
+            far as the compiler, which takes most of the time.
+    """
+    recorded, run = Recorded(), JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=warmup, **kwargs)
+        device = triton.runtime.driver.active.get_current_device()
+        bound, specialization, options = self.device_caches[device][-1](*args, **kwargs)
+        recorded.launches.append(
+            Launch(self.__name__, grid, bound, options, repr(specialization), kernel)
+        )
+        return kernel
+
+    knob = triton.knobs.runtime
+    before, knob.jit_cache_hook = knob.jit_cache_hook, None if compiled else (lambda **_: True)
+    try:
+        with mock.patch.object(JITFunction, "run", record), _Meter(recorded):
+            function()
+    finally:
+        knob.jit_cache_hook = before
+    return recorded
+
+
+class _Meter(TorchDispatchMode):
+    """Counts copies to the device and waits for it."""
+
+    def __init__(self, recorded: Recorded) -> None:
+        super().__init__()
+        self.recorded = recorded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default):
+            self.recorded.copies += 1
+        elif func is torch.ops.aten._local_scalar_dense.default:
+            self.recorded.waits += 1
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,172 @@
+"""Every variant of every Triton kernel that the package can ask for, as calls of its operations.
+
+A variant is run under `stub_gpu`: what is compiled is what the launch path asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from bench.stub_gpu import Launch, launches, stub_gpu
+from zoopt import kernels
+from zoopt.bench.kernels_first_order import BYTES, NUMBERS, RANK, moment
+from zoopt.kernels.adam.moments import Format
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.noise.key import NoiseKey
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DISTRIBUTIONS = ("normal", "rademacher", "masked normal", "masked rademacher")
+#: Directions of a call.
+_DRAWS = {"apply": 1, "apply_4": 4, "apply_10": 10, "momentum": 1, "momentum_10": 10, "add": 1}
+_ROUNDED = (*_DRAWS, "adam_window")
+#: A matrix of whole vectors and blocks, small.
+_SHAPE = (128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kernel as it is launched: the operation, theta's dtype, and what shapes it.
+
+    `distribution` begins with "masked" where the density is below 1; it is "-" of kernels without
+    directions, as `format` is of kernels without moments. "alone" is an operation on a tensor, all
+    others are on batches of two, where there are batches. "adam" has a gradient of the dtype, in
+    whose place its direction goes, and no theta; "adam_norms" sums squares as well, and its
+    direction is float32. "product" is the product alone, "product_gradient" has both of the
+    gradient's terms besides, and "scaled" a channel's scale alone.
+    """
+
+    kernel: str
+    dtype: str
+    distribution: str = "-"
+    format: str = "-"
+    rounding: str = "nearest"
+
+    @property
+    def bytes_per_element(self) -> float:
+        """What is read and written of tensors of theta's size."""
+        item = DTYPES[self.dtype].itemsize
+        if self.format != "-":
+            beside = {"adamw": 2 * item, "adam": item, "adam_norms": 4}[self.kernel]
+            return 4 * BYTES[self.format] + item + beside
+        beside = {"momentum": 8, "momentum_10": 8, "add": 4, "sm3": item, "sm3_momentum": item + 8}
+        beside |= {"product_gradient": item, "scaled": item}
+        return 2 * item + beside.get(self.kernel, 0)
+
+    def launch(self, target: str) -> Launch:
+        """What the operation launches for a key of `TARGETS`, compiled.
+
+        Of several launches (numbers that go to memory, say) the one with the operation's kernel.
+        """
+        with stub_gpu(target):
+            recorded = launches(self.call(), compiled=True)
+        return recorded.launches[-1]
+
+    def call(self) -> Callable[[], Any]:
+        """The operation on tensors of zeros."""
+        theta = torch.zeros(_SHAPE, dtype=DTYPES[self.dtype])
+        if self.format != "-":
+            return self._adam(theta)
+        if self.distribution == "-":
+            return self._matrix(theta)
+        return self._noise(theta)
+
+    def _noise(self, theta: Tensor) -> Callable[[], Any]:
+        density = 0.25 if self.distribution.startswith("masked") else 1.0
+        kind: Any = self.distribution.removeprefix("masked ")
+        key = NoiseKey(1 << 63, 1 << 31, distribution=kind, density=density)
+        if self.kernel == "perturb_alone":
+            return functools.partial(kernels.perturb, theta, 1e-3, key=key, draw=3, out=theta)
+        if self.kernel == "perturb_rows":
+            rows = torch.zeros(4, dtype=torch.int64)
+            return functools.partial(kernels.perturb_rows, theta, rows, 1e-3, key=key, draw=3)
+        tensors = (theta, theta.clone())
+        batch = Batch(tensors, (key, dataclasses.replace(key, stream=2)))
+        wide = [torch.zeros(_SHAPE), torch.zeros(_SHAPE)]
+        if self.kernel == "perturb":
+            return functools.partial(kernels.perturb, batch, 1e-3, draw=3, out=tensors)
+        if self.kernel == "perturb_out":
+            return functools.partial(kernels.perturb, batch, 1e-3, draw=3)
+        options: dict[str, Any] = {"decay": 0.9, "rounding": self.rounding}
+        if self.kernel == "adam_window":
+            args = ([0.1], [1.0], [0.1], [0.1], [True])
+            options |= {"eps": 1e-8, "step_size": -0.1, "draws": [3]}
+            return functools.partial(kernels.adam_window_, batch, *args, **options)
+        options["draws"] = range(_DRAWS[self.kernel])
+        numbers = [0.1] * _DRAWS[self.kernel]
+        if self.kernel == "add":
+            return functools.partial(kernels.add_, batch, wide, numbers, **options)
+        if self.kernel.startswith("momentum"):
+            options |= {"momentum": 0.9, "step_size": -0.1}
+            return functools.partial(kernels.momentum_, batch, wide, numbers, numbers, **options)
+        return functools.partial(kernels.apply_, batch, numbers, **options)
+
+    @property
+    def _rounding(self) -> dict[str, Any]:
+        draw = 3 if self.rounding == "stochastic" else None
+        return {"key": NoiseKey(1, 2), "rounding_draw": draw}
+
+    def _adam(self, theta: Tensor) -> Callable[[], Any]:
+        moments = [moment(theta, self.format, signed=signed) for signed in (True, False)]
+        draw = 3 if self.rounding == "stochastic" and self.format != "float32" else None
+        options = {**NUMBERS, **self._rounding, "moment_draw": draw}
+        if self.kernel == "adamw":
+            gradient = torch.zeros_like(theta)
+            return functools.partial(
+                kernels.adamw_, theta, gradient, *moments, decay=0.9, **options
+            )
+        del options["rounding_draw"]
+        if self.kernel == "adam":
+            return functools.partial(kernels.adam_, theta, *moments, out=theta, **options)
+        norms = torch.zeros(2, len(theta))
+        return functools.partial(kernels.adam_, theta, *moments, norms=norms, **options)
+
+    def _matrix(self, theta: Tensor) -> Callable[[], Any]:
+        gradient = torch.zeros_like(theta)
+        if self.kernel.startswith("sm3"):
+            accumulators = [torch.zeros(size) for size in theta.shape]
+            buffer = torch.zeros(theta.shape) if self.kernel == "sm3_momentum" else None
+            options = {"step_size": -0.1, "buffer": buffer, **self._rounding}
+            return functools.partial(kernels.sm3_, theta, gradient, accumulators, **options)
+        m, n = theta.shape
+        factors = torch.zeros(m, RANK), torch.zeros(n, RANK)
+        scaled = {"gradient": gradient, "channel_scale": torch.zeros(m, 1)}
+        if self.kernel == "scaled":
+            return functools.partial(
+                kernels.add_product_, theta, None, None, **scaled, **self._rounding
+            )
+        beside: dict[str, Any] = {}
+        if self.kernel == "product_gradient":
+            beside = {**scaled, "sign_of": factors, "sign_step": 0.1}
+        return functools.partial(kernels.add_product_, theta, *factors, **beside, **self._rounding)
+
+
+def _roundings(dtype: str) -> tuple[str, ...]:
+    return ("nearest",) if dtype == "fp32" else ("nearest", "stochastic")
+
+
+def variants() -> Iterator[Variant]:
+    """Every variant that an operation on whole tensors can ask for."""
+    for dtype in DTYPES:
+        for distribution in DISTRIBUTIONS:
+            for kernel in ("perturb", "perturb_alone", "perturb_out", "perturb_rows"):
+                yield Variant(kernel, dtype, distribution)
+            for kernel in _ROUNDED:
+                for rounding in _roundings(dtype):
+                    yield Variant(kernel, dtype, distribution, rounding=rounding)
+        for kernel in ("sm3", "sm3_momentum", "product", "product_gradient", "scaled"):
+            for rounding in _roundings(dtype):
+                yield Variant(kernel, dtype, rounding=rounding)
+        for form in get_args(Format):
+            for rounding in ("nearest", "stochastic"):
+                if dtype != "fp32" or form != "float32" or rounding == "nearest":
+                    yield Variant("adamw", dtype, format=form, rounding=rounding)
+    for form in get_args(Format):
+        for kernel in ("adam", "adam_norms"):
+            yield Variant(kernel, "fp32", format=form, rounding="stochastic")
+        yield Variant("adam", "bf16", format=form, rounding="stochastic")
