@@ -396,8 +396,9 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_weight_only(impl: str, bad
 def test_addresses_have_64_bits() -> None:
     """Elements of tensors that are longer than 2^31 and of these rows: every offset the GPU kernel
     adds to a pointer is an int64, from a row's number on. (numba's integers are, all of them.)"""
-    aot = pytest.importorskip("bench.aot")
-    source = aot.Variant("sm3_momentum", "bf16", "none", "stochastic").compile("sm_90").asm["ttir"]
+    variants = pytest.importorskip("bench.variants")
+    variant = variants.Variant("sm3_momentum", "bf16", rounding="stochastic")
+    source = variant.launch("sm_90").compiled.asm["ttir"]
     offsets = re.findall(r"tt\.addptr .*, (\S+) loc", source)
     assert len(offsets) >= 6
     assert all(offset.endswith(("xi64>", "i64")) for offset in offsets), offsets

@@ -1,8 +1,4 @@
-"""Batches: the tensors that an operation works on in one pass, each with its noise.
-
-This is the one place between tensors and addresses: what a kernel may not be given is refused here,
-and what is not in row-major memory goes there through a copy.
-"""
+"""Batches: the tensors that an operation works on in one pass, each with its noise."""
 
 from __future__ import annotations
 
@@ -13,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from zoopt.dtypes import DTYPES
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.operands import check_like, check_tensor, check_unshared, contiguous, dense
 
 
 class Batch:
@@ -34,11 +30,12 @@ class Batch:
         ValueError: no tensors, several dtypes or devices, shared memory, keys that do not match.
     """
 
-    __slots__ = ("_checked", "keys", "tensors")
+    __slots__ = ("_checked", "_row_major", "keys", "tensors")
 
     def __init__(self, tensors: Iterable[Tensor], keys: Iterable[NoiseKey]) -> None:
         self.tensors, self.keys = tuple(tensors), tuple(keys)
         self._checked: list[tuple[int, int, bool, torch.dtype, torch.device]] | None = None
+        self._row_major = False
         if not self.tensors or len(self.tensors) != len(self.keys):
             raise ValueError(
                 f"a batch must have at least one tensor, and a key for each, got "
@@ -98,6 +95,10 @@ class Batch:
         if places is not None:
             _check_apart(name, self.tensors)
         self._checked = places
+        self._row_major = all(
+            tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
+            for tensor in self.tensors
+        )
 
     def _check_each(self, name: str) -> None:
         for tensor in self.tensors:
@@ -125,19 +126,19 @@ class Batch:
 
     def row_major(self) -> Batch:
         """The batch's values in row-major memory: itself, or with copies."""
-        if all(tensor.is_contiguous() for tensor in self.tensors):
+        if self._row_major:
             return self
-        return Batch([tensor.detach().contiguous() for tensor in self.tensors], self.keys)
+        return Batch([dense(tensor) for tensor in self.tensors], self.keys)
 
     @contextlib.contextmanager
     def contiguous(self) -> Iterator[Batch]:
         """The batch in row-major memory: itself, or with copies that go back on leaving."""
-        if all(tensor.is_contiguous() for tensor in self.tensors):
+        if self._row_major:
             yield self
             return
         with contextlib.ExitStack() as stack:
-            dense = [stack.enter_context(contiguous(tensor)) for tensor in self.tensors]
-            yield Batch(dense, self.keys)
+            values = [stack.enter_context(contiguous(tensor)) for tensor in self.tensors]
+            yield Batch(values, self.keys)
 
 
 def as_batch(theta: Tensor | Batch, key: NoiseKey | None) -> Batch:
@@ -150,56 +151,6 @@ def as_batch(theta: Tensor | Batch, key: NoiseKey | None) -> Batch:
         raise TypeError(f"key must be left out with a batch, which has its own, got {key!r}")
     theta.check()
     return theta
-
-
-def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise unless it is a plain dense tensor of a dtype that the kernels have."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-    if tensor.dtype not in DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} must have one of the dtypes {known}, got {tensor.dtype}")
-    if is_fake(tensor):
-        return
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise TypeError(
-            f"{name} must be a plain tensor, got the wrapper {type(tensor).__name__}, whose memory "
-            f"is elsewhere; pass the tensor that it wraps"
-        )
-    if tensor.is_meta:
-        raise ValueError(f"{name} must have values, got a tensor on the meta device")
-
-
-def check_unshared(name: str, tensor: Tensor) -> None:
-    """Raise if elements of the tensor share memory."""
-    if tensor.is_contiguous() or tensor.numel() < 2:
-        return
-    axes = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)  # noqa: B905
-    reach = 0
-    for stride, size in axes:
-        if stride == 0:
-            raise ValueError(
-                f"{name} is expanded, so that several of its elements share memory; "
-                f"pass {name}.clone()"
-            )
-        if stride <= reach:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, so that "
-                f"elements may share memory; pass {name}.clone()"
-            )
-        reach += stride * (size - 1)
-
-
-def check_like(name: str, tensor: Tensor, theta: Tensor, dtype: torch.dtype) -> None:
-    """Raise unless the tensor has theta's shape and device and the dtype."""
-    if tensor.shape != theta.shape or tensor.dtype != dtype or tensor.device != theta.device:
-        raise ValueError(
-            f"{name} must be a {dtype} tensor of shape {tuple(theta.shape)} on {theta.device}, "
-            f"got {tensor.dtype}, {tuple(tensor.shape)} on {tensor.device}"
-        )
-    check_unshared(name, tensor)
 
 
 def _check_apart(name: str, tensors: Sequence[Tensor]) -> None:
@@ -215,16 +166,3 @@ def _check_apart(name: str, tensors: Sequence[Tensor]) -> None:
                 f"{name} must be tensors that share no memory, got two that do; pass one of them, "
                 f"or a clone"
             )
-
-
-@contextlib.contextmanager
-def contiguous(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor's values in row-major memory; what is written there is the tensor's on leaving.
-
-    Itself, detached, where it is contiguous, else a copy.
-    """
-    target = tensor.detach()
-    dense = target.contiguous()
-    yield dense
-    if dense is not target:
-        target.copy_(dense)

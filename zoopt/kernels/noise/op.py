@@ -16,8 +16,9 @@ from torch import Tensor
 
 from zoopt.dtypes import scalars
 from zoopt.kernels import dispatch
-from zoopt.kernels.batch import Batch, as_batch, check_like, check_tensor, contiguous
+from zoopt.kernels.batch import Batch, as_batch
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
+from zoopt.kernels.operands import check_like, check_tensor, contiguous
 
 
 @overload

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ def add_(
         TypeError, ValueError: as for `apply_`, or an update that does not match.
     """
     batch: Batch = as_batch(theta, key)
-    updates = _beside("update", update, batch)
+    updates = _beside("update", update, theta, batch)
     _check_directions(draws, coefficients=coefficients)
     rounded_by = _rounding_draw(rounding, rounding_draw, draws, batch.dtype)
     backend = dispatch.choose(batch.tensors[0], impl)
@@ -139,7 +139,7 @@ def momentum_(
         TypeError, ValueError: as for `apply_`, or a buffer that does not match.
     """
     batch: Batch = as_batch(theta, key)
-    buffers = _beside("buffer", buffer, batch)
+    buffers = _beside("buffer", buffer, theta, batch)
     _check_directions(draws, coefficients=coefficients, gradients=gradients)
     rounded_by = _rounding_draw(rounding, None, draws, batch.dtype)
     backend = dispatch.choose(batch.tensors[0], impl)
@@ -226,11 +226,13 @@ def adam_window_(
     return theta
 
 
-def _beside(name: str, given: Tensor | Sequence[Tensor], batch: Batch) -> Sequence[Tensor]:
-    """What lies beside the batch, element by element, a tensor for each of its tensors; checked."""
-    others = (given,) if isinstance(given, Tensor) else given
+def _beside(
+    name: str, given: Tensor | Sequence[Tensor], theta: Tensor | Batch, batch: Batch
+) -> Sequence[Tensor]:
+    """What lies beside theta, element by element: a tensor for each of the batch's, checked."""
+    others: Any = given if isinstance(theta, Batch) else (given,)
     batch.check_beside(name, others, accumulator_dtype(batch.dtype))
-    return others
+    return tuple(others)
 
 
 def _check_directions(draws: Sequence[int], **per_direction: Sequence[float]) -> None:

@@ -1,0 +1,171 @@
+"""The launch path without a GPU: Triton's binder, specialiser and compiler, on a stub of one.
+
+Every kernel in every variant is launched by the public operation that asks for it; counts of
+launches, copies and waits are the stub's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+import zoopt.kernels
+from bench.sass import report
+from bench.stub_gpu import TARGETS, launches, stub_gpu
+from bench.variants import Variant, variants
+from zoopt import kernels
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.noise.key import NoiseKey
+
+#: What Triton's launcher and its compilers keep for themselves.
+RESERVED = {"grid", "warmup", "device", "device_type", "stream", "debug", "instrumentation_mode"}
+RESERVED |= {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "arch"}
+#: For other targets than sm_90 a kernel is compiled once or twice: with all that it can do.
+ALL = list(variants())
+WIDEST = [
+    variant
+    for variant in ALL
+    if variant.dtype == "bf16"
+    and variant.distribution in ("-", "masked normal", "rademacher")
+    and (variant.rounding == "stochastic" or variant.kernel.startswith("perturb"))
+]
+
+
+def jit_functions() -> dict[str, JITFunction]:
+    """Every Triton function of the package."""
+    found = {}
+    for module in pkgutil.walk_packages(zoopt.kernels.__path__, "zoopt.kernels."):
+        if "gpu" in module.name:
+            for value in vars(importlib.import_module(module.name)).values():
+                if isinstance(value, JITFunction):
+                    found[f"{value.__module__}.{value.__name__}"] = value
+    return found
+
+
+def test_no_kernel_has_a_parameter_that_triton_keeps() -> None:
+    functions = jit_functions()
+    kernels_only = {name: f for name, f in functions.items() if name.endswith("_kernel")}
+    assert len(kernels_only) >= 8
+    for name, function in kernels_only.items():
+        assert not RESERVED & set(inspect.signature(function.fn).parameters), name
+
+
+@triton.jit
+def _misnamed_kernel(theta, stream):
+    tl.store(theta, stream)
+
+
+def test_the_stub_refuses_a_parameter_called_stream() -> None:
+    """As release 0.1.0 had it: it compiled ahead of time, was interpreted, and never launched."""
+    with stub_gpu(), pytest.raises(AssertionError, match="stream option is deprecated"):
+        launches(lambda: _misnamed_kernel[(1,)](torch.zeros(1), stream=3))
+
+
+def check(variant: Variant, target: str) -> None:
+    """It launches and compiles; no spills, and theta moves 128 bits at a time on NVIDIA."""
+    counted = report(variant, target)
+    assert counted.spills == 0
+    if target.startswith("sm") and variant.kernel != "perturb_rows" and variant.format != "int4":
+        assert counted.access_bits == 128
+    ceiling = CEILINGS.get((variant.kernel, variant.dtype, variant.distribution, variant.rounding))
+    if ceiling is not None and target == "sm_90":
+        instructions, registers = ceiling
+        assert counted.instructions_per_element <= instructions
+        assert counted.registers <= registers
+
+
+#: (instructions an element, registers) on sm_90, with those of the blocks at a tensor's end. An
+#: H100 has room for some 44 instructions an element of bfloat16 at its bandwidth, an H200 for 32.
+CEILINGS = {
+    ("perturb", "bf16", "normal", "nearest"): (41, 96),
+    ("perturb", "fp32", "normal", "nearest"): (39, 104),
+    ("perturb", "bf16", "rademacher", "nearest"): (28, 96),
+    ("apply", "bf16", "normal", "nearest"): (42, 96),
+    ("apply", "bf16", "normal", "stochastic"): (52, 112),
+}
+
+
+@pytest.mark.parametrize("variant", ALL, ids=str)
+def test_every_variant_launches(variant: Variant) -> None:
+    check(variant, "sm_90")
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_90"])
+@pytest.mark.parametrize("variant", WIDEST, ids=str)
+def test_launches_elsewhere(variant: Variant, target: str) -> None:
+    check(variant, target)
+
+
+def batch(count: int = 20) -> Batch:
+    """Tensors of several sizes, some empty."""
+    sizes = [(37 * i) % 5 * 1000 for i in range(count)]
+    return Batch([torch.zeros(n) for n in sizes], [NoiseKey(1, i) for i in range(count)])
+
+
+def test_an_operation_on_a_batch_is_one_launch_and_its_table_is_copied_once() -> None:
+    theta = batch()
+    wide = [torch.zeros_like(tensor) for tensor in theta.tensors]
+    with stub_gpu():
+        first = launches(lambda: kernels.perturb(theta, 0.1, draw=3, out=theta.tensors))
+        assert (len(first.launches), first.copies, first.waits) == (1, 3, 0)
+        for operation in (
+            lambda: kernels.perturb(theta, 0.1, draw=3, out=theta.tensors),
+            lambda: kernels.apply_(theta, [0.1] * 4, draws=range(4)),
+            lambda: kernels.perturb(Batch(theta.tensors, theta.keys), 0.1, draw=4, out=wide),
+        ):
+            launches(operation)
+            again = launches(operation)
+            assert (len(again.launches), again.copies, again.waits) == (1, 0, 0)
+
+
+def test_a_table_follows_tensors_that_moved() -> None:
+    theta = batch()
+    with stub_gpu():
+        launches(lambda: kernels.apply_(theta, [0.1], draws=[3]))
+        theta.tensors[1].data = torch.zeros(2000)
+        recorded = launches(lambda: kernels.apply_(theta, [0.1], draws=[3]))
+    [launch] = recorded.launches
+    addresses = launch.arguments["theta"].tolist()
+    assert addresses == [tensor.data_ptr() for tensor in theta.tensors]
+    assert recorded.copies == 1
+
+
+def test_many_directions_go_to_memory_without_a_copy() -> None:
+    theta = batch()
+    with stub_gpu():
+        kernels.apply_(theta, [0.1], draws=[3])
+        recorded = launches(lambda: kernels.apply_(theta, [0.1] * 30, draws=range(30)))
+    assert [launch.kernel for launch in recorded.launches] == ["numbers_kernel", "sum_kernel"]
+    assert (recorded.copies, recorded.waits) == (0, 0)
+
+
+def test_a_tensor_alone_needs_no_table() -> None:
+    theta, key = torch.zeros(5000), NoiseKey(1, 2)
+    with stub_gpu():
+        recorded = launches(lambda: kernels.apply_(theta, [0.1], draws=[3], key=key))
+    assert (len(recorded.launches), recorded.copies, recorded.waits) == (1, 0, 0)
+
+
+def specializations(draw: int, size: int, number: int) -> set[str]:
+    """What Triton tells the variants of two operations apart by."""
+    theta, key = torch.zeros(size), NoiseKey(number, number, 8 * number)
+    recorded = launches(lambda: kernels.perturb(theta, 1.0, draw=draw, key=key, out=theta))
+    two = {"draws": [draw, 3], "decay": 0.5, "key": key}
+    again = launches(lambda: kernels.apply_(theta, [1.0, 2.0], **two))
+    return {launch.specialization for launch in recorded.launches + again.launches}
+
+
+def test_numbers_do_not_compile_anew() -> None:
+    """Draws, seeds, coefficients, streams, sizes and offsets are one variant, ones, multiples of 16
+    and others; but offsets of more than 32 bits are another."""
+    with stub_gpu():
+        small = specializations(1, 1, 1) | specializations(16, 16, 16) | specializations(7, 4097, 7)
+        assert len(small) == 2
+        assert len(specializations(2**32 - 1, 4097, 2**31)) == 2
