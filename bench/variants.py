@@ -161,7 +161,9 @@ def variants() -> Iterator[Variant]:
                     yield Variant(kernel, dtype, distribution, rounding=rounding)
         for kernel in ("sm3", "sm3_momentum", "product", "product_gradient", "scaled"):
             for rounding in _roundings(dtype):
-                yield Variant(kernel, dtype, rounding=rounding)
+                # To nearest a product alone is BLAS's.
+                if kernel != "product" or rounding == "stochastic":
+                    yield Variant(kernel, dtype, rounding=rounding)
         for form in get_args(Format):
             for rounding in ("nearest", "stochastic"):
                 if dtype != "fp32" or form != "float32" or rounding == "nearest":

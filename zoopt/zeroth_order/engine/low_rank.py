@@ -19,7 +19,6 @@ from zoopt.checks import check_positive_int
 from zoopt.dtypes import Rounding, accumulator_dtype
 from zoopt.kernels import add_
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.operands import contiguous
 from zoopt.noise import normal, stream
 from zoopt.optimizer import Group, Params
 from zoopt.parameters import named_params

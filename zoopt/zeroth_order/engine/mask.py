@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.operands import contiguous
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise
 from zoopt.zeroth_order.engine.progress import Progress
 
