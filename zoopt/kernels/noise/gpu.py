@@ -31,8 +31,9 @@ from zoopt.kernels.noise.key import NoiseKey
 
 #: An operation takes a whole batch.
 BATCHES = True
-#: Elements a program, and its warps: 32 elements a thread spread the key schedule's cost.
-BLOCK = 4096
+#: Elements a program without and with a mask, and its warps: 32 elements a thread spread the key
+#: schedule's cost, and with a mask 16 are all that fit in registers.
+BLOCK = {False: 4096, True: 2048}
 NUM_WARPS = {"cuda": 4, "hip": 2, "interpreter": 1}
 #: Elements a program of the Adam kernel without and with a mask: all that fit in registers.
 ADAM_BLOCK = {False: 2048, True: 1024}
@@ -107,13 +108,13 @@ def _launch(
     kernel: Any,
     batch: Batch,
     memories: Mapping[str, Sequence[Tensor] | None],
-    block: int,
+    blocks: Mapping[bool, int],
     **own: Any,
 ) -> None:
     """Launch a kernel once on all tensors of a batch; `memories` are its theta, out and so on."""
     key, backend = batch.key, backend_name()
     alignment = _ALIGNMENT[key.distribution]
-    alone = len(batch) == 1
+    alone, block = len(batch) == 1, blocks[key.threshold is not None]
     vectors = True
     arguments: dict[str, Any] = {}
     if alone:
@@ -269,9 +270,10 @@ def adam_window(
     with torch.cuda.device_of(batch.tensors[0]):
         terms = _in_memory(_numbers(draws, *columns), batch.device)
     numbers = {"count": len(draws), "decay": decay, "step_size": step_size, "eps": eps}
-    block = ADAM_BLOCK[batch.key.threshold is not None]
     memories = {"theta": batch.tensors}
-    _launch(window_kernel, batch, memories, block, terms=terms, **numbers, **_rounds(rounding_draw))
+    _launch(
+        window_kernel, batch, memories, ADAM_BLOCK, terms=terms, **numbers, **_rounds(rounding_draw)
+    )
 
 
 def gather_rows(
