@@ -76,10 +76,15 @@ def test_adamw_is_torchs_for_all_that_its_tests_give_it(given: Any, way: str) ->
 
 
 def _floats(options: dict[str, Any]) -> dict[str, Any]:
-    """betas as numbers: torch has tensors of them for capturable steps only."""
-    if "betas" not in options:
-        return copy.deepcopy(options)
-    return {**options, "betas": tuple(float(beta) for beta in options["betas"])}
+    """Tensors as numbers: torch computes its step size in their float32."""
+    return {
+        key: tuple(map(float, value))
+        if isinstance(value, tuple)
+        else float(value)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in options.items()
+    }
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.optimizer_error_input.desc)
@@ -125,12 +130,12 @@ def test_goes_in_the_right_direction(
         loss.backward()
         return loss
 
-    first = float(closure())
+    first = closure().item()
     for _ in range(20):
         optimizer.step(closure)
         if schedule is not None:
             schedule.step()
-    last = float(closure())
+    last = closure().item()
     assert last > first if maximize else last < first
 
 

@@ -323,6 +323,12 @@ def check_betas(group: Group) -> None:
         check_number(f"betas[{i}]", beta, low=0.0, high=1.0, open_high=True)
 
 
+def betas_of(group: Group) -> tuple[float, float]:
+    """The group's betas as numbers: torch takes tensors of one element too."""
+    first, second = group["betas"]
+    return float(first), float(second)
+
+
 def descent_rate(group: Group) -> float:
     """What a direction is multiplied by: -lr, or lr where the objective is maximised."""
     return float(group["lr"]) * (1.0 if group["maximize"] else -1.0)

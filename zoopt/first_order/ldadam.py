@@ -11,7 +11,7 @@ from torch import Tensor
 from zoopt.checks import check_bool, check_choice, check_number
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.base import Site
+from zoopt.first_order.base import Site, betas_of
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
 from zoopt.first_order.projected.residuals import OneSided, Terms
 from zoopt.first_order.projected.rules import adam_moments, adam_numbers, store_moment
@@ -225,7 +225,7 @@ class LDAdamW(AdamFamily):
             decode(moment).view(geo.reduced_shape).to(state["basis"].dtype) for moment in stored
         )
         # Before the first step there are no moments, and nothing is to be corrected.
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = betas_of(group)
         corrections = (1.0 - beta1 ** (step - 1) or 1.0, 1.0 - beta2 ** (step - 1) or 1.0)
         if step == 1:
             following = self._first_basis(site, grad, geo)
@@ -282,7 +282,7 @@ def _adam(
         projected,
         Moment(average, None, average.numel(), signed=True),
         Moment(square, None, square.numel(), signed=False),
-        betas=tuple(group["betas"]),
+        betas=betas_of(group),
         scale=scale,
         eps=eps,
         key=key,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoopt.distributed.sharding import anywhere, greatest_, local, local_like, offset, sum_
 from zoopt.dtypes import accumulator_dtype
-from zoopt.first_order.base import Site, descent_rate
+from zoopt.first_order.base import Site, betas_of, descent_rate
 from zoopt.first_order.projected.basis import basis_specs, load_bases, refresh, refresh_due
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
 from zoopt.first_order.projected.groups import ProjectedGroups
@@ -258,7 +258,7 @@ class ProjectedOptimizer(ProjectedGroups):
                 param,
                 gradient,
                 *adam_moments(state, param.numel()),
-                betas=tuple(group["betas"]),
+                betas=betas_of(group),
                 scale=descent * scale,
                 eps=eps,
                 decay=1.0 if after else decay,

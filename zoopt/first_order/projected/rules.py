@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoopt.first_order.base import draw_of
+from zoopt.first_order.base import betas_of, draw_of
 from zoopt.first_order.projected.codecs import moment, moment_specs
 from zoopt.kernels.adam.moments import Moment, decode, encode
 from zoopt.kernels.adam.op import adam_
@@ -42,7 +42,7 @@ def adam_numbers(group: Group, step: int) -> tuple[float, float]:
 
     With eps_correction=False eps is added to sqrt(v) itself, not to sqrt(vhat).
     """
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = betas_of(group)
     root = math.sqrt(1.0 - beta2**step)
     eps = group["eps"] * (root if group.get("eps_correction", True) else 1.0)
     return root / (1.0 - beta1**step), eps
@@ -85,7 +85,7 @@ def _adam(
     return adam_(
         gradient,
         *adam_moments(state, gradient.numel()),
-        betas=tuple(group["betas"]),
+        betas=betas_of(group),
         scale=scale,
         eps=eps,
         key=key,
@@ -132,7 +132,7 @@ def _momentum(gradient: Tensor, state: State, group: Group, step: int, key: Nois
 
 def _lion(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
     """sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g (Chen et al., 2023)."""
-    beta1, beta2 = (float(beta) for beta in group["betas"])
+    beta1, beta2 = betas_of(group)
     stored = moment(state, "exp_avg", gradient.numel(), signed=True)
     average = decode(stored).view_as(gradient)
     direction = torch.sign(average * beta1 + gradient * (1.0 - beta1))
