@@ -18,9 +18,9 @@ from sentiment.pace import Stages
 # OpenMP's threads sleep while they wait. Spinning, they take the processor from each other where
 # another program is busy. It is read once, when torch is imported, which happens further down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-#: Measuring memory loads the model three times and takes steps that weigh about as much as the
-#: evaluation of the test sentences.
-MEMORY_LOADS, MEMORY_EVALUATIONS = 3, 1.5
+#: Measuring memory loads the model three times and takes steps that last about three times as long
+#: as the evaluation of the test sentences.
+MEMORY_LOADS, MEMORY_EVALUATIONS = 3, 3
 
 
 def load(args: Namespace) -> tuple[Any, dict[str, list[Any]]]:

@@ -299,6 +299,19 @@ def test_what_runs_out_of_memory_is_a_row(
     assert "out of memory" in err
 
 
+def test_memory_of_one_method(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the benchmark's own processes do: two real steps, and what their peak was made of."""
+    sizes = ["--model", "tiny", "--batch", "1", "--seq", "8", "--threads", "1"]
+    found = {}
+    for name in ("inference", "mezo-in-place", "sm3"):
+        assert main(["bench", "memory", *sizes, "--child", name]) == 0
+        found[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["mezo-in-place"]["peak"] == found["inference"]["peak"]
+    assert found["mezo-in-place"]["state"] == 0 < found["sm3"]["state"]
+    assert found["sm3"]["categories"]["gradients"] > 0
+    assert sum(found["sm3"]["categories"].values()) == found["sm3"]["peak"]
+
+
 def test_every_first_order_optimizer_is_measured() -> None:
     """Those that the package exports, however the table of methods names them."""
     classes = [

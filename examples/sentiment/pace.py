@@ -42,12 +42,12 @@ class Stages:
         """A spinner on a terminal, and a line; elsewhere the line alone."""
         started = time.perf_counter()
         if not self._console.is_terminal:
-            self._console.print(f"{text} ...", markup=False)
+            self._console.print(f"{text} ...", markup=False, soft_wrap=True)
         with self._console.status(f"{text} ..."):
             yield
         self.seconds[text] = time.perf_counter() - started
-        self._console.print(f"{text}: {self.seconds[text]:.1f} s", markup=False)
+        self._console.print(f"{text}: {self.seconds[text]:.1f} s", markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """One line."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)

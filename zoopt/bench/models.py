@@ -27,9 +27,13 @@ def spec(name: str) -> ModelSpec:
         ValueError: there is no such model.
         ImportError: transformers is not installed.
     """
+    if importlib.util.find_spec("transformers") is not None:
+        transformers: Any = importlib.import_module("transformers")
+        # It would warn that the configuration names no loss; the default one is meant.
+        transformers.logging.set_verbosity_error()
     if name != TINY:
         return resolve(name)
-    transformers: Any = importlib.import_module("transformers")
+    transformers = importlib.import_module("transformers")
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     config = transformers.GPT2Config(**_TINY, **ids, use_cache=False)
 
@@ -60,10 +64,6 @@ def add_argument(arguments: argparse.ArgumentParser, default: str) -> None:
 
 def build(model: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """The model on the device, without dropout."""
-    if importlib.util.find_spec("transformers") is not None:
-        transformers: Any = importlib.import_module("transformers")
-        # It would warn that the configuration names no loss; the default one is meant.
-        transformers.logging.set_verbosity_error()
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -13,7 +13,7 @@ from zoopt.doctor.gpu import first_order, kernels, zeroth_order
 from zoopt.doctor.gpu.bars import OTHERS
 from zoopt.doctor.gpu.rows import of_section
 
-#: Of the kernels, what people wait for most.
+#: Of the weights that the kernels' panel is about.
 DTYPE = "bfloat16"
 
 
@@ -30,9 +30,12 @@ def draw(path: Path, document: Mapping[str, Any]) -> None:
     others = {row["method"] for row in own} - {*first_order.OURS, first_order.NEAREST}
     title = "first-order: ms a step (x: of torch's fused AdamW)"
     panels.append(_panel(title, own, others, first_order.REFERENCE))
-    own = [row for row in of_section(rows, kernels.SECTION) if row["dtype"] == DTYPE]
-    others = {row["method"] for row in own if row["method"].startswith(OTHERS)}
-    panels.append(_panel(f"kernels, {DTYPE}: ns an element (x: of mul_)", own, others, None))
+    own = [
+        {**row, "median": row["fraction_of_copy_bandwidth"], "spread": 0.0, "ratio": None}
+        for row in of_section(rows, kernels.SECTION)
+        if row["dtype"] == DTYPE and not row["method"].startswith(OTHERS)
+    ]
+    panels.append(_panel(f"kernels, {DTYPE}: share of a copy's bandwidth", own, set(), None))
     filled = [panel for panel in panels if panel.rows]
     if filled:
         charts.draw(path, document, "What this GPU says", filled)
