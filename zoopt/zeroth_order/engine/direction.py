@@ -82,6 +82,9 @@ class Elementwise(Direction):
     @contextlib.contextmanager
     def elements(self, param: Tensor, progress: Progress | None = None) -> Iterator[Tensor]:
         """What moves, flat; changes made to it are the parameter's on leaving."""
+        if param.is_contiguous():
+            yield param.detach().view(-1)
+            return
         with (progress or Progress()).dense(param) as dense:
             yield dense.view(-1)
 
@@ -217,7 +220,7 @@ class Noise(Elementwise):
         """As in `Direction`."""
         draws = sorted(coefficients)
         with self.elements(param, progress) as elements:
-            for _ in whole(elements, progress):
+            if progress is None or progress.begin(0, elements):
                 apply_(
                     elements,
                     [coefficients[draw] for draw in draws],
@@ -226,6 +229,8 @@ class Noise(Elementwise):
                     rounding=rounding if draws else "nearest",
                     key=self.key,
                 )
+            if progress is not None:
+                progress.end(0)
 
     def momentum_(
         self,

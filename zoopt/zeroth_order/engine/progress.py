@@ -28,7 +28,7 @@ _SIGNALS = [
     if hasattr(signal, name)
 ]
 #: Bytes at the beginning of a piece by which it is known whether the piece has been written.
-_SAMPLE_BYTES = 1 << 14
+_SAMPLE_BYTES = 1 << 12
 
 
 class Progress:
@@ -109,9 +109,8 @@ class Progress:
 def _sample(piece: Tensor) -> tuple[int, bytes]:
     """What a write changes: autograd's count of writes, and, on the CPU, the first values."""
     values = b""
-    if piece.device.type == "cpu" and not is_fake(piece) and piece.numel():
-        size = min(piece.numel() * piece.element_size(), _SAMPLE_BYTES)
-        values = ctypes.string_at(piece.data_ptr(), size)
+    if piece.is_cpu and not is_fake(piece) and piece.numel():
+        values = ctypes.string_at(piece.data_ptr(), min(piece.nbytes, _SAMPLE_BYTES))
     return 0 if piece.is_inference() else piece._version, values
 
 
