@@ -23,26 +23,30 @@ from zoopt.zeroth_order.engine.sgd import SparseZerothOrder, check_window, exten
 AdamState = Literal["dense", "window", "scalar"]
 
 
-def adam_(
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+def adam(
+    ghat: Tensor,
+    m: Tensor,
+    v: Tensor,
     *,
-    step: int,
+    t: int,
     lr: float,
     betas: tuple[float, float],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The moments' new values, and what theta receives; all of one shape.
+    """Adam on the estimate ghat = mean_j(g_j z_j): m, v and what theta receives.
 
-    exp_avg <- b1 exp_avg + (1 - b1) g, exp_avg_sq <- b2 exp_avg_sq + (1 - b2) g^2, and
-    -lr [exp_avg / (1 - b1^step)] / (sqrt(exp_avg_sq / (1 - b2^step)) + eps).
+    m <- b1 m + (1 - b1) ghat,   v <- b2 v + (1 - b2) ghat^2
+    theta <- theta - lr mhat / (sqrt(vhat) + eps),   mhat = m / (1 - b1^t),   vhat = v / (1 - b2^t)
+
+    Args:
+        ghat, m, v: of one shape.
+        t: number of the step, from 1.
     """
-    beta1, beta2 = betas
-    first = (exp_avg * beta1).add_(gradient * (1.0 - beta1))
-    second = (exp_avg_sq * beta2).add_((gradient * gradient).mul_(1.0 - beta2))
-    denominator = second.div(1.0 - beta2**step).sqrt_().add_(eps)
-    return first, second, first.mul(-lr / (1.0 - beta1**step)).div_(denominator)
+    b1, b2 = betas
+    m = (m * b1).add_(ghat * (1.0 - b1))
+    v = (v * b2).add_((ghat * ghat).mul_(1.0 - b2))
+    root = v.div(1.0 - b2**t).sqrt_().add_(eps)
+    return m, v, m.mul(-lr / (1.0 - b1**t)).div_(root)
 
 
 @register(
@@ -183,11 +187,11 @@ class ZOAdam(SparseZerothOrder):
         step, (beta1, beta2) = int(state["step"]) + 1, group["betas"]
 
         def rule(gradient: Tensor, chunk: slice) -> Tensor:
-            first, second, update = adam_(
+            first, second, update = adam(
                 gradient,
                 exp_avg[chunk],
                 exp_avg_sq[chunk],
-                step=step,
+                t=step,
                 lr=float(group["lr"]),
                 betas=(float(beta1), float(beta2)),
                 eps=float(group["eps"]),

@@ -20,6 +20,29 @@ from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 
 
+def cone(m_norm: float, d: int, t: float) -> tuple[float, float]:
+    """The coefficients of m and of u in z = cos(t) sqrt(d) m / ||m|| + sin(t) u.
+
+    Args:
+        m_norm: ||m||, over all of m; where it is 0, z = u.
+        d: how many elements m has.
+        t: the angle between z and m, in radians.
+    """
+    if not m_norm:
+        return 0.0, 1.0
+    return math.cos(t) * math.sqrt(d) / m_norm, math.sin(t)
+
+
+def averaged(m: Tensor, ghat: Tensor, b: float) -> Tensor:
+    """m <- b m + (1 - b) ghat, both (d,); ghat = mean_j(g_j z_j) is overwritten."""
+    return (m * b).add_(ghat.mul_(1.0 - b))
+
+
+def warmed(step: int, warmup: int, start: float, end: float) -> float:
+    """b of a step, from 0: a line from start to end, and end from step `warmup` on."""
+    return start + (end - start) * (min(1.0, step / warmup) if warmup else 1.0)
+
+
 class Cone(Elementwise):
     """z = radial m + lateral u with u independent normals: a cone around m.
 
@@ -122,11 +145,7 @@ class ConMeZO(ZerothOrderOptimizer):
         self._norm, self._numel = math.sqrt(square), sum(p.numel() for p, _ in taking_part)
 
     def _direction(self, param: Tensor, group: Group, number: int, *, virtual: bool) -> Direction:
-        angle = float(group["cone_angle"])
-        radial, lateral = 0.0, 1.0
-        if self._norm:
-            radial = math.cos(angle) * math.sqrt(self._numel) / self._norm
-            lateral = math.sin(angle)
+        radial, lateral = cone(self._norm, self._numel, float(group["cone_angle"]))
         momentum = self._state(param, group)["momentum_buffer"]
         return Cone(NoiseKey(group["seed"], number), momentum, radial, lateral)
 
@@ -139,10 +158,9 @@ class ConMeZO(ZerothOrderOptimizer):
         if not pending.kept:
             return
         assert isinstance(direction, Cone)
-        step, warmup = group["step"], group["warmup_steps"]
         start, end = float(group["beta_start"]), float(group["beta"])
-        beta = start + (end - start) * (min(1.0, step / warmup) if warmup else 1.0)
+        beta = warmed(group["step"], group["warmup_steps"], start, end)
         for chunk in chunks(direction.momentum, progress.next):
             momentum = direction.momentum[chunk]
             estimate = direction.combine(momentum, weights, chunk.start)
-            momentum.copy_((momentum * beta).add_(estimate.mul_(1.0 - beta)))
+            momentum.copy_(averaged(momentum, estimate, beta))

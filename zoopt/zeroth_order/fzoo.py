@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -15,6 +16,17 @@ from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import PendingProbe
 from zoopt.zeroth_order.engine.sgd import MomentumSGD
+
+
+def normalised(deltas: Mapping[int, float]) -> dict[int, float]:
+    """The coefficients of u_i in sum_i (L_i - L_0) u_i / (N std_i(L_i)); 0 where losses are equal.
+
+    Args:
+        deltas: L_i - L_0, which spread as the L_i do; N of them.
+    """
+    N = len(deltas)
+    std = statistics.stdev(deltas.values()) if N > 1 else 0.0
+    return {i: delta / (N * std) if std else 0.0 for i, delta in deltas.items()}
 
 
 @register("fzoo", "zeroth-order")
@@ -81,10 +93,5 @@ class FZOO(MomentumSGD):
             )
 
     def _weights(self, group: Group, pending: PendingProbe) -> dict[int, float]:
-        deltas = {pending.draws[j]: pending.deltas[j] for j in pending.kept}
-        # L_i and L_i - L_0 spread alike.
-        spread = statistics.stdev(deltas.values()) if len(deltas) > 1 else 0.0
-        if not spread:
-            return dict.fromkeys(deltas, 0.0)
         sign = -1.0 if group["maximize"] else 1.0
-        return {draw: sign * delta / (len(deltas) * spread) for draw, delta in deltas.items()}
+        return normalised({pending.draws[j]: sign * pending.deltas[j] for j in pending.kept})

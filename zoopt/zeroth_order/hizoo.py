@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -19,6 +19,24 @@ from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Element
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Evaluation, Measurement, PendingProbe, three_point
 from zoopt.zeroth_order.engine.progress import Progress
+
+
+def smoothed(
+    H: Tensor, z: Iterable[Tensor], D: Sequence[float], alpha: float, eps: float
+) -> Tensor:
+    """H <- (1 - alpha) H + alpha mean_j(c_j H z_j^2),   c_j = D_j / (2 eps^2).
+
+    Args:
+        H: the diagonal of the Hessian, (d,).
+        z: n directions, (d,) each, made one after the other; each is overwritten.
+        D: |L(theta + eps d_j) + L(theta - eps d_j) - 2 L(theta)|, n of them; d_j = z_j / sqrt(H).
+        alpha: the share of the new estimate.
+    """
+    growth = H.new_full(H.shape, 1.0 - alpha)
+    scale = alpha / (2.0 * eps**2 * len(D))
+    for z_j, D_j in zip(z, D, strict=True):
+        growth.add_(z_j.square_().mul_(scale * D_j))
+    return growth.mul_(H)
 
 
 class Preconditioned(Elementwise):
@@ -127,13 +145,9 @@ class HiZOO(ZerothOrderOptimizer):
     def _update_hessian(self, slot: Slot, pending: PendingProbe, progress: Progress) -> None:
         direction = slot.direction
         assert isinstance(direction, Preconditioned)
-        noise = Noise(direction.key)
-        alpha = float(slot.group["hessian_smooth"])
-        scale = alpha / (2.0 * slot.zo_eps**2 * len(pending.kept))
+        noise, alpha = Noise(direction.key), float(slot.group["hessian_smooth"])
+        differences = [abs(pending.curvatures[j]) for j in pending.kept]
         for chunk in chunks(direction.hessian, progress):
             hessian = direction.hessian[chunk]
-            growth = hessian.new_full(hessian.shape, 1.0 - alpha)
-            for j in pending.kept:
-                z = noise.combine(hessian, {pending.draws[j]: 1.0}, chunk.start)
-                growth.add_(z.square_().mul_(scale * abs(pending.curvatures[j])))
-            hessian.mul_(growth)
+            z = (noise.combine(hessian, {pending.draws[j]: 1.0}, chunk.start) for j in pending.kept)
+            hessian.copy_(smoothed(hessian, z, differences, alpha, slot.zo_eps))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zoopt.checks import check_number
@@ -18,6 +17,21 @@ from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 
 
+def averaged(N: Tensor, gU: Tensor, b: float) -> Tensor:
+    """N <- b N + (1 - b) gU: the momentum's factor and mean_j(g_j U_j), (m, r) both."""
+    return (N * b).add_(gU * (1.0 - b))
+
+
+def carried_over(N: Tensor, V_old: Tensor, V_new: Tensor) -> Tensor:
+    """N <- N V_old^T V_new / n, so that N V_new^T is near what N V_old^T was.
+
+    Args:
+        N: (m, r).
+        V_old, V_new: (n, r); V_new^T V_new is about n I.
+    """
+    return N @ (V_old.T @ V_new) / V_old.shape[0]
+
+
 class LazyPair(LowRank):
     """z(d) = U(d) V^T, with V of the draw `basis_draw`."""
 
@@ -31,10 +45,7 @@ class LazyPair(LowRank):
 
     def left(self, coefficients: Coefficients) -> Tensor:
         """sum_d coefficients[d] U(d): (m, r)."""
-        total = torch.zeros(self.rows, self.rank, dtype=self.dtype, device=self.device)
-        for draw, coefficient in coefficients.items():
-            total += coefficient * self.normals(draw, 0, (self.rows, self.rank))
-        return total
+        return self.combined(coefficients, (self.rows, self.rank))
 
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """As in `LowRank`; all draws share V."""
@@ -145,7 +156,7 @@ class LOZO(LowRankZerothOrder):
         along = {draw: -decay * coefficient for draw, coefficient in offset.items()}
         buffer = self._state(slot.param, group)["momentum_buffer"]
         if isinstance(direction, LazyPair):
-            factor = (buffer * beta).add_(direction.left(weights) * (1.0 - beta))
+            factor = averaged(buffer, direction.left(weights), beta)
             progress.hold((buffer, factor))
             left = direction.left(along) - factor * (lr / direction.rank)
             direction.add_product_(
@@ -179,4 +190,4 @@ class LOZO(LowRankZerothOrder):
         old = self._matrix_direction(param, group, NoiseKey(group["seed"], number))
         buffer = self.state[param]["momentum_buffer"]
         for _ in whole(buffer, progress):
-            buffer.copy_(buffer @ (old.right.T @ old.basis(new)) / old.columns)
+            buffer.copy_(carried_over(buffer, old.right, old.basis(new)))

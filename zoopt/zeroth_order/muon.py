@@ -12,7 +12,7 @@ from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise
-from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, haar, matrix_shape
+from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
@@ -33,14 +33,11 @@ class LeftSubspace(LowRank):
     def draw_basis(self, draw: int) -> None:
         """Fill P from the draw's sequence, behind that draw's u."""
         start = self.rank * self.columns
-        self.basis.copy_(haar(self.normals(draw, start, (self.rows, self.rank))))
+        self.basis.copy_(self.haar(draw, start, (self.rows, self.rank)))
 
     def inner(self, coefficients: Coefficients) -> Tensor:
         """sum_d coefficients[d] u(d): (r, n)."""
-        total = torch.zeros(self.rank, self.columns, dtype=self.dtype, device=self.device)
-        for draw, coefficient in coefficients.items():
-            total += coefficient * self.normals(draw, 0, (self.rank, self.columns))
-        return total
+        return self.combined(coefficients, (self.rank, self.columns))
 
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """As in `LowRank`; all draws share P."""
@@ -153,8 +150,9 @@ class ZOMuon(LowRankZerothOrder):
             self._descend(slot, pending, offset, {}, progress)
         elif isinstance(direction, LeftSubspace):
             lr, decay = float(group["lr"]), self._decay(group, pending)
+            Ghat = direction.inner(weights)  # P Ghat is the estimate
             inner = direction.inner({draw: -decay * c for draw, c in offset.items()})
-            inner -= lr * msign(direction.inner(weights))
+            inner -= lr * msign(Ghat)
             direction.add_product_(
                 slot.param,
                 direction.basis,

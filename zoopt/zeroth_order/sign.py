@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +22,16 @@ from zoopt.zeroth_order.engine.progress import Progress
 from zoopt.zeroth_order.engine.sgd import SparseZerothOrder
 
 SignForm = Literal["elementwise", "projected"]
+
+
+def elementwise(ghat: Tensor, lr: float) -> Tensor:
+    """-lr sign(ghat), of the shape of ghat = mean_j(g_j z_j)."""
+    return torch.sign(ghat).mul_(-lr)
+
+
+def projected(g: Mapping[int, float]) -> dict[int, float]:
+    """The coefficients of z_j in mean_j(sign(g_j) z_j)."""
+    return {j: (g_j > 0) / len(g) - (g_j < 0) / len(g) for j, g_j in g.items()}
 
 
 @register("zo-sign-sgd", "zeroth-order")
@@ -82,14 +93,12 @@ class ZOSignSGD(SparseZerothOrder):
     ) -> None:
         group = slot.group
         if group["form"] == "projected" or not pending.kept:
-            weights = self._weights(group, pending)
-            count = len(weights)
-            signs = {d: (w > 0) / count - (w < 0) / count for d, w in weights.items()}
+            signs = projected(self._weights(group, pending))
             self._descend(slot, pending, offset, signs, progress)
             return
         lr = float(group["lr"])
 
         def rule(gradient: Tensor, chunk: slice) -> Tensor:
-            return torch.sign(gradient).mul_(-lr)
+            return elementwise(gradient, lr)
 
         self._update_elements(slot, pending, offset, progress, rule)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from zoopt.dtypes import RoundingMode, accumulator_dtype
@@ -13,7 +12,7 @@ from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients
-from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, haar, matrix_shape
+from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
@@ -37,15 +36,13 @@ class Subspace(LowRank):
     def draw_bases(self, draw: int) -> None:
         """Fill U and V from the draw's sequence, behind that draw's R."""
         start = self.rank * self.rank
-        self.left_basis.copy_(haar(self.normals(draw, start, (self.rows, self.rank))))
+        self.left_basis.copy_(self.haar(draw, start, (self.rows, self.rank)))
         start += self.rows * self.rank
-        self.right_basis.copy_(haar(self.normals(draw, start, (self.columns, self.rank))))
+        self.right_basis.copy_(self.haar(draw, start, (self.columns, self.rank)))
 
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """As in `LowRank`; all draws share U and V."""
-        core = torch.zeros(self.rank, self.rank, dtype=self.dtype, device=self.device)
-        for draw, coefficient in coefficients.items():
-            core += coefficient * self.normals(draw, 0, (self.rank, self.rank))
+        core = self.combined(coefficients, (self.rank, self.rank))
         scale = math.sqrt(self.rows * self.columns) / self.rank
         return self.left_basis @ (core * scale), self.right_basis
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.projected.geometry import Geometry
 from zoopt.kernels.dispatch import known, native_bfloat16
+from zoopt.linalg import sign_fixed_qr
 from zoopt.noise import normal
 
 Projector = Literal["svd", "gram", "randomized", "warm", "random", "orthogonal"]
@@ -183,9 +184,7 @@ def orthonormal(columns: Tensor) -> Tensor:
     error = (q.t() @ q - eye).abs().amax()
     if known(error <= 1e3 * torch.finfo(q.dtype).eps, True):
         return q.contiguous()
-    householder, r = torch.linalg.qr(columns)
-    flips = torch.where(r.diagonal() < 0, -1.0, 1.0).to(columns.dtype)
-    return torch.mul(householder, flips).contiguous()
+    return sign_fixed_qr(columns)
 
 
 def _there_and_back(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:

@@ -19,6 +19,7 @@ from zoopt.checks import check_positive_int
 from zoopt.dtypes import Rounding, accumulator_dtype
 from zoopt.kernels import add_
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.linalg import sign_fixed_qr
 from zoopt.noise import normal, stream
 from zoopt.optimizer import Group, Params
 from zoopt.parameters import named_params
@@ -62,6 +63,17 @@ class LowRank(Direction):
             device=self.device,
         )
         return z.to(self.dtype).view(shape)
+
+    def combined(self, coefficients: Coefficients, shape: tuple[int, int]) -> Tensor:
+        """sum_d coefficients[d] times the draw's first normals, in rows of `shape`."""
+        total = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        for draw, coefficient in coefficients.items():
+            total += coefficient * self.normals(draw, 0, shape)
+        return total
+
+    def haar(self, draw: int, start: int, shape: tuple[int, int]) -> Tensor:
+        """Orthonormal columns, uniformly distributed, of normals start ... of the draw."""
+        return sign_fixed_qr(self.normals(draw, start, shape))
 
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """L (m, k) and R (n, k), whose product L R^T is sum_d coefficients[d] z(d)."""
@@ -219,13 +231,3 @@ class LowRankZerothOrder(ZerothOrderOptimizer):
 def matrix_shape(param: Tensor) -> tuple[int, int]:
     """(m, n) of a parameter of two or more dimensions, seen as a matrix."""
     return param.shape[0], math.prod(param.shape[1:])
-
-
-def haar(gaussian: Tensor) -> Tensor:
-    """The orthonormal factor of (m, r) independent normals, m >= r: uniformly distributed.
-
-    QR with R's diagonal made positive; without, LAPACK's sign convention would bias it.
-    """
-    q, r = torch.linalg.qr(gaussian)
-    orthonormal: Tensor = q * torch.sign(torch.diagonal(r))
-    return orthonormal
