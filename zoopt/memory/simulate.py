@@ -54,7 +54,8 @@ _PLAIN = dataclasses.replace(_INFERENCE, kind="backprop")
 class Parts:
     """The parts of steps of one model, under `fake`, each run once.
 
-    Backpropagation does not depend on the optimizer: it runs once for all of them. Updates of parameters of one shape take the same memory: one of them runs.
+    Backpropagation does not depend on the optimizer: it runs once for all of them. Updates of
+    parameters of one shape take the same memory: one of them runs.
     """
 
     def __init__(self, spec: ModelSpec, model: nn.Module) -> None:
