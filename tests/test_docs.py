@@ -72,6 +72,18 @@ def test_code_on_a_page_is_python(path: Path) -> None:
         compile(block, str(path), "exec")
 
 
+def test_files_that_pages_name_are_there() -> None:
+    missing = []
+    for page in {*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")} - {ROOT / "CHANGELOG.md"}:
+        for name in re.findall(r"`([\w./]+\.(?:py|json))`", page.read_text(encoding="utf-8")):
+            found = [
+                ROOT / folder / name for folder in ("", "zoopt", "zoopt/first_order/projected")
+            ]
+            if "/" in name and not any(path.exists() for path in found):
+                missing.append((page.name, name))
+    assert missing == []
+
+
 def test_readme_has_the_measured_figures() -> None:
     figures = runpy.run_path(str(ROOT / "docs" / "tools" / "figures.py"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
