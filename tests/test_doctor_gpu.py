@@ -98,12 +98,15 @@ def ideal() -> list[Row]:
     return found
 
 
-def test_promises_that_are_kept() -> None:
+def test_promises_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bars, "ROOT", tmp_path)
+    assert "apply_ 10 draws normal 0.20 (uncounted)" in bars.judge(document(ideal(), FULL))[-1].note
+    counted = {"name": bars.ARITHMETIC["apply_ 10 draws normal"], "median": 15.1}
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "sass.json").write_text(json.dumps({"rows": [counted]}))
     judged = bars.judge(document(ideal(), FULL))
     assert [bar for bar in judged if bar.holds is not True] == []
-    assert "apply_ 10 draws normal 0.20 (15 instructions" in judged[-1].note.replace(
-        "bfloat16: ", ""
-    )
+    assert "apply_ 10 draws normal 0.20 (15 instructions an element)" in judged[-1].note
     # Every bar once.
     assert len({bar.promise for bar in judged}) == len(judged) == 2 + 8 + 3 + 2 + 5 + 2 + 2 + 1
 
@@ -153,17 +156,6 @@ def test_what_else_breaks_a_promise() -> None:
     assert broken(**{name: {"median": 1, "failed": ["test_a"]}}) == ["GPU tests: no failure"]
     # Tests that were stopped show nothing until one fails.
     assert broken(**{name: {"finished": False}}) == ["GPU tests: no failure"]
-
-
-def test_kernels_that_arithmetic_bounds_have_about_the_instructions_they_are_said_to_have() -> None:
-    sass = json.loads((machine.ROOT / "bench" / "results" / "sass.json").read_text())
-    counts = {row["name"]: row["median"] for row in sass["rows"]}
-    for kernel, name in {
-        "apply_ 1 draw, stochastic normal": "apply, bf16, normal, stochastic, sm_90",
-        "adam_window_ 10 draws": "adam_window, bf16, normal, nearest, sm_90",
-        "add_product_": "product, bf16, none, stochastic, sm_90",
-    }.items():
-        assert counts[name] == pytest.approx(bars.ARITHMETIC[kernel], rel=0.25)
 
 
 def program(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from zoopt.bench.common import Row
 from zoopt.bench.methods import INFERENCE, PUBLISHED
 from zoopt.doctor.gpu import checks, first_order, kernels, zeroth_order
 from zoopt.doctor.gpu.rows import find, of_section
+from zoopt.doctor.machine import ROOT
 
 MIB = 1 << 20
 #: Of two forward passes, at each of a scale's settings.
@@ -30,14 +32,16 @@ FUSED_ADAMW = {
 #: Of the floor of a GaLore step.
 GALORE = {first_order.NEAREST: 1.2, "GaLoreAdamW": 1.4}
 LARGE_BYTES, LARGE_STEP, IN_BACKWARD, OF_COPY = MIB, 1.1, 1.1, 0.85
-#: Kernels that arithmetic bounds, by how their labels begin, and the instructions of an element in
-#: bfloat16 for sm_90, a direction each where there are several. The bandwidth of an H100 leaves
-#: about 44 for four bytes, that of an H200 about 32.
+#: Kernels that arithmetic bounds, by how their labels begin, and the row of a checkout's
+#: bench/results/sass.json that counts an element's instructions (a direction each, in the loops).
+#: The bandwidth of an H100 leaves about 44 of them for four bytes, that of an H200 about 32.
 ARITHMETIC = {
-    "apply_ 1 draw, stochastic normal": 39.0,
-    "apply_ 10 draws": 15.0,
-    "adam_window_ 10 draws": 102.0,
-    "add_product_": 58.0,
+    "apply_ 1 draw, stochastic normal": "apply, bf16, normal, stochastic, sm_90",
+    "apply_ 10 draws normal": "apply, bf16, normal, nearest, sm_90",
+    "apply_ 10 draws rademacher": "apply, bf16, rademacher, nearest, sm_90",
+    "adam_window_ 10 draws normal": "adam_window, bf16, normal, nearest, sm_90",
+    "adam_window_ 10 draws rademacher": "adam_window, bf16, rademacher, nearest, sm_90",
+    "add_product_": "product, bf16, none, stochastic, sm_90",
 }
 #: Not our kernels, or not a pass over memory.
 OTHERS = ("copy_", "mul_", "published", "torch's", "addmm_")
@@ -169,13 +173,14 @@ def _kernels(rows: Sequence[Row]) -> Bar:
     """The slowest kernel that memory bounds; those that arithmetic bounds are named."""
     shares: dict[str, float] = {}
     excused = []
+    counts = instructions()
     for row in of_section(rows, kernels.SECTION):
         share = row.get("fraction_of_copy_bandwidth")
         if share is None or row["method"].startswith(OTHERS):
             continue
-        bound = [n for start, n in ARITHMETIC.items() if row["method"].startswith(start)]
+        bound = [name for start, name in ARITHMETIC.items() if row["method"].startswith(start)]
         if bound and share < OF_COPY:
-            excused.append(f"{row['name']} {share:.2f} ({bound[0]:g} instructions an element)")
+            excused.append(f"{row['name']} {share:.2f} ({counts.get(bound[0], 'uncounted')})")
         else:
             shares[row["name"]] = share
     promise = "kernels' share of copy bandwidth, the least"
@@ -187,3 +192,12 @@ def _kernels(rows: Sequence[Row]) -> Bar:
     if excused:
         note += f". Bounded by arithmetic: {'; '.join(excused)}"
     return Bar(promise, shares[least], OF_COPY, not below, note)
+
+
+def instructions() -> dict[str, str]:
+    """Instructions an element, by kernel, as a checkout has them counted; none without one."""
+    path = ROOT / "bench" / "results" / "sass.json"
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())["rows"]
+    return {row["name"]: f"{row['median']:.0f} instructions an element" for row in rows}
