@@ -393,6 +393,11 @@ def refuses_what_has_no_shards(folder: Path) -> None:
     plain = net()
     replicated = nn.parallel.DistributedDataParallel(plain)
     refuses(lambda: zoopt.fuse_backward(replicated, adamw(plain)), "got DistributedDataParallel")
+    wrapped_later = net()
+    optimizer = adamw(wrapped_later)
+    zoopt.fuse_backward(wrapped_later, optimizer)
+    replicated = nn.parallel.DistributedDataParallel(wrapped_later)
+    refuses(lambda: replicated(torch.ones(1, 7)), "got DistributedDataParallel")
     other = fully_shard(nn.Linear(4, 4, bias=False), shard_placement_fn=lambda _: Shard(1))
     refuses(lambda: adamw(other), r"sharded along dimension 0, got dimension 1 for 'weight'")
 

@@ -87,12 +87,44 @@ def test_a_gradient_may_have_a_dtype_of_its_own(row: Row) -> None:
     assert not same(model, net(torch.bfloat16))
 
 
+class Wrapper(Tensor):
+    """A wrapper that torch's compiler does not know of: its own memory is none."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*(a.inner if isinstance(a, Wrapper) else a for a in args), **(kwargs or {}))
+        return Wrapper(out) if isinstance(out, Tensor) else out
+
+
+@every_class
+def test_refuses_gradients_without_memory_of_their_own(row: Row) -> None:
+    model = net()
+    optimizer = row.build(model)
+    backward(model)
+    model[7].weight.grad = TwoTensor(torch.ones(4, 48), torch.ones(4, 48))
+    message = r"needs a gradient of its parameter's kind, Parameter, got TwoTensor .* '7\.weight'"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert same(model, net())
+    assert not optimizer.state
+
+
 @every_class
 def test_refuses_parameters_without_memory_of_their_own(row: Row) -> None:
     lazy = nn.LazyLinear(3)
     shared = torch.zeros(3, 1).expand(3, 4)
     for param, message in (
         (nn.Parameter(TwoTensor(torch.ones(3, 4), torch.ones(3, 4))), "the subclass TwoTensor"),
+        (nn.Parameter(Wrapper(torch.ones(3, 4))), "the subclass Wrapper"),
         (lazy.weight, "must have a shape, got an uninitialized one"),
         (shared.requires_grad_(), "must not share memory"),
     ):

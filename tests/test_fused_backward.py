@@ -520,6 +520,37 @@ def test_lets_go_of_everything(row: Row, removed: bool) -> None:
     assert [reference() for reference in watched] == [None] * len(watched)
 
 
+def test_lets_go_of_models_whose_layers_take_turns() -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+            return x
+
+    x = torch.ones(2, 6)
+    for build in (
+        lambda model: zoopt.OwLore(model, calibration=[x], rank=2, num_layers=2),
+        lambda model: zoopt.AdamW(model.parameters()),
+    ):
+        model = Blocks()
+        optimizer: Any = build(model)
+        half = None
+        if isinstance(optimizer, zoopt.AdamW):
+            half = zoopt.HalfFineTuning(model, optimizer, round_steps=1)
+        zoopt.fuse_backward(model, optimizer)
+        for _ in range(2):
+            model(x).sum().backward()
+            optimizer.step()
+        watched: list[weakref.ref[Any]] = [weakref.ref(param) for param in model.parameters()]
+        del model, optimizer, half
+        gc.collect()
+        assert [reference() for reference in watched] == [None] * len(watched)
+
+
 def test_a_model_outlives_its_optimizer() -> None:
     """Nobody updates it then: gradients stay where they are."""
     model = net()

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zoopt.dtypes import DTYPES
+from zoopt.kernels.dispatch import is_fake
 from zoopt.noise import stream
 from zoopt.optimizer import Group
 
@@ -41,6 +41,12 @@ def check_streams(groups: Sequence[Group]) -> None:
         seen[number] = name
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether the tensor's values are not in its own memory: it has its own operators for them."""
+    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return own and not is_fake(tensor)
+
+
 def check_param(param: Tensor) -> None:
     """Raise unless the parameter can be written: a plain dense floating-point tensor."""
     remedy = (
@@ -51,8 +57,7 @@ def check_param(param: Tensor) -> None:
             "a parameter must have a shape, got an uninitialized one of a lazy module; run the "
             "model once before the optimizer is made"
         )
-    wrapper: bool = is_traceable_wrapper_subclass(param)
-    if wrapper:
+    if is_wrapper(param):
         raise TypeError(
             f"a parameter must be a plain tensor, got the subclass {type(param).__name__}, whose "
             f"elements zoopt cannot write; {remedy}"

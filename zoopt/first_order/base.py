@@ -9,7 +9,6 @@ from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.checks import check_bool, check_choice, check_number
@@ -25,7 +24,7 @@ from zoopt.dtypes import RoundingMode, resolved_rounding
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
-from zoopt.parameters import check_param, check_streams, named_params
+from zoopt.parameters import check_param, check_streams, is_wrapper, named_params
 
 #: Group keys that describe the run, hence are the same in every group.
 _RUN_KEYS = ("seed", "noise_version")
@@ -270,8 +269,8 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         gradient = site.param.grad
         if gradient is None:
             return
-        wrapper: bool = is_traceable_wrapper_subclass(gradient)
-        if is_sharded(gradient) != is_sharded(site.param) or wrapper > is_sharded(gradient):
+        sharded = is_sharded(gradient)
+        if sharded != is_sharded(site.param) or (is_wrapper(gradient) and not sharded):
             raise RuntimeError(
                 f"{type(self).__name__} needs a gradient of its parameter's kind, "
                 f"{type(site.param).__name__}, got {type(gradient).__name__} for parameter "

@@ -6,7 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ class FusedBackward:
         self._kept: dict[Tensor, Tensor | None] = {}
         self._may_be_clipped = max_grad_norm is None
         self._attach()
-        optimizer._check_seed()
+        self._forward = model.register_forward_pre_hook(_refuse_replicas)
         # GradScaler.step then leaves its scale on the optimizer and calls `step`, which can say
         # what is wrong, where it otherwise asserts that there were gradients to unscale.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
@@ -156,6 +156,7 @@ class FusedBackward:
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
+        self._forward.remove()
         self._forget()
         optimizer = self._reference()
         if optimizer is not None and optimizer._fusion is self:
@@ -233,11 +234,7 @@ class FusedBackward:
         for module in self._model.modules():
             wrappers = _WRAPPERS & {cls.__name__ for cls in type(module).__mro__}
             if wrappers:
-                raise ValueError(
-                    f"model must not be wrapped in DDP or FSDP, got {wrappers.pop()}: gradients "
-                    f"are summed over processes later than a parameter's backward; leave the "
-                    f"backward unfused"
-                )
+                _refuse(wrappers.pop())
         known = set(self._model.parameters())
         for site in new:
             check_values(site)
@@ -268,6 +265,7 @@ class FusedBackward:
     def _places(self) -> dict[Tensor, Site]:
         """Each parameter's site, looked up once a step: groups come and go, and are reloaded."""
         if not self._sites:
+            self._optimizer._check_seed()
             self._optimizer._check_state()
             self._sites = {site.param: site for site in self._optimizer._sites()}
         return self._sites
@@ -335,6 +333,19 @@ class FusedBackward:
                 gradient.mul_(scale.to(gradient.device))
         optimizer._apply(site, reduced, gradient)
         optimizer._written(site.param)
+
+
+def _refuse(wrapper: str) -> NoReturn:
+    raise ValueError(
+        f"model must not be wrapped in DDP or FSDP, got {wrapper}: gradients are summed over "
+        f"processes later than a parameter's backward; leave the backward unfused"
+    )
+
+
+def _refuse_replicas(model: nn.Module, inputs: Any) -> None:
+    """Before each forward pass: DDP may have been put around the model after it was fused."""
+    if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
+        _refuse("DistributedDataParallel")
 
 
 def _hook(fusion: FusedBackward) -> Callable[[Tensor], None]:
