@@ -18,10 +18,10 @@ from tests.first_order_table import net
 from tests.reference.qgalore_float64 import agreement as agreement64
 from tests.reference.qgalore_float64 import int4
 from zoopt.first_order.projected import basis as basis_module
-from zoopt.first_order.projected.basis import agreement
 from zoopt.first_order.projected.basis_codec import decode_int4, encode_int4, int4_specs
 from zoopt.first_order.projected.geometry import Geometry
 from zoopt.first_order.projected.residuals import channel_norms
+from zoopt.first_order.qgalore import agreement
 
 LIMITED = [zoopt.Apollo, zoopt.ApolloMini, zoopt.Fira]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -10,12 +11,53 @@ from torch import Tensor
 from zoopt.checks import check_bool
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.projected.residuals import CHANNELS, TENSOR, Residual, check_channels
+from zoopt.first_order.projected.residuals import (
+    Parts,
+    Residual,
+    Terms,
+    channel_norms,
+    check_channels,
+    limited,
+    norm_over_channels,
+    norm_specs,
+    quotient,
+    times_norm,
+)
 from zoopt.first_order.projected.selection import param_groups
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.registry import Recipe, Variant, register
+
+
+def apollo(parts: Parts, *, mini: bool = False) -> Terms:
+    """Algorithm 1 of APOLLO, from R and Adam's direction N of it, both (channels, r), on:
+
+        s_j = ||N_j|| / ||R_j||        or for mini, of a whole tensor, s = ||N|| / ||R||
+        U_j = s_j G_j
+        U <- U min(1, gamma ||U_prev|| / ||U||)
+        theta <- theta - lr alpha U
+
+    U is not formed: its norm is that of the s_j ||G_j||, and it is a multiple of each channel of G.
+    """
+    group, alpha = parts.group, parts.group["scale"]
+    assert parts.norms is not None
+    n, r = parts.norms  # ||N_j|| and ||R_j||: (channels,)
+    if mini:
+        n, r = (norm_over_channels(norms, parts).view(1) for norms in (n, r))
+    s = quotient(n, r)
+    if group["norm_growth_limit"] is not None and parts.gradient is not None:
+        g = channel_norms(parts.gradient, parts.geo, s.dtype, parts.sharded)
+        u = norm_over_channels(times_norm(s, g), parts)
+        s = s * limited(u, parts.state, group)
+    return Terms(None, channel_scale=s * alpha)
+
+
+#: The gradient itself, its channels, or the whole of it, scaled as the rule scales R.
+CHANNELS = Residual(norm_specs, apollo, needs_gradient=True, needs_norms=True)
+TENSOR = Residual(
+    norm_specs, functools.partial(apollo, mini=True), needs_gradient=True, needs_norms=True
+)
 
 
 class GradientScaling(AdamFamily):

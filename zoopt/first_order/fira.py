@@ -9,13 +9,53 @@ from torch import Tensor
 from zoopt.checks import check_bool, check_choice
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.projected.residuals import COMPLEMENT, OneSided, Residual, check_channels
+from zoopt.first_order.projected.residuals import (
+    OneSided,
+    Parts,
+    Residual,
+    Terms,
+    channel_norms,
+    check_channels,
+    energy_outside,
+    limited,
+    norm_over_channels,
+    norm_specs,
+    quotient,
+    times_norm,
+)
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.registry import register
 
 #: Bases with orthonormal columns, of which P P^T G is the gradient's part.
 OrthonormalProjector = Literal["svd", "gram", "randomized", "warm"]
+
+
+def fira(parts: Parts) -> Terms:
+    """Fira's step, from R = G P and Adam's direction N of it, both (channels, r), on:
+
+        phi_j = ||N_j|| / ||R_j||
+        S_j = phi_j (G_j - R_j P^T)
+        S <- S min(1, gamma ||S_prev|| / ||S||)
+        theta <- theta - lr (alpha N P^T + S)
+
+    S is not formed. Its norm is that of the phi_j (||G_j||^2 - ||R_j||^2)^(1/2), P's columns being
+    orthonormal, and S + alpha N P^T is phi_j G_j plus (alpha N_j - phi_j R_j) P^T.
+    """
+    group, alpha = parts.group, parts.group["scale"]
+    assert parts.norms is not None
+    n, r = parts.norms  # ||N_j|| and ||R_j||: (channels,)
+    phi = quotient(n, r)
+    if group["norm_growth_limit"] is not None and parts.gradient is not None:
+        g = channel_norms(parts.gradient, parts.geo, phi.dtype, parts.sharded)
+        s = norm_over_channels(times_norm(phi, energy_outside(g, r).sqrt()), parts)
+        phi = phi * limited(s, parts.state, group)
+    inner = parts.direction * alpha - phi.unsqueeze(1) * parts.reduced
+    return Terms(inner, channel_scale=phi)
+
+
+#: The part outside the subspace, its channels scaled as the rule scales R's.
+COMPLEMENT = Residual(norm_specs, fira, needs_gradient=True, needs_norms=True)
 
 
 @register("fira", "low-rank")

@@ -13,11 +13,19 @@ from zoopt.checks import check_bool, check_choice, check_number, check_positive_
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
 from zoopt.first_order.base import Site, check_betas, descent_rate, draw_of
-from zoopt.first_order.projected.basis import age, cycle, refresh_due
+from zoopt.first_order.projected.basis import age, cycle
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
-from zoopt.first_order.projected.residuals import SIGNS, OneSided, Residual, sign_rate
+from zoopt.first_order.projected.residuals import (
+    OneSided,
+    Parts,
+    Residual,
+    Terms,
+    energy_outside,
+    no_specs,
+)
 from zoopt.first_order.projected.rules import ADAM, LION, MOMENTUM, Rule
+from zoopt.first_order.projected.subspace import BLIND
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
@@ -30,6 +38,33 @@ FrugalRule = Literal["adam", "lion", "momentum"]
 FrugalProjector = Literal["columns", "orthogonal", "svd", "gram", "randomized", "warm"]
 
 RULES: dict[str, Rule] = {"adam": ADAM, "lion": LION, "momentum": MOMENTUM}
+
+
+def sign_rate(group: Group, geo: Geometry) -> float:
+    """The step of the signs: none where no dimension is outside, whose rounding has signs too."""
+    dim = geo.m if geo.side == "left" else geo.n
+    return 0.0 if geo.rank == dim else float(group["lr"]) * group["sign_lr_scale"]
+
+
+def frugal(parts: Parts) -> Terms:
+    """Algorithm 1 of FRUGAL, from R = G P and the rule's direction N of it, (channels, r), on:
+
+        theta <- theta - lr N P^T - lr sign_lr_scale sign(G - R P^T)
+
+    without the signs where the part outside, by its norm, is nothing but rounding. Where P is
+    columns of the identity, `Frugal._apply` does the same without a product.
+    """
+    step = sign_rate(parts.group, parts.geo)
+    assert parts.gradient is not None
+    if step and parts.group["projector"] not in BLIND:
+        whole = torch.linalg.vector_norm(parts.gradient, dtype=parts.reduced.dtype)
+        inside = torch.linalg.vector_norm(parts.reduced)
+        step *= known(energy_outside(whole, inside) > 0.0, True)
+    return Terms(parts.direction, sign_step=step)
+
+
+#: Of the part outside, the signs.
+SIGNS = Residual(no_specs, frugal, needs_gradient=True)
 
 
 def random_columns(
@@ -185,7 +220,7 @@ class Frugal(ProjectedOptimizer):
         if geometry(site.param, site.group) is None or site.continues:
             return True
         state = self._state(site.param, site.group)
-        if not refresh_due(site, state, int(state["step"])):
+        if not self._refresh_due(site, state):
             return True
         if not known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True):
             return False

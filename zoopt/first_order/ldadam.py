@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -101,6 +103,36 @@ def lost_factors(
     now = factors(-(projected + weight * moved), {"basis": following}, geo)
     before = factors(weight * average, {"basis": basis}, geo)
     return torch.cat((now[0], before[0]), 1), torch.cat((now[1], before[1]), 1)
+
+
+def ldadam(
+    a: list[Tensor],
+    m: Tensor,
+    v: Tensor,
+    p: Tensor,
+    start: Callable[[], Tensor],
+    *,
+    step: int,
+    betas: tuple[float, float],
+    rho: float,
+    geo: Geometry,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Algorithm 1 of LDAdam before Adam: P+, R, m' and v'.
+
+    Args:
+        a: matrices (m, n) whose sum is A = G + E.
+        m, v: moments (channels, r) of the steps before, in the basis P.
+        p: P, (n, r), on the left (m, r).
+        start: makes the first step's basis.
+    """
+    c1, c2 = (1.0 - beta ** (step - 1) or 1.0 for beta in betas)  # nothing to correct at first
+    p_next = start() if step == 1 else next_basis(a, m / c1, p, rho, geo)
+    r = sum_times(a, p_next, transposed=geo.side == "left")
+    m_next, v_next = rotated(m, v, p.t() @ p_next, (c1, c2))
+    # E has the rounding of b1 / (1 - b1) (up(m) - up+(m')) in it, beside that of A.
+    for values in (r, m_next):
+        silence_rounding_(values, geo, roundings=2.0 / (1.0 - betas[0]))
+    return p_next, r, m_next, v_next
 
 
 @register("ldadamw", "low-rank")
@@ -224,22 +256,17 @@ class LDAdamW(AdamFamily):
         average, square = (
             decode(moment).view(geo.reduced_shape).to(state["basis"].dtype) for moment in stored
         )
-        # Before the first step there are no moments, and nothing is to be corrected.
-        beta1, beta2 = betas_of(group)
-        corrections = (1.0 - beta1 ** (step - 1) or 1.0, 1.0 - beta2 ** (step - 1) or 1.0)
-        if step == 1:
-            following = self._first_basis(site, grad, geo)
-        else:
-            following = next_basis(
-                parts, average / corrections[0], state["basis"], group["rho"], geo
-            )
-        projected = sum_times(parts, following, transposed=geo.side == "left")
-        moved, square = rotated(average, square, state["basis"].t() @ following, corrections)
-        # E has the rounding of b1 / (1 - b1) (up(m) - up+(m')) in it, beside that of A.
-        for values in (projected, moved):
-            silence_rounding_(values, geo, roundings=2.0 / (1.0 - beta1))
+        following, projected, moved, square = ldadam(
+            *(parts, average, square, state["basis"]),
+            functools.partial(self._first_basis, site, grad, geo),
+            step=step,
+            betas=betas_of(group),
+            rho=group["rho"],
+            geo=geo,
+        )
         if "error" in state:
-            lost = lost_factors(projected, average, moved, state["basis"], following, beta1, geo)
+            bases = state["basis"], following
+            lost = lost_factors(projected, average, moved, *bases, betas_of(group)[0], geo)
             add_product_(
                 matrix(state["error"]),
                 *lost,

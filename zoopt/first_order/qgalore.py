@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
+from zoopt.first_order.base import Site
+from zoopt.first_order.projected.basis import refresh, refresh_due
+from zoopt.first_order.projected.geometry import Geometry
 from zoopt.kernels.adam.moments import Format
-from zoopt.optimizer import Group, Params, hyperparameters
+from zoopt.kernels.dispatch import known
+from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 
 BasisDtype = Literal["float32", "int4"]
 #: Bases that follow from the gradient alone, not from the basis before.
 FreshProjector = Literal["svd", "gram", "randomized"]
+
+
+def agreement(previous: Tensor, basis: Tensor) -> Tensor:
+    """How near two subspaces are, from their bases (n, r): 1 if the same, 0 if as random ones.
+
+    The root of the mean squared cosine of their principal angles, (1 / r) ||previous^T basis||^2,
+    in excess of what random subspaces have, r / n: for r = 1 and a large n the |cos| of the angle.
+    """
+    n, rank = basis.shape
+    if rank == n:
+        return basis.new_ones(())
+    overlap = (previous.t() @ basis).square().sum() / rank
+    return ((overlap - rank / n) / (1.0 - rank / n)).clamp_min(0.0).sqrt()
+
+
+def settle(state: dict[str, Tensor], group: Group, changes: list[tuple[Tensor, Tensor]]) -> None:
+    """Count a refresh whose bases have all agreed with those before, and start again with one that
+    has not; after `queue_size` in a row the gap doubles."""
+    found = torch.stack([agreement(previous, basis) for previous, basis in changes]).amin()
+    if known(found < group["cos_threshold"], True):
+        state["agreements"].zero_()
+        return
+    state["agreements"] += 1
+    if int(state["agreements"]) >= group["queue_size"]:
+        state["doublings"] += 1
 
 
 @register("qgalore-adamw", "low-rank")
@@ -112,3 +143,27 @@ class QGaLoreAdamW(AdamFamily):
         check_positive_int("queue_size", group["queue_size"])
         check_choice("basis_dtype", group["basis_dtype"], get_args(BasisDtype))
         check_choice("projector", group["projector"], get_args(FreshProjector))
+
+    def _basis_specs(
+        self, geo: Geometry, group: Group, dtype: torch.dtype
+    ) -> Mapping[str, TensorSpec]:
+        """With `cos_threshold`, two numbers too: `agreements`, how many refreshes in a row have
+        found the subspace where it was, and `doublings`, how often the gap has doubled."""
+        specs = super()._basis_specs(geo, group, dtype)
+        if group["cos_threshold"] is None:
+            return specs
+        number = TensorSpec((), torch.float32)
+        return {**specs, "agreements": number, "doublings": number}
+
+    def _refresh_due(self, site: Site, state: dict[str, Tensor]) -> bool:
+        gap = site.group["update_proj_gap"]
+        if site.group["cos_threshold"] is not None:
+            gap <<= int(state["doublings"])
+        return refresh_due(site, int(state["step"]), gap)
+
+    def _refresh(
+        self, site: Site, state: dict[str, Tensor], geo: Geometry, gradient: Tensor
+    ) -> None:
+        changes = refresh(site, state, gradient, geo)
+        if changes and site.group["cos_threshold"] is not None:
+            settle(state, site.group, changes)

@@ -13,7 +13,6 @@ from zoopt.first_order.base import Site, draw_of
 from zoopt.first_order.projected.basis_codec import decode_int4, encode_int4, int4_specs
 from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.subspace import subspace
-from zoopt.kernels.dispatch import known
 from zoopt.optimizer import Group, TensorSpec
 
 State = dict[str, Tensor]
@@ -23,37 +22,35 @@ def basis_specs(geo: Geometry, group: Group, dtype: torch.dtype) -> Mapping[str,
     """The state tensors that hold the bases, of parameters (m, n) of this dtype; none for random
     ones, which the seed remakes. Of bfloat16 parameters they are bfloat16, unless `basis_dtype`
     says otherwise.
-
-    With `cos_threshold`, two numbers too: `agreements`, how many refreshes in a row have found
-    the subspace where it was, and `doublings`, how often the gap between them has doubled.
     """
     if group.get("projector") == "random":
         return {}
-    return _basis_specs(geo, group.get("basis_dtype"), dtype, _is_lazy(group))
+    return _basis_specs(geo, group.get("basis_dtype"), dtype)
 
 
 @functools.cache
-def _basis_specs(
-    geo: Geometry, asked: str | None, dtype: torch.dtype, lazy: bool
-) -> Mapping[str, TensorSpec]:
+def _basis_specs(geo: Geometry, asked: str | None, dtype: torch.dtype) -> Mapping[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     stored = accumulator_dtype(dtype)
     if asked is None and dtype == torch.bfloat16:
         stored = dtype
     for name, shape in geo.bases.items():
         specs |= int4_specs(name, shape) if asked == "int4" else {name: TensorSpec(shape, stored)}
-    if lazy:
-        number = TensorSpec((), torch.float32)
-        specs |= {"agreements": number, "doublings": number}
     return specs
 
 
-def refresh(site: Site, state: State, gradient: Tensor, geo: Geometry) -> None:
-    """Make the bases anew from the gradient (m, n)."""
+def refresh(
+    site: Site, state: State, gradient: Tensor, geo: Geometry
+) -> list[tuple[Tensor, Tensor]]:
+    """Make the bases anew from the gradient (m, n).
+
+    Returns:
+        For each basis that there was, itself and the one in its place.
+    """
     if site.group["projector"] == "random":
-        return
+        return []
     first = not int(state["step"])
-    agreements = []
+    changes = []
     for name in geo.bases:
         previous = (
             None if first else _stored(site, state, geo, name).to(accumulator_dtype(gradient.dtype))
@@ -68,29 +65,15 @@ def refresh(site: Site, state: State, gradient: Tensor, geo: Geometry) -> None:
             stream=site.stream,
             draw=_draw(name, int(state["step"])),
         )
-        if previous is not None and _is_lazy(site.group):
-            agreements.append(agreement(previous, basis))
+        if previous is not None:
+            changes.append((previous, basis))
         if site.group.get("basis_dtype") == "int4":
             codes, scale = encode_int4(basis)
             state[name].copy_(codes)
             state[f"{name}_scale"].copy_(scale)
         else:
             state[name].copy_(basis)
-    if agreements:
-        _settle(state, site.group, torch.stack(agreements).amin())
-
-
-def agreement(previous: Tensor, basis: Tensor) -> Tensor:
-    """How near two subspaces are, from their bases (n, r): 1 if the same, 0 if as random ones.
-
-    The root of the mean squared cosine of their principal angles, (1 / r) ||previous^T basis||^2,
-    in excess of what random subspaces have, r / n: for r = 1 and a large n the |cos| of the angle.
-    """
-    n, rank = basis.shape
-    if rank == n:
-        return basis.new_ones(())
-    overlap = (previous.t() @ basis).square().sum() / rank
-    return ((overlap - rank / n) / (1.0 - rank / n)).clamp_min(0.0).sqrt()
+    return changes
 
 
 def load_bases(site: Site, state: State, geo: Geometry, completed: int) -> dict[str, Tensor]:
@@ -113,11 +96,8 @@ def load_bases(site: Site, state: State, geo: Geometry, completed: int) -> dict[
     }
 
 
-def refresh_due(site: Site, state: State, completed: int) -> bool:
-    """Whether the step after `completed` ones makes the bases anew."""
-    gap: int = site.group["update_proj_gap"]
-    if _is_lazy(site.group):
-        gap <<= int(state["doublings"])
+def refresh_due(site: Site, completed: int, gap: int) -> bool:
+    """Whether the step after `completed` ones makes the bases anew, at that gap."""
     return completed == 0 or (completed + _phase(site)) % gap == 0
 
 
@@ -137,21 +117,6 @@ def _phase(site: Site) -> int:
     """Refreshes are spread over the parameters, so that no step pays for all of them."""
     gap: int = site.group["update_proj_gap"]
     return site.position * gap // site.count if site.group["stagger"] else 0
-
-
-def _is_lazy(group: Group) -> bool:
-    """Whether a subspace that stays where it is is refreshed less and less often."""
-    return group.get("cos_threshold") is not None
-
-
-def _settle(state: State, group: Group, found: Tensor) -> None:
-    """Count the refresh, and double the gap if the last `queue_size` of them have all agreed."""
-    if known(found < group["cos_threshold"], True):
-        state["agreements"].zero_()
-        return
-    state["agreements"] += 1
-    if int(state["agreements"]) >= group["queue_size"]:
-        state["doublings"] += 1
 
 
 def _stored(site: Site, state: State, geo: Geometry, name: str) -> Tensor:

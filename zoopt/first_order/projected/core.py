@@ -5,26 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from zoopt.distributed.sharding import anywhere, greatest_, local, local_like, offset, sum_
 from zoopt.dtypes import accumulator_dtype
-from zoopt.first_order.base import Site, betas_of, descent_rate
+from zoopt.first_order.base import Site, descent_rate
 from zoopt.first_order.projected.basis import basis_specs, load_bases, refresh, refresh_due
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
 from zoopt.first_order.projected.groups import ProjectedGroups
 from zoopt.first_order.projected.residuals import NONE, Parts, Residual, Terms
-from zoopt.first_order.projected.rules import (
-    ADAM,
-    LION,
-    MOMENTUM,
-    Rule,
-    adam_moments,
-    adam_numbers,
-    moment_draw,
-)
+from zoopt.first_order.projected.rules import ADAM, Rule
 from zoopt.first_order.projected.sharded import first_row, refresh_together, rows_of
 from zoopt.first_order.projected.subspace import (
     BLIND,
@@ -32,7 +25,6 @@ from zoopt.first_order.projected.subspace import (
     factors,
     silence_rounding_,
 )
-from zoopt.kernels.adam.op import adamw_
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
@@ -65,7 +57,7 @@ class ProjectedOptimizer(ProjectedGroups):
             return {**step, **rule.specs(tuple(param.shape), group, accumulator)}
         return {
             **step,
-            **basis_specs(geo, group, param.dtype),
+            **self._basis_specs(geo, group, param.dtype),
             **rule.specs(geo.reduced_shape, group, accumulator),
             **self._residual(group).specs(geo, accumulator),
         }
@@ -76,14 +68,13 @@ class ProjectedOptimizer(ProjectedGroups):
         if geo is None or site.continues:
             return True
         state = self._state(site.param, site.group)
-        completed = int(state["step"])
-        if not refresh_due(site, state, completed):
+        if not self._refresh_due(site, state):
             return True
         # A norm makes no temporaries of the gradient's size.
         if known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True):
-            refresh(site, state, matrix(gradient), geo)
+            self._refresh(site, state, geo, matrix(gradient))
             return True
-        return completed > 0  # There is no basis yet, and none can be had from this gradient.
+        return int(state["step"]) > 0  # There is no basis yet, and none can be had from this gradient.
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         geo = geometry(site.param, site.group)
@@ -96,12 +87,25 @@ class ProjectedOptimizer(ProjectedGroups):
         reduced = down(grad, load_bases(site, state, geo, completed), geo)
         if site.group["projector"] not in BLIND:
             silence_rounding_(reduced, geo)
-        # Adam's kernel reads every dtype; other rules and residuals compute with R.
-        return (
-            reduced
-            if self._is_plain_adam(site.group)
-            else reduced.to(accumulator_dtype(reduced.dtype))
-        )
+        if self._uses_up_reduced(site.group):
+            return reduced
+        return reduced.to(accumulator_dtype(reduced.dtype))
+
+    def _basis_specs(
+        self, geo: Geometry, group: Group, dtype: torch.dtype
+    ) -> Mapping[str, TensorSpec]:
+        """The state that the refresh of a parameter's bases writes."""
+        return basis_specs(geo, group, dtype)
+
+    def _refresh_due(self, site: Site, state: dict[str, Tensor]) -> bool:
+        """Whether the next step makes the bases anew."""
+        return refresh_due(site, int(state["step"]), site.group["update_proj_gap"])
+
+    def _refresh(
+        self, site: Site, state: dict[str, Tensor], geo: Geometry, gradient: Tensor
+    ) -> None:
+        """Make the bases anew from the gradient (m, n)."""
+        refresh(site, state, gradient, geo)
 
     def bases(self, param: Tensor) -> dict[str, Tensor]:
         """The subspace of the parameter's last step, columns orthonormal (random: N(0, 1/r)).
@@ -149,9 +153,12 @@ class ProjectedOptimizer(ProjectedGroups):
         group, residual = site.group, self._residual(site.group)
         norms = None
         if residual.needs_norms:
-            accumulator = adam_moments(state, reduced.numel())[0].accumulator
-            squares = reduced.new_empty((2, reduced.shape[0]), dtype=accumulator)
-            direction = ADAM.direction(reduced, state, group, step, key, squares)
+            rule = self._rule(group)
+            assert rule.gives_norms
+            squares = reduced.new_empty(
+                (2, reduced.shape[0]), dtype=accumulator_dtype(reduced.dtype)
+            )
+            direction = rule.direction(reduced, state, group, step, key, squares)
             norms = squares.to(reduced.dtype).sqrt_()
         else:
             direction = self._direction(site, reduced, state, step, key)
@@ -164,13 +171,14 @@ class ProjectedOptimizer(ProjectedGroups):
         """The rule's direction of R, (channels, r), or of a whole gradient."""
         group = site.group
         rule = self._rule(group)
-        if self._is_plain_adam(group):
-            # Nothing else asks for R: fresh memory would cost as much as Adam does.
-            return ADAM.direction(reduced, state, group, step, key, out=reduced)
+        if self._uses_up_reduced(group):
+            # Nothing else asks for R: fresh memory would cost as much as the rule does.
+            return rule.direction(reduced, state, group, step, key, out=reduced)
         return rule.direction(reduced, state, group, step, key)
 
-    def _is_plain_adam(self, group: Group) -> bool:
-        return self._rule(group) is ADAM and self._residual(group) is NONE
+    def _uses_up_reduced(self, group: Group) -> bool:
+        """Whether the direction may go where R is, which then may have the gradient's dtype."""
+        return self._rule(group).overwrites and not self._residual(group).needs_reduced
 
     def _step_shard(self, site: Site, gradient: Tensor) -> None:
         param, group = site.param, site.group
@@ -180,9 +188,10 @@ class ProjectedOptimizer(ProjectedGroups):
             return
         state = {name: local(value) for name, value in self._state(param, group).items()}
         completed, grad = int(state["step"]), matrix(local_like(gradient, param))
-        if refresh_due(site, state, completed):
+        if self._refresh_due(site, state):
             if not anywhere(not grad.isfinite().all(), param):
-                refresh_together(site, state, geo)
+                refresh = functools.partial(self._refresh, site, state, geo)
+                refresh_together(site, state, self._basis_specs(geo, group, param.dtype), refresh)
             elif not completed:
                 return
         bases = rows_of(load_bases(site, state, geo, completed), param, geo)
@@ -252,18 +261,12 @@ class ProjectedOptimizer(ProjectedGroups):
         decay = 1.0 - float(group["lr"]) * group["weight_decay"]
         after = group.get("decay", "before") == "after"
         descent = descent_rate(group)
-        if rule is ADAM:
-            scale, eps = adam_numbers(group, step)
-            adamw_(
-                param,
-                gradient,
-                *adam_moments(state, param.numel()),
-                betas=betas_of(group),
-                scale=descent * scale,
-                eps=eps,
-                decay=1.0 if after else decay,
+        if rule.write is not None:
+            rule.write(
+                *(param, gradient, state, group, step),
                 key=site.key,
-                moment_draw=moment_draw(group, step),
+                rate=descent,
+                decay=1.0 if after else decay,
                 rounding_draw=site.rounding_draw(step),
             )
         else:
@@ -293,7 +296,7 @@ class ProjectedOptimizer(ProjectedGroups):
     def _can_shard(self, param: Tensor, group: Group) -> bool:
         """Where the rule is one of single elements, and so is the state of what is sharded: no
         codes in blocks. In a subspace too, if the class knows how."""
-        if self._rule(group) not in (ADAM, MOMENTUM, LION):
+        if not self._rule(group).elementwise:
             return False
         geo = geometry(param, group)
         if geo is not None:

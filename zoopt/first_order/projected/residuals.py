@@ -15,8 +15,7 @@ from torch import Tensor
 from zoopt.checks import check_choice, check_number
 from zoopt.distributed.sharding import sum_
 from zoopt.first_order.projected.geometry import Geometry
-from zoopt.first_order.projected.subspace import BLIND, CHUNK
-from zoopt.kernels.dispatch import known
+from zoopt.first_order.projected.subspace import CHUNK
 from zoopt.optimizer import Group, TensorSpec
 
 State = dict[str, Tensor]
@@ -69,17 +68,20 @@ class Residual(NamedTuple):
         specs: geometry, accumulator's dtype -> the state tensors.
         terms: the parts -> what is descended.
         needs_gradient: whether `terms` has one that multiplies the whole gradient.
+        needs_reduced: whether it reads R, or the write does.
         needs_norms: whether it takes the norms of the direction's and R's rows, (2, channels), as
-            Adam's pass over its moments gives them.
+            the rule's pass over its moments gives them.
     """
 
     specs: Callable[[Geometry, torch.dtype], dict[str, TensorSpec]]
     terms: Callable[[Parts], Terms]
     needs_gradient: bool
+    needs_reduced: bool = True
     needs_norms: bool = False
 
 
-def _no_specs(geo: Geometry, accumulator: torch.dtype) -> dict[str, TensorSpec]:
+def no_specs(geo: Geometry, accumulator: torch.dtype) -> dict[str, TensorSpec]:
+    """No state."""
     return {}
 
 
@@ -116,6 +118,11 @@ def norm_over_channels(values: Tensor, parts: Parts) -> Tensor:
     return square.sqrt()
 
 
+def times_norm(scale: Tensor, norm: Tensor) -> Tensor:
+    """scale norm, and 0 for a scale of 0 of anything, a norm that has overflowed too."""
+    return torch.where(scale == 0, 0.0, scale * norm)
+
+
 def limited(norm: Tensor, state: State, group: Group) -> Tensor:
     """min(1, gamma previous / norm), (): the factor under which a norm grows by gamma at most.
 
@@ -137,35 +144,14 @@ def check_channels(group: Group) -> None:
     check_choice("proj_type", group["proj_type"], get_args(OneSided))
 
 
-def _norm_specs(geo: Geometry, accumulator: torch.dtype) -> dict[str, TensorSpec]:
+def norm_specs(geo: Geometry, accumulator: torch.dtype) -> dict[str, TensorSpec]:
+    """The last norm, for the limiter."""
     return {"update_norm": TensorSpec((), accumulator)}
 
 
-def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """With x / 0 = 0: a channel without a gradient has no scale."""
+def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, with x / 0 = 0: a channel without a gradient has no scale."""
     return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
-
-
-def _scaled_channels(parts: Parts) -> Terms:
-    """scale G s with s_j = ||N_j|| / ||R_j||."""
-    assert parts.norms is not None
-    return _scaled(_quotient(parts.norms[0], parts.norms[1]), parts)
-
-
-def _scaled_tensor(parts: Parts) -> Terms:
-    """scale s G with s = ||N|| / ||R||."""
-    assert parts.norms is not None
-    whole = [norm_over_channels(norms, parts).view(1) for norms in parts.norms]
-    return _scaled(_quotient(*whole), parts)
-
-
-def _scaled(scale: Tensor, parts: Parts) -> Terms:
-    group = parts.group
-    if group["norm_growth_limit"] is not None and parts.gradient is not None:
-        norms = channel_norms(parts.gradient, parts.geo, scale.dtype, parts.sharded)
-        norm = norm_over_channels(scale * norms, parts)
-        scale = scale * limited(norm, parts.state, group)
-    return Terms(None, scale * group["scale"])
 
 
 def energy_outside(whole: Tensor, inside: Tensor) -> Tensor:
@@ -176,50 +162,5 @@ def energy_outside(whole: Tensor, inside: Tensor) -> Tensor:
     return torch.where(outside > 32.0 * torch.finfo(square.dtype).eps * square, outside, 0.0)
 
 
-def _scaled_complement(parts: Parts) -> Terms:
-    """scale N, and phi_j (G - R's part of G) with phi_j = ||N_j|| / ||R_j||.
-
-    The second term's norm needs no complement, but `energy_outside`. Nor does its write: it is
-    phi_j G, less phi_j R on the way up.
-    """
-    assert parts.norms is not None
-    group, inside = parts.group, parts.norms[1]
-    scale = _quotient(parts.norms[0], inside)
-    if group["norm_growth_limit"] is not None and parts.gradient is not None:
-        whole = channel_norms(parts.gradient, parts.geo, scale.dtype, parts.sharded)
-        outside = energy_outside(whole, inside).sqrt()
-        norm = norm_over_channels(scale * outside, parts)
-        scale = scale * limited(norm, parts.state, group)
-    inner = parts.direction * group["scale"] - scale.unsqueeze(1) * parts.reduced
-    return Terms(inner, scale)
-
-
 #: The part outside the subspace is dropped (GaLore).
-NONE = Residual(_no_specs, _dropped, needs_gradient=False)
-#: The gradient itself, its channels, or the whole of it, scaled as the rule scales R (APOLLO).
-CHANNELS = Residual(_norm_specs, _scaled_channels, needs_gradient=True, needs_norms=True)
-TENSOR = Residual(_norm_specs, _scaled_tensor, needs_gradient=True, needs_norms=True)
-#: The part outside the subspace, its channels scaled as the rule scales R's (Fira).
-COMPLEMENT = Residual(_norm_specs, _scaled_complement, needs_gradient=True, needs_norms=True)
-
-
-def sign_rate(group: Group, geo: Geometry) -> float:
-    """The step of the signs: none where no dimension is outside, whose rounding has signs too."""
-    dim = geo.m if geo.side == "left" else geo.n
-    return 0.0 if geo.rank == dim else float(group["lr"]) * group["sign_lr_scale"]
-
-
-def _signs(parts: Parts) -> Terms:
-    """N, and sign(G - up(R)) at a rate of its own, unless that part is nothing but rounding."""
-    step = sign_rate(parts.group, parts.geo)
-    assert parts.gradient is not None
-    if step and parts.group["projector"] not in BLIND:
-        dtype = parts.reduced.dtype
-        whole = torch.linalg.vector_norm(parts.gradient, dtype=dtype)
-        inside = torch.linalg.vector_norm(parts.reduced)
-        step *= known(energy_outside(whole, inside) > 0.0, True)
-    return Terms(parts.direction, sign_step=step)
-
-
-#: Of the part outside, the signs (FRUGAL).
-SIGNS = Residual(_no_specs, _signs, needs_gradient=True)
+NONE = Residual(no_specs, _dropped, needs_gradient=False, needs_reduced=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from zoopt.first_order.base import betas_of, draw_of
 from zoopt.first_order.projected.codecs import moment, moment_specs
 from zoopt.kernels.adam.moments import Moment, decode, encode
-from zoopt.kernels.adam.op import adam_
+from zoopt.kernels.adam.op import adam_, adamw_
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.philox import PURPOSE_MOMENTS, halfwords
@@ -28,13 +28,24 @@ class Rule(NamedTuple):
         specs: shape, group, accumulator's dtype -> the state tensors.
         direction: gradient (c, r), state, group, step from 1, noise -> what is descended: (c, r),
             in the accumulator's dtype. It updates the state; the gradient keeps its values.
-            Adam's takes `norms`, (2, c), too, and writes there the squared norms of the
-            direction's rows and of the gradient's, in the pass that makes the direction; and `out`,
-            where the direction goes, which may be the gradient.
+        elementwise: whether each element's direction and state depend on its own gradients alone,
+            so that parts of a parameter can be stepped apart.
+        norms: gradient, state -> what `direction` takes as `norms`, (2, c): it writes there the
+            squared norms of the direction's rows and of the gradient's, in the pass that makes the
+            direction. None where it cannot.
+        overwrites: whether `direction` takes gradients of every dtype, and `out`, where the
+            direction goes, which may be the gradient.
+        write: parameter, gradient, state, group, step -> None, with `key`, `rate`, `decay` and
+            `rounding_draw`: theta <- decay theta + rate direction in one pass. None where that
+            takes two.
     """
 
     specs: Callable[[tuple[int, ...], Group, torch.dtype], Mapping[str, TensorSpec]]
     direction: Callable[..., Tensor]
+    elementwise: bool = False
+    norms: Callable[[Tensor, State], Tensor] | None = None
+    overwrites: bool = False
+    write: Callable[..., None] | None = None
 
 
 def adam_numbers(group: Group, step: int) -> tuple[float, float]:
@@ -95,6 +106,40 @@ def _adam(
     )
 
 
+def _adam_norms(gradient: Tensor, state: State) -> Tensor:
+    """(2, c), uninitialised, in the moments' accumulator."""
+    first, _ = adam_moments(state, gradient.numel())
+    return gradient.new_empty((2, gradient.shape[0]), dtype=first.accumulator)
+
+
+def _adamw(
+    param: Tensor,
+    gradient: Tensor,
+    state: State,
+    group: Group,
+    step: int,
+    *,
+    key: NoiseKey,
+    rate: float,
+    decay: float,
+    rounding_draw: int | None,
+) -> None:
+    """theta <- decay theta + rate mhat / (sqrt(vhat) + eps)."""
+    scale, eps = adam_numbers(group, step)
+    adamw_(
+        param,
+        gradient,
+        *adam_moments(state, param.numel()),
+        betas=betas_of(group),
+        scale=rate * scale,
+        eps=eps,
+        decay=decay,
+        key=key,
+        moment_draw=moment_draw(group, step),
+        rounding_draw=rounding_draw,
+    )
+
+
 def _momentum_specs(
     shape: tuple[int, ...], group: Group, accumulator: torch.dtype
 ) -> Mapping[str, TensorSpec]:
@@ -140,6 +185,6 @@ def _lion(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey
     return direction
 
 
-ADAM = Rule(_adam_specs, _adam)
-MOMENTUM = Rule(_momentum_specs, _momentum)
-LION = Rule(_lion_specs, _lion)
+ADAM = Rule(_adam_specs, _adam, elementwise=True, norms=_adam_norms, overwrites=True, write=_adamw)
+MOMENTUM = Rule(_momentum_specs, _momentum, elementwise=True)
+LION = Rule(_lion_specs, _lion, elementwise=True)

@@ -8,24 +8,30 @@ left R = G^T P is a sum over the parts, the same everywhere, and so are the mome
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from zoopt.distributed.sharding import broadcast_, is_owner, local, offset, whole
 from zoopt.first_order.base import Site
-from zoopt.first_order.projected.basis import basis_specs, refresh
 from zoopt.first_order.projected.geometry import Geometry, matrix
 
 State = dict[str, Tensor]
 
 
-def refresh_together(site: Site, state: State, geo: Geometry) -> None:
-    """Make the bases anew, in one of the processes that share the parameter, for all of them."""
+def refresh_together(
+    site: Site, state: State, names: Iterable[str], refresh: Callable[[Tensor], None]
+) -> None:
+    """Make the bases anew, in one of the processes that share the parameter, for all of them.
+
+    Args:
+        names: of the state that `refresh` makes of the whole gradient, (m, n).
+    """
     assert site.param.grad is not None
     gradient = matrix(whole(site.param.grad))
     if is_owner(site.param, site.position):
-        refresh(site, state, gradient, geo)
-    for name in basis_specs(geo, site.group, gradient.dtype):
+        refresh(gradient)
+    for name in names:
         broadcast_(state[name], site.param, site.position)
 
 
