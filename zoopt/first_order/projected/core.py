@@ -154,10 +154,8 @@ class ProjectedOptimizer(ProjectedGroups):
         norms = None
         if residual.needs_norms:
             rule = self._rule(group)
-            assert rule.gives_norms
-            squares = reduced.new_empty(
-                (2, reduced.shape[0]), dtype=accumulator_dtype(reduced.dtype)
-            )
+            assert rule.norms is not None
+            squares = rule.norms(reduced, state)
             direction = rule.direction(reduced, state, group, step, key, squares)
             norms = squares.to(reduced.dtype).sqrt_()
         else:
