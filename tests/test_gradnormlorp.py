@@ -18,13 +18,15 @@ from zoopt.first_order import gradnormlorp
 from zoopt.nn import GradNormLinear
 
 
-def layer(dtype: torch.dtype = torch.float64, bias: bool = True) -> GradNormLinear:
+def layer(
+    dtype: torch.dtype = torch.float64, bias: bool = True, norm: Any = "input"
+) -> GradNormLinear:
     """All of its parameters away from their start."""
     linear = nn.Linear(6, 5, bias=bias, dtype=dtype)
-    built = GradNormLinear(linear.weight, linear.bias, rank=3, seed=0)
+    built = GradNormLinear(linear.weight, linear.bias, rank=3, norm=norm, seed=0)
     with torch.no_grad():
         built.left.copy_(torch.randn(5, 3) * 0.5)
-        built.magnitude.mul_(torch.rand(6) + 0.5)
+        built.magnitude.mul_(torch.rand(built.magnitude.numel()) + 0.5)
     return built
 
 
@@ -45,10 +47,11 @@ def backward(model: nn.Module) -> torch.Tensor:
     return loss.detach()
 
 
+@pytest.mark.parametrize("norm", ["input", "output"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients(bias: bool) -> None:
+def test_gradients(bias: bool, norm: str) -> None:
     """Against finite differences in double precision, with x's shape of two and three dims."""
-    built = layer(bias=bias)
+    built = layer(bias=bias, norm=norm)
     names = [name for name, p in built.named_parameters() if p.requires_grad]
     params = [p for p in built.parameters() if p.requires_grad]
 
@@ -111,6 +114,23 @@ def test_conversion_leaves_the_function(dtype: torch.dtype) -> None:
     if dtype != torch.bfloat16:
         x = torch.randn(3, 6, dtype=dtype)
         assert torch.equal(built(x), linear(x))
+
+
+def test_a_norm_an_output_is_dora() -> None:
+    """W = M (W0 + I J) / ||W0 + I J||, by rows, as peft has it; at the start the weight's own."""
+    linear = nn.Linear(6, 5, dtype=torch.float64)
+    start = GradNormLinear(linear.weight, linear.bias, rank=3, norm="output", seed=0)
+    torch.testing.assert_close(start.materialise(), linear.weight.detach(), rtol=1e-15, atol=0)
+    built = layer(norm="output")
+    v = built.weight + built.left @ built.right
+    expected = built.magnitude.unsqueeze(1) * v / v.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(built.materialise(), expected.detach(), rtol=1e-14, atol=1e-14)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    zoopt.nn.convert_to_gradnorm(model, rank=2, norm="output")
+    assert [layer.magnitude.shape for layer in model] == [(4,), (3,)]
+    assert gradnormlorp.convert is zoopt.nn.convert_to_gradnorm
+    with pytest.raises(ValueError, match="norm must be one of 'input', 'output', got 'row'"):
+        zoopt.nn.convert_to_gradnorm(nn.Sequential(nn.Linear(6, 4)), rank=2, norm="row")  # type: ignore[arg-type]
 
 
 def test_merge_is_exact() -> None:

@@ -14,41 +14,12 @@ from zoopt.first_order.projected.geometry import geometry
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.dispatch import known
-from zoopt.nn import GradNormLinear
-from zoopt.nn.linear import replace_layers, resolved_seed
-from zoopt.nn.modules import Target
+from zoopt.nn import GradNormLinear, convert_to_gradnorm
 from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.registry import Recipe, register
 
-
-def convert(
-    model: nn.Module, target: Target = "linear", *, rank: int, seed: int | None = None
-) -> nn.Module:
-    """Put a `GradNormLinear` of its weight in the place of each targeted linear layer.
-
-    The model computes what it computed, to rounding; the layers' own weights are frozen, what else
-    is in the model keeps its requires_grad. `zoopt.nn.merge` is the way back.
-
-    Args:
-        model: changed in place.
-        target: which layers; as for `zoopt.lowrank.param_groups`.
-        rank: k, of each layer's I J.
-        seed: of J's initial values; default torch.initial_seed().
-
-    Returns:
-        The model.
-
-    Raises:
-        TypeError, ValueError: a rank that is not a positive int, nothing that matches, or a layer
-            of a kind that cannot be replaced. Nothing has changed then.
-    """
-    check_positive_int("rank", rank)
-    seed = resolved_seed(seed)
-    return replace_layers(
-        model,
-        target,
-        lambda name, weight, bias: GradNormLinear(weight, bias, rank=rank, seed=seed, name=name),
-    )
+#: Its name in release 0.1.
+convert = convert_to_gradnorm
 
 
 def param_groups(model: nn.Module, *, rank: int, **group_options: Any) -> list[Group]:
@@ -67,7 +38,7 @@ def param_groups(model: nn.Module, *, rank: int, **group_options: Any) -> list[G
     if not layers:
         raise ValueError(
             "model must have GradNormLinear layers, got none; convert it first by "
-            "zoopt.first_order.gradnormlorp.convert(model, rank=...)"
+            "zoopt.nn.convert_to_gradnorm(model, rank=...)"
         )
     factors = {id(factor) for layer in layers for factor in (layer.left, layer.right)}
     trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
@@ -79,7 +50,7 @@ def param_groups(model: nn.Module, *, rank: int, **group_options: Any) -> list[G
 
 
 def _prepared(model: nn.Module, rank: int) -> nn.Module:
-    return convert(model, rank=rank)
+    return convert_to_gradnorm(model, rank=rank)
 
 
 def _of_factors(model: nn.Module, rank: int) -> GradNormLoRP:
@@ -130,7 +101,7 @@ class GradNormLoRP(AdamFamily):
     `GaLoreAdamW`.
 
     Example:
-        >>> zoopt.first_order.gradnormlorp.convert(model, rank=128)
+        >>> zoopt.nn.convert_to_gradnorm(model, rank=128)
         >>> groups = zoopt.first_order.gradnormlorp.param_groups(model, rank=64)
         >>> opt = zoopt.GradNormLoRP(groups, lr=1e-3, state_dtype="int8")
         >>> ...

@@ -143,4 +143,4 @@ def _torch(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> Build:
 
 
 def _sltrain(rank: int) -> Callable[[nn.Module], nn.Module]:
-    return lambda model: zoopt.nn.convert(model, rank=rank)
+    return lambda model: zoopt.nn.convert_to_sltrain(model, rank=rank)

@@ -1,7 +1,18 @@
 """Linear layers whose weight is made of fewer numbers, for training in less memory."""
 
-from zoopt.nn.gradnorm import GradNormLinear
+from zoopt.nn.gradnorm import GradNormLinear, convert_to_gradnorm
 from zoopt.nn.linear import ReparametrisedLinear, merge
-from zoopt.nn.sltrain import SLTrainLinear, convert
+from zoopt.nn.sltrain import SLTrainLinear, convert_to_sltrain
 
-__all__ = ["GradNormLinear", "ReparametrisedLinear", "SLTrainLinear", "convert", "merge"]
+#: The name of `convert_to_sltrain` in release 0.1.
+convert = convert_to_sltrain
+
+__all__ = [
+    "GradNormLinear",
+    "ReparametrisedLinear",
+    "SLTrainLinear",
+    "convert",
+    "convert_to_gradnorm",
+    "convert_to_sltrain",
+    "merge",
+]

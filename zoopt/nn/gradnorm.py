@@ -2,45 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoopt.checks import check_positive_int
+from zoopt.checks import check_choice, check_positive_int
 from zoopt.dtypes import accumulator_dtype
-from zoopt.nn.linear import ReparametrisedLinear, kaiming_uniform_, outer_dims, resolved_seed
+from zoopt.nn.linear import (
+    ReparametrisedLinear,
+    kaiming_uniform_,
+    outer_dims,
+    replace_layers,
+    resolved_seed,
+)
+from zoopt.nn.modules import Target
+
+#: Of what the norm is taken: of each column of W (out, in), or of each row.
+Norm = Literal["input", "output"]
 
 
 def normalised(
-    weight: Tensor, left: Tensor, right: Tensor, magnitude: Tensor
+    weight: Tensor, left: Tensor, right: Tensor, magnitude: Tensor, norm: Norm = "input"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """V = W0 + I J, the norms c of its columns, and d = M / c: the layer's weight is V d.
+    """V = W0 + I J, the norms c of its columns (rows), and d = M / c: the layer's weight is V with
+    each column (row) times its d.
 
     Args:
         weight: W0, (m, n).
         left, right: I (m, k) and J (k, n).
-        magnitude: M, (n,).
+        magnitude: M, (n,), by output (m,).
 
     Returns:
-        V (m, n), in weight's dtype; c and d, (n,), in the accumulator's.
+        V (m, n), in weight's dtype; c and d, of M's shape, in the accumulator's.
     """
     with torch.autocast(weight.device.type, enabled=False):
         v = torch.addmm(weight, left.to(weight.dtype), right.to(weight.dtype))
-    c = column_norms(v)
+    c = channel_norms(v, norm)
     return v, c, magnitude.to(c.dtype) / c
 
 
-def column_norms(v: Tensor) -> Tensor:
-    """The norms of V's columns, (m, n) -> (n,), and the least number for a column of zeros."""
+def channel_norms(v: Tensor, norm: Norm) -> Tensor:
+    """The norms of V's columns, (m, n) -> (n,), or rows, (m,), and the least number for zeros."""
     wide = accumulator_dtype(v.dtype)
-    norms: Tensor = torch.linalg.vector_norm(v, dim=0, dtype=wide)
+    norms: Tensor = torch.linalg.vector_norm(v, dim=0 if norm == "input" else 1, dtype=wide)
     return norms.clamp_min_(torch.finfo(wide).tiny)
 
 
 class _GradNorm(torch.autograd.Function):
-    """x (..., n) -> x (V d)^T + bias. V is made anew in backward, and dL/dW never."""
+    """x (..., n) -> x W^T + bias. V is made anew in backward, and dL/dW never."""
 
     @staticmethod
     def forward(
@@ -51,45 +62,55 @@ class _GradNorm(torch.autograd.Function):
         right: Tensor,
         magnitude: Tensor,
         bias: Tensor | None,
+        norm: Norm,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, left, right, magnitude)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        v, _, d = normalised(weight, left, right, magnitude)
-        return functional.linear(
-            x, v.mul_(d).to(x.dtype), None if bias is None else bias.to(x.dtype)
-        )
+        ctx.bias_dtype, ctx.norm = None if bias is None else bias.dtype, norm
+        v, _, d = normalised(weight, left, right, magnitude, norm)
+        w = v.mul_(d if norm == "input" else d.unsqueeze(1))
+        return functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # With G = dL/dW, so that dL/dV = G d - V e with e = d s / c^2 and s_j = sum_i G_ij V_ij:
-        # every product with G is one with the output's gradient and with x, both thin.
+        # With G = dL/dW, s_j = sum_i G_ij V_ij of each column and e = d s / c^2: dL/dV = G d - V e
+        # (by rows alike). Every product with G is one with the output's gradient and x, both thin.
         x, weight, left, right, magnitude = ctx.saved_tensors
         dtype = x.dtype
         tokens, grad = outer_dims(x), outer_dims(grads[0])  # (t, n), (t, m)
-        v, c, d = normalised(weight, left, right, magnitude)
+        v, c, d = normalised(weight, left, right, magnitude, ctx.norm)
         v, thin_i, thin_j = v.to(dtype), left.to(dtype), right.to(dtype)
-        back = grad @ v  # (t, n)
-        s = (tokens * back).sum(0, dtype=c.dtype)  # (n,)
-        e = (d * s / c / c).to(dtype)
-        d = d.to(dtype)
-        left_grad = grad.t() @ ((tokens * d) @ thin_j.t()) - v @ (thin_j * e).t()
-        right_grad = ((grad @ thin_i).t() @ tokens) * d - (thin_i.t() @ v) * e
+        if ctx.norm == "input":
+            back = grad @ v  # (t, n)
+            s = (tokens * back).sum(0, dtype=c.dtype)  # (n,)
+            e, d = (d * s / c / c).to(dtype), d.to(dtype)
+            left_grad = grad.t() @ ((tokens * d) @ thin_j.t()) - v @ (thin_j * e).t()
+            right_grad = ((grad @ thin_i).t() @ tokens) * d - (thin_i.t() @ v) * e
+            x_grad = back * d
+        else:
+            s = (grad * (tokens @ v.t())).sum(0, dtype=c.dtype)  # (m,)
+            e, d = (d * s / c / c).to(dtype), d.to(dtype)
+            scaled = grad * d
+            left_grad = scaled.t() @ (tokens @ thin_j.t()) - e.unsqueeze(1) * (v @ thin_j.t())
+            right_grad = (scaled @ thin_i).t() @ tokens - (thin_i * e.unsqueeze(1)).t() @ v
+            x_grad = scaled @ v
         return (
-            (back * d).view_as(x) if ctx.needs_input_grad[0] else None,
+            x_grad.view_as(x) if ctx.needs_input_grad[0] else None,
             None,
             left_grad.to(left.dtype),
             right_grad.to(right.dtype),
             (s / c).to(magnitude.dtype),
             None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype),
+            None,
         )
 
 
 class GradNormLinear(ReparametrisedLinear):
     r"""A linear layer with W = M (W0 + I J) / ||W0 + I J||_c (Huang et al., 2024).
 
-    arXiv:2412.19616. c: the norm of each column. W0 (out, in) is frozen; I (out, rank), J
-    (rank, in), M (in,) and the bias train. At the start I = 0 and M = ||W0||_c, hence W = W0 to
-    rounding.
+    arXiv:2412.19616. ||.||_c: the norm of each column of W (out, in), hence one magnitude for each
+    input, which is what the paper means. With `norm="output"` it is that of each row, one for each
+    output, as in peft's DoRA. W0 (out, in) is frozen; I (out, rank), J (rank, in), M (in,) or
+    (out,) and the bias train. At the start I = 0 and M = ||W0||_c, hence W = W0 to rounding.
 
     No tensor of W's size outlives a forward or a backward pass: W is made, used and freed in each.
 
@@ -97,13 +118,14 @@ class GradNormLinear(ReparametrisedLinear):
         weight: W0, (out, in).
         bias: (out,), or None.
         rank: k, of I J.
+        norm: `"input"` (default; paper) or `"output"` (peft's DoRA).
         seed: of J's initial values, U(+-1 / sqrt(in)); default torch.initial_seed().
         name: the layer's name, so that layers differ.
 
     State dict: weight, left (I), right (J), magnitude (M), bias.
 
     Raises:
-        TypeError, ValueError: a rank that is not a positive int.
+        TypeError, ValueError: a rank that is not a positive int, another norm.
         RuntimeError: in forward, W0 requires a gradient.
 
     Differs from DoRA, whose code takes the norm as a constant in backward: here its gradient is
@@ -116,24 +138,27 @@ class GradNormLinear(ReparametrisedLinear):
         bias: nn.Parameter | None,
         *,
         rank: int,
+        norm: Norm = "input",
         seed: int | None = None,
         name: str = "",
     ) -> None:
         check_positive_int("rank", rank)
+        check_choice("norm", norm, get_args(Norm))
         out_features, in_features = weight.shape
         super().__init__(in_features, out_features)
+        self.norm = norm
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.left = nn.Parameter(weight.new_zeros(out_features, rank))
         self.right = nn.Parameter(weight.new_zeros(rank, in_features))
-        self.magnitude = nn.Parameter(column_norms(self.weight.detach()).to(weight.dtype))
+        self.magnitude = nn.Parameter(channel_norms(self.weight.detach(), norm).to(weight.dtype))
         self.register_parameter("bias", bias)
         kaiming_uniform_(self.right, in_features, seed=resolved_seed(seed), name=f"{name}.right")
 
     @torch.no_grad()
     def materialise(self) -> Tensor:
         """W, (out, in)."""
-        v, _, d = normalised(self.weight, self.left, self.right, self.magnitude)
-        return v.mul_(d)
+        v, _, d = normalised(self.weight, self.left, self.right, self.magnitude, self.norm)
+        return v.mul_(d if self.norm == "input" else d.unsqueeze(1))
 
     def _linear(self, x: Tensor) -> Tensor:
         if self.weight.requires_grad:
@@ -142,9 +167,46 @@ class GradNormLinear(ReparametrisedLinear):
                 "layer.weight.requires_grad_(False)"
             )
         return _GradNorm.apply(  # type: ignore[no-any-return,no-untyped-call]
-            x, self.weight, self.left, self.right, self.magnitude, self.bias
+            x, self.weight, self.left, self.right, self.magnitude, self.bias, self.norm
         )
 
     def extra_repr(self) -> str:
         """The sizes and the rank."""
         return f"{super().extra_repr()}, rank={self.left.shape[1]}"
+
+
+def convert_to_gradnorm(
+    model: nn.Module,
+    target: Target = "linear",
+    *,
+    rank: int,
+    norm: Norm = "input",
+    seed: int | None = None,
+) -> nn.Module:
+    """Put a `GradNormLinear` of its weight in the place of each targeted linear layer.
+
+    The model computes what it computed, to rounding; the layers' own weights are frozen, what else
+    is in the model keeps its requires_grad. `zoopt.nn.merge` is the way back.
+
+    Args:
+        model: changed in place.
+        target: which layers; as for `zoopt.lowrank.param_groups`.
+        rank: k, of each layer's I J.
+        norm: as for `GradNormLinear`.
+        seed: of J's initial values; default torch.initial_seed().
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: a rank that is not a positive int, another norm, nothing that
+            matches, or a layer of a kind that cannot be replaced. Nothing has changed then.
+    """
+    check_positive_int("rank", rank)
+    check_choice("norm", norm, get_args(Norm))
+    seed = resolved_seed(seed)
+
+    def build(name: str, weight: Tensor, bias: nn.Parameter | None) -> GradNormLinear:
+        return GradNormLinear(weight, bias, rank=rank, norm=norm, seed=seed, name=name)
+
+    return replace_layers(model, target, build)

@@ -202,7 +202,7 @@ class SLTrainLinear(ReparametrisedLinear):
         return f"{super().extra_repr()}, rank={rank}, columns_per_row={count}, {self.support}"
 
 
-def convert(
+def convert_to_sltrain(
     model: nn.Module,
     target: Target = "linear",
     *,
@@ -229,7 +229,7 @@ def convert(
             that cannot be replaced. Nothing has changed then.
 
     Example:
-        >>> model = zoopt.nn.convert(LlamaForCausalLM(config), rank=128)
+        >>> model = zoopt.nn.convert_to_sltrain(LlamaForCausalLM(config), rank=128)
         >>> opt = zoopt.AdamW(model.named_parameters(), lr=3e-3)
     """
     options: dict[str, Any] = {"density": density, "alpha": alpha, "support": support}

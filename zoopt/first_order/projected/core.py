@@ -74,9 +74,8 @@ class ProjectedOptimizer(ProjectedGroups):
         if known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True):
             self._refresh(site, state, geo, matrix(gradient))
             return True
-        return (
-            int(state["step"]) > 0
-        )  # There is no basis yet, and none can be had from this gradient.
+        # At first there is no basis yet, and none can be had from this gradient.
+        return int(state["step"]) > 0
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         geo = geometry(site.param, site.group)
