@@ -175,14 +175,14 @@ class LDAdamW(AdamFamily):
     Raises:
         TypeError, ValueError: a hyperparameter out of range.
 
-    Differs from the authors' code: E has a buffer of its own, where theirs is what stays in
-    `.grad` (`zero_grad` leaves it there, and clipping clips it); it is rounded once a step, as
-    weights are. Of a square matrix the authors project the left side, `"std"` the right one
-    (`proj_type="left"` for theirs). Bases and moments are float32. The first
-    basis is a randomised SVD, not a full one. Biases are corrected by each parameter's own steps. A gradient whose norm is not finite
-    leaves its parameter and all state as they are: E would keep it for good. Directions of R and of
-    m' that are nothing but rounding (below 2 / (1 - b1) eps sqrt(max(m, n)) of the largest, for E
-    has as much) count as 0: see `GaLoreAdamW`.
+    Differs from the authors' code: E has a buffer of its own, where theirs is what stays in `.grad`
+    (`zero_grad` leaves it there, and clipping clips it); it is rounded once a step, as weights are.
+    Of a square matrix the authors project the left side, `"std"` the right one (`proj_type="left"`
+    for theirs). Bases and moments are float32. The first basis is a randomised SVD, not a full one.
+    Biases are corrected by each parameter's own steps. A gradient whose norm is not finite leaves
+    its parameter and all state as they are: E would keep it for good. Directions of R and of m'
+    that are nothing but rounding (below 2 / (1 - b1) eps sqrt(max(m, n)) of the largest, for E has
+    as much) count as 0: see `GaLoreAdamW`.
 
     Example:
         >>> opt = zoopt.LDAdamW(model.parameters(), lr=1e-3, rank=16)
