@@ -398,3 +398,14 @@ def test_parameters_without_values_are_refused_where_they_are(row: Row, perturba
     with pytest.raises(RuntimeError, match=r"'0.weight' must hold values, got one on the meta dev"):
         optimizer.step(lambda: pytest.fail("evaluated"))
     assert optimizer.param_groups[0]["step"] == 0
+
+
+@pytest.mark.parametrize(("row", "perturbation"), CASES, ids=str)
+def test_autograd_sees_that_weights_were_written(row: Row, perturbation: str) -> None:
+    """A graph from before the step has gradients of weights that are no more: torch refuses it."""
+    model = mlp()
+    optimizer = row.build(model, perturbation=perturbation)
+    output = model(regression()[0].requires_grad_())
+    optimizer.step(closure_of(model))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()

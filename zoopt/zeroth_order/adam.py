@@ -138,11 +138,7 @@ class ZOAdam(SparseZerothOrder):
         declared = super().declared_state(param, group)
         moving = self._moving(param, group)
         if group["state"] == "dense" and moving is not None:
-            declared |= {
-                "step": STEP,
-                "exp_avg": moving,
-                "exp_avg_sq": moving,
-            }
+            declared |= {"exp_avg": moving, "exp_avg_sq": moving, "step": STEP}
         return declared
 
     def _check_options(self, group: Group) -> None:

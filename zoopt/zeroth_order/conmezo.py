@@ -62,8 +62,8 @@ class Cone(Elementwise):
         """As in `Elementwise`."""
         lateral = {draw: self.lateral * c for draw, c in coefficients.items()}
         total = super().combine(theta, lateral, start)
-        along = self.radial * sum(coefficients.values())
-        return total.add_(self.momentum[start : start + theta.numel()] * along)
+        radial = self.radial * sum(coefficients.values())
+        return total.add_(self.momentum[start : start + theta.numel()] * radial)
 
 
 @register("conmezo", "zeroth-order")

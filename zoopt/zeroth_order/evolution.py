@@ -14,7 +14,7 @@ from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 from zoopt.warn import warn
-from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
+from zoopt.zeroth_order.engine.base import ProbeNames, ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.batched import evaluate_batch
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
@@ -33,7 +33,7 @@ from zoopt.zeroth_order.engine.population import (
     fitness_values,
     shaped,
 )
-from zoopt.zeroth_order.engine.probe import Evaluation, Measurement, PendingProbe, mean_loss
+from zoopt.zeroth_order.engine.probe import Evaluation, Outcome, PendingProbe, mean_loss
 from zoopt.zeroth_order.engine.progress import Progress
 
 
@@ -98,9 +98,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         >>> mean_reward = opt.step(lambda: reward(model))
     """
 
-    _scale_key = "sigma"
-    _count_key = "population_size"
-    _run_keys = (*ZerothOrderOptimizer._run_keys, "population_size", "shaping", "antithetic")
+    _names = ProbeNames("sigma", "population_size", ("shaping", "antithetic"))
 
     #: Batch sizes whose layout `evaluate_batched` has verified.
     _verified: frozenset[int] = frozenset()
@@ -220,7 +218,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
             )
         values = fitness_values(fitness, self.param_groups[0]["population_size"])
         population = self._population()
-        population.add([Measurement((value,), value) for value in values])
+        population.add([Outcome((value,), value) for value in values])
         self._take(population, None)
         return mean_loss(population.losses)
 
@@ -248,15 +246,15 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         each = 2 if run["antithetic"] else 1
         return tuple(run["draw"] + i // each for i in range(run["population_size"]))
 
-    def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Measurement]:
+    def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Outcome]:
         # A fitness may be noisy: over a population, its noise averages out.
         evaluation.verify = False
         assert isinstance(pending, Population)
         fitness = [evaluation.along(*place) for place in map(pending.place, range(pending.size))]
-        return [Measurement((value,), value) for value in fitness]
+        return [Outcome((value,), value) for value in fitness]
 
-    def _usable(self, measurement: Measurement) -> Measurement:
-        return measurement  # shaped before it meets float32
+    def _usable(self, outcome: Outcome) -> Outcome:
+        return outcome  # shaped before it meets float32
 
     def _record(self, pending: PendingProbe, step: int) -> GenerationRecord:
         assert isinstance(pending, Population)

@@ -17,7 +17,7 @@ from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.mask import Mask
-from zoopt.zeroth_order.engine.probe import Evaluation, Measurement, PendingProbe
+from zoopt.zeroth_order.engine.probe import Evaluation, Outcome, PendingProbe
 from zoopt.zeroth_order.engine.sgd import MomentumSGD
 
 
@@ -83,10 +83,10 @@ class ForwardGrad(MomentumSGD):
     def _virtual(self, param: Tensor, group: Group) -> bool:
         return True
 
-    def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Measurement]:
+    def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Outcome]:
         return [self._slope(evaluation, pending, draw) for draw in pending.draws]
 
-    def _slope(self, evaluation: Evaluation, pending: PendingProbe, draw: int) -> Measurement:
+    def _slope(self, evaluation: Evaluation, pending: PendingProbe, draw: int) -> Outcome:
         """The loss and its derivative along z(draw)."""
         directions = {slot.param: slot.direction for slot in pending.slots}
 
@@ -112,7 +112,7 @@ class ForwardGrad(MomentumSGD):
             evaluation.perturbation.substituted(dual, dual_rows, lambda weight: None),
         ):
             loss = evaluation.rng.evaluate(closure)
-        return Measurement((loss,), slopes[0])
+        return Outcome((loss,), slopes[0])
 
 
 def _dual(primal: Tensor, tangent: Tensor) -> Tensor:

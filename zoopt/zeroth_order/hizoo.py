@@ -17,7 +17,7 @@ from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise, chunks
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
-from zoopt.zeroth_order.engine.probe import Evaluation, Measurement, PendingProbe, three_point
+from zoopt.zeroth_order.engine.probe import Evaluation, Outcome, PendingProbe, three_point
 from zoopt.zeroth_order.engine.progress import Progress
 
 
@@ -125,15 +125,15 @@ class HiZOO(ZerothOrderOptimizer):
         key = NoiseKey(group["seed"], number, distribution=group["distribution"])
         return Preconditioned(key, hessian)
 
-    def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Measurement]:
+    def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Outcome]:
         return three_point(evaluation, pending.draws)
 
-    def _usable(self, measurement: Measurement) -> Measurement:
-        measurement = super()._usable(measurement)
+    def _usable(self, outcome: Outcome) -> Outcome:
+        outcome = super()._usable(outcome)
         scale = min(float(group["zo_eps"]) for group in self.param_groups)
-        if abs(measurement.curvature) / (2.0 * scale**2) > self._largest_grad:
-            return dataclasses.replace(measurement, delta=math.nan)
-        return measurement
+        if abs(outcome.curvature) / (2.0 * scale**2) > self._largest_grad:
+            return dataclasses.replace(outcome, delta=math.nan)
+        return outcome
 
     def _update(
         self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress

@@ -10,7 +10,7 @@ from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.engine.direction import Coefficients, Noise, whole
+from zoopt.zeroth_order.engine.direction import Coefficients, Noise, whole, withdrawn
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
@@ -153,12 +153,12 @@ class LOZO(LowRankZerothOrder):
             return
         beta, lr = float(group["momentum"]), float(group["lr"])
         decay = self._decay(group, pending)
-        along = {draw: -decay * coefficient for draw, coefficient in offset.items()}
+        back = withdrawn(offset, decay)
         buffer = self._state(slot.param, group)["momentum_buffer"]
         if isinstance(direction, LazyPair):
             factor = averaged(buffer, direction.left(weights), beta)
             progress.hold((buffer, factor))
-            left = direction.left(along) - factor * (lr / direction.rank)
+            left = direction.left(back) - factor * (lr / direction.rank)
             direction.add_product_(
                 slot.param,
                 left,
@@ -173,7 +173,7 @@ class LOZO(LowRankZerothOrder):
         direction.momentum_(
             slot.param,
             buffer,
-            along,
+            back,
             {draw: (1.0 - beta) * weight for draw, weight in weights.items()},
             momentum=beta,
             step_size=-lr,

@@ -11,7 +11,7 @@ from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.engine.direction import Coefficients, Noise
+from zoopt.zeroth_order.engine.direction import Coefficients, Noise, withdrawn
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
@@ -151,7 +151,7 @@ class ZOMuon(LowRankZerothOrder):
         elif isinstance(direction, LeftSubspace):
             lr, decay = float(group["lr"]), self._decay(group, pending)
             Ghat = direction.inner(weights)  # P Ghat is the estimate
-            inner = direction.inner({draw: -decay * c for draw, c in offset.items()})
+            inner = direction.inner(withdrawn(offset, decay))
             inner -= lr * msign(Ghat)
             direction.add_product_(
                 slot.param,

@@ -21,7 +21,7 @@ from zoopt.parameters import check_param, check_streams, named_params
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.blocks import block_due, block_of, check_blocks
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
-from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise, withdrawn
 from zoopt.zeroth_order.engine.perturbation import (
     Perturbation,
     PerturbationMode,
@@ -30,7 +30,7 @@ from zoopt.zeroth_order.engine.perturbation import (
 from zoopt.zeroth_order.engine.probe import (
     Estimator,
     Evaluation,
-    Measurement,
+    Outcome,
     PendingProbe,
     StepRecord,
     mean_loss,
@@ -39,11 +39,28 @@ from zoopt.zeroth_order.engine.probe import (
 )
 from zoopt.zeroth_order.engine.progress import Commit, Progress, count_write
 
-#: Group keys that describe the run, hence are the same in every group.
-_RUN_KEYS = (
-    *("seed", "step", "draw", "noise_version", "num_probes", "estimator"),
-    *("blocks", "block_order"),
-)
+
+@dataclasses.dataclass(frozen=True)
+class ProbeNames:
+    """What a class calls the group keys of its probes.
+
+    Attributes:
+        scale: how far from theta the loss is evaluated.
+        count: in how many directions.
+        run: those that are the same in every group, beside `count` and what every class has.
+    """
+
+    scale: str = "zo_eps"
+    count: str = "num_probes"
+    run: tuple[str, ...] = ()
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The keys that describe the run, hence are the same in every group."""
+        everyone = ("seed", "step", "draw", "noise_version", "estimator", "blocks", "block_order")
+        return (*everyone, self.count, *self.run)
+
+
 #: More directions a step are a mistake, of which memory would be gone before anyone noticed.
 _MOST_DIRECTIONS = 1 << 20
 #: How many differences of 16-bit losses are judged, the run's first.
@@ -69,11 +86,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     _pending: PendingProbe | None = None
     _unfinished: Callable[[], None] | None = None
 
-    #: Group keys: how far from theta the loss is evaluated, in how many directions, and what
-    #: describes the run as a whole.
-    _scale_key = "zo_eps"
-    _count_key = "num_probes"
-    _run_keys: tuple[str, ...] = _RUN_KEYS
+    _names = ProbeNames()
     #: The largest |g| that the update can bear in float32, times |z| < 8 and a learning rate.
     _largest_grad = 2.0**100
     #: How many differences of 16-bit losses have been judged, and how coarse they were.
@@ -92,7 +105,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         """
         if self.param_groups:
             first = self.param_groups[0]
-            run = {key: first[key] for key in self._run_keys if key in first}
+            run = {key: first[key] for key in self._names.shared if key in first}
             param_group = {**run, **param_group}
         super().add_param_group(param_group)
         try:
@@ -199,26 +212,26 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     def _measure(self, evaluation: Evaluation, pending: PendingProbe) -> float:
         """Add the losses along the directions; parameters perturbed in place are left where the
         last one was evaluated."""
-        measurements = [self._usable(each) for each in self._evaluate(evaluation, pending)]
-        self._warn_of_narrow(evaluation.rng.spacing, measurements)
-        pending.add(measurements)
-        return mean_loss([measurement.losses for measurement in measurements])
+        outcomes = [self._usable(each) for each in self._evaluate(evaluation, pending)]
+        self._warn_of_narrow(evaluation.rng.spacing, outcomes)
+        pending.add(outcomes)
+        return mean_loss([outcome.losses for outcome in outcomes])
 
-    def _usable(self, measurement: Measurement) -> Measurement:
-        """The measurement, with a delta of NaN if no update in float32 can bear it."""
+    def _usable(self, outcome: Outcome) -> Outcome:
+        """The outcome, with a delta of NaN if no update in float32 can bear it."""
         for group in self.param_groups:
-            grad = abs(measurement.delta) / float(group[self._scale_key])
+            grad = abs(outcome.delta) / float(group[self._names.scale])
             bound = group.get("max_projected_grad")
             if (grad if bound is None else min(grad, bound)) > self._largest_grad:
-                return dataclasses.replace(measurement, delta=math.nan)
-        return measurement
+                return dataclasses.replace(outcome, delta=math.nan)
+        return outcome
 
-    def _warn_of_narrow(self, spacing: float, measurements: Sequence[Measurement]) -> None:
+    def _warn_of_narrow(self, spacing: float, outcomes: Sequence[Outcome]) -> None:
         """Warn of losses of 16 bits that do not differ, or twice hardly: once, early in the run."""
-        for measurement in measurements:
-            if not spacing or len(measurement.losses) < 2 or self._judged >= _JUDGED:
+        for outcome in outcomes:
+            if not spacing or len(outcome.losses) < 2 or self._judged >= _JUDGED:
                 return
-            spread = max(measurement.losses) - min(measurement.losses)
+            spread = max(outcome.losses) - min(outcome.losses)
             self._judged += 1
             self._coarse += (spread <= 2.0 * spacing) + (spread == 0.0)
             if self._coarse >= 2:
@@ -227,7 +240,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
                     f"the closure returned losses of 16 bits, which differ by {spread:.1g} where "
                     f"such numbers lie {spacing:.1g} apart: the estimate will be mostly rounding; "
                     f"compute the loss in float32, from logits.float() say, and return it as it is "
-                    f"(loss.float() at the least), or raise {self._scale_key}"
+                    f"(loss.float() at the least), or raise {self._names.scale}"
                 )
 
     def _refuse_gradients(self) -> None:
@@ -261,8 +274,8 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         """Whether the next evaluation is the run's first, which is repeated to be compared."""
         return self._pending is None and not self.param_groups[0]["step"]
 
-    def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Measurement]:
-        """Measure the loss along the pending directions, a measurement each."""
+    def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Outcome]:
+        """Measure the loss along the pending directions, a outcome each."""
         one = self.param_groups[0]["estimator"] == "one-sided"
         return (one_sided if one else two_sided)(evaluation, pending.draws)
 
@@ -307,7 +320,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     def _draws(self) -> tuple[int, ...]:
         """The numbers of this step's directions."""
         run = self.param_groups[0]
-        return tuple(range(run["draw"], run["draw"] + run[self._count_key]))
+        return tuple(range(run["draw"], run["draw"] + run[self._names.count]))
 
     @OwnArithmetic()
     def _take(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
@@ -407,13 +420,13 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     ) -> None:
         """theta <- decay (theta - offset) - lr sum_d weights[d] z(d), in one pass."""
         lr, decay = float(slot.group["lr"]), self._decay(slot.group, pending)
-        along = {draw: -decay * coefficient for draw, coefficient in offset.items()}
+        total = withdrawn(offset, decay)
         for draw, weight in weights.items():
-            along[draw] = along.get(draw, 0.0) - lr * weight
-        along = {draw: along[draw] for draw in sorted(along) if along[draw]}
-        if along or decay != 1.0:
+            total[draw] = total.get(draw, 0.0) - lr * weight
+        total = {draw: total[draw] for draw in sorted(total) if total[draw]}
+        if total or decay != 1.0:
             slot.direction.add_(
-                slot.param, along, decay=decay, rounding=slot.rounding, progress=progress
+                slot.param, total, decay=decay, rounding=slot.rounding, progress=progress
             )
 
     def _closing(self, group: Group, pending: PendingProbe) -> dict[str, Any]:
@@ -435,7 +448,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
 
     def _projected_grads(self, pending: PendingProbe, group: Group) -> list[float]:
         """The projected gradients of the kept directions in the group's zo_eps, clipped."""
-        grads = [pending.deltas[j] / float(group[self._scale_key]) for j in pending.kept]
+        grads = [pending.deltas[j] / float(group[self._names.scale]) for j in pending.kept]
         bound = group.get("max_projected_grad")
         return grads if bound is None else [max(-bound, min(bound, g)) for g in grads]
 
@@ -454,7 +467,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             virtual = self._virtual(param, group)
             direction = self._direction(param, group, stream(name), virtual=virtual)
             if direction is not None:
-                scale = float(group[self._scale_key])
+                scale = float(group[self._names.scale])
                 rounding = resolved_rounding(group["rounding"], param.dtype)
                 yield Slot(param, group, direction, virtual, rounding, scale)
 
@@ -511,12 +524,12 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     def _check_options(self, group: Group) -> None:
         """Raise unless the group's hyperparameters can be worked with."""
         check_number("lr", group["lr"], low=0.0)
-        check_number(self._scale_key, group[self._scale_key], low=0.0, open_low=True)
+        check_number(self._names.scale, group[self._names.scale], low=0.0, open_low=True)
         check_number("weight_decay", group["weight_decay"], low=0.0)
-        check_positive_int(self._count_key, group[self._count_key])
-        if group[self._count_key] > _MOST_DIRECTIONS:
+        check_positive_int(self._names.count, group[self._names.count])
+        if group[self._names.count] > _MOST_DIRECTIONS:
             raise ValueError(
-                f"{self._count_key} must be at most 2^20, got {group[self._count_key]}: a step "
+                f"{self._names.count} must be at most 2^20, got {group[self._names.count]}: a step "
                 f"evaluates the loss for each"
             )
         if group.get("max_projected_grad") is not None:
@@ -532,7 +545,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         check_choice("rounding", group["rounding"], get_args(RoundingMode))
 
     def _check_run(self, groups: list[Group]) -> None:
-        for key in self._run_keys:
+        for key in self._names.shared:
             values = [group.get(key) for group in groups]
             if any(value != values[0] for value in values):
                 raise ValueError(f"{key} must be the same in every param group, got {values}")

@@ -27,6 +27,12 @@ Coefficients = Mapping[int, float]
 _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
+def withdrawn(offset: Coefficients, decay: float) -> dict[int, float]:
+    """The coefficients that, beside decay theta, take the offset of theta + sum_d offset[d] z(d)
+    away."""
+    return {draw: -decay * coefficient for draw, coefficient in offset.items()}
+
+
 class Direction:
     """z of one parameter. `elements` is the flat tensor of what the direction can move."""
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from zoopt.zeroth_order.engine.probe import Measurement, PendingProbe, StepRecord
+from zoopt.zeroth_order.engine.probe import Outcome, PendingProbe, StepRecord
 
 Shaping = Literal["zscore", "rank", "pair-sign"]
 
@@ -41,12 +41,12 @@ class Population(PendingProbe):
     signs: tuple[float, ...] = ()
     shaped: tuple[float, ...] = ()
 
-    def add(self, measurements: Sequence[Measurement]) -> None:
+    def add(self, outcomes: Sequence[Outcome]) -> None:
         """Add one micro-batch; a member with a fitness that is not finite stays out for good."""
-        for i, measurement in enumerate(measurements):
-            self.deltas[i] += measurement.delta
+        for i, outcome in enumerate(outcomes):
+            self.deltas[i] += outcome.delta
             self.finite[i] = math.isfinite(self.deltas[i])
-            self.losses.append(measurement.losses)
+            self.losses.append(outcome.losses)
         self.skipped = self.finite.count(False)
 
     @property

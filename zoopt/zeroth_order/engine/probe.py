@@ -32,7 +32,7 @@ _SAME = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
+class Outcome:
     """What the evaluations along one direction gave."""
 
     losses: tuple[float, ...]
@@ -95,16 +95,16 @@ class PendingProbe:
         """Positions of the directions that have been measured."""
         return [j for j, finite in enumerate(self.finite) if finite]
 
-    def add(self, measurements: Sequence[Measurement]) -> None:
-        """Add one micro-batch, a measurement a direction."""
-        for j, measurement in enumerate(measurements):
-            if measurement.finite:
-                self.deltas[j] += measurement.delta
-                self.curvatures[j] += measurement.curvature
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        """Add one micro-batch, a outcome a direction."""
+        for j, outcome in enumerate(outcomes):
+            if outcome.finite:
+                self.deltas[j] += outcome.delta
+                self.curvatures[j] += outcome.curvature
                 self.finite[j] = True
             else:
                 self.skipped += 1
-            self.losses.append(measurement.losses)
+            self.losses.append(outcome.losses)
 
 
 class Evaluation:
@@ -173,34 +173,34 @@ class Evaluation:
         return self.at(along(draw, scale))
 
 
-def two_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Measurement]:
+def two_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Outcome]:
     """Two evaluations a direction."""
-    measurements = []
+    outcomes = []
     for draw in draws:
         plus, minus = evaluation.along(draw, 1.0), evaluation.along(draw, -1.0)
-        measurements.append(Measurement((plus, minus), 0.5 * (plus - minus)))
-    return measurements
+        outcomes.append(Outcome((plus, minus), 0.5 * (plus - minus)))
+    return outcomes
 
 
-def one_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Measurement]:
+def one_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Outcome]:
     """One evaluation a direction, and one at theta for all."""
     base = evaluation.along(draws[0], 0.0)
-    measurements = []
+    outcomes = []
     for draw in draws:
         plus = evaluation.along(draw, 1.0)
-        measurements.append(Measurement((plus, base), plus - base))
-    return measurements
+        outcomes.append(Outcome((plus, base), plus - base))
+    return outcomes
 
 
-def three_point(evaluation: Evaluation, draws: Sequence[int]) -> list[Measurement]:
+def three_point(evaluation: Evaluation, draws: Sequence[int]) -> list[Outcome]:
     """Two evaluations a direction, and one at theta for all."""
     base = evaluation.along(draws[0], 0.0)
-    measurements = []
+    outcomes = []
     for draw in draws:
         plus, minus = evaluation.along(draw, 1.0), evaluation.along(draw, -1.0)
         curvature = plus + minus - 2.0 * base
-        measurements.append(Measurement((plus, minus, base), 0.5 * (plus - minus), curvature))
-    return measurements
+        outcomes.append(Outcome((plus, minus, base), 0.5 * (plus - minus), curvature))
+    return outcomes
 
 
 def mean_loss(losses: Sequence[Sequence[float]]) -> float:

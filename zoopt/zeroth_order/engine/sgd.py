@@ -13,7 +13,14 @@ from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, TensorSpec
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
-from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise, chunks
+from zoopt.zeroth_order.engine.direction import (
+    Coefficients,
+    Direction,
+    Elementwise,
+    Noise,
+    chunks,
+    withdrawn,
+)
 from zoopt.zeroth_order.engine.mask import (
     Indexed,
     SmallMagnitudes,
@@ -88,13 +95,13 @@ class SparseZerothOrder(ZerothOrderOptimizer):
         group, direction = slot.group, slot.direction
         assert isinstance(direction, Elementwise)
         decay, weights = self._decay(group, pending), self._weights(group, pending)
-        along = {draw: -decay * coefficient for draw, coefficient in offset.items()}
+        back = withdrawn(offset, decay)
         with direction.elements(slot.param, progress) as elements:
             for chunk in chunks(elements, progress):
                 theta = elements[chunk]
                 direction.write_(
                     theta,
-                    along,
+                    back,
                     rule(direction.combine(theta, weights, chunk.start), chunk),
                     chunk.start,
                     decay=decay,
@@ -182,7 +189,7 @@ class MomentumSGD(SparseZerothOrder):
             direction.momentum_(
                 slot.param,
                 self._state(slot.param, group)["momentum_buffer"],
-                {draw: -decay * coefficient for draw, coefficient in offset.items()},
+                withdrawn(offset, decay),
                 self._weights(group, pending),
                 momentum=float(group["momentum"]),
                 step_size=-float(group["lr"]),
