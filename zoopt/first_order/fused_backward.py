@@ -6,7 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,17 @@ from torch.utils.hooks import RemovableHandle
 
 from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.checks import check_choice, check_number, check_positive_int
-from zoopt.distributed.sharding import is_sharded
 from zoopt.dtypes import accumulator_dtype
-from zoopt.first_order.base import FirstOrderOptimizer, Site, check_values, operand
+from zoopt.first_order.base import FirstOrderOptimizer, Site, operand
 from zoopt.first_order.clipping import check_unclipped
+from zoopt.first_order.fused_checks import (
+    check_model,
+    check_not_replicated,
+    check_sites,
+    check_unscaled,
+)
 
 Clip = Literal["global", "parameter"]
-#: Wrappers that take gradients away before a hook could see what all processes have summed.
-_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 def fuse_backward(
@@ -137,7 +140,7 @@ class FusedBackward:
         self._kept: dict[Tensor, Tensor | None] = {}
         self._may_be_clipped = max_grad_norm is None
         self._attach()
-        self._forward = model.register_forward_pre_hook(_refuse_replicas)
+        self._forward = model.register_forward_pre_hook(check_not_replicated)
         # GradScaler.step then leaves its scale on the optimizer and calls `step`, which can say
         # what is wrong, where it otherwise asserts that there were gradients to unscale.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
@@ -198,13 +201,7 @@ class FusedBackward:
     def step(self, closure: Callable[[], Any] | None) -> Any:
         """The optimizer's step: the closure if any, then whatever backward has left to do."""
         optimizer, loss = self._optimizer, None
-        if hasattr(optimizer, "grad_scale"):
-            for left in ("grad_scale", "found_inf"):
-                delattr(optimizer, left)
-            raise RuntimeError(
-                "a GradScaler cannot drive a fused backward, got one: its scaled gradients have "
-                "been applied; train in bfloat16 without a scaler, or unfused"
-            )
+        check_unscaled(optimizer)
         if self._may_be_clipped:
             check_unclipped()
             self._may_be_clipped = False
@@ -231,23 +228,9 @@ class FusedBackward:
         new = [site for site in optimizer._sites() if site.param not in self._hooks]
         if not new:
             return
-        for module in self._model.modules():
-            wrappers = _WRAPPERS & {cls.__name__ for cls in type(module).__mro__}
-            if wrappers:
-                _refuse(wrappers.pop())
-        known = set(self._model.parameters())
+        check_model(self._model)
+        check_sites(new, self._model)
         for site in new:
-            check_values(site)
-            if site.param not in known:
-                raise ValueError(
-                    f"optimizer must hold parameters of the model only, got {site.name!r}, which "
-                    f"is not one; pass the module that holds all of them"
-                )
-            if is_sharded(site.param):
-                raise ValueError(
-                    f"parameters must not be sharded, got {site.name!r}, which is: its gradient is "
-                    f"summed over processes later than its backward; leave the backward unfused"
-                )
             if self._deferred and optimizer._needs_gradient(site):
                 raise ValueError(
                     f"{name} needs the whole gradient of parameter {site.name!r}: "
@@ -333,19 +316,6 @@ class FusedBackward:
                 gradient.mul_(scale.to(gradient.device))
         optimizer._apply(site, reduced, gradient)
         optimizer._written(site.param)
-
-
-def _refuse(wrapper: str) -> NoReturn:
-    raise ValueError(
-        f"model must not be wrapped in DDP or FSDP, got {wrapper}: gradients are summed over "
-        f"processes later than a parameter's backward; leave the backward unfused"
-    )
-
-
-def _refuse_replicas(model: nn.Module, inputs: Any) -> None:
-    """Before each forward pass: DDP may have been put around the model after it was fused."""
-    if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
-        _refuse("DistributedDataParallel")
 
 
 def _hook(fusion: FusedBackward) -> Callable[[Tensor], None]:

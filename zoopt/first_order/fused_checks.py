@@ -1,0 +1,63 @@
+"""What a fused backward cannot be under: wrappers, shards, scaled gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from torch import nn
+
+from zoopt.distributed.sharding import is_sharded
+from zoopt.first_order.base import FirstOrderOptimizer, Site, check_values
+
+#: Wrappers that take gradients away before a hook could see what all processes have summed.
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise if the model, or a part of it, is wrapped in DDP or FSDP."""
+    for module in model.modules():
+        wrappers = _WRAPPERS & {cls.__name__ for cls in type(module).__mro__}
+        if wrappers:
+            _refuse(wrappers.pop())
+
+
+def check_not_replicated(model: nn.Module, inputs: Any) -> None:
+    """Before each forward pass: DDP may have been put around the model after it was fused."""
+    if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
+        _refuse("DistributedDataParallel")
+
+
+def _refuse(wrapper: str) -> NoReturn:
+    raise ValueError(
+        f"model must not be wrapped in DDP or FSDP, got {wrapper}: gradients are summed over "
+        f"processes later than a parameter's backward; leave the backward unfused"
+    )
+
+
+def check_sites(sites: Iterable[Site], model: nn.Module) -> None:
+    """Raise unless the parameters are the model's own, whole, and have values."""
+    known = set(model.parameters())
+    for site in sites:
+        check_values(site)
+        if site.param not in known:
+            raise ValueError(
+                f"optimizer must hold parameters of the model only, got {site.name!r}, which "
+                f"is not one; pass the module that holds all of them"
+            )
+        if is_sharded(site.param):
+            raise ValueError(
+                f"parameters must not be sharded, got {site.name!r}, which is: its gradient is "
+                f"summed over processes later than its backward; leave the backward unfused"
+            )
+
+
+def check_unscaled(optimizer: FirstOrderOptimizer) -> None:
+    """Raise if a GradScaler calls the step: it has left its scale on the optimizer."""
+    if hasattr(optimizer, "grad_scale"):
+        for left in ("grad_scale", "found_inf"):
+            delattr(optimizer, left)
+        raise RuntimeError(
+            "a GradScaler cannot drive a fused backward, got one: its scaled gradients have "
+            "been applied; train in bfloat16 without a scaler, or unfused"
+        )
