@@ -52,8 +52,9 @@ class Variant:
         """What is read and written of tensors of theta's size."""
         item = DTYPES[self.dtype].itemsize
         if self.format != "-":
-            beside = {"adamw": 2 * item, "adam": item, "adam_norms": 4}[self.kernel]
-            return 4 * BYTES[self.format] + item + beside
+            moments = 1 if self.kernel == "lion" else 2
+            beside = {"adamw": 2 * item, "adam": item, "lion": item, "adam_norms": 4}[self.kernel]
+            return 2 * moments * BYTES[self.format] + item + beside
         beside = {"momentum": 8, "momentum_10": 8, "add": 4, "sm3": item, "sm3_momentum": item + 8}
         beside |= {"product_gradient": item, "scaled": item}
         return 2 * item + beside.get(self.kernel, 0)
@@ -112,19 +113,31 @@ class Variant:
         return {"key": NoiseKey(1, 2), "rounding_draw": draw}
 
     def _adam(self, theta: Tensor) -> Callable[[], Any]:
-        moments = [moment(theta, self.format, signed=signed) for signed in (True, False)]
+        tensors = [theta, theta.clone()]
+        batch = Batch(tensors, [NoiseKey(1, 2), NoiseKey(1, 3)])
+        moments = [
+            [moment(theta, self.format, signed=signed) for _ in tensors] for signed in (True, False)
+        ]
         draw = 3 if self.rounding == "stochastic" and self.format != "float32" else None
-        options = {**NUMBERS, **self._rounding, "moment_draw": draw}
+        options: dict[str, Any] = {"moment_draw": draw}
+        if self.kernel == "lion":
+            averages = {"look": (0.9, 0.1), "keep": (0.99, 0.01), "signs": True, "out": tensors}
+            return functools.partial(kernels.average_, batch, moments[0], **averages, **options)
+        options |= NUMBERS
         if self.kernel == "adamw":
-            gradient = torch.zeros_like(theta)
+            rounding_draw = self._rounding["rounding_draw"]
+            gradients = [torch.zeros_like(tensor) for tensor in tensors]
             return functools.partial(
-                kernels.adamw_, theta, gradient, *moments, decay=0.9, **options
+                kernels.adamw_,
+                *(batch, gradients, *moments),
+                decay=0.9,
+                rounding_draw=rounding_draw,
+                **options,
             )
-        del options["rounding_draw"]
         if self.kernel == "adam":
-            return functools.partial(kernels.adam_, theta, *moments, out=theta, **options)
-        norms = torch.zeros(2, len(theta))
-        return functools.partial(kernels.adam_, theta, *moments, norms=norms, **options)
+            return functools.partial(kernels.adam_, batch, *moments, out=tensors, **options)
+        norms = torch.zeros(2, 2 * len(theta))
+        return functools.partial(kernels.adam_, batch, *moments, norms=norms, **options)
 
     def _matrix(self, theta: Tensor) -> Callable[[], Any]:
         gradient = torch.zeros_like(theta)
@@ -171,4 +184,5 @@ def variants() -> Iterator[Variant]:
     for form in get_args(Format):
         for kernel in ("adam", "adam_norms"):
             yield Variant(kernel, "fp32", format=form, rounding="stochastic")
-        yield Variant("adam", "bf16", format=form, rounding="stochastic")
+        for kernel in ("adam", "lion"):
+            yield Variant(kernel, "bf16", format=form, rounding="stochastic")

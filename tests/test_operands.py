@@ -377,6 +377,5 @@ def test_addresses_are_taken_in_one_place() -> None:
         for path in kernels.rglob("*.py")
         if re.search(r"\.data_ptr\(", path.read_text())
     }
-    # batch.py checks its tensors and tells by their addresses whether they have moved since;
-    # noise/gpu.py makes tables of those that it has checked.
-    assert found == {"operands.py", "batch.py", "noise/gpu.py"}
+    # A batch compares its tensors' places, and hands none to a kernel.
+    assert found == {"operands.py", "batch.py"}

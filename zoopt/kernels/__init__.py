@@ -1,6 +1,7 @@
 """Fused kernels: the PyTorch reference, numba on the CPU and Triton on the GPU, with equal bits."""
 
 from zoopt.kernels.adam.op import adam_, adamw_
+from zoopt.kernels.adam.op_average import average_
 from zoopt.kernels.dispatch import available_impls
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.kernels.noise.op import perturb, perturb_rows
@@ -18,6 +19,7 @@ __all__ = [
     "add_product_",
     "apply_",
     "available_impls",
+    "average_",
     "momentum_",
     "perturb",
     "perturb_rows",

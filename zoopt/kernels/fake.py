@@ -19,7 +19,7 @@ def nothing(*args: Any) -> None:
 
 
 weighted_sum = momentum_sum = adam_window = gather_rows = nothing
-adam = adamw = sm3 = nothing
+adam = adamw = average = sm3 = nothing
 
 
 def add_product(theta: Tensor, left: Any, right: Any, *numbers_and_terms: Any) -> None:

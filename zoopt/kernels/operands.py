@@ -9,7 +9,9 @@ that is, and a result is copied back. Elements that are written must not share m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -141,16 +143,29 @@ def contiguous(tensor: Tensor) -> Iterator[Tensor]:
         target.copy_(values)
 
 
-def check_apart(**written: Tensor | None) -> None:
+def check_apart(**written: Tensor | Sequence[Tensor] | None) -> None:
     """Raise if two tensors that are written share memory."""
-    places = [(name, *_extent(tensor)) for name, tensor in written.items() if tensor is not None]
-    for i, (name, start, stop) in enumerate(places):
-        for other, first, last in places[i + 1 :]:
-            if first < stop and start < last:
-                raise ValueError(
-                    f"{name} and {other} must not share memory, for both are written; "
-                    f"pass {other}.clone()"
-                )
+    named = [
+        (name, tensor)
+        for name, tensors in written.items()
+        for tensor in ([tensors] if isinstance(tensors, Tensor) else tensors or ())
+    ]
+    pair = _overlap(tuple([_extent(tensor) for _, tensor in named]))
+    if pair is not None:
+        name, other = (named[i][0] for i in sorted(pair))
+        raise ValueError(
+            f"{name} and {other} must not share memory, for both are written; pass {other}.clone()"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _overlap(spans: tuple[tuple[int, int], ...]) -> tuple[int, int] | None:
+    """The numbers of two spans of bytes that overlap, if any do."""
+    order = sorted((span, i) for i, span in enumerate(spans) if span[0] < span[1])
+    for ((_, stop), i), ((start, _), j) in itertools.pairwise(order):
+        if start < stop:
+            return i, j
+    return None
 
 
 def apart(tensor: Tensor, *written: Tensor | None, same: bool = False) -> Tensor:

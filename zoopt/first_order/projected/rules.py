@@ -11,8 +11,9 @@ from torch import Tensor
 
 from zoopt.first_order.base import betas_of, draw_of
 from zoopt.first_order.projected.codecs import moment, moment_specs
-from zoopt.kernels.adam.moments import Moment, decode, encode
+from zoopt.kernels.adam.moments import Moment, encode
 from zoopt.kernels.adam.op import adam_, adamw_
+from zoopt.kernels.adam.op_average import average_
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.philox import PURPOSE_MOMENTS, halfwords
@@ -168,21 +169,29 @@ def store_moment(values: Tensor, stored: Moment, group: Group, step: int, key: N
 
 def _momentum(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
     """buffer <- momentum buffer + g; descends the buffer."""
-    stored = moment(state, "momentum_buffer", gradient.numel(), signed=True)
     momentum: float = group["momentum"]
-    buffer = decode(stored).view_as(gradient) * momentum + gradient
-    store_moment(buffer, stored, group, step, key)
-    return buffer
+    return average_(
+        gradient,
+        moment(state, "momentum_buffer", gradient.numel(), signed=True),
+        look=(momentum, 1.0),
+        keep=(momentum, 1.0),
+        key=key,
+        moment_draw=moment_draw(group, step),
+    )
 
 
 def _lion(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
     """sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g (Chen et al., 2023)."""
     beta1, beta2 = betas_of(group)
-    stored = moment(state, "exp_avg", gradient.numel(), signed=True)
-    average = decode(stored).view_as(gradient)
-    direction = torch.sign(average * beta1 + gradient * (1.0 - beta1))
-    store_moment(average * beta2 + gradient * (1.0 - beta2), stored, group, step, key)
-    return direction
+    return average_(
+        gradient,
+        moment(state, "exp_avg", gradient.numel(), signed=True),
+        look=(beta1, 1.0 - beta1),
+        keep=(beta2, 1.0 - beta2),
+        signs=True,
+        key=key,
+        moment_draw=moment_draw(group, step),
+    )
 
 
 ADAM = Rule(_adam_specs, _adam, elementwise=True, norms=_adam_norms, overwrites=True, write=_adamw)

@@ -12,7 +12,7 @@ from zoopt.kernels.adam import cpu_kernels as cpu_adam_kernels
 from zoopt.kernels.adam.cpu_kernels import TILE
 from zoopt.kernels.adam.cpu_moments import FORMATS
 from zoopt.kernels.adam.moments import Moment
-from zoopt.kernels.adam.reference import Numbers
+from zoopt.kernels.adam.reference import Average, Numbers
 from zoopt.kernels.noise.cpu import _KINDS, _counter, _floats, _parallel, _rounding
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.operands import address
@@ -31,13 +31,13 @@ def _bytes(tensor: Tensor) -> Memory:
     return address(tensor, *_DTYPES), tensor.nbytes, _BYTE
 
 
-def _moments(first: Moment, second: Moment) -> list[Any]:
-    """Codes and scales of both, and the format."""
+def _moments(*moments: Moment) -> list[Any]:
+    """Codes and scales of moments of one format, and the format."""
     arrays: list[Any] = []
-    for stored in (first, second):
+    for stored in moments:
         scale = _NO_SCALE if stored.scale is None else _floats(stored.scale)
         arrays += [_bytes(stored.codes), scale]
-    return [*arrays, FORMATS[first.format]]
+    return [*arrays, FORMATS[moments[0].format]]
 
 
 def adam(
@@ -103,4 +103,30 @@ def adamw(
         _counter(key),
         _rounding(moment_draw),
         _rounding(rounding_draw),
+    )
+
+
+def average(
+    gradient: Tensor,
+    stored: Moment,
+    out: Tensor,
+    numbers: Average,
+    signs: bool,
+    moment_draw: int | None,
+    key: NoiseKey,
+) -> None:
+    """See reference.average."""
+    _parallel(
+        cpu_adam_kernels.average,
+        gradient.numel(),
+        TILE,
+        _bytes(gradient),
+        _KINDS[gradient.dtype],
+        _bytes(out),
+        _KINDS[out.dtype],
+        *_moments(stored),
+        tuple(map(f32, numbers)),
+        signs,
+        _counter(key),
+        _rounding(moment_draw),
     )

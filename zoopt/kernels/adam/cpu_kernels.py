@@ -221,6 +221,75 @@ def _adamw(
 
 
 @jit
+def _multiple(values, g, factor, kind, shifted):
+    """values, float32 (k,) <- factor g, rounded to the gradient's dtype."""
+    for j in range(len(values)):
+        values[j] = f32(factor * g[j])
+    if kind != FLOAT32:
+        narrow = shifted[: len(values)]
+        encode(narrow, values, kind)
+        decode(values, narrow, kind)
+
+
+@jit
+def _average_tile(look, keep, m, numbers, signs):
+    """look, float32 (k,) <- look_m m + look, or its signs, and m <- keep_m m + keep."""
+    look_m, _, keep_m, _ = numbers
+    for j in range(len(m)):
+        look[j] = f32(f32(look_m * m[j]) + look[j])
+        m[j] = f32(f32(keep_m * m[j]) + keep[j])
+    if signs:
+        for j in range(len(m)):
+            x = look[j]
+            look[j] = f32(1.0) if x > f32(0.0) else (f32(-1.0) if x < f32(0.0) else f32(0.0))
+
+
+@jit
+def _average(
+    gradient,
+    gradient_kind,
+    out,
+    out_kind,
+    codes,
+    scale,
+    form,
+    numbers,
+    signs,
+    key,
+    moment_draw,
+    span,
+):
+    """reference.average."""
+    tiles, unpacked, shifted, words = _scratch()
+    stream, k0, k1, offset = key
+    stochastic = moment_draw >= 0
+    for start in range(span[0], span[1], TILE):
+        stop = min(start + TILE, span[1])
+        count = stop - start
+        g = _read(tiles[2], gradient, gradient_kind, start, stop)
+        m = read_moment(tiles[0], unpacked, codes, scale, form, True, start, count)
+        look, keep = tiles[1][:count], tiles[3][:count]
+        _multiple(look, g, numbers[1], gradient_kind, shifted)
+        _multiple(keep, g, numbers[3], gradient_kind, shifted)
+        _average_tile(look, keep, m, numbers, signs)
+        if out_kind == FLOAT32:
+            out.view(np.float32)[start:stop] = look
+        else:
+            encode(out.view(np.uint16)[start:stop], look, out_kind)
+        random = shifted[:count]
+        if form != FLOAT and stochastic:
+            index = offset + start
+            random = halfwords(words, index, count, stream, moment_draw, _MOMENTS, k0, k1)
+        write_moment(m, unpacked, shifted, codes, scale, form, True, start, random, stochastic)
+
+
+@jit
+def average(arguments, team):
+    """reference.average, on a team of threads."""
+    spread(_average, arguments, team)
+
+
+@jit
 def adam(arguments, team):
     """reference_adam.adam, on a team of threads."""
     spread(_adam, arguments, team)

@@ -1,126 +1,207 @@
 """Adam on the GPU: Triton, one read and one write of theta and of the moments as they are stored.
 
-Launches are as in `gpu`: no contraction, no autotuning. A program handles whole blocks of codes.
+Launches are as in noise's `gpu`: one a batch, no contraction, no autotuning. A program handles
+whole blocks of codes.
 """
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from zoopt.kernels.adam.gpu_kernels import moments_kernel
+from zoopt.kernels.adam.gpu_kernels import average_kernel, moments_kernel
 from zoopt.kernels.adam.moments import BLOCK as CODE_BLOCK
 from zoopt.kernels.adam.moments import Moment
-from zoopt.kernels.adam.reference import Numbers
-from zoopt.kernels.noise.gpu import _int32, backend_name
-from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.adam.reference import Average, Numbers
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.noise.gpu import _TYPES, _addresses, _int32, _table, backend_name
+from zoopt.kernels.operands import address
 
+#: An operation takes a whole batch.
+BATCHES = True
 #: Elements a program, and its warps: 16 elements a thread are 128 bits of int8 codes.
 BLOCK = 2048
 NUM_WARPS = {"cuda": 4, "hip": 2, "interpreter": 1}
 #: Elements of a block of codes of any format.
 _UNIT = max(CODE_BLOCK.values())
+_CODES = {torch.int8: tl.int8, torch.uint8: tl.uint8}
 
 
 def adam(
-    gradient: Tensor,
-    first: Moment,
-    second: Moment,
-    out: Tensor,
-    numbers: Numbers,
-    key: NoiseKey,
-    moment_draw: int | None,
+    batch: Batch,
+    first: Sequence[Moment],
+    second: Sequence[Moment],
+    outs: Sequence[Tensor],
     norms: Tensor | None,
+    numbers: Numbers,
+    moment_draw: int | None,
 ) -> None:
-    """See reference_adam.adam."""
-    group, sums = 0, None
-    if norms is not None:
-        # A group lies in one row, so what is left to sum is a few numbers a row.
-        group = math.gcd(gradient.numel() // norms.shape[1], _UNIT)
-        sums = torch.empty(2, gradient.numel() // group, dtype=torch.float32, device=out.device)
-    _launch(None, gradient, out, first, second, 0.0, numbers, key, moment_draw, None, sums, group)
-    if norms is not None and sums is not None:
-        torch.sum(sums.view(2, norms.shape[1], -1), -1, out=norms)
+    """See reference.adam."""
+    own = (None, batch, batch.tensors, outs, first, second, 0.0, numbers, moment_draw, None)
+    if norms is None:
+        _moments(*own)
+        return
+    # A group lies in one row, so what is left to sum is a few numbers a row.
+    group = math.gcd(batch.tensors[0].shape[1], _UNIT)
+    sums = torch.empty(2, batch.numel // group, dtype=torch.float32, device=batch.device)
+    counts = [tensor.numel() // group for tensor in batch.tensors]
+    firsts = tuple(itertools.accumulate(counts[:-1], initial=0))
+    groups = _addresses(firsts, batch.device) if len(batch) > 1 else None
+    _moments(*own, group, (*sums, groups))
+    torch.sum(sums.view(2, norms.shape[1], -1), -1, out=norms)
 
 
 def adamw(
-    theta: Tensor,
-    gradient: Tensor,
-    first: Moment,
-    second: Moment,
+    batch: Batch,
+    gradients: Sequence[Tensor],
+    first: Sequence[Moment],
+    second: Sequence[Moment],
     decay: float,
     numbers: Numbers,
-    key: NoiseKey,
     moment_draw: int | None,
     rounding_draw: int | None,
 ) -> None:
-    """See reference_adam.adamw."""
-    _launch(
-        *(theta, gradient, None, first, second, decay, numbers, key, moment_draw, rounding_draw)
+    """See reference.adamw."""
+    _moments(
+        *(batch.tensors, batch, gradients, None, first, second),
+        *(decay, numbers, moment_draw, rounding_draw),
     )
 
 
-def _launch(
-    theta: Tensor | None,
-    gradient: Tensor,
-    out: Tensor | None,
-    first: Moment,
-    second: Moment,
+def _moments(
+    theta: Sequence[Tensor] | None,
+    batch: Batch,
+    gradients: Sequence[Tensor],
+    outs: Sequence[Tensor] | None,
+    first: Sequence[Moment],
+    second: Sequence[Moment],
     decay: float,
     numbers: Numbers,
-    key: NoiseKey,
     moment_draw: int | None,
     rounding_draw: int | None,
-    sums: Tensor | None = None,
     group: int = 0,
+    sums: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> None:
-    backend = backend_name()
-    with torch.cuda.device_of(gradient):
-        for start, stop in _spans(gradient.numel()):
-            moments = [stored.part(start, stop) for stored in (first, second)]
-            parts = (None, None) if sums is None else sums[:, start // group :]
-            moments_kernel[(triton.cdiv(stop - start, BLOCK),)](
-                None if theta is None else theta[start:stop],
-                gradient[start:stop],
-                None if out is None else out[start:stop],
-                *(tensor for stored in moments for tensor in (stored.codes, stored.scale)),
-                *parts,
-                decay,
-                *numbers,
-                stop - start,
-                -(-(stop - start) // 2),
-                key.offset + start,
-                **_noise(key, moment_draw, rounding_draw),
-                FORMAT=first.format,
-                CODED=moment_draw is not None and first.format != "float32",
-                STOCHASTIC=rounding_draw is not None,
-                ALIGNED=key.offset % 8 == 0,
-                GROUP=group,
-                BACKEND=backend,
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS[backend],
-                enable_fp_fusion=False,
-            )
+    memories = {
+        "theta": theta,
+        "gradient": gradients,
+        "out": outs,
+        **_stored("first", first),
+        **_stored("second", second),
+    }
+    written = outs if theta is None else theta
+    assert written is not None
+    _launch(
+        moments_kernel,
+        batch,
+        memories,
+        decay=decay,
+        **numbers._asdict(),
+        **dict(zip(("direction_sums", "gradient_sums", "groups"), sums, strict=True)),
+        moment_draw=_int32(moment_draw or 0),
+        rounding_draw=_int32(rounding_draw or 0),
+        DTYPE=_TYPES[written[0].dtype],
+        GRADIENT=_TYPES[gradients[0].dtype],
+        **_formats(first[0], moment_draw),
+        SECOND=_type(second[0]),
+        STOCHASTIC=rounding_draw is not None,
+        GROUP=group,
+    )
 
 
-def _noise(key: NoiseKey, moment_draw: int | None, rounding_draw: int | None) -> dict[str, Any]:
+def average(
+    batch: Batch,
+    moments: Sequence[Moment],
+    outs: Sequence[Tensor],
+    numbers: Average,
+    signs: bool,
+    moment_draw: int | None,
+) -> None:
+    """See reference.average."""
+    _launch(
+        average_kernel,
+        batch,
+        {"gradient": batch.tensors, "out": outs, **_stored("", moments)},
+        **numbers._asdict(),
+        moment_draw=_int32(moment_draw or 0),
+        DTYPE=_TYPES[outs[0].dtype],
+        GRADIENT=_TYPES[batch.dtype],
+        **_formats(moments[0], moment_draw),
+        SIGNS=signs,
+    )
+
+
+def _stored(name: str, moments: Sequence[Moment]) -> dict[str, Sequence[Tensor] | None]:
+    """The tensors of moments of one format, as a kernel's memories."""
+    prefix = f"{name}_" if name else ""
+    scales = [moment.scale for moment in moments if moment.scale is not None]
     return {
-        "number": _int32(key.stream),
-        "moment_draw": _int32(moment_draw or 0),
-        "rounding_draw": _int32(rounding_draw or 0),
-        "k0": _int32(key.seed & 0xFFFFFFFF),
-        "k1": _int32(key.seed >> 32),
+        f"{prefix}codes": [moment.codes for moment in moments],
+        f"{prefix}scale": scales or None,
     }
 
 
-def _spans(numel: int) -> list[tuple[int, int]]:
-    """Launches that cover a tensor: whole blocks, whose masks never divide a vector, and the rest,
-    which is not a single element of several."""
-    rest = numel % _UNIT
-    cut = numel - rest - (_UNIT if rest == 1 and numel > 1 else 0)
-    return [(start, stop) for start, stop in ((0, cut), (cut, numel)) if start < stop]
+def _formats(moment: Moment, moment_draw: int | None) -> dict[str, Any]:
+    return {
+        "FIRST": _type(moment),
+        "FORMAT": moment.format,
+        "CODED": moment_draw is not None and moment.format != "float32",
+    }
+
+
+def _type(moment: Moment) -> Any:
+    return {**_TYPES, **_CODES}[moment.codes.dtype]
+
+
+def _launch(
+    kernel: Any, batch: Batch, memories: Mapping[str, Sequence[Tensor] | None], **own: Any
+) -> None:
+    """Launch a kernel once on all tensors of a batch, beside which its memories lie."""
+    backend, key, alone = backend_name(), batch.key, len(batch) == 1
+    rows = tuple(
+        (tensor.numel(), own_key.offset, own_key.stream)
+        for tensor, own_key in zip(batch.tensors, batch.keys, strict=True)
+    )
+    places = tuple(
+        None if tensors is None else tuple([address(tensor, tensor.dtype) for tensor in tensors])
+        for tensors in memories.values()
+    )
+    if alone:
+        [(numel, offset, number)] = rows
+        table: tuple[Any, ...] = (None, None, 0)
+        programs = triton.cdiv(numel, BLOCK)
+        columns: list[Any] = [None if t is None else t[0] for t in memories.values()]
+    else:
+        numel = offset = number = 0
+        # Blocks begin where those of codes do, wherever Philox's do.
+        made = _table(rows, BLOCK, 1, batch.device)
+        table, programs = (made.places, made.hints, made.shift), made.programs
+        columns = [None if p is None else _addresses(p, batch.device) for p in places]
+    if not programs:
+        return
+    with torch.cuda.device_of(batch.tensors[0]):
+        kernel[(programs,)](
+            *columns,
+            *table,
+            numel,
+            offset,
+            _int32(number),
+            **own,
+            k0=_int32(key.seed & 0xFFFFFFFF),
+            k1=_int32(key.seed >> 32),
+            TABLE=not alone,
+            VECTORS=not any(place % 16 for column in places if column for place in column),
+            ALIGNED=not any(own_key.offset % 8 for own_key in batch.keys),
+            BACKEND=backend,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS[backend],
+            enable_fp_fusion=False,
+        )

@@ -1,4 +1,8 @@
-"""Adam on the GPU, compiled: one program a block of elements, both its moments in registers."""
+"""Adam on the GPU, compiled: one program a block of elements, both its moments in registers.
+
+A batch comes as a table, and its tensors as columns of addresses, as in noise's `gpu_kernels`.
+Blocks begin where those of codes do; only the last one of a tensor is masked.
+"""
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
@@ -8,10 +12,12 @@ import triton.language as tl
 
 from zoopt.kernels.adam.gpu_moments import read_moment, write_moment
 from zoopt.kernels.noise import philox
+from zoopt.kernels.noise.gpu_kernels import _load, _memory, _place, _store
 from zoopt.kernels.noise.gpu_tile import halfwords, halfwords_at, nearest, stochastic
 
 _ROUNDING = tl.constexpr(philox.PURPOSE_ROUNDING)
 _MOMENTS = tl.constexpr(philox.PURPOSE_MOMENTS)
+_RUN_TIME = ["shift", "numel", "offset", "number", "moment_draw", "rounding_draw", "k0", "k1"]
 
 
 @triton.jit
@@ -33,14 +39,14 @@ def _bits(
 
 
 @triton.jit
-def _store_sums(sums, x, start, numel, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """The sums of squares of every GROUP of x (BLOCK,)."""
+def _store_sums(sums, x, left, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of squares of every GROUP of x (BLOCK,), of which `left` elements are inside."""
     totals = tl.sum(tl.reshape(x * x, [BLOCK // GROUP, GROUP]), axis=1)
-    group = start // GROUP + tl.arange(0, BLOCK // GROUP)
-    tl.store(sums + group, totals, mask=group * GROUP < numel)
+    group = tl.arange(0, BLOCK // GROUP)
+    tl.store(sums + group, totals, mask=group * GROUP < left)
 
 
-@triton.jit(do_not_specialize=["number", "moment_draw", "rounding_draw", "k0", "k1"])
+@triton.jit(do_not_specialize=_RUN_TIME)
 def moments_kernel(
     theta,
     gradient,
@@ -49,74 +55,97 @@ def moments_kernel(
     first_scale,
     second_codes,
     second_scale,
-    direction_sums,
-    gradient_sums,
+    places,
+    hints,
+    shift,
+    numel,
+    offset,
+    number,
     decay,
     beta1,
     beta2,
     complement1,
     complement2,
-    factor,
+    scale,
     eps,
-    numel,
-    pairs,
-    first,
-    number,
+    direction_sums,
+    gradient_sums,
+    groups,
     moment_draw,
     rounding_draw,
     k0,
     k1,
+    DTYPE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     FORMAT: tl.constexpr,
     CODED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
     GROUP: tl.constexpr,
+    TABLE: tl.constexpr,
+    VECTORS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """reference_adam.adamw on theta or, where that is None, reference_adam.adam on out.
+    """reference.adamw on theta, of DTYPE, or, where that is None, reference.adam on out, of DTYPE.
 
-    pairs is numel / 2, rounded up. CODED and STOCHASTIC say whether moments and theta are rounded
-    by random bits. Where GROUP is not 0, direction_sums and gradient_sums receive the sums of
-    squares of every GROUP elements.
+    FIRST and SECOND are the dtypes of the moments' codes. CODED and STOCHASTIC say whether moments
+    and theta are rounded by random bits. Where GROUP is not 0, direction_sums and gradient_sums
+    receive the sums of squares of every GROUP elements, those of a tensor from groups[tensor] on.
     """
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    i = start + tl.arange(0, BLOCK)
-    inside = i < numel
-    g = tl.load(gradient + i, mask=inside, other=0.0).to(tl.float32)
-    m = read_moment(first_codes, first_scale, start, numel, pairs, FORMAT, True, BLOCK)
-    v = read_moment(second_codes, second_scale, start, numel, pairs, FORMAT, False, BLOCK)
+    tensor, block, numel, offset, number = _place(
+        places, hints, shift, numel, offset, number, TABLE
+    )
+    start = block * BLOCK
+    left = tl.minimum(numel - start, BLOCK).to(tl.int32)
+    inside = tl.arange(0, BLOCK) < left
+    whole = left == BLOCK
+    index = offset + start
+    gradient = _memory(gradient, tensor, GRADIENT, TABLE, VECTORS)
+    first_codes = _memory(first_codes, tensor, FIRST, TABLE, VECTORS)
+    second_codes = _memory(second_codes, tensor, SECOND, TABLE, VECTORS)
+    if FORMAT == "int8" or FORMAT == "int4":
+        first_scale = _memory(first_scale, tensor, tl.float32, TABLE, VECTORS)
+        second_scale = _memory(second_scale, tensor, tl.float32, TABLE, VECTORS)
+    g = _load(gradient + start, inside, whole, BLOCK)
+    m = read_moment(first_codes, first_scale, start, left, whole, FORMAT, True, BLOCK)
+    v = read_moment(second_codes, second_scale, start, left, whole, FORMAT, False, BLOCK)
     m = beta1 * m + complement1 * g
     v = beta2 * v + complement2 * (g * g)
-    step = tl.div_rn(factor * m, tl.sqrt_rn(v) + eps)
+    step = tl.div_rn(scale * m, tl.sqrt_rn(v) + eps)
     if theta is None:
-        tl.store(out + i, nearest(step, out.dtype.element_ty, BACKEND), mask=inside)
+        out = _memory(out, tensor, DTYPE, TABLE, VECTORS)
+        _store(out + start, nearest(step, DTYPE, BACKEND), inside, whole, BLOCK)
         if GROUP > 0:
-            shown = tl.where(inside, step, 0.0)
-            _store_sums(direction_sums, shown, start, numel, GROUP, BLOCK)
-            _store_sums(gradient_sums, g, start, numel, GROUP, BLOCK)
+            group = start // GROUP
+            if TABLE:
+                group += tl.load(groups + tensor)
+            _store_sums(direction_sums + group, tl.where(inside, step, 0.0), left, GROUP, BLOCK)
+            _store_sums(gradient_sums + group, tl.where(inside, g, 0.0), left, GROUP, BLOCK)
     else:
-        x = decay * tl.load(theta + i, mask=inside).to(tl.float32) + step
-        dtype: tl.constexpr = theta.dtype.element_ty
+        theta = _memory(theta, tensor, DTYPE, TABLE, VECTORS)
+        x = decay * _load(theta + start, inside, whole, BLOCK) + step
         if STOCHASTIC:
-            index = first + start
             bits = _bits(index, number, rounding_draw, k0, k1, _ROUNDING, ALIGNED, BLOCK)
-            tl.store(theta + i, stochastic(x, bits, dtype), mask=inside)
+            rounded = stochastic(x, bits, DTYPE)
         else:
-            tl.store(theta + i, nearest(x, dtype, BACKEND), mask=inside)
+            rounded = nearest(x, DTYPE, BACKEND)
+        _store(theta + start, rounded, inside, whole, BLOCK)
     bits = 0
     if CODED:
-        bits = _bits(first + start, number, moment_draw, k0, k1, _MOMENTS, ALIGNED, BLOCK)
+        bits = _bits(index, number, moment_draw, k0, k1, _MOMENTS, ALIGNED, BLOCK)
     write_moment(
-        m, first_codes, first_scale, start, numel, pairs, bits, FORMAT, True, CODED, BACKEND, BLOCK
+        m, first_codes, first_scale, start, left, whole, bits, FORMAT, True, CODED, BACKEND, BLOCK
     )
     write_moment(
         v,
         second_codes,
         second_scale,
         start,
-        numel,
-        pairs,
+        left,
+        whole,
         bits,
         FORMAT,
         False,
@@ -124,3 +153,63 @@ def moments_kernel(
         BACKEND,
         BLOCK,
     )
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def average_kernel(
+    gradient,
+    out,
+    codes,
+    scale,
+    places,
+    hints,
+    shift,
+    numel,
+    offset,
+    number,
+    look_m,
+    look_g,
+    keep_m,
+    keep_g,
+    moment_draw,
+    k0,
+    k1,
+    DTYPE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    FIRST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    CODED: tl.constexpr,
+    SIGNS: tl.constexpr,
+    TABLE: tl.constexpr,
+    VECTORS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BACKEND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """reference.average on out, of DTYPE, and one signed moment, whose codes are of FIRST."""
+    tensor, block, numel, offset, number = _place(
+        places, hints, shift, numel, offset, number, TABLE
+    )
+    start = block * BLOCK
+    left = tl.minimum(numel - start, BLOCK).to(tl.int32)
+    inside = tl.arange(0, BLOCK) < left
+    whole = left == BLOCK
+    gradient = _memory(gradient, tensor, GRADIENT, TABLE, VECTORS)
+    out = _memory(out, tensor, DTYPE, TABLE, VECTORS)
+    codes = _memory(codes, tensor, FIRST, TABLE, VECTORS)
+    if FORMAT == "int8" or FORMAT == "int4":
+        scale = _memory(scale, tensor, tl.float32, TABLE, VECTORS)
+    g = _load(gradient + start, inside, whole, BLOCK)
+    m = read_moment(codes, scale, start, left, whole, FORMAT, True, BLOCK)
+    # What is added of a gradient is of its own precision.
+    look, keep = nearest(look_g * g, GRADIENT, BACKEND), nearest(keep_g * g, GRADIENT, BACKEND)
+    step = look_m * m + look.to(tl.float32)
+    m = keep_m * m + keep.to(tl.float32)
+    if SIGNS:
+        step = tl.where(step > 0.0, 1.0, tl.where(step < 0.0, -1.0, 0.0))
+    _store(out + start, nearest(step, DTYPE, BACKEND), inside, whole, BLOCK)
+    bits = 0
+    if CODED:
+        index = offset + start
+        bits = _bits(index, number, moment_draw, k0, k1, _MOMENTS, ALIGNED, BLOCK)
+    write_moment(m, codes, scale, start, left, whole, bits, FORMAT, True, CODED, BACKEND, BLOCK)

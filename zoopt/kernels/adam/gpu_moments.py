@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from zoopt.kernels.adam import moments
+from zoopt.kernels.noise.gpu_kernels import _store
 from zoopt.kernels.noise.gpu_tile import nearest, stochastic
 
 _BLOCK8, _BLOCK4 = tl.constexpr(moments.BLOCK["int8"]), tl.constexpr(moments.BLOCK["int4"])
@@ -55,42 +56,52 @@ def _level(squared, BACKEND: tl.constexpr):
 
 
 @triton.jit
+def _codes(codes, start, left, whole, HALVES: tl.constexpr, BLOCK: tl.constexpr):
+    """Codes as they are stored from element `start` on; HALVES says that they are 4 bits each."""
+    if HALVES:
+        i = tl.arange(0, BLOCK // 2)
+        if whole:
+            packed = tl.load(codes + start // 2 + i)
+        else:
+            packed = tl.load(codes + start // 2 + i, mask=2 * i < left, other=0)
+        return tl.reshape(tl.join(packed & 15, packed >> 4), [BLOCK])
+    else:
+        i = tl.arange(0, BLOCK)
+        if whole:
+            code = tl.load(codes + start + i)
+        else:
+            code = tl.load(codes + start + i, mask=i < left, other=0)
+        return code
+
+
+@triton.jit
 def read_moment(
     codes,
     scale,
     start,
-    numel,
-    pairs,
+    left,
+    whole,
     FORMAT: tl.constexpr,
     SIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Elements start ... start + BLOCK - 1 of a moment of numel: float32, (BLOCK,).
-
-    pairs is numel / 2, rounded up.
-    """
-    i = start + tl.arange(0, BLOCK)
+    """Elements start ... start + BLOCK - 1 of a moment, of which `left` are inside: float32,
+    (BLOCK,)."""
     if FORMAT == "float32" or FORMAT == "bfloat16":
-        value = tl.load(codes + i, mask=i < numel, other=0.0).to(tl.float32)
+        value = _codes(codes, start, left, whole, False, BLOCK).to(tl.float32)
     else:
         SIZE: tl.constexpr = _BLOCK8 if FORMAT == "int8" else _BLOCK4
         TOP8: tl.constexpr = _SIGNED8 if SIGNED else _UNSIGNED8
         TOP4: tl.constexpr = _SIGNED4 if SIGNED else _UNSIGNED4
         TOP: tl.constexpr = TOP8 if FORMAT == "int8" else TOP4
-        if FORMAT == "int8":
-            code = tl.load(codes + i, mask=i < numel, other=0)
-        else:
-            pair = start // 2 + tl.arange(0, BLOCK // 2)
-            packed = tl.load(codes + pair, mask=pair < pairs, other=0)
-            code = tl.reshape(tl.join(packed & 15, packed >> 4), [BLOCK])
+        code = _codes(codes, start, left, whole, FORMAT == "int4", BLOCK)
         if FORMAT == "int8" and SIGNED:
             level = code.to(tl.float32)
         else:
-            whole = _shifted(code.to(tl.uint32), 0)
-            level = whole - (8388616.0 if SIGNED else 8388607.0)
-        row = start // SIZE + tl.arange(0, BLOCK // SIZE)
-        spread = _spread(tl.load(scale + row, mask=row * SIZE < numel, other=0.0), SIZE, BLOCK)
-        value = level * tl.abs(level) * (1.0 / (TOP * TOP)) * spread
+            level = _shifted(code.to(tl.uint32), 0) - (8388616.0 if SIGNED else 8388607.0)
+        row = tl.arange(0, BLOCK // SIZE)
+        scales = tl.load(scale + start // SIZE + row, mask=row * SIZE < left, other=0.0)
+        value = level * tl.abs(level) * (1.0 / (TOP * TOP)) * _spread(scales, SIZE, BLOCK)
     return value
 
 
@@ -100,8 +111,8 @@ def write_moment(
     codes,
     scale,
     start,
-    numel,
-    pairs,
+    left,
+    whole,
     bits,
     FORMAT: tl.constexpr,
     SIGNED: tl.constexpr,
@@ -109,36 +120,39 @@ def write_moment(
     BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x, float32 (BLOCK,), as elements start ... start + BLOCK - 1 of a moment of numel.
+    """x, float32 (BLOCK,), as elements start ... start + BLOCK - 1 of a moment, of which `left` are
+    inside.
 
     bits is uint32 (BLOCK,) below 65536 where STOCHASTIC, and nothing that is read elsewhere.
     """
-    i = start + tl.arange(0, BLOCK)
-    inside = i < numel
+    inside = tl.arange(0, BLOCK) < left
     if FORMAT == "float32":
-        tl.store(codes + i, x, mask=inside)
-    elif FORMAT == "bfloat16" and STOCHASTIC:
-        upper = (bits << 8) & 0xFF00 if SIGNED else bits & 0xFF00
-        tl.store(codes + i, stochastic(x, upper, tl.bfloat16), mask=inside)
+        _store(codes + start, x, inside, whole, BLOCK)
     elif FORMAT == "bfloat16":
-        tl.store(codes + i, nearest(x, tl.bfloat16, BACKEND), mask=inside)
+        if STOCHASTIC:
+            upper = (bits << 8) & 0xFF00 if SIGNED else bits & 0xFF00
+            rounded = stochastic(x, upper, tl.bfloat16)
+        else:
+            rounded = nearest(x, tl.bfloat16, BACKEND)
+        _store(codes + start, rounded, inside, whole, BLOCK)
     else:
         SIZE: tl.constexpr = _BLOCK8 if FORMAT == "int8" else _BLOCK4
         TOP8: tl.constexpr = _SIGNED8 if SIGNED else _UNSIGNED8
         TOP4: tl.constexpr = _SIGNED4 if SIGNED else _UNSIGNED4
         TOP: tl.constexpr = TOP8 if FORMAT == "int8" else TOP4
-        pattern = tl.where(inside, x, 0.0).to(tl.int32, bitcast=True)
+        if not whole:
+            x = tl.where(inside, x, 0.0)
+        pattern = x.to(tl.int32, bitcast=True)
         # In patterns NaNs are larger than all else, and are so on every backend.
-        magnitude = pattern & 0x7FFFFFFF
-        largest = tl.max(tl.reshape(magnitude, [BLOCK // SIZE, SIZE]), axis=1)
+        largest = tl.max(tl.reshape(pattern & 0x7FFFFFFF, [BLOCK // SIZE, SIZE]), axis=1)
         largest = largest.to(tl.float32, bitcast=True)
         tiny = (largest > 0.0) & (largest < _MIN_SCALE)
         largest = tl.where(tiny, _MIN_SCALE, largest)
-        row = start // SIZE + tl.arange(0, BLOCK // SIZE)
-        tl.store(scale + row, largest, mask=row * SIZE < numel)
+        row = tl.arange(0, BLOCK // SIZE)
+        tl.store(scale + start // SIZE + row, largest, mask=row * SIZE < left)
         inverse = tl.div_rn(tl.full([BLOCK // SIZE], TOP * TOP, tl.float32), largest)
         # Neither a NaN, as 0 times infinity is, nor so little that `_level` has no root of it.
-        squared = tl.abs(tl.where(inside, x, 0.0)) * _spread(inverse, SIZE, BLOCK)
+        squared = tl.abs(x) * _spread(inverse, SIZE, BLOCK)
         squared = tl.where(squared > _TINY, squared, _TINY)
         level = _level(squared, BACKEND)
         # All products are exact: a level's square, and nine bits by nine.
@@ -156,12 +170,16 @@ def write_moment(
         else:
             code = tl.maximum(level, 1.0) + (_INTEGER - 1.0)
         # An integer in the mantissa, as its low bits.
-        whole = code.to(tl.int32, bitcast=True)
+        low = code.to(tl.int32, bitcast=True)
         dtype: tl.constexpr = codes.dtype.element_ty
         if FORMAT == "int8":
-            tl.store(codes + i, whole.to(dtype), mask=inside)
+            _store(codes + start, low.to(dtype), inside, whole, BLOCK)
         else:
-            whole = tl.where(inside, whole & 15, 0)
-            first, second = tl.split(tl.reshape(whole, [BLOCK // 2, 2]))
-            pair = start // 2 + tl.arange(0, BLOCK // 2)
-            tl.store(codes + pair, (first | (second << 4)).to(dtype), mask=pair < pairs)
+            # Of an odd number of elements the last byte's upper half is 0.
+            if not whole:
+                low = tl.where(inside, low, 0)
+            pairs = tl.reshape(low & 15, [BLOCK // 2, 2])
+            first, second = tl.split(pairs)
+            i = tl.arange(0, BLOCK // 2)
+            packed = (first | (second << 4)).to(dtype)
+            _store(codes + start // 2, packed, 2 * i < left, whole, BLOCK // 2)

@@ -87,7 +87,8 @@ class Moment:
             raise ValueError(
                 f"codes must have {self.numel} or half as many bytes, got {self.codes.numel()}"
             )
-        if self.codes.dtype != (_CODES[self.signed] if self.format == "int8" else torch.uint8):
+        dtype = _CODES[self.signed] if self.format == "int8" else torch.uint8
+        if self.numel and self.codes.dtype != dtype:
             raise TypeError(f"{self.format} codes must not be of {self.codes.dtype}")
         if self.scale.dtype != torch.float32 or self.scale.device != self.codes.device:
             raise TypeError(

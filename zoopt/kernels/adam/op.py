@@ -1,6 +1,14 @@
-"""Adam's operations: moments decoded, averaged, used and encoded again in one pass over them."""
+"""Adam's operations: moments decoded, averaged, used and encoded again in one pass over them.
+
+Each takes a tensor and its key, or a batch and a sequence of every other operand: on a GPU one
+launch does all, and elsewhere a loop.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -8,22 +16,26 @@ from torch import Tensor
 from zoopt.checks import check_number
 from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
+from zoopt.kernels.adam.checks import (
+    check_format,
+    check_moments,
+    check_norms,
+    each,
+    memories,
+    outs_for,
+    row_major,
+    stored,
+    takes_batches,
+    widest,
+)
 from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.reference import Numbers
+from zoopt.kernels.batch import Batch, as_batch
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
-from zoopt.kernels.operands import (
-    apart,
-    check_apart,
-    check_dense,
-    check_like,
-    check_read,
-    check_tensor,
-    check_unshared,
-    contiguous,
-    dense,
-)
+from zoopt.kernels.operands import apart, check_apart, check_read, dense
 
 
+@overload
 def adam_(
     gradient: Tensor,
     first: Moment,
@@ -37,7 +49,39 @@ def adam_(
     out: Tensor | None = None,
     norms: Tensor | None = None,
     impl: str | None = None,
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def adam_(
+    gradient: Batch,
+    first: Sequence[Moment],
+    second: Sequence[Moment],
+    *,
+    betas: tuple[float, float],
+    scale: float,
+    eps: float,
+    moment_draw: int | None = None,
+    out: Sequence[Tensor] | None = None,
+    norms: Tensor | None = None,
+    impl: str | None = None,
+) -> Sequence[Tensor]: ...
+
+
+def adam_(
+    gradient: Tensor | Batch,
+    first: Moment | Sequence[Moment],
+    second: Moment | Sequence[Moment],
+    *,
+    betas: tuple[float, float],
+    scale: float,
+    eps: float,
+    key: NoiseKey | None = None,
+    moment_draw: int | None = None,
+    out: Tensor | Sequence[Tensor] | None = None,
+    norms: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor | Sequence[Tensor]:
     """Update Adam's moments in place, and return the direction that they give:
 
         m <- b1 m + (1 - b1) g,    v <- b2 v + (1 - b2) g g,    out = (scale m) / (sqrt(v) + eps)
@@ -46,18 +90,19 @@ def adam_(
     mhat / (sqrt(vhat) + eps). It is of the moments before they are rounded to their format.
 
     Args:
-        gradient: dense, any shape; float32, bfloat16, float16 or float64. Read in row-major order.
-        first, second: moments of as many elements, signed and unsigned.
+        gradient: any shape and memory; float32, bfloat16, float16 or float64. Or a batch.
+        first, second: moments of as many elements, signed and unsigned, of one format.
         betas: both in [0, 1).
         scale, eps: numbers, as in the formula; eps at least 0.
-        key: the noise of the tensor, whose bits round its moments.
+        key: the noise of the tensor, whose bits round its moments; a batch has its own.
         moment_draw: 32 bits; the draw whose bits round bfloat16 and coded moments stochastically.
             Default: they are rounded to nearest.
         out: contiguous, of gradient's shape, in the accumulator's dtype or rounded to nearest in
             the gradient's; it may be the gradient. Default: a new tensor of the accumulator's.
-        norms: contiguous, (2, rows) in the accumulator's dtype, for a gradient of shape (rows, r):
-            receives the sums of squares of each row of out, before it is rounded, and of the
-            gradient, summed in the implementation's own order. Default: they are not computed.
+        norms: contiguous, (2, rows) in the accumulator's dtype, for a gradient of shape (rows, r),
+            or for a batch of such, of one r and with `rows` in all: receives the sums of squares
+            of each row of out, before it is rounded, and of the gradient, summed in the
+            implementation's own order. Default: they are not computed.
         impl: as for `perturb`.
 
     Returns:
@@ -66,48 +111,52 @@ def adam_(
     Raises:
         TypeError, ValueError: an argument out of range, or tensors that do not match.
     """
-    numbers = _checked(gradient, first, second, betas, scale, eps, moment_draw)
-    wide = first.accumulator
-    if out is None:
-        out = torch.empty(gradient.shape, dtype=wide, device=gradient.device)
-    else:
-        check_tensor("out", out)
-        if (
-            out.shape != gradient.shape
-            or out.dtype not in (wide, gradient.dtype)
-            or not out.is_contiguous()
-        ):
-            raise ValueError(
-                f"out must be a contiguous {wide} or {gradient.dtype} tensor of shape "
-                f"{tuple(gradient.shape)}, got {out.dtype} {tuple(out.shape)}"
-            )
-        check_like("out", out, gradient, out.dtype)
-        check_dense("out", out)
+    batch = row_major(gradient, key)
+    firsts, seconds = each("first", first, batch), each("second", second, batch)
+    check_moments(batch, firsts, signed=True, name="first")
+    check_moments(batch, seconds, signed=False, name="second")
+    numbers = _numbers(firsts, seconds, betas, scale, eps, moment_draw)
+    outs = outs_for(batch, out, firsts[0].accumulator)
     if norms is not None:
-        check_tensor("norms", norms)
-        if gradient.dim() != 2:
-            raise ValueError(f"gradient must be a matrix for norms, got {tuple(gradient.shape)}")
-        shape = (2, gradient.shape[0])
-        if tuple(norms.shape) != shape or norms.dtype != wide or not norms.is_contiguous():
-            raise ValueError(
-                f"norms must be a contiguous {wide} tensor of shape {shape}, "
-                f"got {norms.dtype} {tuple(norms.shape)}"
-            )
-        check_read("norms", norms, gradient)
-        check_dense("norms", norms)
-    backend = dispatch.choose(_widest(gradient, first), impl, "adam")
-    if not gradient.numel():
-        if norms is not None:
-            norms.zero_()
-        return out
-    written = {"out": out.detach(), "norms": norms, **_stored(first, second)}
-    check_apart(**written)
-    values = apart(dense(gradient), *written.values(), same=True)
-    flat, target = values.view(-1), out.detach().view(-1)
-    backend.adam(flat, first, second, target, numbers, key, moment_draw, norms)
-    return out
+        check_norms(norms, batch, firsts[0].accumulator)
+    check_apart(out=outs, norms=norms, **stored("first", firsts), **stored("second", seconds))
+    backend = dispatch.choose(widest(batch, firsts), impl, "adam")
+    if norms is not None and not batch.numel:
+        norms.zero_()
+    elif takes_batches(backend):
+        backend.adam(batch, firsts, seconds, outs, norms, numbers, moment_draw)
+    else:
+        _adam_each(backend, batch, firsts, seconds, outs, norms, numbers, moment_draw)
+    return outs if isinstance(gradient, Batch) else outs[0]
 
 
+def _adam_each(
+    backend: ModuleType,
+    batch: Batch,
+    firsts: Sequence[Moment],
+    seconds: Sequence[Moment],
+    outs: Sequence[Tensor],
+    norms: Tensor | None,
+    *numbers: Any,
+) -> None:
+    """A tensor at a time, with its part of the norms."""
+    operands = zip(batch.tensors, batch.keys, firsts, seconds, outs, strict=True)
+    start = 0
+    for gradient, key, first, second, out in operands:
+        own = norms
+        if norms is not None and len(batch) > 1:
+            own = norms.new_empty(2, gradient.shape[0])
+        if gradient.numel():
+            # What is written may lie in the same places, and nowhere else.
+            g = apart(gradient, out, *memories(first), *memories(second), same=True)
+            values, move = numbers
+            backend.adam(g.view(-1), first, second, out.detach().view(-1), values, key, move, own)
+        if norms is not None and own is not None and own is not norms:
+            norms[:, start : start + len(gradient)] = own
+            start += len(gradient)
+
+
+@overload
 def adamw_(
     theta: Tensor,
     gradient: Tensor,
@@ -122,12 +171,46 @@ def adamw_(
     moment_draw: int | None = None,
     rounding_draw: int | None = None,
     impl: str | None = None,
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def adamw_(
+    theta: Batch,
+    gradient: Sequence[Tensor],
+    first: Sequence[Moment],
+    second: Sequence[Moment],
+    *,
+    betas: tuple[float, float],
+    scale: float,
+    eps: float,
+    decay: float,
+    moment_draw: int | None = None,
+    rounding_draw: int | None = None,
+    impl: str | None = None,
+) -> Batch: ...
+
+
+def adamw_(
+    theta: Tensor | Batch,
+    gradient: Tensor | Sequence[Tensor],
+    first: Moment | Sequence[Moment],
+    second: Moment | Sequence[Moment],
+    *,
+    betas: tuple[float, float],
+    scale: float,
+    eps: float,
+    decay: float,
+    key: NoiseKey | None = None,
+    moment_draw: int | None = None,
+    rounding_draw: int | None = None,
+    impl: str | None = None,
+) -> Tensor | Batch:
     """theta <- round(decay theta + (scale m) / (sqrt(v) + eps)), with the moments as in `adam_`.
 
     Args:
-        theta: a dense float32, bfloat16, float16 or float64 tensor.
-        gradient: of theta's shape.
+        theta: a dense float32, bfloat16, float16 or float64 tensor, or a batch.
+        gradient: of theta's shape, in any memory; those of a batch are of one dtype.
         scale: as for `adam_`, times -lr to descend.
         decay: multiplies theta, 1 - lr weight_decay say.
         rounding_draw: 32 bits; the draw whose bits round theta stochastically. Default: to nearest.
@@ -139,84 +222,56 @@ def adamw_(
     Raises:
         TypeError, ValueError: as for `adam_`.
     """
-    check_tensor("theta", theta)
-    check_unshared("theta", theta)
-    check_read("gradient", gradient, theta)
-    if gradient.shape != theta.shape:
-        raise ValueError(
-            f"gradient must have theta's shape {tuple(theta.shape)}, got {tuple(gradient.shape)}"
-        )
-    numbers = _checked(gradient, first, second, betas, scale, eps, moment_draw)
+    batch = as_batch(theta, key)
+    gradients = each("gradient", gradient, batch)
+    firsts, seconds = each("first", first, batch), each("second", second, batch)
+    for own, target in zip(gradients, batch.tensors, strict=True):
+        check_read("gradient", own, target)
+        if own.shape != target.shape or own.dtype != gradients[0].dtype:
+            raise ValueError(
+                f"gradient must have theta's shape {tuple(target.shape)} and one dtype in a batch, "
+                f"got {tuple(own.shape)}, {own.dtype}"
+            )
+    check_moments(batch, firsts, signed=True, name="first")
+    check_moments(batch, seconds, signed=False, name="second")
+    numbers = _numbers(firsts, seconds, betas, scale, eps, moment_draw)
     if rounding_draw is not None:
         check_unsigned("rounding_draw", rounding_draw, 32)
-        if theta.dtype == accumulator_dtype(theta.dtype):
+        if batch.dtype == accumulator_dtype(batch.dtype):
             rounding_draw = None
-    [decay] = scalars([decay], theta.dtype)
-    backend = dispatch.choose(_widest(theta, first), impl, "adam")
-    if not theta.numel():
-        return theta
-    if gradient.dtype == torch.float64:
-        gradient = gradient.to(first.accumulator)
-    with contiguous(theta) as target:
-        written = {"theta": target, **_stored(first, second)}
-        check_apart(**written)
-        values = apart(dense(gradient), *written.values(), same=True)
-        backend.adamw(
-            target.view(-1),
-            values.view(-1),
-            first,
-            second,
-            decay,
-            numbers,
-            key,
-            moment_draw,
-            rounding_draw,
-        )
+    [decay] = scalars([decay], batch.dtype)
+    backend = dispatch.choose(widest(batch, firsts), impl, "adam")
+    if gradients[0].dtype == torch.float64:
+        gradients = [own.to(firsts[0].accumulator) for own in gradients]
+    draws = (moment_draw, rounding_draw)
+    with batch.contiguous() as dense_batch:
+        written = {**stored("first", firsts), **stored("second", seconds)}
+        check_apart(theta=dense_batch.tensors, **written)
+        places = zip(gradients, dense_batch.tensors, firsts, seconds, strict=True)
+        values = [
+            apart(dense(g), own, *memories(m), *memories(v), same=True) for g, own, m, v in places
+        ]
+        if takes_batches(backend):
+            backend.adamw(dense_batch, values, firsts, seconds, decay, numbers, *draws)
+            return theta
+        operands = zip(dense_batch.tensors, values, firsts, seconds, dense_batch.keys, strict=True)
+        for own, g, m, v, own_key in operands:
+            if own.numel():
+                flat, g = own.detach().view(-1), g.view(-1)
+                backend.adamw(flat, g, m, v, decay, numbers, own_key, *draws)
     return theta
 
 
-def _widest(theta: Tensor, moment: Moment) -> Tensor:
-    """The one of float64 of the two, which only the reference has; theta if neither is."""
-    return moment.codes if moment.codes.dtype == torch.float64 else theta
-
-
-def _stored(first: Moment, second: Moment) -> dict[str, Tensor | None]:
-    """The tensors that both moments are written to."""
-    return {
-        "first": first.codes,
-        "second": second.codes,
-        "first_scale": first.scale,
-        "second_scale": second.scale,
-    }
-
-
-def _checked(
-    gradient: Tensor,
-    first: Moment,
-    second: Moment,
+def _numbers(
+    firsts: Sequence[Moment],
+    seconds: Sequence[Moment],
     betas: tuple[float, float],
     scale: float,
     eps: float,
     moment_draw: int | None,
 ) -> Numbers:
     """The numbers as every implementation sees them."""
-    check_tensor("gradient", gradient)
-    for name, moment, signed in (("first", first, True), ("second", second, False)):
-        if moment.numel != gradient.numel() or moment.signed != signed:
-            raise ValueError(
-                f"{name} must be {'a signed' if signed else 'an unsigned'} moment of "
-                f"{gradient.numel()} elements, got {moment.numel}, signed={moment.signed}"
-            )
-        if moment.codes.device != gradient.device:
-            raise ValueError(
-                f"{name} must be on the gradient's device {gradient.device}, "
-                f"got {moment.codes.device}"
-            )
-    if first.format != second.format or first.accumulator != second.accumulator:
-        raise ValueError(
-            "first and second must have one format, "
-            f"got {first.format} ({first.codes.dtype}) and {second.format} ({second.codes.dtype})"
-        )
+    check_format([*firsts, *seconds])
     for i, beta in enumerate(betas):
         check_number(f"betas[{i}]", beta, low=0.0, high=1.0, open_high=True)
     check_number("eps", eps, low=0.0)
@@ -224,4 +279,4 @@ def _checked(
         check_unsigned("moment_draw", moment_draw, 32)
     beta1, beta2 = betas
     numbers = [beta1, beta2, 1.0 - beta1, 1.0 - beta2, scale, eps]
-    return Numbers(*scalars(numbers, first.accumulator))
+    return Numbers(*scalars(numbers, firsts[0].accumulator))

@@ -25,6 +25,16 @@ class Numbers(NamedTuple):
     eps: float
 
 
+class Average(NamedTuple):
+    """What a direction takes of a moment and of the gradient, and what the moment keeps of both,
+    rounded to the accumulator's dtype."""
+
+    look_m: float
+    look_g: float
+    keep_m: float
+    keep_g: float
+
+
 def chunks(numel: int) -> Iterator[tuple[int, int]]:
     """Bounds of parts of some CHUNK elements, of which none is a single one of many.
 
@@ -115,3 +125,28 @@ def adamw(
             continue
         bits = _halfwords(shifted, acc.numel(), rounding_draw, philox.PURPOSE_ROUNDING, acc.device)
         part.copy_(round_stochastic(acc, theta.dtype, bits))
+
+
+def average(
+    gradient: Tensor,
+    stored: Moment,
+    out: Tensor,
+    numbers: Average,
+    signs: bool,
+    moment_draw: int | None,
+    key: NoiseKey,
+) -> None:
+    """out (k,) receives look_m m + look_g g, or its signs, and m <- keep_m m + keep_g g.
+
+    Multiples of the gradient are rounded to its own dtype; out's elements to out's, to nearest.
+    """
+    for start, stop in chunks(gradient.numel()):
+        g, part, bits = gradient[start:stop], stored.part(start, stop), None
+        m = decode(part)
+        direction = m * numbers.look_m + g * numbers.look_g
+        if moment_draw is not None:
+            shifted = key.shifted(start)
+            bits = _halfwords(shifted, g.numel(), moment_draw, philox.PURPOSE_MOMENTS, g.device)
+        encode(m * numbers.keep_m + g * numbers.keep_g, part, bits)
+        direction = direction.sign() if signs else direction
+        out[start:stop] = round_nearest(direction, out.dtype)

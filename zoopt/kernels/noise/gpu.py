@@ -28,6 +28,7 @@ from zoopt.kernels.noise.gpu_kernels import (
     window_kernel,
 )
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.operands import address
 
 #: An operation takes a whole batch.
 BATCHES = True
@@ -153,7 +154,7 @@ def _launch(
             if tensors is None:
                 arguments[name] = None
                 continue
-            addresses = tuple([tensor.data_ptr() for tensor in tensors])
+            addresses = tuple([address(tensor, tensor.dtype) for tensor in tensors])
             vectors = vectors and not any(address % 16 for address in addresses)
             arguments[name] = _addresses(addresses, batch.device)
     with torch.cuda.device_of(batch.tensors[0]):

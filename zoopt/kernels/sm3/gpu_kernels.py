@@ -3,6 +3,11 @@
 Its columns' bounds and maxima stay in registers; maxima meet those of other programs by atomics, on
 the bits as integers, for nu >= 0: the bits of such floats are in the floats' order, NaN above
 infinity, and the order of the atomics leaves no trace.
+
+A batch comes as a table (TABLE): `places` has a row a tensor, int64 (count + 1, WIDTH): its first
+program, rows, columns, the position of its first element, its stream, and where its rows' and its
+columns' maxima are in new_row and new_column. `hints` says in which tensor every 2^shift-th program
+is. Tensors are columns of addresses, as in noise's `gpu_kernels`.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -11,10 +16,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoopt.kernels.noise.gpu_kernels import _memory
 from zoopt.kernels.noise.gpu_tile import rounded
 
+#: Numbers of a tensor in a table.
+WIDTH = 8
+_WIDTH = tl.constexpr(WIDTH)
+_INFINITY = tl.constexpr(0x7F800000)
+_RUN_TIME = ["m", "shift", "offset", "number", "rounding_draw", "k0", "k1"]
 
-@triton.jit(do_not_specialize=["m", "offset", "number", "rounding_draw", "k0", "k1"])
+
+@triton.jit(do_not_specialize=_RUN_TIME)
 def sm3_kernel(
     theta,
     gradient,
@@ -31,6 +43,9 @@ def sm3_kernel(
     momentum,
     complement,
     step_size,
+    places,
+    hints,
+    shift,
     m,
     n,
     offset,
@@ -38,6 +53,10 @@ def sm3_kernel(
     rounding_draw,
     k0,
     k1,
+    DTYPE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    TABLE: tl.constexpr,
+    VECTORS: tl.constexpr,
     ALIGNED: tl.constexpr,
     STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -51,8 +70,27 @@ def sm3_kernel(
     and its other rows' elements lie alike in theirs: STRIDE is 8 then, or ROWS 1.
     """
     PER_BLOCK: tl.constexpr = 8
-    blocks = (n + (0 if ALIGNED else PER_BLOCK - 1) + BLOCK - 1) // BLOCK
     program = tl.program_id(0).to(tl.int64)
+    if TABLE:
+        tensor = tl.load(hints + (program >> shift)).to(tl.int64)
+        while tl.load(places + _WIDTH * (tensor + 1)) <= program:
+            tensor += 1
+        entry = _WIDTH * tensor
+        program -= tl.load(places + entry)
+        m, n = tl.load(places + (entry + 1)), tl.load(places + (entry + 2))
+        offset = tl.load(places + (entry + 3))
+        number = tl.load(places + (entry + 4)).to(tl.int32)
+        new_row += tl.load(places + (entry + 5))
+        new_column += tl.load(places + (entry + 6))
+        if VECTORS:
+            n = tl.multiple_of(n, 16)
+        theta = _memory(theta, tensor, DTYPE, TABLE, VECTORS)
+        gradient = _memory(gradient, tensor, GRADIENT, TABLE, VECTORS)
+        row = _memory(row, tensor, tl.int32, TABLE, VECTORS)
+        column = _memory(column, tensor, tl.int32, TABLE, VECTORS)
+        if buffer is not None:
+            buffer = _memory(buffer, tensor, tl.float32, TABLE, VECTORS)
+    blocks = (n + (0 if ALIGNED else PER_BLOCK - 1) + BLOCK - 1) // BLOCK
     group, start = program // blocks, program % blocks * BLOCK
     i = group // STRIDE * (STRIDE * ROWS) + group % STRIDE
     stop = tl.minimum(i + STRIDE * ROWS, m)
@@ -61,9 +99,9 @@ def sm3_kernel(
         start -= (offset + place * n) % PER_BLOCK
     j = start + tl.arange(0, BLOCK)
     inside = (j < n) if ALIGNED else (j >= 0) & (j < n)
-    column_bound = tl.load(column + j, mask=inside, other=0)
+    # What is NaN bounds nothing.
+    column_bound = tl.minimum(tl.load(column + j, mask=inside, other=0), _INFINITY)
     greatest = tl.zeros([BLOCK], tl.int32)
-    dtype: tl.constexpr = theta.dtype.element_ty
     while i < stop:
         place = i if rows is None else tl.load(rows + i)
         at = place * n
@@ -80,7 +118,7 @@ def sm3_kernel(
             tl.store(buffer + (at + j), u, mask=inside)
         x = x + step_size * u
         index = offset + at + start
-        x = rounded(x, index, number, rounding_draw, k0, k1, dtype, STOCHASTIC, BACKEND, BLOCK)
+        x = rounded(x, index, number, rounding_draw, k0, k1, DTYPE, STOCHASTIC, BACKEND, BLOCK)
         tl.store(theta + (at + j), x, mask=inside)
         # Outside, the bound and g are 0, and nu with them.
         bits = nu.to(tl.int32, bitcast=True) & 0x7FFFFFFF

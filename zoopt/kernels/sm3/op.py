@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from zoopt.checks import check_number
 from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
+from zoopt.kernels.batch import Batch, as_batch
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 from zoopt.kernels.operands import (
     apart,
@@ -25,11 +28,11 @@ from zoopt.kernels.operands import (
     check_read,
     check_tensor,
     check_unshared,
-    contiguous,
     dense,
 )
 
 
+@overload
 def sm3_(
     theta: Tensor,
     gradient: Tensor,
@@ -44,7 +47,41 @@ def sm3_(
     key: NoiseKey,
     rounding_draw: int | None = None,
     impl: str | None = None,
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def sm3_(
+    theta: Batch,
+    gradient: Sequence[Tensor],
+    accumulators: Sequence[Sequence[Tensor]],
+    *,
+    step_size: float,
+    beta: float = 0.0,
+    eps: float = 0.0,
+    decay: float = 1.0,
+    buffer: Sequence[Tensor] | None = None,
+    momentum: float = 0.0,
+    rounding_draw: int | None = None,
+    impl: str | None = None,
+) -> Batch: ...
+
+
+def sm3_(
+    theta: Tensor | Batch,
+    gradient: Tensor | Sequence[Tensor],
+    accumulators: Sequence[Tensor] | Sequence[Sequence[Tensor]],
+    *,
+    step_size: float,
+    beta: float = 0.0,
+    eps: float = 0.0,
+    decay: float = 1.0,
+    buffer: Tensor | Sequence[Tensor] | None = None,
+    momentum: float = 0.0,
+    key: NoiseKey | None = None,
+    rounding_draw: int | None = None,
+    impl: str | None = None,
+) -> Tensor | Batch:
     """Update theta, its accumulators A_k (one an axis k) and its momentum buffer in place:
 
         nu  = min_k A_k + g g                       (beta > 0:  beta min_k A_k + (1 - beta) g g)
@@ -60,7 +97,9 @@ def sm3_(
     A NaN counts as greater than infinity: an accumulator that is NaN bounds nothing, and stays.
 
     Args:
-        theta: a dense float32, bfloat16, float16 or float64 tensor of any shape.
+        theta: a dense float32, bfloat16, float16 or float64 tensor of any shape, or a batch, with a
+            sequence of every other operand. On a GPU its vectors and matrices with dense gradients
+            are one launch, or two where some have rows of a number that 16 does not divide.
         gradient: of theta's shape, dense, or sparse in its first axis and coalesced.
         accumulators: for each of theta's axes (one for no axes) a vector of its size, in the
             accumulator's dtype; not negative.
@@ -69,7 +108,7 @@ def sm3_(
         eps: at least 0.
         decay: multiplies theta, 1 - lr weight_decay say.
         buffer: contiguous, of theta's shape in the accumulator's dtype. Default: no momentum.
-        key: the noise of theta, whose bits round it.
+        key: the noise of theta, whose bits round it; a batch has its own.
         rounding_draw: 32 bits; the draw whose bits round theta stochastically. Default: to nearest.
         impl: as for `perturb`. All return the same bits (but for the payloads of NaNs).
 
@@ -79,26 +118,108 @@ def sm3_(
     Raises:
         TypeError, ValueError: an argument out of range, or tensors that do not match.
     """
-    check_tensor("theta", theta)
-    shape = tuple(theta.shape) or (1,)
-    _check(theta, gradient, accumulators, shape, buffer)
+    batch = as_batch(theta, key)
+    if isinstance(theta, Batch):
+        gradients: Any = gradient
+        vectors: Any = accumulators
+        buffers: Any = buffer
+    else:
+        gradients, vectors = (gradient,), (accumulators,)
+        buffers = None if buffer is None else (buffer,)
+    each = {"gradient": gradients, "accumulators": vectors, "buffer": buffers}
+    for name, several in each.items():
+        if several is not None and len(several) != len(batch):
+            raise ValueError(
+                f"{name} must be one for each of the batch's {len(batch)} tensors, "
+                f"got {len(several)}"
+            )
+    owns = [None] * len(batch) if buffers is None else buffers
+    operands = [Operands(*own) for own in zip(batch.tensors, gradients, vectors, owns, strict=True)]
+    for own in operands:
+        _check(*own, tuple(own.theta.shape) or (1,))
     check_number("beta", beta, low=0.0, high=1.0, open_high=True)
     check_number("momentum", momentum, low=0.0, high=1.0, open_high=True)
     check_number("eps", eps, low=0.0)
     if rounding_draw is not None:
         check_unsigned("rounding_draw", rounding_draw, 32)
-        if theta.dtype == accumulator_dtype(theta.dtype):
+        if batch.dtype == accumulator_dtype(batch.dtype):
             rounding_draw = None
     keep, gain = (beta, 1.0 - beta) if beta else (1.0, 1.0)
-    numbers = scalars([keep, gain, eps, decay, momentum, 1.0 - momentum, step_size], theta.dtype)
-    backend = dispatch.choose(theta, impl, "sm3")
-    values, rows, split = gradient.detach(), None, _split(shape)
-    if gradient.is_sparse:
-        values, rows, split = values.values(), _rows(values), 1
-    if values.numel() == 0:
-        return theta
+    numbers = scalars([keep, gain, eps, decay, momentum, 1.0 - momentum, step_size], batch.dtype)
+    backend = dispatch.choose(batch.tensors[0], impl, "sm3")
+    rows = [_rows(own.gradient) if own.gradient.is_sparse else None for own in operands]
+    with batch.contiguous() as target:
+        check_apart(
+            theta=target.tensors,
+            buffer=buffers,
+            accumulators=[vector for own in operands for vector in own.accumulators],
+        )
+        ready = [
+            Operands(own, *_read(own, gradient, accumulators, buffer))
+            for own, (_, gradient, accumulators, buffer) in zip(
+                target.tensors, operands, strict=True
+            )
+        ]
+        together = [i for i, own in enumerate(ready) if _is_plain(own, rows[i], ready[0])]
+        if hasattr(backend, "sm3_batch") and together:
+            backend.sm3_batch(
+                Batch([target.tensors[i] for i in together], [target.keys[i] for i in together]),
+                [ready[i].gradient for i in together],
+                [ready[i].accumulators for i in together],
+                None if buffers is None else [buffers[i] for i in together],
+                numbers,
+                rounding_draw,
+            )
+        else:
+            together = []
+        for i in sorted(set(range(len(batch))) - set(together)):
+            _alone(backend, ready[i], rows[i], numbers, target.keys[i], rounding_draw)
+    return theta
+
+
+class Operands(NamedTuple):
+    """A tensor's, as `sm3_` takes them."""
+
+    theta: Tensor
+    gradient: Tensor
+    accumulators: Sequence[Tensor]
+    buffer: Tensor | None
+
+
+def _read(
+    theta: Tensor, gradient: Tensor, accumulators: Sequence[Tensor], buffer: Tensor | None
+) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
+    """What goes beside theta: the gradient's values in theta's dtype or the accumulator's, in
+    row-major memory that nothing is written to, but for theta's very elements."""
+    values = gradient.detach().values() if gradient.is_sparse else gradient
     if values.dtype != theta.dtype:
         values = values.to(accumulator_dtype(theta.dtype))
+    return apart(dense(values), theta, buffer, same=True), accumulators, buffer
+
+
+def _is_plain(own: Operands, rows: Tensor | None, first: Operands) -> bool:
+    """Whether it goes with the others: a vector or a matrix, with a dense gradient of one dtype."""
+    return (
+        rows is None
+        and own.theta.dim() in (1, 2)
+        and own.gradient.dtype == first.gradient.dtype
+        and all(vector.is_contiguous() and not vector.is_neg() for vector in own.accumulators)
+    )
+
+
+def _alone(
+    backend: ModuleType,
+    own: Operands,
+    rows: Tensor | None,
+    numbers: Sequence[float],
+    key: NoiseKey,
+    rounding_draw: int | None,
+) -> None:
+    """A tensor of any shape, contiguous, with the values of its gradient's rows."""
+    theta, values, accumulators, buffer = own
+    if values.numel() == 0:
+        return
+    split = _split(tuple(theta.shape) or (1,)) if rows is None else 1
     unbounded = accumulators[0].new_full((1,), math.inf)
     row = _bound(unbounded, accumulators[:split])
     column = _bound(unbounded, accumulators[split:])
@@ -106,28 +227,24 @@ def sm3_(
         row = row[rows]
     n = column.numel()
     new_row, new_column = torch.zeros_like(row), torch.zeros_like(column)
-    with contiguous(theta) as target:
-        named = {f"accumulator_{axis}": vector for axis, vector in enumerate(accumulators)}
-        check_apart(theta=target, buffer=buffer, **named)
-        backend.sm3(
-            target.view(-1, n),
-            apart(dense(values), target, buffer, same=True).view(-1, n),
-            rows,
-            row,
-            column,
-            new_row,
-            new_column,
-            None if buffer is None else buffer.view(-1, n),
-            *numbers,
-            key,
-            rounding_draw,
-        )
+    backend.sm3(
+        theta.detach().view(-1, n),
+        values.view(-1, n),
+        rows,
+        row,
+        column,
+        new_row,
+        new_column,
+        None if buffer is None else buffer.view(-1, n),
+        *numbers,
+        key,
+        rounding_draw,
+    )
     if rows is None:
         _store(accumulators[:split], new_row)
         _store(accumulators[split:], new_column)
     else:
         _store_rows(accumulators, rows, new_row, new_column)
-    return theta
 
 
 def _rows(gradient: Tensor) -> Tensor:
@@ -183,8 +300,8 @@ def _check(
     theta: Tensor,
     gradient: Tensor,
     accumulators: Sequence[Tensor],
-    shape: tuple[int, ...],
     buffer: Tensor | None,
+    shape: tuple[int, ...],
 ) -> None:
     check_unshared("theta", theta)
     if gradient.is_sparse:
