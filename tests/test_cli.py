@@ -281,14 +281,25 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_runs_out_of_memory_is_a_row(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("too little"), "out of memory"),
+        (ModuleNotFoundError("No module named 'peft'"), "No module named 'peft'"),
+    ],
+    ids=["memory", "package"],
+)
+def test_what_cannot_be_measured_is_a_row(
+    error: Exception,
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = step.Bench.peak_bytes
 
     def full(self: step.Bench, entry: methods.Entry) -> int:
         if entry.name == "SGD":
-            raise torch.OutOfMemoryError("too little")
+            raise error
         return real(self, entry)
 
     monkeypatch.setattr(step.Bench, "peak_bytes", full)
@@ -296,7 +307,7 @@ def test_what_runs_out_of_memory_is_a_row(
     assert main(["bench", "step", *sizes, "--optimizers", "sgd", "--json", "-"]) == 0
     out, err = capsys.readouterr()
     assert [row["median"] for row in json.loads(out)["rows"] if row["name"] == "SGD"] == [None] * 2
-    assert "out of memory" in err
+    assert reason in err
 
 
 def test_memory_of_one_method(capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,26 +154,35 @@ def measure(options: argparse.Namespace, bench: Bench) -> list[common.Row]:
     """Rows of seconds and of bytes, a method each: memory first, then time."""
     entries = methods.chosen(options.optimizers)
     bench.forwards(1)
-    peaks: dict[str, int | None] = {}
+    #: What a step takes, or why it cannot be taken.
+    peaks: dict[str, int | str] = {}
     for name, entry in entries.items():
         common.progress(f"memory: {name}")
         try:
             peaks[name] = bench.peak_bytes(entry)
         except torch.OutOfMemoryError:
-            peaks[name] = None
+            peaks[name] = "out of memory"
             torch.cuda.empty_cache()
+        except Exception as error:
+            # peft that is not installed, a model without linear layers, a peer's own fault.
+            peaks[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
     residents = {}
     for name, entry in entries.items() if options.rss else ():
+        if isinstance(peaks[name], str):
+            continue
         common.progress(f"resident set: {name}")
         residents[name] = spawn_rss(entry, options)
-    runs = {name: bench.step(entries[name]) for name, peak in peaks.items() if peak is not None}
+    runs = {
+        name: bench.step(entries[name]) for name, peak in peaks.items() if isinstance(peak, int)
+    }
     times = common.round_robin(runs, bench.device, options.repeats, options.model)
     plain, published = peaks[INFERENCE], times.get(PUBLISHED)
-    assert plain is not None
+    if isinstance(plain, str):
+        raise CommandError(f"measuring inference failed: {plain}")
     rows = []
     for name, peak in peaks.items():
-        if peak is None:
-            rows += [common.failed(name, unit, "out of memory") for unit in ("s", "bytes")]
+        if isinstance(peak, str):
+            rows += [common.failed(name, unit, peak) for unit in ("s", "bytes")]
             continue
         own = times[name]
         rows += [
