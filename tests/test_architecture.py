@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).parents[1] / "zoopt"
 #: From the bottom up; a module imports its own layer and those below. A folder stands for all in
 #: it that no longer name covers.
 LAYERS = (
-    ("checks", "dtypes", "warn"),
+    ("checks", "dtypes", "version", "warn"),
     ("kernels",),
-    ("ambient", "distributed", "noise", "registry"),
+    ("ambient", "distributed", "linalg", "noise", "registry"),
     ("nn", "optimizer", "parameters"),
     ("first_order.base", "first_order.projected", "zeroth_order.engine"),
     ("first_order", "zeroth_order"),
-    ("compact", "lowrank", "selection"),
+    ("compact", "lowrank", "selection", "trajectory"),
     ("",),
     ("memory",),
     ("bench", "cli", "doctor", "integrations"),

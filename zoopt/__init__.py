@@ -14,10 +14,11 @@ from zoopt import first_order, kernels, lowrank, nn, noise, selection, zeroth_or
 from zoopt.first_order import *  # noqa: F403
 from zoopt.registry import optimizer, optimizers
 from zoopt.selection import *  # noqa: F403
+from zoopt.trajectory import replay
+from zoopt.version import __version__ as __version__
 from zoopt.zeroth_order import *  # noqa: F403
 
-__all__ = ["kernels", "lowrank", "nn", "noise", "optimizer", "optimizers"]
+__all__ = ["kernels", "lowrank", "nn", "noise", "optimizer", "optimizers", "replay"]
 __all__ += first_order.__all__
 __all__ += selection.__all__
 __all__ += zeroth_order.__all__
-__version__ = "0.1.0"

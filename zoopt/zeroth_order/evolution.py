@@ -103,6 +103,8 @@ class EvolutionStrategy(ZerothOrderOptimizer):
     #: Batch sizes whose layout `evaluate_batched` has verified.
     _verified: frozenset[int] = frozenset()
 
+    recordable = False
+
     def __init__(
         self,
         params: Params,

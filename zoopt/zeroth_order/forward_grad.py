@@ -56,6 +56,8 @@ class ForwardGrad(MomentumSGD):
         >>> loss = opt.step(lambda: model(**batch).loss)
     """
 
+    recordable = False
+
     def __init__(
         self,
         params: Params,

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, Protocol, get_args
 
 from torch import Tensor
 
@@ -67,6 +68,25 @@ _MOST_DIRECTIONS = 1 << 20
 _JUDGED = 4
 
 
+class RunRecorder(Protocol):
+    """What a recorder of runs is told."""
+
+    def before(self) -> None:
+        """A probe or a step begins."""
+
+    def listen(self, closure: Closure) -> Closure:
+        """The closure to evaluate in its place."""
+
+    def probed(self) -> None:
+        """Losses have been added up."""
+
+    def stepped(self, closure: bool) -> None:
+        """A step has been taken, of a closure or of what was probed."""
+
+    def dropped(self) -> None:
+        """What was probed is dropped."""
+
+
 class ZerothOrderOptimizer(DeclaredStateOptimizer):
     """Probes the loss along directions that are regenerated from the seed.
 
@@ -85,6 +105,10 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     skipped_probes: int = 0
     _pending: PendingProbe | None = None
     _unfinished: Callable[[], None] | None = None
+    #: Writes down what the run is made of, see `record`.
+    recorder: RunRecorder | None = None
+    #: Whether a step follows from the numbers that a closure returns.
+    recordable = True
 
     _names = ProbeNames()
     #: The largest |g| that the update can bear in float32, times |z| < 8 and a learning rate.
@@ -142,6 +166,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         """
         self._settle()
         check_closure(closure, "probe")
+        self._note_changes()
         pending = self._pending_copy()
         perturbation = Perturbation(pending.slots)
         try:
@@ -151,6 +176,8 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             self._undo(perturbation)
             raise
         self._pending = pending
+        if self.recorder is not None:
+            self.recorder.probed()
         return loss
 
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
@@ -176,9 +203,11 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
                 self._refuse_gradients()
                 return None
             pending = self._pending
+            self._note_changes()
             self._take(pending, None)
             return mean_loss(pending.losses)
         check_closure(closure, "step")
+        self._note_changes()
         pending = self._pending_copy()
         perturbation = Perturbation(pending.slots)
         try:
@@ -199,7 +228,42 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch: what has been accumulated goes, here the probes that are pending."""
         super().zero_grad(set_to_none)
+        if self._pending is not None and self.recorder is not None:
+            self.recorder.dropped()
         self._pending = None
+
+    def record(self, path: str | Path, model: Any, *, sync_every: float = 1.0) -> RunRecorder:
+        """Record the run from its first step on: a file from which the weights can be remade.
+
+        A step takes some 15 bytes: what the closure returned. `zoopt.replay` takes the steps again.
+
+        Args:
+            path: a new file.
+            model: the module whose parameters are trained; their names go into the file, and a hash
+                of their values.
+            sync_every: seconds after which what was written is forced to the disk.
+
+        Returns:
+            The recorder; `close()` ends the recording.
+
+        Raises:
+            ValueError: a step has been taken, or steps of this class do not follow from losses.
+            FileExistsError: there is such a file; see `zoopt.trajectory.resume`.
+        """
+        from zoopt.trajectory.recorder import Recorder
+
+        self.recorder = Recorder(self, model, path, sync_every=sync_every)
+        return self.recorder
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether something has been probed that no step has used yet."""
+        return self._pending is not None
+
+    def _note_changes(self) -> None:
+        """Let the recorder see what was changed since the last step."""
+        if self.recorder is not None:
+            self.recorder.before()
 
     def _pending_copy(self) -> PendingProbe:
         """The step's directions, and a copy of what has been measured along them."""
@@ -207,6 +271,8 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
 
     def _evaluation(self, closure: Closure, perturbation: Perturbation) -> Evaluation:
         params = [param for group in self.param_groups for param in group["params"]]
+        if self.recorder is not None:
+            closure = self.recorder.listen(closure)
         return Evaluation(closure, perturbation, params, verify=self._verifies)
 
     def _measure(self, evaluation: Evaluation, pending: PendingProbe) -> float:
@@ -373,7 +439,12 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
                 group.update(values)
             self.last_step, self.skipped_probes, self._pending = record, skipped_probes, None
 
-        return [*(functools.partial(update, *each) for each in updates), *further, close]
+        def write_down() -> None:
+            if self.recorder is not None:
+                self.recorder.stepped(closure=perturbation is not None)
+
+        updated = (functools.partial(update, *each) for each in updates)
+        return [*updated, *further, close, write_down]
 
     def _change_run(self, run: dict[str, int]) -> list[Callable[[], None]]:
         """What the step changes besides the updates; what all groups are to hold goes into `run`,

@@ -59,6 +59,31 @@ def loss_value(result: Any) -> float:
     )
 
 
+class RecordedLosses:
+    """A closure that returns losses which were measured before, one after the other.
+
+    Nothing is evaluated, so nothing has to be perturbed virtually.
+    """
+
+    def __init__(self, losses: Iterable[float]) -> None:
+        self._losses = iter(losses)
+
+    def __call__(self) -> float:
+        """The next loss.
+
+        Raises:
+            EOFError: there is none.
+        """
+        for loss in self._losses:
+            return loss
+        raise EOFError("the record has no more losses, and the step asks for another one")
+
+    @property
+    def rest(self) -> int:
+        """How many losses are left; they are gone then."""
+        return sum(1 for _ in self._losses)
+
+
 class PinnedRNG:
     """All evaluations of one probe see the random state that the first one saw.
 

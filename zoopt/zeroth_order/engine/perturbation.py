@@ -54,6 +54,8 @@ class Perturbation:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = slots
+        #: Whether operators read the parameters where they stand.
+        self.evaluated = True
         self._virtual = {slot.param: slot for slot in slots if slot.virtual}
         self._in_place = [slot for slot in slots if not slot.virtual]
         self._offset: dict[Tensor, Coefficients] = {}
@@ -71,7 +73,7 @@ class Perturbation:
             RuntimeError: there are virtual parameters, and the closure read none of them.
         """
         self._move(displacement, self._in_place)
-        if not self._virtual:
+        if not self._virtual or not self.evaluated:
             yield
             return
 

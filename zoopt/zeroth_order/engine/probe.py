@@ -20,7 +20,7 @@ from typing import Literal, TypeVar
 from torch import Tensor
 
 from zoopt.warn import warn
-from zoopt.zeroth_order.engine.closure import CALLS_BACKWARD, Closure, PinnedRNG
+from zoopt.zeroth_order.engine.closure import CALLS_BACKWARD, Closure, PinnedRNG, RecordedLosses
 from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation, Slot, along
 
 Estimator = Literal["two-sided", "one-sided"]
@@ -129,6 +129,7 @@ class Evaluation:
     ) -> None:
         self.closure = closure
         self.perturbation = perturbation
+        perturbation.evaluated = not isinstance(closure, RecordedLosses)
         self.verify = verify
         self.rng = PinnedRNG(slot.param.device for slot in perturbation.slots)
         self._without_grad = [param for param in params if param.grad is None]

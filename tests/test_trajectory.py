@@ -1,0 +1,334 @@
+"""Recorded runs: the same weights from the file, and no wrong ones from a damaged file."""
+
+from __future__ import annotations
+
+import copy
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zoopt
+from tests.compare import same
+from tests.optimizer_table import CASES, Row, closure_of, mlp
+from zoopt.trajectory import TrajectoryError, replay, resume
+from zoopt.trajectory.format import Event, Kind, encode, encode_header, read
+
+RECORDABLE = [(row, mode) for row, mode in CASES if row.cls.recordable]  # type: ignore[attr-defined]
+
+
+def recorded(
+    path: Path, row: Row, mode: str, dtype: torch.dtype, steps: int = 4
+) -> tuple[nn.Module, nn.Module, Any]:
+    """The model before and after a recorded run with a scheduler, and the optimizer."""
+    base = mlp(dtype)
+    model = copy.deepcopy(base)
+    optimizer = row.build(model, perturbation=mode)
+    optimizer.record(path, model)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.2, 5)
+    for _ in range(steps):
+        optimizer.step(closure_of(model, dtype))
+        scheduler.step()
+    optimizer.recorder.close()
+    return base, model, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("row", "mode"), RECORDABLE, ids=str)
+def test_a_replay_has_the_bits_of_the_run(
+    row: Row, mode: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base, model, optimizer = recorded(tmp_path / "run", row, mode, dtype)
+    again = replay(base, tmp_path / "run")
+    assert same(base, model)
+    assert again.last_step == optimizer.last_step
+    assert str(again.state_dict()["state"]) == str(optimizer.state_dict()["state"])
+
+
+def mezo(model: nn.Module, **options: Any) -> zoopt.MeZO:
+    return zoopt.MeZO(model.named_parameters(), **{"lr": 1e-2, "seed": 3, **options})
+
+
+def test_everything_that_happens_between_steps_is_recorded(tmp_path: Path) -> None:
+    """Micro-batches, dropped probes, losses that are not finite, and changed groups."""
+    base = mlp()
+    model = copy.deepcopy(base)
+    optimizer = mezo(model, momentum=0.9, momentum_window=3, num_probes=2)
+    optimizer.record(tmp_path / "run", model)
+    closure = closure_of(model)
+    optimizer.step(closure)
+    optimizer.probe(closure)
+    optimizer.zero_grad()
+    for _ in range(2):
+        optimizer.probe(lambda: closure() / 2)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    optimizer.step()
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step(lambda: closure() * float("nan"))
+    optimizer.param_groups[0].update(zo_eps=1e-2, lr=torch.tensor(1e-3))
+    next(model.parameters()).requires_grad_(False)
+    for _ in range(3):
+        optimizer.step(closure)
+    again = replay(base, tmp_path / "run")
+    assert same(base, model)
+    assert again.param_groups[0]["zo_eps"] == 1e-2
+    assert again.skipped_probes == optimizer.skipped_probes == 2
+
+
+def test_replays_until_any_step(tmp_path: Path) -> None:
+    base = mlp()
+    model = copy.deepcopy(base)
+    optimizer = mezo(model)
+    optimizer.record(tmp_path / "run", model)
+    states = [copy.deepcopy(model)]
+    for _ in range(4):
+        optimizer.step(closure_of(model))
+        states.append(copy.deepcopy(model))
+    for until, expected in enumerate(states):
+        restored = copy.deepcopy(base)
+        assert replay(restored, tmp_path / "run", until=until).param_groups[0]["step"] == until
+        assert same(restored, expected)
+    with pytest.raises(ValueError, match=r"until must be in \[0, 4\]"):
+        replay(copy.deepcopy(base), tmp_path / "run", until=5)
+
+
+def test_a_run_can_be_applied_to_other_weights(tmp_path: Path) -> None:
+    base, _, _ = recorded(tmp_path / "run", *CASES[0], torch.float32)
+    other = mlp()
+    with torch.no_grad():
+        for param in other.parameters():
+            param.add_(1.0)
+    before = copy.deepcopy(other)
+    with pytest.raises(TrajectoryError, match="weights are not those"):
+        replay(other, tmp_path / "run")
+    assert same(other, before)
+    replay(other, tmp_path / "run", check_base=False)
+    replay(base, tmp_path / "run")
+    for moved, trained in zip(other.parameters(), base.parameters(), strict=True):
+        torch.testing.assert_close(moved - 1.0, trained, atol=1e-6, rtol=0)
+
+
+def test_a_step_takes_fifteen_bytes(tmp_path: Path) -> None:
+    """20,000 steps of plain MeZO in less than 400 KB; the header is the model's."""
+    losses = Event(Kind.STEP, (0.5, 0.25))
+    record, _ = encode(losses, 7)
+    assert len(record) == 15
+    model = nn.Linear(4, 1)
+    optimizer = mezo(model)
+    optimizer.record(tmp_path / "run", model)
+    start = (tmp_path / "run").stat().st_size
+    x = torch.ones(2, 4)
+    for _ in range(100):
+        optimizer.step(lambda: model(x).pow(2).sum())
+    size = (tmp_path / "run").stat().st_size - start
+    assert size <= 100 * 15 + 4  # the first evaluation is repeated
+    assert start + 200 * size < 400e3
+
+
+def contents_of(path: Path, steps: int) -> bytes:
+    """A file of that many steps whose losses say where they belong."""
+    header = encode_header({"format": 1, "groups": [{}], "zoopt": "0"})
+    chain = int.from_bytes(header[-4:], "little")
+    data = header
+    for step in range(steps):
+        record, chain = encode(Event(Kind.STEP, (float(step), -float(step))), chain)
+        data += record
+    path.write_bytes(data)
+    return data
+
+
+def test_damage_is_an_error_or_a_shorter_run(tmp_path: Path) -> None:
+    """300 random flips, cuts, swaps and duplications: never other losses than were recorded."""
+    choose = random.Random(5)
+    path = tmp_path / "run"
+    data = contents_of(path, 40)
+    whole = [event.losses for event in read(path).events]
+    shorter = 0
+    for trial in range(300):
+        damaged = bytearray(data)
+        kind = trial % 4
+        at, length = choose.randrange(len(data)), choose.randrange(1, 60)
+        if kind == 0:
+            damaged[at] ^= 1 << choose.randrange(8)
+        elif kind == 1:
+            del damaged[at:]
+        elif kind == 2:
+            other = choose.randrange(len(data))
+            a, b = sorted((at, other))
+            a_end, b_end = min(a + length, b), min(b + length, len(data))
+            damaged = (
+                damaged[:a]
+                + damaged[b:b_end]
+                + damaged[a_end:b]
+                + damaged[a:a_end]
+                + (damaged[b_end:])
+            )
+        else:
+            damaged = damaged[:at] + damaged[at : at + length] * 2 + damaged[at + length :]
+        path.write_bytes(damaged)
+        try:
+            contents = read(path)
+        except TrajectoryError:
+            continue
+        losses = [event.losses for event in contents.events]
+        assert losses == whole[: len(losses)]
+        # Only what was cut off, or a last record that cannot be told from one, is left out.
+        assert kind == 1 or bytes(damaged) == data or len(losses) >= len(whole) - 5, kind
+        shorter += len(losses) < len(whole)
+    assert shorter
+
+
+def test_only_the_end_of_a_file_is_cut_off(tmp_path: Path) -> None:
+    """A length in the middle that leads beyond the end is damage, and no torn record."""
+    path = tmp_path / "run"
+    data = bytearray(contents_of(path, 40))
+    middle = len(data) - 15 * 20
+    data[middle + 1] = 0x7F
+    path.write_bytes(data)
+    with pytest.raises(TrajectoryError, match="a length does not have its checksum"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: b"PK" + data, "is no trajectory of zoopt"),
+        (lambda data: data[:20], "ends within its header"),
+        (lambda data: data[:30] + b"\0" + data[31:], "is damaged in its header"),
+        (
+            lambda data: encode_header({"format": 9, "groups": [], "zoopt": "7"}),
+            "must be of format 1, got 9; install the version of zoopt that wrote it, 7",
+        ),
+    ],
+)
+def test_other_files_are_told(damage: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    recorded(path, *CASES[0], torch.float32, steps=1)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(TrajectoryError, match=message):
+        replay(mlp(), path)
+
+
+def test_other_models_are_told(tmp_path: Path) -> None:
+    recorded(tmp_path / "run", *CASES[0], torch.float32, steps=1)
+    with pytest.raises(TrajectoryError, match=r"must have a parameter '0.weight', torch.float32"):
+        replay(mlp(torch.bfloat16), tmp_path / "run")
+    with pytest.raises(TrajectoryError, match=r"must have a parameter '0.weight'.* got none"):
+        replay(nn.Linear(2, 2), tmp_path / "run")
+
+
+def test_what_cannot_be_recorded_is_told(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = mezo(model)
+    with pytest.raises(ValueError, match="must be one of the model's"):
+        optimizer.record(tmp_path / "run", nn.Linear(2, 2))
+    optimizer.step(closure_of(model))
+    with pytest.raises(ValueError, match="must begin before the first step, got MeZO at step 1"):
+        optimizer.record(tmp_path / "run", model)
+    with pytest.raises(ValueError, match="ForwardGrad cannot be recorded"):
+        zoopt.ForwardGrad(model.parameters()).record(tmp_path / "run", model)
+    assert not (tmp_path / "run").exists()
+    mezo(model).record(tmp_path / "run", model)
+    with pytest.raises(FileExistsError):
+        mezo(model).record(tmp_path / "run", model)
+
+
+def test_two_writers_are_told(tmp_path: Path) -> None:
+    base = mlp()
+    model = copy.deepcopy(base)
+    optimizer = mezo(model)
+    optimizer.record(tmp_path / "run", model)
+    optimizer.step(closure_of(model))
+    with pytest.raises(TrajectoryError, match="another process writes to"):
+        resume(base, tmp_path / "run")
+
+
+def test_a_full_disk_loses_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that could not be written is written by the next call."""
+    base = mlp()
+    model = copy.deepcopy(base)
+    optimizer = mezo(model)
+    recorder = optimizer.record(tmp_path / "run", model)
+    optimizer.step(closure_of(model))
+    write = recorder._write
+
+    def full(data: bytes) -> None:
+        write(data[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(recorder, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        optimizer.step(closure_of(model))
+    monkeypatch.setattr(recorder, "_write", write)
+    optimizer.step(closure_of(model))
+    recorder.close()
+    assert read(tmp_path / "run").steps == 3
+    replay(base, tmp_path / "run")
+    assert same(base, model)
+
+
+_KILLED = """
+import sys, torch
+from tests.test_trajectory import mezo
+from tests.optimizer_table import closure_of, mlp
+from zoopt.trajectory import resume
+import os
+model, path = mlp(), sys.argv[1]
+if os.path.exists(path):
+    optimizer = resume(model, path)
+else:
+    optimizer = mezo(model)
+    optimizer.record(path, model)
+print("ready", flush=True)
+while optimizer.param_groups[0]["step"] < 3000:
+    optimizer.step(closure_of(model))
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """Killed three times, and compared with the run that never stopped."""
+    path = tmp_path / "run"
+    choose = random.Random(11)
+    for _ in range(3):
+        child = subprocess.Popen(
+            [sys.executable, "-c", _KILLED, str(path)],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[1],
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        begun, end = path.stat().st_size, time.monotonic() + 60
+        while path.stat().st_size < begun + 100 and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(choose.uniform(0.0, 0.2))
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    steps = read(path).steps
+    assert steps > 0
+    restored, expected = mlp(), mlp()
+    replay(restored, path)
+    optimizer = mezo(expected)
+    for _ in range(steps):
+        optimizer.step(closure_of(expected))
+    assert same(restored, expected)
+
+
+def test_a_torn_record_is_reported_and_cut_off(tmp_path: Path) -> None:
+    base, _, _ = recorded(tmp_path / "run", *CASES[0], torch.float32)
+    data = (tmp_path / "run").read_bytes()
+    (tmp_path / "run").write_bytes(data[:-3])
+    model = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match="a record that was cut off; the steps before it, 3, are"):
+        optimizer = resume(model, tmp_path / "run")
+    optimizer.step(closure_of(model))
+    optimizer.recorder.close()  # type: ignore[union-attr]
+    assert read(tmp_path / "run").torn == 0
+    replay(base, tmp_path / "run")
+    assert same(base, model)
