@@ -117,9 +117,10 @@ class Apollo(GradientScaling):
     does. The limiter's norm is that of U without alpha, which changes nothing as long as alpha is
     constant. With a basis from the gradient, directions that are nothing but rounding count as 0,
     as for `GaLoreAdamW`. The authors' code, whose licence is not free, has not been consulted.
-    Runs of apollo-torch differ in two ways: it adds eps to sqrt(v) before its bias is corrected,
-    which shortens early steps where eps counts (here to sqrt(vhat), as Adam does), and its limiter
-    holds a step down after one of norm 0.
+    Runs of apollo-torch differ: it adds eps to sqrt(v) before its bias is corrected, which shortens
+    early steps where eps counts (here to sqrt(vhat), as Adam does); its limiter compares norms
+    before biases are corrected, and so holds early steps down; and it holds a step down after one
+    of norm 0.
 
     Example:
         >>> opt = zoopt.Apollo(model.named_parameters(), lr=1e-2, rank=256)
