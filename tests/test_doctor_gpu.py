@@ -213,6 +213,12 @@ def test_the_command_line(
     assert all(name in line for name in SECTIONS)
     assert "--dry-run" in line
 
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor_gpu, "NEEDED", ("matplotlib", "no_such_package"))
+        assert main(["doctor", "--gpu"]) == 2
+    expected = "--gpu needs no_such_package; pip install 'zoopt-torch[demo]'"
+    assert expected in capsys.readouterr().err
+
     found = ideal()
 
     def run(scale: Any, *args: Any, **options: Any) -> tuple[dict[str, Any], Path]:

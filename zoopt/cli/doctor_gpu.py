@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from zoopt.cli.terminal import CommandError, open_console, print_table, styled, 
 
 #: The time limit, in seconds.
 SECONDS = 480
+#: Without these it would fail at the end, or measure nothing.
+NEEDED = ("matplotlib", "rich", "transformers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print each promise with its figure; returns 1 if one is not kept or not measured."""
-    try:
-        from zoopt.doctor.gpu import report
-        from zoopt.doctor.gpu.scale import FULL, TINY
-        from zoopt.doctor.gpu.sections import SECTIONS
-    except ModuleNotFoundError as error:
-        raise CommandError(f"--gpu needs {error.name}; pip install 'zoopt-torch[demo]'") from None
+    for package in NEEDED:
+        if importlib.util.find_spec(package) is None:
+            raise CommandError(f"--gpu needs {package}; pip install 'zoopt-torch[demo]'")
+    from zoopt.doctor.gpu import report
+    from zoopt.doctor.gpu.scale import FULL, TINY
+    from zoopt.doctor.gpu.sections import SECTIONS
+
     if not (options.dry_run or torch.cuda.is_available()):
         parts = ", ".join(f"{name} ({part.summary})" for name, part in SECTIONS.items())
         raise CommandError(
