@@ -111,7 +111,7 @@ def test_groups_added_later_join_the_run(row: Row) -> None:
         go_on(model, whole)
         go_on(twin, grown)
     assert same(model, twin)
-    with pytest.raises(ValueError, match="seed must be the same in all groups"):
+    with pytest.raises(ValueError, match="seed must be the same in every param group"):
         grown.add_param_group({"params": [("new", nn.Parameter(torch.ones(3)))], "seed": 1})
     assert len(grown.param_groups) == 2
 

@@ -27,7 +27,7 @@ def check_number(
         number = isinstance(scalar, Real) and not isinstance(scalar, bool)
     if (
         number
-        and math.isfinite(scalar)
+        and _is_finite(scalar)
         and (low < scalar if open_low else low <= scalar)
         and (scalar < high if open_high else scalar <= high)
     ):
@@ -38,39 +38,60 @@ def check_number(
     if high < math.inf:
         bounds.append(f"{'<' if open_high else '<='} {high:g}")
     constraint = " and ".join(bounds)
-    message = f"{name} must be a finite number{' ' if bounds else ''}{constraint}, got {value!r}"
+    message = (
+        f"{name} must be a finite number{' ' if bounds else ''}{constraint}, got {shown(value)}"
+    )
     raise ValueError(message) if number or isinstance(value, Tensor) else TypeError(message)
 
 
 def check_positive_int(name: str, value: Any) -> None:
     """Raise unless `value` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a positive int, got {value!r}")
+        raise TypeError(f"{name} must be a positive int, got {shown(value)}")
     if value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
+        raise ValueError(f"{name} must be a positive int, got {shown(value)}")
 
 
-def check_nonnegative_int(name: str, value: Any) -> None:
-    """Raise unless `value` is an int of at least 0."""
+def check_nonnegative_int(name: str, value: Any, most: int | None = None) -> None:
+    """Raise unless `value` is an int of at least 0, and of at most `most` if there is one."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int >= 0, got {value!r}")
+        raise TypeError(f"{name} must be an int >= 0, got {shown(value)}")
     if value < 0:
-        raise ValueError(f"{name} must be an int >= 0, got {value!r}")
+        raise ValueError(f"{name} must be an int >= 0, got {shown(value)}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be an int >= 0 and <= {most}, got {shown(value)}")
 
 
 def check_bool(name: str, value: Any) -> None:
     """Raise unless `value` is a bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
+        raise TypeError(f"{name} must be a bool, got {shown(value)}")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        known = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {known}, got {shown(value)}")
 
 
 def nearest(value: Any, known: Collection[str]) -> str:
     """The end of a message about a name that is not known: "; did you mean 'lr'?", or nothing."""
     found = difflib.get_close_matches(str(value).lower(), known, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+
+
+def shown(value: Any) -> str:
+    """The value as a message shows it: its beginning, where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        return f"an int of {value.bit_length()} bits"
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an int that no float can hold
+        return False

@@ -3,59 +3,47 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from zoopt.ambient import opaque
+from zoopt.checkpoint import (
+    PYTHON_NUMBERS,
+    STEP,
+    TensorSpec,
+    check_entries,
+    counter,
+    saved_groups,
+)
 from zoopt.distributed.seed import SharedSeed
 from zoopt.distributed.sharding import is_sharded, sharded_as, sharded_zeros
+from zoopt.groups import Group, Params, check_keys, check_ordered, listed, plain
+from zoopt.kernels.noise.key import check_unsigned
 from zoopt.kernels.noise.philox import NOISE_VERSION
+from zoopt.parameters import check_streams
 
-#: What torch.optim.Optimizer accepts as `params`.
-Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-Group = dict[str, Any]
+__all__ = [
+    "PYTHON_NUMBERS",
+    "STEP",
+    "DeclaredStateOptimizer",
+    "Group",
+    "Params",
+    "TensorSpec",
+    "hyperparameters",
+    "state_device",
+]
 P = ParamSpec("P")
 R = TypeVar("R")
-#: State that Python reads in a step, which must not wait for the device: it lies on the CPU.
-PYTHON_NUMBERS = ("step", "agreements", "doublings")
 
 
 def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A param group's defaults: the arguments of an `__init__` (its `locals()`) but for these."""
     others = ("self", "params", "seed", "__class__")
     return {name: value for name, value in arguments.items() if name not in others}
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """The shape and dtype of one state tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-#: How many steps a parameter has taken; a float32 number would stop at 2^24.
-STEP = TensorSpec((), torch.int64)
-
-
-def _counted(value: Any) -> Any:
-    """A count of steps as it is kept; release 0.1.0 and torch have float32 or plain numbers."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if isinstance(value, Tensor) and not value.is_floating_point():
-        return value
-    if isinstance(number, int | float) and number >= 0 and number == number // 1:
-        return torch.tensor(int(number))
-    return value
 
 
 def state_device(name: str, param: Tensor) -> torch.device:
@@ -71,7 +59,10 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
     keeps their bits, and checks a checkpoint before it changes anything.
     """
 
-    _incoming: dict[Tensor, dict[str, Any]] | None = None
+    #: Attributes that copies and pickles have too, beside state and groups.
+    _copied: tuple[str, ...] = ()
+
+    _incoming: dict[Any, Any] | None = None
     _shared_seed: SharedSeed | None = None
 
     @staticmethod
@@ -91,6 +82,62 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
             self._share_seed(seed)
         else:
             self._shared_seed.check(seed)
+
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        check_ordered(params)
+        super().__init__(params, {key: plain(value) for key, value in defaults.items()})
+
+    @property
+    def _shared_keys(self) -> tuple[str, ...]:
+        """Group keys that describe the run, hence are the same in every group."""
+        return ("seed", "noise_version")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as in torch; it joins the run under its seed.
+
+        Raises:
+            TypeError, ValueError: a key that the optimizer does not know, a hyperparameter out of
+                range, parameters in no order, twice, or of a kind that has no update, or two with
+                the same noise. Nothing has changed then.
+        """
+        params, names = listed(param_group)
+        check_keys(type(self).__name__, param_group, self.defaults)
+        first = self.param_groups[0] if self.param_groups else {}
+        run = {key: first[key] for key in self._shared_keys if key in first}
+        group = {**run, **{key: plain(v) for key, v in param_group.items() if key != "params"}}
+        group = {**group, "params": params}
+        if names is not None:
+            group["param_names"] = names
+        super().add_param_group(group)
+        try:
+            self._adopt(group)
+            self._check_group(group)
+            self._check_run(self.param_groups)
+            check_streams(self.param_groups)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _adopt(self, group: Group) -> None:
+        """Give a new group the form that it is kept in."""
+
+    def _check_group(self, group: Group) -> None:
+        """Raise unless the group, new or saved, is one that can be worked with."""
+        check_unsigned("seed", group["seed"], 64)
+        version = group["noise_version"]
+        if version != NOISE_VERSION:
+            raise ValueError(
+                f"noise_version must be {NOISE_VERSION}, got {version!r}: the run was recorded "
+                f"with another noise and cannot go on with this one; install the version of "
+                f"zoopt that wrote it"
+            )
+
+    def _check_run(self, groups: list[Group]) -> None:
+        """Raise unless the groups agree on what describes the run."""
+        for key in self._shared_keys:
+            values = [group.get(key) for group in groups]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"{key} must be the same in every param group, got {values}")
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """The state tensors that `param` has, once stepped, under the group's hyperparameters."""
@@ -132,12 +179,15 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         return name != "step" and spec.shape == tuple(param.shape)
 
     def _placed(
-        self, name: str, value: Tensor, spec: TensorSpec, param: Tensor, group: Group
+        self, name: str, value: Any, spec: TensorSpec, param: Tensor, group: Group
     ) -> Tensor:
-        """A copy of a saved state tensor where the parameter needs it."""
+        """A copy of a saved state tensor where the parameter needs it, its values in a row."""
+        if name in PYTHON_NUMBERS:
+            return counter(value, spec.dtype)
         if is_sharded(param) and self._follows_rows(name, spec, param, group):
-            value = sharded_as(value, param)
-        return value.to(state_device(name, param), copy=True)
+            return sharded_as(value, param).to(state_device(name, param), copy=True)
+        placed: Tensor = value.detach().to(state_device(name, param))
+        return placed.clone(memory_format=torch.contiguous_format)
 
     def _check_state(self) -> None:
         """Raise if a parameter no longer has the shape or dtype that its state was made for."""
@@ -158,31 +208,43 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the parameters' shapes in each group: a load checks them."""
-        state_dict = super().state_dict()
+        """As torch's, with the parameters' shapes in each group, which a load checks."""
+        # Hooks see the whole of it, and may return a structure of their own.
+        hooks = self._optimizer_state_dict_post_hooks
+        self._optimizer_state_dict_post_hooks = collections.OrderedDict()
+        try:
+            state_dict = super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            saved |= {key: plain(value) for key, value in saved.items() if key != "params"}
             saved["shapes"] = [list(param.shape) for param in group["params"]]
+        for hook in hooks.values():
+            state_dict = _unless_none(hook(self, state_dict), state_dict)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of the same class over parameters of the same shapes, bit for bit.
 
+        Noise follows from the names that parameters were saved with, or from their positions where
+        they had none, so that the run goes on as it would have.
+
         Raises:
-            ValueError: the dict belongs to another optimizer, or to parameters of other shapes.
-                Nothing has changed then.
+            TypeError, ValueError: the dict belongs to another optimizer, or to parameters of other
+                shapes; it is not complete; or it holds what the constructor would refuse. Nothing
+                has changed then.
         """
         state_dict = state_dict.copy()
         hooks = self._optimizer_load_state_dict_pre_hooks
         for hook in hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
+            state_dict = _unless_none(hook(self, state_dict), state_dict)
         state_dict = self._adopted(state_dict)
-        self._check_groups(state_dict)
-        self._incoming = self._exact_state(state_dict)
+        groups, self._incoming = self._checked(state_dict)
         # The hooks have run; torch gets no state to cast, and hands over in __setstate__.
         self._optimizer_load_state_dict_pre_hooks = collections.OrderedDict()
         groups = [
-            {key: value for key, value in group.items() if key != "shapes"}
-            for group in state_dict["param_groups"]
+            {"param_names": None, **group, "params": saved["params"]}
+            for group, saved in zip(groups, state_dict["param_groups"], strict=True)
         ]
         try:
             super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
@@ -194,91 +256,68 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         """The state_dict, or what stands for it where it is of another optimizer that is known."""
         return state_dict
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: self.__dict__[name] for name in self._copied if name in self.__dict__}
+        return {**super().__getstate__(), **own}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         if self._incoming is not None:
+            for group in state["param_groups"]:
+                if group["param_names"] is None:
+                    del group["param_names"]
             state = {**state, "state": collections.defaultdict(dict, self._incoming)}
         super().__setstate__(state)
         # torch adds a default of its own here, which no param group of ours has.
         self.defaults.pop("differentiable", None)
 
-    def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise unless the param groups are those of this class over as many parameters."""
+    def _checked(self, state_dict: Any) -> tuple[list[Group], dict[Any, Any]]:
+        """The groups and the state that a state_dict stands for; raises as `load_state_dict`."""
         name = type(self).__name__
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError(
-                f"state_dict must have the keys 'state' and 'param_groups', got "
-                f"{sorted(state_dict)}; pass what {name}.state_dict() returned"
-            )
-        saved = state_dict["param_groups"]
-        if [len(group["params"]) for group in saved] != [
-            len(group["params"]) for group in self.param_groups
-        ]:
-            raise ValueError(
-                f"state_dict must have as many parameters a group as the optimizer, "
-                f"{[len(group['params']) for group in self.param_groups]}, "
-                f"got {[len(group['params']) for group in saved]}; "
-                f"build {name} from the parameters it was saved with"
-            )
-        for group, own in zip(saved, self.param_groups, strict=True):
-            shapes = [list(param.shape) for param in own["params"]]
-            if group.get("shapes", shapes) != shapes:
-                raise ValueError(
-                    f"state_dict must be of parameters of the same shapes, {shapes}, got "
-                    f"{group['shapes']}; build {name} from the parameters it was saved with"
-                )
+        groups = saved_groups(state_dict, self.param_groups, name)
+        for group, own in zip(groups, self.param_groups, strict=True):
             missing = sorted(self.defaults.keys() - group.keys())
             if missing:
                 raise ValueError(
                     f"state_dict must be one of {name}, but its groups have no "
                     f"{', '.join(map(repr, missing))}; load it into the class that saved it"
                 )
-            version = group["noise_version"]
-            if version != NOISE_VERSION:
-                raise ValueError(
-                    f"noise_version must be {NOISE_VERSION}, got {version!r}: the run was recorded "
-                    f"with another noise and cannot go on with this one; install the version of "
-                    f"zoopt that wrote it"
-                )
+            check_keys(name, group.keys() - own.keys(), self.defaults)
+            self._check_group(group)
+        self._check_run(groups)
+        check_streams(groups)
+        return groups, self._exact_state(state_dict, groups)
 
-    def _exact_state(self, state_dict: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
+    def _exact_state(self, state_dict: Mapping[str, Any], groups: list[Group]) -> dict[Any, Any]:
         """Copies of the saved state on the parameters' devices, checked against the declaration."""
-        exact: dict[Tensor, dict[str, Any]] = {}
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for param, index in zip(group["params"], saved["params"], strict=True):
-                declared = self.declared_state(param, saved)
-                entries = {
-                    name: _counted(value) if declared.get(name) == STEP else value
-                    for name, value in state_dict["state"].get(index, {}).items()
-                }
-                for name, value in entries.items():
-                    self._check_entry(name, value, declared, index)
+        saved, name = state_dict["state"], type(self).__name__
+        if not isinstance(saved, Mapping):
+            raise ValueError(
+                f"state must be a dict, got a {type(saved).__name__}; pass what "
+                f"{name}.state_dict() returned"
+            )
+        exact: dict[Any, Any] = {}
+        known = set()
+        for group, given in zip(groups, state_dict["param_groups"], strict=True):
+            for param, index in zip(group["params"], given["params"], strict=True):
+                known.add(index)
+                entries = saved.get(index, {})
+                declared = self.declared_state(param, group)
+                check_entries(entries, declared, index, param, name)
                 if entries:
                     exact[param] = {
-                        name: self._placed(name, value, declared[name], param, saved)
-                        for name, value in entries.items()
+                        key: self._placed(key, value, declared[key], param, group)
+                        for key, value in entries.items()
                     }
+        for key, value in saved.items():
+            if isinstance(key, int) and key not in known:
+                raise ValueError(
+                    f"state must be of the optimizer's {len(known)} parameters, got some of number "
+                    f"{key}; build {name} from the parameters it was saved with"
+                )
+            if key not in known:
+                exact[key] = copy.deepcopy(value)  # not a parameter's: whoever put it there knows
         return exact
 
-    def _check_entry(
-        self, name: str, value: Any, declared: Mapping[str, TensorSpec], index: Any
-    ) -> None:
-        if name not in declared:
-            raise ValueError(
-                f"state of parameter {index} must have the entries {sorted(declared)} for "
-                f"{type(self).__name__}, got {name!r}; load it into the class that saved it"
-            )
-        spec = declared[name]
-        if (
-            not isinstance(value, Tensor)
-            or tuple(value.shape) != spec.shape
-            or value.dtype != spec.dtype
-        ):
-            got = (
-                f"{value.dtype} {tuple(value.shape)}"
-                if isinstance(value, Tensor)
-                else type(value).__name__
-            )
-            raise ValueError(
-                f"state {name!r} of parameter {index} must be a {spec.dtype} tensor of shape "
-                f"{spec.shape}, got {got}; load the checkpoint over parameters of the same shapes"
-            )
+
+def _unless_none(result: Any, otherwise: Any) -> Any:
+    return otherwise if result is None else result

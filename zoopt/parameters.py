@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from zoopt.dtypes import DTYPES
+from zoopt.groups import Group
 from zoopt.kernels.dispatch import is_fake
 from zoopt.noise import stream
-from zoopt.optimizer import Group
 
 
 def named_params(groups: Sequence[Group]) -> Iterator[tuple[int, Group, Tensor, str | int]]:

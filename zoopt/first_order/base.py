@@ -24,10 +24,7 @@ from zoopt.dtypes import RoundingMode, resolved_rounding
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
-from zoopt.parameters import check_param, check_streams, is_wrapper, named_params
-
-#: Group keys that describe the run, hence are the same in every group.
-_RUN_KEYS = ("seed", "noise_version")
+from zoopt.parameters import check_param, is_wrapper, named_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,25 +97,6 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
         run = {"seed": self._share_seed(seed), "noise_version": NOISE_VERSION}
         super().__init__(params, {**defaults, **run})
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch; it joins the run under its seed.
-
-        Raises:
-            TypeError, ValueError: a hyperparameter out of range, a parameter of a kind that has no
-                update, or two parameters with the same stream. Nothing has changed then.
-        """
-        if self.param_groups:
-            first = self.param_groups[0]
-            param_group = {**{key: first[key] for key in _RUN_KEYS}, **param_group}
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-            check_streams(self.param_groups)
-            self._check_shards(self.param_groups[-1])
-        except BaseException:
-            self.param_groups.pop()
-            raise
 
     @opaque
     @torch.no_grad()
@@ -253,8 +231,9 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
     def _check_shards(self, group: Group) -> None:
         """Raise if a parameter is sharded in a way that its update cannot be."""
-        for _, own, param, name in named_params(self.param_groups):
-            if own is not group or not is_sharded(param):
+        names = group.get("param_names", range(len(group["params"])))
+        for param, name in zip(group["params"], names, strict=True):
+            if not is_sharded(param):
                 continue
             check_placement(param, name)
             if not self._can_shard(param, group):
@@ -284,17 +263,14 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
     def _check_group(self, group: Group) -> None:
         """Raise unless the group's hyperparameters and parameters are in range."""
+        super()._check_group(group)
         check_number("lr", group["lr"], low=0.0)
         check_number("weight_decay", group["weight_decay"], low=0.0)
         check_bool("maximize", group["maximize"])
         check_choice("rounding", group["rounding"], get_args(RoundingMode))
-        if group["seed"] != self.param_groups[0]["seed"]:
-            raise ValueError(
-                f"seed must be the same in all groups, {self.param_groups[0]['seed']}, "
-                f"got {group['seed']}"
-            )
         for param in group["params"]:
             check_param(local(param))
+        self._check_shards(group)
 
 
 def check_values(site: Site) -> None:

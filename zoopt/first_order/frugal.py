@@ -170,12 +170,10 @@ class Frugal(ProjectedOptimizer):
     ) -> None:
         super().__init__(params, hyperparameters(locals()), seed=seed)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch; betas of None are those of the group's rule."""
-        rule = param_group.get("rule", self.defaults["rule"])
-        if param_group.get("betas", self.defaults["betas"]) is None:
-            param_group = {**param_group, "betas": (0.9, 0.99 if rule == "lion" else 0.999)}
-        super().add_param_group(param_group)
+    def _adopt(self, group: Group) -> None:
+        """Betas of None are those of the group's rule."""
+        if group["betas"] is None:
+            group["betas"] = (0.9, 0.99 if group["rule"] == "lion" else 0.999)
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """As GaLore's, with the rule's moments; random columns have no basis."""

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from zoopt.ambient import opaque
-from zoopt.checks import check_bool, check_number, check_positive_int
+from zoopt.checks import (
+    check_bool,
+    check_nonnegative_int,
+    check_number,
+    check_positive_int,
+    shown,
+)
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.base import draw_of
@@ -255,6 +261,26 @@ class OwLore(AdamFamily):
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         check_bool("stagger", group["stagger"])
+        check_positive_int("sampling_gap", group["sampling_gap"])
+        check_positive_int("num_layers", group["num_layers"])
+        check_nonnegative_int("updates", group["updates"])
+        scores, layers = group["outlier_scores"], group["layers"]
+        if not isinstance(scores, list | tuple) or not scores:
+            raise TypeError(f"outlier_scores must be a list of numbers, got {shown(scores)}")
+        for i, score in enumerate(scores):
+            check_number(f"outlier_scores[{i}]", score, low=0.0)
+        if layers is None:
+            return
+        numbers = (None, *range(len(scores)))
+        if not isinstance(layers, list) or [type(n) for n in layers if n not in numbers]:
+            raise TypeError(
+                f"layers must be a list of layers' numbers or None, got {shown(layers)}"
+            )
+        if len(layers) != len(group["params"]):
+            raise ValueError(
+                f"layers must have an entry for each of the group's {len(group['params'])} "
+                f"parameters, got {len(layers)}"
+            )
 
 
 def _layer_numbers(model: nn.Module) -> dict[Tensor, int]:

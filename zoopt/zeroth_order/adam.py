@@ -6,7 +6,12 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from zoopt.checks import check_choice, check_number, check_positive_int
+from zoopt.checks import (
+    check_choice,
+    check_nonnegative_int,
+    check_number,
+    check_positive_int,
+)
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels import adam_window_
 from zoopt.kernels.noise.key import Distribution
@@ -18,7 +23,13 @@ from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
-from zoopt.zeroth_order.engine.sgd import SparseZerothOrder, check_window, extended, window_steps
+from zoopt.zeroth_order.engine.sgd import (
+    SparseZerothOrder,
+    check_past,
+    check_window,
+    extended,
+    window_steps,
+)
 
 AdamState = Literal["dense", "window", "scalar"]
 
@@ -140,6 +151,12 @@ class ZOAdam(SparseZerothOrder):
         if group["state"] == "dense" and moving is not None:
             declared |= {"exp_avg": moving, "exp_avg_sq": moving, "step": STEP}
         return declared
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_past("past", group["past"])
+        check_nonnegative_int("updates", group["updates"])
+        check_number("exp_avg_sq", group["exp_avg_sq"], low=0.0)
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)

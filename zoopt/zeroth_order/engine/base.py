@@ -12,13 +12,19 @@ from typing import Any, Protocol, get_args
 from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic, opaque
-from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
+from zoopt.checks import (
+    check_bool,
+    check_choice,
+    check_nonnegative_int,
+    check_number,
+    check_positive_int,
+)
 from zoopt.distributed.checkpoint import called_by_checkpoint
 from zoopt.dtypes import NARROW, RoundingMode, resolved_rounding
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
-from zoopt.parameters import check_param, check_streams, named_params
+from zoopt.parameters import check_param, named_params
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.blocks import block_due, block_of, check_blocks
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
@@ -101,6 +107,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     """
 
     # A copy, which torch makes without calling __init__, starts from these.
+    _copied = ("last_step", "skipped_probes")
     last_step: StepRecord | None = None
     skipped_probes: int = 0
     _pending: PendingProbe | None = None
@@ -120,27 +127,9 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         run = {"seed": self._share_seed(seed), "step": 0, "draw": 0, "noise_version": NOISE_VERSION}
         super().__init__(params, {**defaults, **run})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch; it joins the run at its present step and draw.
-
-        Raises:
-            TypeError, ValueError: a hyperparameter out of range, a parameter of a kind that cannot
-                be perturbed, or two parameters with the same stream. Nothing has changed then.
-        """
-        if self.param_groups:
-            first = self.param_groups[0]
-            run = {key: first[key] for key in self._names.shared if key in first}
-            param_group = {**run, **param_group}
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-            self._check_run(self.param_groups)
-            check_streams(self.param_groups)
-            for group_index, group, _, name in named_params(self.param_groups):
-                block_of(group.get("blocks"), group_index, name)
-        except BaseException:
-            self.param_groups.pop()
-            raise
+    @property
+    def _shared_keys(self) -> tuple[str, ...]:
+        return self._names.shared
 
     @opaque
     def probe(self, closure: Closure) -> float:
@@ -588,6 +577,9 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
 
     def _check_group(self, group: Group) -> None:
         """Raise unless the group's hyperparameters and parameters can be worked with."""
+        super()._check_group(group)
+        check_nonnegative_int("step", group["step"], 1 << 53)
+        check_nonnegative_int("draw", group["draw"], 1 << 32)
         self._check_options(group)
         for param in group["params"]:
             check_param(param)
@@ -616,14 +608,9 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         check_choice("rounding", group["rounding"], get_args(RoundingMode))
 
     def _check_run(self, groups: list[Group]) -> None:
-        for key in self._names.shared:
-            values = [group.get(key) for group in groups]
-            if any(value != values[0] for value in values):
-                raise ValueError(f"{key} must be the same in every param group, got {values}")
-
-    def _check_groups(self, state_dict: Any) -> None:
-        super()._check_groups(state_dict)
-        self._check_run(state_dict["param_groups"])
+        super()._check_run(groups)
+        for group_index, group, _, name in named_params(groups):
+            block_of(group.get("blocks"), group_index, name)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As for every zoopt optimizer; drops probes that are pending.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoopt.checks import check_positive_int
+from zoopt.checks import check_nonnegative_int, check_positive_int
 from zoopt.dtypes import Rounding, accumulator_dtype
 from zoopt.kernels import add_
 from zoopt.kernels.noise.key import NoiseKey
@@ -23,7 +23,7 @@ from zoopt.linalg import sign_fixed_qr
 from zoopt.noise import normal, stream
 from zoopt.optimizer import Group, Params
 from zoopt.parameters import named_params
-from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
+from zoopt.zeroth_order.engine.base import ProbeNames, ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise, whole
 from zoopt.zeroth_order.engine.progress import Progress
 
@@ -170,25 +170,16 @@ class LowRankZerothOrder(ZerothOrderOptimizer):
     basis belongs to. A subclass implements `_matrix_direction`.
     """
 
+    _names = ProbeNames(run=("basis_draw", "basis_update_gap"))
+
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
         super().__init__(params, {**defaults, "distribution": "normal", "basis_draw": 0}, seed=seed)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in the base class; the group shares the run's basis."""
-        if self.param_groups:
-            param_group = {"basis_draw": self.param_groups[0]["basis_draw"], **param_group}
-        super().add_param_group(param_group)
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)
         check_positive_int("rank", group["rank"])
         check_positive_int("basis_update_gap", group["basis_update_gap"])
-
-    def _check_run(self, groups: list[Group]) -> None:
-        super()._check_run(groups)
-        gaps = [group["basis_update_gap"] for group in groups]
-        if any(gap != gaps[0] for gap in gaps):
-            raise ValueError(f"basis_update_gap must be the same in every param group, got {gaps}")
+        check_nonnegative_int("basis_draw", group["basis_draw"], 1 << 32)
 
     def _virtual(self, param: Tensor, group: Group) -> bool:
         # At the operators that read them, low-rank directions cost no pass over the weights.

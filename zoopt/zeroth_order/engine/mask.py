@@ -97,18 +97,38 @@ def aligned_indices(
                 f"mask must name parameters of its param group, got {key!r}; the group has "
                 f"{', '.join(map(repr, names[:5]))}{' ...' if len(names) > 5 else ''}"
             )
-        numel = params[names.index(key)].numel()
-        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
-            kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-            raise TypeError(
-                f"mask[{key!r}] must be a tensor of int64 or int32 flat indices, got {kind}; "
-                f"use bool_mask.flatten().nonzero().squeeze(1)"
-            )
-        ordered = indices.flatten().sort().values
-        distinct = indices.dim() == 1 and indices.numel() > 0 and bool((ordered.diff() > 0).all())
-        if not distinct or not 0 <= int(ordered[0]) <= int(ordered[-1]) < numel:
-            raise ValueError(
-                f"mask[{key!r}] must hold distinct flat indices in [0, {numel}), at least one, got "
-                f"a tensor of shape {tuple(indices.shape)}"
-            )
+        check_indices(f"mask[{key!r}]", indices, params[names.index(key)].numel())
     return [mask.get(name) for name in names]
+
+
+def check_aligned(mask: list[Any], params: list[Tensor]) -> None:
+    """Raise unless the list is what `aligned_indices` returns for these parameters."""
+    if len(mask) != len(params):
+        raise ValueError(
+            f"mask must be a dict of flat indices by parameter name, or have an entry for each of "
+            f"the group's {len(params)} parameters, got a list of {len(mask)}"
+        )
+    for i, (indices, param) in enumerate(zip(mask, params, strict=True)):
+        if indices is not None:
+            check_indices(f"mask[{i}]", indices, param.numel())
+
+
+def check_indices(name: str, indices: Any, numel: int) -> None:
+    """Raise unless they are distinct flat indices of a parameter of so many elements."""
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+        kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(
+            f"{name} must be a tensor of int64 or int32 flat indices, got {kind}; "
+            f"use bool_mask.flatten().nonzero().squeeze(1)"
+        )
+    if indices.layout != torch.strided or indices.is_meta:
+        raise TypeError(
+            f"{name} must be dense and hold values, got {indices.layout} on {indices.device}"
+        )
+    ordered = indices.flatten().sort().values
+    distinct = indices.dim() == 1 and indices.numel() > 0 and bool((ordered.diff() > 0).all())
+    if not distinct or not 0 <= int(ordered[0]) <= int(ordered[-1]) < numel:
+        raise ValueError(
+            f"{name} must hold distinct flat indices in [0, {numel}), at least one, got "
+            f"a tensor of shape {tuple(indices.shape)}"
+        )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoopt.checks import check_choice, check_number, check_positive_int
+from zoopt.checks import check_choice, check_number, check_positive_int, shown
 from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, TensorSpec
@@ -25,6 +26,7 @@ from zoopt.zeroth_order.engine.mask import (
     Indexed,
     SmallMagnitudes,
     aligned_indices,
+    check_aligned,
     magnitude_threshold,
 )
 from zoopt.zeroth_order.engine.perturbation import Slot
@@ -42,17 +44,11 @@ class SparseZerothOrder(ZerothOrderOptimizer):
     and `density`.
     """
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in the base class."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _adopt(self, group: Group) -> None:
+        """Indices by name go into the order of the parameters."""
         if isinstance(group["mask"], Mapping):
             names = group.get("param_names") or list(range(len(group["params"])))
-            try:
-                group["mask"] = aligned_indices(group["mask"], names, group["params"])
-            except BaseException:
-                self.param_groups.pop()
-                raise
+            group["mask"] = aligned_indices(group["mask"], names, group["params"])
 
     def _initialise(self, param: Tensor, group: Group, number: int) -> None:
         if group["mask"] == "magnitude":
@@ -132,10 +128,15 @@ class SparseZerothOrder(ZerothOrderOptimizer):
                     return found
         return None
 
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        if isinstance(group["mask"], list):
+            check_aligned(group["mask"], group["params"])
+
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)
         mask = group["mask"]
-        if not (mask is None or isinstance(mask, Mapping | list)):
+        if not (mask is None or isinstance(mask, list)):
             if not isinstance(mask, str):
                 raise TypeError(
                     f"mask must be None, 'random', 'magnitude' or a dict of flat indices by "
@@ -166,6 +167,10 @@ class MomentumSGD(SparseZerothOrder):
         if moving is not None and _stores_buffer(group):
             declared["momentum_buffer"] = moving
         return declared
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_past("window", group["window"])
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)
@@ -223,6 +228,32 @@ def check_window(name: str, group: Group) -> None:
             f"{name} must be None with mask='magnitude', got {group[name]!r}: past directions "
             f"cannot be rebuilt when the mask follows the weights; use mask='random'"
         )
+
+
+def check_past(name: str, value: Any) -> None:
+    """Raise unless the value is past steps, as `Window` has them."""
+    steps = value if isinstance(value, tuple | list) else [None]
+    for step in steps:
+        if not (
+            isinstance(step, tuple | list)
+            and len(step) == 2
+            and (step[0] is None or type(step[0]) is int)
+            and isinstance(step[1], tuple | list)
+            and all(map(_is_past_direction, step[1]))
+        ):
+            raise ValueError(
+                f"{name} must be past steps, (block, ((draw, weight), ...)) each, got "
+                f"{shown(value)}; load a checkpoint that is not damaged"
+            )
+
+
+def _is_past_direction(value: Any) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and list(map(type, value)) == [int, float]
+        and 0 <= value[0] < 1 << 32
+        and math.isfinite(value[1])
+    )
 
 
 def window_steps(

@@ -1,0 +1,119 @@
+"""Param groups: which keys they have, in what order their parameters are, and plain numbers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from zoopt.checks import nearest, shown
+
+#: What torch.optim.Optimizer accepts as `params`.
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Group = dict[str, Any]
+
+#: Group keys of others, which any optimizer's groups may have: torch's own and its schedulers', a
+#: group's label, and what is added by who writes to groups (a scheduler of your own, say).
+GROUP_KEYS = {
+    *("params", "param_names"),
+    *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
+    *("name", "group_name", "label", "tag"),
+}
+
+_UNORDERED = (set, frozenset, weakref.WeakSet)
+
+
+def check_keys(optimizer: str, keys: Collection[Any], known: Collection[str]) -> None:
+    """Raise unless a group's keys are known ones: the optimizer's, or those of `GROUP_KEYS`."""
+    for key in keys:
+        if key not in known and key not in GROUP_KEYS:
+            raise ValueError(
+                f"a param group of {optimizer} must have keys that {optimizer} knows, "
+                f"{', '.join(known)}, got {shown(key)}{nearest(key, known)}"
+            )
+
+
+def check_ordered(params: Any) -> None:
+    """Raise if the order of the parameters is another one in each process."""
+    if isinstance(params, _UNORDERED):
+        raise TypeError(
+            f"params must be in an order that is the same in every run, got a "
+            f"{type(params).__name__}; pass a list"
+        )
+
+
+def listed(group: Any) -> tuple[list[Tensor], list[str] | None]:
+    """The parameters of a group that somebody wrote, and their names where they are known.
+
+    Raises:
+        TypeError, ValueError: no dict with parameters in an order, each once, named by strings or
+            not at all.
+    """
+    if not isinstance(group, dict) or "params" not in group:
+        got = f"the keys {list(group)}" if isinstance(group, dict) else type(group).__name__
+        raise (ValueError if isinstance(group, dict) else TypeError)(
+            f"a param group must be a dict with the key 'params', got {got}; write "
+            f"{{'params': [...], 'lr': 1e-3}}"
+        )
+    check_ordered(group["params"])
+    given = group["params"]
+    items = [given] if isinstance(given, Tensor) else list(given)
+    pairs = [item for item in items if isinstance(item, tuple)]
+    if pairs and (len(pairs) < len(items) or any(len(pair) != 2 for pair in pairs)):
+        raise ValueError(
+            "params must be all tensors, or all (name, tensor) pairs, got some of each; pass "
+            "model.named_parameters() or model.parameters()"
+        )
+    params = [pair[1] for pair in pairs] or items
+    names = [pair[0] for pair in pairs] or group.get("param_names")
+    for param in params:
+        if not isinstance(param, Tensor):
+            raise TypeError(
+                f"params must be tensors or (name, tensor) pairs, got a {type(param).__name__}; "
+                f"pass model.named_parameters()"
+            )
+    check_names(names, len(params))
+    seen: set[int] = set()
+    for i, param in enumerate(params):
+        if id(param) in seen:
+            raise ValueError(
+                f"params must hold each parameter once, got {names[i] if names else i!r} a second "
+                f"time; leave it out (model.named_parameters() names a tied weight once)"
+            )
+        seen.add(id(param))
+    return params, None if names is None else list(names)
+
+
+def check_names(names: Any, count: int) -> None:
+    """Raise unless they are None, or as many strings as there are parameters."""
+    if names is None:
+        return
+    plain_list = isinstance(names, Sequence) and not isinstance(names, str)
+    if not plain_list or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"the names of parameters must be strings, got {shown(names)}")
+    if len(names) != count:
+        raise ValueError(f"param_names must name the {count} parameters, got {len(names)} names")
+
+
+def plain(value: Any) -> Any:
+    """The value in Python's own numbers, inside tuples and lists too.
+
+    Numbers of numpy's, and subclasses, make checkpoints that `weights_only=True` refuses.
+    """
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    if isinstance(value, bool) or type(value) in (int, float, str):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
