@@ -101,7 +101,7 @@ def _loaded(saved: Group, own: Group, optimizer: str) -> Group:
     names, own_names = group.get("param_names"), own.get("param_names")
     check_names(names, len(params))
     shapes = [list(param.shape) for param in params]
-    if not by_name and saved.get("shapes", shapes) != shapes:
+    if not by_name and _numbers(saved.get("shapes", shapes)) != shapes:
         raise ValueError(
             f"state_dict must be of parameters of the same shapes, {shapes}, got "
             f"{shown(saved['shapes'])}; build {optimizer} from the parameters it was saved with"
@@ -116,6 +116,13 @@ def _loaded(saved: Group, own: Group, optimizer: str) -> Group:
             )
         group["param_names"] = own_names
     return {**group, "params": params}
+
+
+def _numbers(shapes: Any) -> list[list[int]] | None:
+    """Saved shapes, if that is what they are; they may be damaged."""
+    lists = isinstance(shapes, list) and all(isinstance(shape, list) for shape in shapes)
+    ints = lists and all(type(size) is int for shape in shapes for size in shape)
+    return shapes if ints else None
 
 
 def check_entries(

@@ -23,7 +23,8 @@ def check_number(
     """Raise unless `value` is a finite number (or tensor of one element) in the interval."""
     scalar, number = value, type(value) in (float, int)
     if not number:
-        scalar = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
+        scalar = value.item() if one else value
         number = isinstance(scalar, Real) and not isinstance(scalar, bool)
     if (
         number

@@ -19,6 +19,7 @@ from zoopt.checkpoint import (
     counter,
     saved_groups,
 )
+from zoopt.checks import shown
 from zoopt.distributed.seed import SharedSeed
 from zoopt.distributed.sharding import is_sharded, sharded_as, sharded_zeros
 from zoopt.groups import Group, Params, check_keys, check_ordered, listed, plain
@@ -125,11 +126,11 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         """Raise unless the group, new or saved, is one that can be worked with."""
         check_unsigned("seed", group["seed"], 64)
         version = group["noise_version"]
-        if version != NOISE_VERSION:
+        if type(version) is not int or version != NOISE_VERSION:
             raise ValueError(
-                f"noise_version must be {NOISE_VERSION}, got {version!r}: the run was recorded "
-                f"with another noise and cannot go on with this one; install the version of "
-                f"zoopt that wrote it"
+                f"noise_version must be {NOISE_VERSION}, got {shown(version)}: the run was "
+                f"recorded with another noise and cannot go on with this one; install the version "
+                f"of zoopt that wrote it"
             )
 
     def _check_run(self, groups: list[Group]) -> None:
