@@ -458,7 +458,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "dict": lambda value: {"x": value},
     "tensor": lambda _: torch.zeros(3),
     "number as tensor": lambda value: torch.tensor(-1.5),
-    "sparse": lambda v: v.to_sparse() if isinstance(v, torch.Tensor) and v.dim() else torch.eye(2),
+    "sparse": lambda v: torch.zeros(getattr(v, "shape", (2, 2))).to_sparse(),
     "meta": lambda v: v.to("meta") if isinstance(v, torch.Tensor) else torch.ones(1, device="meta"),
     "transposed": transposed,
     "bfloat16": lambda v: v.bfloat16() if isinstance(v, torch.Tensor) else v,
@@ -475,14 +475,14 @@ FUZZED = [
     ),
     *("ZOAdam dense", "ZOAdam window", "ZOAdam scalar", "HiZOO", "ConMeZO", "LOZO momentum"),
     *("SubZero", "ZOMuon", "FZOO", "ForwardGrad", "ZOConservativeSGD reused"),
-    *("EvolutionStrategy single rank", "AdamW", "AdamW int8", "AdamW int4", "GaLoreAdamW warm"),
+    *("EvolutionStrategy single rank", "AdamW", "AdamW int4", "GaLoreAdamW warm"),
     *("GaLoreAdamW two-sided", "QGaLoreAdamW lazy", "Apollo", "Fira", "LDAdamW", "Frugal lion"),
     *("SM3 momentum", "GaLoreAdafactor average", "GradNormLoRP"),
 ]
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in FUZZED], ids=str)
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_damage_is_refused_whole_or_loads_exactly(row: Any, data: st.DataObject) -> None:
     """Nothing changes, or all is as the damaged dict says and a step can be taken from it."""

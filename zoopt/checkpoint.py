@@ -40,19 +40,8 @@ class TensorSpec:
 STEP = TensorSpec((), torch.int64)
 
 
-def saved_groups(state_dict: Any, groups: Sequence[Group], optimizer: str) -> list[Group]:
-    """The groups that a checkpoint holds, as they would stand in the optimizer.
-
-    Parameters keep the names that they were saved with, which their noise follows from, or none.
-
-    Args:
-        state_dict: what is to be loaded.
-        groups: the optimizer's own.
-        optimizer: the name of its class.
-
-    Raises:
-        TypeError, ValueError: no state_dict, or one over other parameters.
-    """
+def check_form(state_dict: Any, optimizer: str) -> None:
+    """Raise unless it has the form of a state_dict: groups of parameters, and state."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"state_dict must be a dict, got {type(state_dict).__name__}; pass what "
@@ -72,6 +61,29 @@ def saved_groups(state_dict: Any, groups: Sequence[Group], optimizer: str) -> li
             f"param_groups must be a list of dicts with the key 'params', got {shown(saved)}; pass "
             f"what {optimizer}.state_dict() returned"
         )
+    if not isinstance(state_dict["state"], Mapping):
+        raise ValueError(
+            f"state must be a dict, got {shown(state_dict['state'])}; pass what "
+            f"{optimizer}.state_dict() returned"
+        )
+
+
+def saved_groups(
+    state_dict: Mapping[str, Any], groups: Sequence[Group], optimizer: str
+) -> list[Group]:
+    """The groups that a checkpoint holds, as they would stand in the optimizer.
+
+    Parameters keep the names that they were saved with, which their noise follows from, or none.
+
+    Args:
+        state_dict: what is to be loaded, of the right form.
+        groups: the optimizer's own.
+        optimizer: the name of its class.
+
+    Raises:
+        TypeError, ValueError: it is over other parameters.
+    """
+    saved = state_dict["param_groups"]
     own_sizes = [len(group["params"]) for group in groups]
     sizes = [len(group["params"]) for group in saved]
     if sizes != own_sizes:

@@ -16,6 +16,7 @@ from zoopt.checkpoint import (
     STEP,
     TensorSpec,
     check_entries,
+    check_form,
     counter,
     saved_groups,
 )
@@ -239,6 +240,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         hooks = self._optimizer_load_state_dict_pre_hooks
         for hook in hooks.values():
             state_dict = _unless_none(hook(self, state_dict), state_dict)
+        check_form(state_dict, type(self).__name__)
         state_dict = self._adopted(state_dict)
         groups, self._incoming = self._checked(state_dict)
         # The hooks have run; torch gets no state to cast, and hands over in __setstate__.
@@ -291,11 +293,6 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
     def _exact_state(self, state_dict: Mapping[str, Any], groups: list[Group]) -> dict[Any, Any]:
         """Copies of the saved state on the parameters' devices, checked against the declaration."""
         saved, name = state_dict["state"], type(self).__name__
-        if not isinstance(saved, Mapping):
-            raise ValueError(
-                f"state must be a dict, got a {type(saved).__name__}; pass what "
-                f"{name}.state_dict() returned"
-            )
         exact: dict[Any, Any] = {}
         known = set()
         for group, given in zip(groups, state_dict["param_groups"], strict=True):

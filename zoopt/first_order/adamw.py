@@ -145,7 +145,9 @@ class AdamW(AdamFamily):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as in torch; options of torch.optim.AdamW's are as in `__init__`."""
-        super().add_param_group(without_torchs_options(param_group))
+        if isinstance(param_group, dict):
+            param_group = without_torchs_options(param_group)
+        super().add_param_group(param_group)
 
     def torch_state_dict(self) -> dict[str, Any]:
         """The state as torch.optim.AdamW's state_dict, moments decoded to float32 (float64).
