@@ -61,8 +61,6 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
     keeps their bits, and checks a checkpoint before it changes anything.
     """
 
-    #: Attributes that copies and pickles have too, beside state and groups.
-    _copied: tuple[str, ...] = ()
 
     _incoming: dict[Any, Any] | None = None
     _shared_seed: SharedSeed | None = None
@@ -258,10 +256,6 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
     def _adopted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state_dict, or what stands for it where it is of another optimizer that is known."""
         return state_dict
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in self._copied if name in self.__dict__}
-        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if self._incoming is not None:

@@ -107,7 +107,6 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     """
 
     # A copy, which torch makes without calling __init__, starts from these.
-    _copied = ("last_step", "skipped_probes")
     last_step: StepRecord | None = None
     skipped_probes: int = 0
     _pending: PendingProbe | None = None
