@@ -343,7 +343,7 @@ def test_states_of_the_wrong_form_are_refused(row: Any) -> None:
         if name == "step":
             for number in (-3, math.nan, math.inf, 1.5, 2.0**60):
                 for form in (torch.tensor(number, dtype=torch.float64), number):
-                    refuses(optimizer, entry(form), "a whole number in")
+                    refuses(optimizer, entry(form), "number from 0 to")
 
 
 @every_row

@@ -168,8 +168,8 @@ def check_entry(name: str, value: Any, spec: TensorSpec, index: Any, param: Tens
         number = value.item() if isinstance(value, Tensor) else value
         if not (number == number // 1 and 0 <= number <= _MOST[name]):
             raise ValueError(
-                f"state {name!r} of parameter {index} must be a whole number in "
-                f"[0, {_MOST[name]}], got {number}; load a checkpoint that is not damaged"
+                f"state {name!r} of parameter {index} must be a {spec.dtype} "
+                f"number from 0 to {_MOST[name]}, got {number}; load a checkpoint that is not damaged"
             )
         return
     wrapper: bool = isinstance(value, Tensor) and is_traceable_wrapper_subclass(value)

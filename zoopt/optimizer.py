@@ -61,7 +61,6 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
     keeps their bits, and checks a checkpoint before it changes anything.
     """
 
-
     _incoming: dict[Any, Any] | None = None
     _shared_seed: SharedSeed | None = None
 
