@@ -15,7 +15,7 @@ LAYERS = (
     ("checks", "dtypes", "version", "warn"),
     ("kernels",),
     ("ambient", "distributed", "linalg", "noise", "registry"),
-    ("nn", "optimizer", "parameters"),
+    ("checkpoint", "groups", "nn", "optimizer", "parameters"),
     ("first_order.base", "first_order.projected", "zeroth_order.engine"),
     ("first_order", "zeroth_order"),
     ("compact", "lowrank", "selection", "trajectory"),

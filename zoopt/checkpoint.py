@@ -169,7 +169,8 @@ def check_entry(name: str, value: Any, spec: TensorSpec, index: Any, param: Tens
         if not (number == number // 1 and 0 <= number <= _MOST[name]):
             raise ValueError(
                 f"state {name!r} of parameter {index} must be a {spec.dtype} "
-                f"number from 0 to {_MOST[name]}, got {number}; load a checkpoint that is not damaged"
+                f"number from 0 to {_MOST[name]}, got {number}; load a checkpoint that is not "
+                f"damaged"
             )
         return
     wrapper: bool = isinstance(value, Tensor) and is_traceable_wrapper_subclass(value)
