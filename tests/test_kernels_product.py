@@ -157,3 +157,29 @@ def test_rounding_is_the_noises(impl: str) -> None:
         theta.clone(), None, None, decay=0.7, rounding_draw=4, impl=impl, key=key
     )
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("impl", kernels.available_impls())
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 7), (0, 4), (4, 0), (3000, 700)])
+def test_squares_are_the_sums_of_rows_and_columns(
+    impl: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    """Of m n terms, a chunk's sums and the chunks' own: no more than as many roundings."""
+    if impl != "reference" and dtype == torch.float64:
+        with pytest.raises(ValueError, match="no float64 kernel"):
+            kernels.squares(torch.ones(2, 2, dtype=dtype), 0, impl=impl)
+        return
+    for gradient in (torch.randn(shape).to(dtype), torch.randn(shape[::-1]).to(dtype).t()):
+        for axis in (0, 1):
+            got = kernels.squares(gradient, axis, impl=impl)
+            expected = gradient.double().square().sum(axis)
+            unit = torch.finfo(got.dtype).eps / 2
+            assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert ((got.double() - expected).abs() <= (shape[axis] + 4) * unit * expected).all()
+
+
+def test_squares_refuse_what_is_no_matrix() -> None:
+    for gradient, axis in ((torch.ones(3), 0), (torch.ones(3, 3), 2), (torch.ones(3, 3), -1)):
+        with pytest.raises(ValueError, match="must be a matrix and axis 0 or 1"):
+            kernels.squares(gradient, axis)

@@ -6,7 +6,7 @@ from zoopt.kernels.dispatch import available_impls
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.kernels.noise.op import perturb, perturb_rows
 from zoopt.kernels.noise.op_update import adam_window_, add_, apply_, momentum_
-from zoopt.kernels.product.op import add_product_
+from zoopt.kernels.product.op import add_product_, squares
 from zoopt.kernels.sm3.op import sm3_
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "perturb",
     "perturb_rows",
     "sm3_",
+    "squares",
 ]

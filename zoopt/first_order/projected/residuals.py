@@ -15,7 +15,7 @@ from torch import Tensor
 from zoopt.checks import check_choice, check_number
 from zoopt.distributed.sharding import sum_
 from zoopt.first_order.projected.geometry import Geometry
-from zoopt.first_order.projected.subspace import CHUNK
+from zoopt.kernels import squares
 from zoopt.optimizer import Group, TensorSpec
 
 State = dict[str, Tensor]
@@ -94,17 +94,12 @@ def channel_norms(
     gradient: Tensor, geo: Geometry, dtype: torch.dtype, sharded: Tensor | None = None
 ) -> Tensor:
     """||G_j|| of each channel j, a row of G (m, n), or a column if its left side is projected:
-    (channels,). A gradient of another dtype is widened a chunk at a time."""
-    m, n = gradient.shape
-    left, rows = geo.side == "left", max(1, CHUNK // max(n, 1))
-    parts = [
-        gradient[start : start + rows].to(dtype).square().sum(0 if left else 1)
-        for start in range(0, max(m, 1), rows)
-    ]
-    squares = torch.stack(parts).sum(0) if left else torch.cat(parts)
+    (channels,)."""
+    left = geo.side == "left"
+    total = squares(gradient, 0 if left else 1).to(dtype)
     if left and sharded is not None:
-        sum_(squares, sharded)
-    return squares.sqrt()
+        sum_(total, sharded)
+    return total.sqrt()
 
 
 def norm_over_channels(values: Tensor, parts: Parts) -> Tensor:

@@ -15,7 +15,10 @@ from zoopt.kernels.product.reference import (
     chunk_rows,
     row_chunks,
     scaled_factors,
+    squares,
 )
+
+__all__ = ["add_product", "squares"]
 
 
 def add_product(

@@ -119,6 +119,23 @@ def add_product_(
     return theta
 
 
+def squares(gradient: Tensor, axis: int, *, impl: str | None = None) -> Tensor:
+    """The sums of squares of a matrix's rows (axis 1) or columns (axis 0), in the accumulator's
+    dtype and the implementation's own order: (m,) or (n,). On a GPU the matrix is read once.
+
+    Raises:
+        TypeError, ValueError: not a dense matrix, or another axis.
+    """
+    check_tensor("gradient", gradient)
+    if gradient.dim() != 2 or axis not in (0, 1):
+        raise ValueError(
+            f"gradient must be a matrix and axis 0 or 1, got {tuple(gradient.shape)} and {axis!r}"
+        )
+    backend = dispatch.choose(gradient, impl, "product")
+    found: Tensor = backend.squares(gradient.detach(), axis, accumulator_dtype(gradient.dtype))
+    return found
+
+
 def _precise(theta: Tensor) -> contextlib.AbstractContextManager[Any]:
     """No autocast: products are of the dtypes that the operation has, in whatever mode it runs."""
     device = theta.device.type

@@ -120,3 +120,14 @@ def addend(
         signs = outside.sign_().mul_(sign_step)
         total = signs if total is None else total.add_(signs)
     return total
+
+
+def squares(gradient: Tensor, axis: int, wide: torch.dtype) -> Tensor:
+    """The sums of squares along an axis of (m, n), in this dtype, a chunk of rows at a time."""
+    m, n = gradient.shape
+    rows = max(1, CHUNK // max(n, 1))
+    parts = [
+        gradient[start : start + rows].to(wide).square().sum(axis)
+        for start in range(0, max(m, 1), rows)
+    ]
+    return torch.stack(parts).sum(0) if axis == 0 else torch.cat(parts)
