@@ -21,13 +21,14 @@ def check_unclipped() -> None:
     """
     loops: list[tuple[type[Any], str, str]] = []
     for module, name, attribute, label in _LOOPS:
-        if module in sys.modules:  # who calls it has imported it
-            loops.append((getattr(sys.modules[module], name), attribute, label))
+        cls = getattr(sys.modules.get(module), name, None)  # who is in it has imported it
+        if cls is not None:
+            loops.append((cls, attribute, label))
     frame = sys._getframe(1) if loops else None
     while frame is not None:
         caller = frame.f_locals.get("self")
         for cls, attribute, label in loops:
-            if isinstance(caller, cls):
+            if issubclass(type(caller), cls):
                 _check(caller, attribute, label)
         frame = frame.f_back
 
