@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import zoopt
 from tests.compare import same
 from tests.optimizer_table import CASES, Row, closure_of, mlp
+from zoopt.cli import main
 from zoopt.trajectory import TrajectoryError, replay, resume
 from zoopt.trajectory.format import Event, Kind, encode, encode_header, read
 
@@ -332,3 +334,35 @@ def test_a_torn_record_is_reported_and_cut_off(tmp_path: Path) -> None:
     assert read(tmp_path / "run").torn == 0
     replay(base, tmp_path / "run")
     assert same(base, model)
+
+
+def test_the_command_reads_checks_and_replays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = str(tmp_path / "run"), tmp_path / "out.safetensors"
+    base, model, _ = recorded(tmp_path / "run", *CASES[0], torch.bfloat16)
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    assert main(["trajectory", "info", path]) == 0
+    table = capsys.readouterr().out
+    assert "MeZO" in table
+    assert "6 tensors, 112 elements" in table
+    assert main(["trajectory", "verify", path]) == 0
+    arguments = ["replay", path, "--base", str(tmp_path / "base.safetensors"), "--out", str(out)]
+    assert main(["trajectory", *arguments]) == 0
+    trained = load_file(out)
+    assert all(torch.equal(trained[name], p) for name, p in model.named_parameters())
+    assert main(["trajectory", *arguments, "--delta"]) == 0
+    for name, delta in load_file(out).items():
+        moved = model.get_parameter(name).float() - base.get_parameter(name).float()
+        assert torch.equal(delta, moved)
+    assert main(["trajectory", *arguments, "--until", "0"]) == 0
+    untrained = load_file(out)
+    assert all(torch.equal(untrained[name], p) for name, p in base.named_parameters())
+    capsys.readouterr()
+    assert main(["trajectory", *arguments, "--until", "9"]) == 2
+    assert "until must be in [0, 4]" in capsys.readouterr().err
+    damaged = bytearray((tmp_path / "run").read_bytes())
+    damaged[-20] ^= 1
+    (tmp_path / "run").write_bytes(damaged)
+    assert main(["trajectory", "verify", path]) == 1
+    assert "is damaged at byte" in capsys.readouterr().out
