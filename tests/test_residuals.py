@@ -177,7 +177,7 @@ def test_groups_without_a_rank_get_adamw(cls: type[Any]) -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_channel_norms_in_chunks(side: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zoopt.first_order.projected.residuals.CHUNK", 20)
+    monkeypatch.setattr("zoopt.kernels.product.reference.CHUNK", 20)
     gradient = randn(11, 6).bfloat16()
     norms = channel_norms(gradient, Geometry(11, 6, 2, side), torch.float32)
     expected = gradient.float().norm(dim=0 if side == "left" else 1)
