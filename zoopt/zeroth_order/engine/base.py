@@ -28,7 +28,7 @@ from zoopt.parameters import check_param, named_params
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.blocks import block_due, block_of, check_blocks
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
-from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise, withdrawn
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise, descent
 from zoopt.zeroth_order.engine.perturbation import (
     Perturbation,
     PerturbationMode,
@@ -479,10 +479,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     ) -> None:
         """theta <- decay (theta - offset) - lr sum_d weights[d] z(d), in one pass."""
         lr, decay = float(slot.group["lr"]), self._decay(slot.group, pending)
-        total = withdrawn(offset, decay)
-        for draw, weight in weights.items():
-            total[draw] = total.get(draw, 0.0) - lr * weight
-        total = {draw: total[draw] for draw in sorted(total) if total[draw]}
+        total = descent(offset, weights, lr=lr, decay=decay)
         if total or decay != 1.0:
             slot.direction.add_(
                 slot.param, total, decay=decay, rounding=slot.rounding, progress=progress

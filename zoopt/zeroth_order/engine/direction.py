@@ -33,6 +33,20 @@ def withdrawn(offset: Coefficients, decay: float) -> dict[int, float]:
     return {draw: -decay * coefficient for draw, coefficient in offset.items()}
 
 
+def descent(
+    offset: Coefficients, g: Mapping[int, float], *, lr: float, decay: float
+) -> dict[int, float]:
+    """MeZO's update, theta <- decay theta - lr sum_d g_d z(d), from theta + sum_d offset[d] z(d).
+
+    Returns:
+        draw -> coefficient: what is added beside decay times the present value, in one pass.
+    """
+    total = withdrawn(offset, decay)
+    for draw, g_d in g.items():
+        total[draw] = total.get(draw, 0.0) - lr * g_d
+    return {draw: total[draw] for draw in sorted(total) if total[draw]}
+
+
 class Direction:
     """z of one parameter. `elements` is the flat tensor of what the direction can move."""
 
