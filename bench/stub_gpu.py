@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -110,6 +111,7 @@ def stub_gpu(target: str = "sm_90") -> Iterator[None]:
     try:
         with (
             mock.patch.object(dispatch, "_best", best),
+            mock.patch.object(dispatch, "waits", return_value=True),
             mock.patch.object(torch.version, "hip", hip),
         ):
             yield
@@ -138,11 +140,24 @@ def launches(function: Callable[[], Any], *, compiled: bool = False) -> Recorded
     knob = triton.knobs.runtime
     before, knob.jit_cache_hook = knob.jit_cache_hook, None if compiled else (lambda **_: True)
     try:
-        with mock.patch.object(JITFunction, "run", record), _Meter(recorded):
+        with mock.patch.object(JITFunction, "run", record), _Meter(recorded), _Reads(recorded):
             function()
     finally:
         knob.jit_cache_hook = before
     return recorded
+
+
+class _Reads(TorchFunctionMode):
+    """Counts reads of whole tensors, each of which waits once."""
+
+    def __init__(self, recorded: Recorded) -> None:
+        super().__init__()
+        self.recorded = recorded
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = func in (Tensor.tolist, Tensor.cpu, Tensor.numpy) and args[0].dim()
+        self.recorded.waits += bool(reads)
+        return func(*args, **(kwargs or {}))
 
 
 class _Meter(TorchDispatchMode):

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import pkgutil
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
+import zoopt
 import zoopt.kernels
 from bench.sass import report
 from bench.stub_gpu import TARGETS, launches, stub_gpu
@@ -183,3 +187,75 @@ def test_numbers_do_not_compile_anew() -> None:
         small = specializations(1, 1, 1) | specializations(16, 16, 16) | specializations(7, 4097, 7)
         assert len(small) == 2
         assert len(specializations(2**32 - 1, 4097, 2**31)) == 2
+
+
+def model() -> torch.nn.Sequential:
+    layers = [torch.nn.Linear(20, 20) for _ in range(8)]
+    return torch.nn.Sequential(*layers)
+
+
+def step_of(optimizer: torch.optim.Optimizer, net: torch.nn.Module, *, read: bool = False) -> Any:
+    """A step whose losses are tensors, or are read in the closure; they differ from each other."""
+    x = torch.randn(4, 20)
+    losses: Iterator[float] = itertools.count(1.0)
+    if not optimizer.param_groups[0]["step"]:
+        losses = itertools.chain([1.0], losses)  # The first one is evaluated twice, and compared.
+
+    def closure() -> Any:
+        loss = net(x).square().mean() * next(losses)
+        return loss.item() if read else loss
+
+    return lambda: optimizer.step(closure)
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "momentum_window": 3}]
+)
+def test_mezo_in_place_is_two_launches_a_probe_and_one(probes: int, options: Any) -> None:
+    """However many parameters: no copy to the device, and it is waited for once a step."""
+    net = model()
+    groups = [{"params": list(net[:4].parameters())}, {"params": list(net[4:].parameters())}]
+    groups[1]["lr"] = 1e-3
+    with stub_gpu():
+        for one_group in (True, False):
+            params = net.parameters() if one_group else groups
+            optimizer = zoopt.MeZO(
+                params, 1e-2, num_probes=probes, perturbation="inplace", seed=1, **options
+            )
+            for _ in range(2):  # The first step compares two losses at one point, and makes tables.
+                step_of(optimizer, net)()
+            recorded = launches(step_of(optimizer, net))
+            updates = 1 if one_group else 2
+            passes = [r for r in recorded.launches if r.kernel != "numbers_kernel"]
+            # Moves are alike in groups of one zo_eps, updates in groups of one rate.
+            assert len(passes) == 2 * probes + updates
+            assert len(recorded.of("numbers_kernel")) <= updates
+            assert (recorded.copies, recorded.waits) == (0, 1)
+            assert launches(step_of(optimizer, net, read=True)).waits == 2 * probes
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "count"),
+    [
+        (zoopt.ZOAdam, {"state": "window", "window": 5}, 3),
+        (zoopt.ZOAdam, {"state": "scalar"}, 3),
+        (zoopt.FZOO, {"num_probes": 2}, 3),
+    ],
+)
+def test_other_methods_launch_as_often_whatever_the_model(
+    cls: Any, options: dict[str, Any], count: int
+) -> None:
+    found = []
+    for layers in (2, 8):
+        net = model()[:layers]
+        with stub_gpu():
+            optimizer = cls(net.parameters(), 1e-2, perturbation="inplace", seed=1, **options)
+            for _ in range(2):
+                step_of(optimizer, net)()
+            recorded = launches(step_of(optimizer, net))
+        found.append([launch.kernel for launch in recorded.launches])
+        passes = [kernel for kernel in found[-1] if kernel != "numbers_kernel"]
+        assert len(passes) == count
+        assert (recorded.copies, recorded.waits) == (0, 1)
+    assert found[0] == found[1]

@@ -37,6 +37,16 @@ def known(value: Tensor, otherwise: Number) -> Number:
     return otherwise if is_fake(value) else type(otherwise)(value.item())
 
 
+def launches(theta: Tensor) -> bool:
+    """Whether operations on theta are launches on a device: many small ones cost more than one."""
+    return not is_fake(theta) and _best(theta) == "triton"
+
+
+def waits(value: Tensor) -> bool:
+    """Whether reading the value waits for a device that runs behind Python."""
+    return value.is_cuda and not is_fake(value)
+
+
 def native_bfloat16(tensor: Tensor) -> bool:
     """Whether the tensor is of bfloat16 and its device multiplies such matrices by itself: 2 to 4
     times as fast as widened to float32."""

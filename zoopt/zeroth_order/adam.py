@@ -231,22 +231,25 @@ class ZOAdam(SparseZerothOrder):
         # Directions that were evaluated and left out still stand in the offset: a step of weight 0.
         absent = [draw for draw in offset if draw not in draws]
         none = [0.0] * len(absent)
+        numbers: tuple[Any, ...] = (
+            [-decay * offset.get(draw, 0.0) for draw in absent + draws],
+            none + [weight for step in steps for _, weight in step],
+            none + [first[i] for i, step in enumerate(steps) for _ in step],
+            none + [second[i] for i, step in enumerate(steps) for _ in step],
+            [False] * len(absent) + last,
+        )
+        options: dict[str, Any] = {
+            "eps": float(group["eps"]),
+            "step_size": -float(group["lr"]),
+            "draws": absent + draws,
+            "decay": decay,
+            "rounding": slot.rounding,
+        }
+        if direction.queued("adam_window", slot.param, progress, *numbers, **options):
+            return
         with direction.elements(slot.param, progress) as elements:
             for _ in whole(elements, progress):
-                adam_window_(
-                    elements,
-                    [-decay * offset.get(draw, 0.0) for draw in absent + draws],
-                    none + [weight for step in steps for _, weight in step],
-                    none + [first[i] for i, step in enumerate(steps) for _ in step],
-                    none + [second[i] for i, step in enumerate(steps) for _ in step],
-                    [False] * len(absent) + last,
-                    eps=float(group["eps"]),
-                    step_size=-float(group["lr"]),
-                    draws=absent + draws,
-                    decay=decay,
-                    rounding=slot.rounding,
-                    key=direction.key,
-                )
+                adam_window_(elements, *numbers, key=direction.key, **options)
 
     def _closing(self, group: Group, pending: PendingProbe) -> dict[str, Any]:
         if group["state"] == "window":

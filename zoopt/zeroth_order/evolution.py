@@ -147,7 +147,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         evaluation = self._evaluation(evaluate, perturbation)
         evaluation.verify = False
         try:
-            fitness = [evaluation.along(*population.place(i)) for i in chosen]
+            fitness = evaluation.along(*map(population.place, chosen))
             perturbation.restore()
         except BaseException:
             self._undo(perturbation)
@@ -252,7 +252,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         # A fitness may be noisy: over a population, its noise averages out.
         evaluation.verify = False
         assert isinstance(pending, Population)
-        fitness = [evaluation.along(*place) for place in map(pending.place, range(pending.size))]
+        fitness = evaluation.along(*map(pending.place, range(pending.size)))
         return [Outcome((value,), value) for value in fitness]
 
     def _usable(self, outcome: Outcome) -> Outcome:

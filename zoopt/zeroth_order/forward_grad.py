@@ -113,7 +113,8 @@ class ForwardGrad(MomentumSGD):
             sdpa_kernel(SDPBackend.MATH),
             evaluation.perturbation.substituted(dual, dual_rows, lambda weight: None),
         ):
-            loss = evaluation.rng.evaluate(closure)
+            queued = evaluation.rng.evaluate(closure)
+        [loss] = evaluation.read([queued])
         return Outcome((loss,), slopes[0])
 
 

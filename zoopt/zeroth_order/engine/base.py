@@ -21,6 +21,7 @@ from zoopt.checks import (
 )
 from zoopt.distributed.checkpoint import called_by_checkpoint
 from zoopt.dtypes import NARROW, RoundingMode, resolved_rounding
+from zoopt.kernels import dispatch
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
@@ -29,6 +30,7 @@ from zoopt.warn import warn
 from zoopt.zeroth_order.engine.blocks import block_due, block_of, check_blocks
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise, descent
+from zoopt.zeroth_order.engine.passes import Passes
 from zoopt.zeroth_order.engine.perturbation import (
     Perturbation,
     PerturbationMode,
@@ -267,7 +269,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         """Add the losses along the directions; parameters perturbed in place are left where the
         last one was evaluated."""
         outcomes = [self._usable(each) for each in self._evaluate(evaluation, pending)]
-        self._warn_of_narrow(evaluation.rng.spacing, outcomes)
+        self._warn_of_narrow(evaluation.spacing, outcomes)
         pending.add(outcomes)
         return mean_loss([outcome.losses for outcome in outcomes])
 
@@ -386,8 +388,9 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         """
         for group in self.param_groups:
             self._check_options(group)
-        updates = [(slot, Progress()) for slot in pending.slots]
-        commit = Commit(self._tasks(pending, perturbation, updates))
+        passes = Passes()
+        updates = [(slot, Progress(passes)) for slot in pending.slots]
+        commit = Commit(self._tasks(pending, perturbation, updates, passes))
         try:
             commit.run()
         except BaseException:
@@ -404,6 +407,7 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         pending: PendingProbe,
         perturbation: Perturbation | None,
         updates: Sequence[tuple[Slot, Progress]],
+        passes: Passes,
     ) -> list[Callable[[], None]]:
         """What the step changes, in order."""
         run = {"step": self.param_groups[0]["step"] + 1, "draw": pending.draws[-1] + 1}
@@ -418,9 +422,27 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         def update(slot: Slot, progress: Progress) -> None:
             offset = perturbation.offset(slot) if perturbation is not None else {}
             self._update(slot, pending, offset, progress)
+
+        def written(slot: Slot) -> None:
             count_write(slot.param)
             if perturbation is not None:
                 perturbation.forget(slot)
+
+        def update_alone(slot: Slot, progress: Progress) -> None:
+            update(slot, progress)
+            written(slot)
+
+        def update_together() -> None:
+            # What an interruption has left in the queue knows of offsets that are gone.
+            passes.clear()
+            for each in together:
+                update(*each)
+            passes.make()
+            for slot, _ in together:
+                written(slot)
+
+        together = [each for each in updates if dispatch.launches(each[0].param)]
+        alone = [each for each in updates if not dispatch.launches(each[0].param)]
 
         def close() -> None:
             for group, values in groups:
@@ -431,8 +453,8 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
             if self.recorder is not None:
                 self.recorder.stepped(closure=perturbation is not None)
 
-        updated = (functools.partial(update, *each) for each in updates)
-        return [*updated, *further, close, write_down]
+        tasks = [functools.partial(update_alone, *each) for each in alone]
+        return [*tasks, *([update_together] if together else []), *further, close, write_down]
 
     def _change_run(self, run: dict[str, int]) -> list[Callable[[], None]]:
         """What the step changes besides the updates; what all groups are to hold goes into `run`,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random  # noqa: TID251 - the user's own state, which is put back where it was
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from zoopt.dtypes import NARROW
+from zoopt.kernels import dispatch
 from zoopt.kernels.dispatch import known
 
 Closure = Callable[[], Any]
@@ -36,8 +37,24 @@ def check_closure(closure: Any, caller: str) -> None:
         )
 
 
+#: A loss: a number, or one that is still on a device, float64, ().
+Loss = float | Tensor
+
+
 def loss_value(result: Any) -> float:
-    """What the closure returned, as a float.
+    """What the closure returned, as a float: `loss_values` of one `loss_of`."""
+    return loss_values([loss_of(result)])[0]
+
+
+def loss_values(losses: Sequence[Loss]) -> list[float]:
+    """The losses as floats; the devices that some are on are waited for once."""
+    late = [loss for loss in losses if isinstance(loss, Tensor)]
+    values = iter(torch.stack([loss.to(late[0].device) for loss in late]).tolist() if late else ())
+    return [next(values) if isinstance(loss, Tensor) else loss for loss in losses]
+
+
+def loss_of(result: Any) -> Loss:
+    """What the closure returned: a copy on its device, if to read it is to wait for a device.
 
     Raises:
         TypeError: it is no number, or has no value.
@@ -49,6 +66,9 @@ def loss_value(result: Any) -> float:
                 f"the closure must return one real number, got a {result.dtype} tensor of shape "
                 f"{tuple(result.shape)}; reduce it first, with .mean() say"
             )
+        if dispatch.waits(result):
+            # A copy: a captured graph returns all its losses in one tensor's memory.
+            return result.detach().to(torch.float64, copy=True).view(())
         return known(result, 1.0)
     if isinstance(result, Real):
         return float(result)
@@ -106,8 +126,8 @@ class PinnedRNG:
             self._generators.append((numpy.random.get_state, numpy.random.set_state))
         self._before = self._get()
         self._after: list[Any] | None = None
-        #: The spacing of numbers around the last loss, where it was of 16 bits; otherwise 0.
-        self.spacing = 0.0
+        #: The relative spacing of numbers like the last loss, where it was of 16 bits; otherwise 0.
+        self.eps = 0.0
 
     # A mode that is active, of fake tensors say, would make tensors of its own of the states.
 
@@ -120,7 +140,7 @@ class PinnedRNG:
             for (_, put), state in zip(self._generators, states, strict=True):
                 put(state)
 
-    def evaluate(self, closure: Closure) -> float:
+    def evaluate(self, closure: Closure) -> Loss:
         """The closure's loss, under the pinned state and without autograd."""
         if self._after is not None:
             self._set(self._before)
@@ -141,7 +161,7 @@ class PinnedRNG:
             self._after = states
         else:
             self._set(self._after)
-        loss = loss_value(result)
+        loss = loss_of(result)
         narrow = isinstance(result, Tensor) and result.dtype in NARROW
-        self.spacing = torch.finfo(result.dtype).eps * abs(loss) if narrow else 0.0
+        self.eps = torch.finfo(result.dtype).eps if narrow else 0.0
         return loss

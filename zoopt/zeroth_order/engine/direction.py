@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -228,6 +229,16 @@ class Elementwise(Direction):
 class Noise(Elementwise):
     """Independent elements: each operation is one pass of a fused kernel."""
 
+    def queued(
+        self, operation: str, param: Tensor, progress: Progress | None, *numbers: Any, **own: Any
+    ) -> bool:
+        """Whether a pass is made later, together with others (see `Passes.put`)."""
+        if progress is None or progress.passes is None:
+            return False
+        if type(self).elements is not Elementwise.elements:
+            return False  # It moves some of the parameter's elements.
+        return progress.passes.put(operation, param, self.key, progress, *numbers, **own)
+
     def add_(
         self,
         param: Tensor,
@@ -239,16 +250,17 @@ class Noise(Elementwise):
     ) -> None:
         """As in `Direction`."""
         draws = sorted(coefficients)
+        numbers = [coefficients[draw] for draw in draws]
+        options: dict[str, Any] = {
+            "draws": draws,
+            "decay": decay,
+            "rounding": rounding if draws else "nearest",
+        }
+        if self.queued("apply", param, progress, numbers, **options):
+            return
         with self.elements(param, progress) as elements:
             if progress is None or progress.begin(0, elements):
-                apply_(
-                    elements,
-                    [coefficients[draw] for draw in draws],
-                    draws=draws,
-                    decay=decay,
-                    rounding=rounding if draws else "nearest",
-                    key=self.key,
-                )
+                apply_(elements, numbers, key=self.key, **options)
             if progress is not None:
                 progress.end(0)
 
@@ -267,20 +279,22 @@ class Noise(Elementwise):
     ) -> None:
         """As in `Elementwise`."""
         draws = sorted(coefficients.keys() | gradient.keys())
+        own = [coefficients.get(draw, 0.0) for draw in draws]
+        gradients = [gradient.get(draw, 0.0) for draw in draws]
+        options: dict[str, Any] = {
+            "momentum": momentum,
+            "step_size": step_size,
+            "draws": draws,
+            "decay": decay,
+            "rounding": rounding,
+        }
+        beside = (buffer.view(param.shape),)
+        numbers = (own, gradients)
+        if self.queued("momentum", param, progress, *numbers, beside=beside, **options):
+            return
         with self.elements(param, progress) as elements:
             for _ in whole(elements, progress):
-                momentum_(
-                    elements,
-                    buffer.view(-1),
-                    [coefficients.get(draw, 0.0) for draw in draws],
-                    [gradient.get(draw, 0.0) for draw in draws],
-                    momentum=momentum,
-                    step_size=step_size,
-                    draws=draws,
-                    decay=decay,
-                    rounding=rounding,
-                    key=self.key,
-                )
+                momentum_(elements, buffer.view(-1), *numbers, key=self.key, **options)
 
     def perturbed(self, param: Tensor, coefficients: Coefficients) -> Tensor:
         """As in `Direction`, in one pass if there is one draw."""

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic
 from zoopt.dtypes import Rounding
+from zoopt.kernels import dispatch
 from zoopt.optimizer import Group
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction
+from zoopt.zeroth_order.engine.passes import Passes
 from zoopt.zeroth_order.engine.progress import Progress, count_write, uninterrupted
 from zoopt.zeroth_order.engine.uncompiled import uncompiled
 from zoopt.zeroth_order.engine.virtual import Interception, Substitution
@@ -151,6 +153,8 @@ class Perturbation:
         If that breaks off, the next move goes on where this one was.
         """
         with uninterrupted():
+            passes = Passes()
+            flying = []
             for slot in slots:
                 self._land(slot)
                 target = displacement(slot)
@@ -159,20 +163,38 @@ class Perturbation:
                     change[draw] = change.get(draw, 0.0) + c
                 change = {draw: c for draw, c in change.items() if c}
                 if change:
-                    self._flights[slot.param] = _Flight(change, target)
-                    self._land(slot)
+                    self._flights[slot.param] = _Flight(change, target, Progress(passes))
+                    self._fly(slot)
+                    flying.append(slot)
+                    if not dispatch.launches(slot.param):
+                        self._arrive(slot)
                 else:
                     self._offset[slot.param] = target
+            passes.make()
+            for slot in flying:
+                self._arrive(slot)
+
+    def _fly(self, slot: Slot) -> None:
+        """Make the parameter's move, or queue it."""
+        flight = self._flights[slot.param]
+        slot.direction.add_(slot.param, flight.change, progress=flight.progress)
 
     def _land(self, slot: Slot) -> None:
         """Finish the move that the parameter is in."""
         flight = self._flights.get(slot.param)
         if flight is None:
             return
-        slot.direction.add_(slot.param, flight.change, progress=flight.progress)
-        count_write(slot.param)
-        self._offset[slot.param] = flight.target
-        del self._flights[slot.param]
+        flight.progress.passes = None
+        self._fly(slot)
+        self._arrive(slot)
+
+    def _arrive(self, slot: Slot) -> None:
+        """The parameter's move, if it is in one, has been made."""
+        flight = self._flights.get(slot.param)
+        if flight is not None:
+            count_write(slot.param)
+            self._offset[slot.param] = flight.target
+            del self._flights[slot.param]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,4 +203,4 @@ class _Flight:
 
     change: Coefficients
     target: Coefficients
-    progress: Progress = dataclasses.field(default_factory=Progress)
+    progress: Progress

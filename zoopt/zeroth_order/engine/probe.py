@@ -20,7 +20,14 @@ from typing import Literal, TypeVar
 from torch import Tensor
 
 from zoopt.warn import warn
-from zoopt.zeroth_order.engine.closure import CALLS_BACKWARD, Closure, PinnedRNG, RecordedLosses
+from zoopt.zeroth_order.engine.closure import (
+    CALLS_BACKWARD,
+    Closure,
+    Loss,
+    PinnedRNG,
+    RecordedLosses,
+    loss_values,
+)
 from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation, Slot, along
 
 Estimator = Literal["two-sided", "one-sided"]
@@ -132,16 +139,30 @@ class Evaluation:
         perturbation.evaluated = not isinstance(closure, RecordedLosses)
         self.verify = verify
         self.rng = PinnedRNG(slot.param.device for slot in perturbation.slots)
+        #: The spacing of numbers around the last loss, where it was of 16 bits; otherwise 0.
+        self.spacing = 0.0
         self._without_grad = [param for param in params if param.grad is None]
         self._checked = False
 
     def at(self, displacement: Displacement) -> float:
         """The loss at theta plus the displacement."""
+        return self.read([self.queue(displacement)])[0]
+
+    def read(self, losses: Sequence[Loss]) -> list[float]:
+        """Losses as floats; a device that some are still on is waited for once."""
+        values = loss_values(losses)
+        if values:
+            self.spacing = self.rng.eps * abs(values[-1])
+        return values
+
+    def queue(self, displacement: Displacement) -> Loss:
+        """The loss at theta plus the displacement, which may still be on its device."""
         try:
             with self.perturbation.at(displacement):
                 loss = self.rng.evaluate(self.closure)
                 if self.verify:
-                    self._compare(loss, self.rng.evaluate(self.closure))
+                    again = self.rng.evaluate(self.closure)
+                    self._compare(*loss_values([loss, again]))
                 self._refuse_gradients()
                 return loss
         except BaseException:
@@ -169,39 +190,32 @@ class Evaluation:
                 f"batch outside the closure, and make its random choices with torch's generator"
             )
 
-    def along(self, draw: int, scale: float) -> float:
-        """The loss at theta + scale zo_eps z(draw)."""
-        return self.at(along(draw, scale))
+    def along(self, *places: tuple[int, float]) -> list[float]:
+        """The losses at theta + scale zo_eps z(draw) for each (draw, scale), in order."""
+        return self.read([self.queue(along(draw, scale)) for draw, scale in places])
 
 
 def two_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Outcome]:
     """Two evaluations a direction."""
-    outcomes = []
-    for draw in draws:
-        plus, minus = evaluation.along(draw, 1.0), evaluation.along(draw, -1.0)
-        outcomes.append(Outcome((plus, minus), 0.5 * (plus - minus)))
-    return outcomes
+    losses = evaluation.along(*((draw, scale) for draw in draws for scale in (1.0, -1.0)))
+    pairs = zip(losses[::2], losses[1::2], strict=True)
+    return [Outcome((plus, minus), 0.5 * (plus - minus)) for plus, minus in pairs]
 
 
 def one_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Outcome]:
     """One evaluation a direction, and one at theta for all."""
-    base = evaluation.along(draws[0], 0.0)
-    outcomes = []
-    for draw in draws:
-        plus = evaluation.along(draw, 1.0)
-        outcomes.append(Outcome((plus, base), plus - base))
-    return outcomes
+    base, *losses = evaluation.along((draws[0], 0.0), *((draw, 1.0) for draw in draws))
+    return [Outcome((plus, base), plus - base) for plus in losses]
 
 
 def three_point(evaluation: Evaluation, draws: Sequence[int]) -> list[Outcome]:
     """Two evaluations a direction, and one at theta for all."""
-    base = evaluation.along(draws[0], 0.0)
-    outcomes = []
-    for draw in draws:
-        plus, minus = evaluation.along(draw, 1.0), evaluation.along(draw, -1.0)
-        curvature = plus + minus - 2.0 * base
-        outcomes.append(Outcome((plus, minus, base), 0.5 * (plus - minus), curvature))
-    return outcomes
+    around = ((draw, scale) for draw in draws for scale in (1.0, -1.0))
+    base, *losses = evaluation.along((draws[0], 0.0), *around)
+    return [
+        Outcome((plus, minus, base), 0.5 * (plus - minus), plus + minus - 2.0 * base)
+        for plus, minus in zip(losses[::2], losses[1::2], strict=True)
+    ]
 
 
 def mean_loss(losses: Sequence[Sequence[float]]) -> float:

@@ -13,13 +13,16 @@ import ctypes
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.operands import contiguous
+
+if TYPE_CHECKING:
+    from zoopt.zeroth_order.engine.passes import Passes
 
 #: Those that programs have handlers for. (Not every system has each.)
 _SIGNALS = [
@@ -36,9 +39,13 @@ class Progress:
 
     A pass consists of pieces, and one kernel writes a piece; changes of state that belong to it are
     held back until it has written.
+
+    Args:
+        passes: where kernels may be queued, to be made together with others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, passes: Passes | None = None) -> None:
+        self.passes = passes
         self._done = 0
         self._mark: tuple[int, bytes] | None = None
         self._state: list[tuple[Tensor, Tensor]] = []
@@ -49,6 +56,15 @@ class Progress:
     def begun(self) -> bool:
         """Whether anything may have been written."""
         return self._done > 0 or self._mark is not None
+
+    @property
+    def done(self) -> bool:
+        """Whether a pass that is one piece has been made."""
+        return self._done > 0
+
+    def finish(self) -> None:
+        """The pass, one piece, has been made, whether or not it was begun here."""
+        self._done, self._mark = 1, None
 
     @property
     def next(self) -> Progress:
