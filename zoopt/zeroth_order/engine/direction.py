@@ -288,9 +288,8 @@ class Noise(Elementwise):
             "decay": decay,
             "rounding": rounding,
         }
-        beside = (buffer.view(param.shape),)
         numbers = (own, gradients)
-        if self.queued("momentum", param, progress, *numbers, beside=beside, **options):
+        if self.queued("momentum", param, progress, *numbers, beside=(buffer,), **options):
             return
         with self.elements(param, progress) as elements:
             for _ in whole(elements, progress):
