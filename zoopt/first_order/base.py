@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol, get_args
 
 import torch
@@ -21,6 +21,8 @@ from zoopt.distributed.sharding import (
     offset,
 )
 from zoopt.dtypes import RoundingMode, resolved_rounding
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
@@ -145,8 +147,29 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
                 ready.append(site)
             elif self._prepare(site, operand(gradient)):
                 ready.append(dataclasses.replace(site, continues=True))
+        together: dict[Hashable, list[Site]] = {}
+        places: set[int] = set()
         for site in ready:
-            self._step_param(site)
+            kind = self._kind(site)
+            # Parameters tied by their data are updated one after the other.
+            if kind is None or site.param.data_ptr() in places:
+                self._step_param(site)
+            else:
+                places.add(site.param.data_ptr())
+                together.setdefault(kind, []).append(site)
+        for sites in together.values():
+            self._update_together(sites, [operand(_gradient(site)) for site in sites])
+            for site in sites:
+                self._written(site.param)
+
+    def _kind(self, site: Site) -> Hashable:
+        """What parameters have in common that one operation updates together: on a GPU that is one
+        launch. None for a parameter that is updated by itself."""
+        return None
+
+    def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
+        """Update parameters of one `_kind` and their state from their gradients."""
+        raise NotImplementedError
 
     @opaque
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -271,6 +294,27 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         for param in group["params"]:
             check_param(local(param))
         self._check_shards(group)
+
+
+def batch_kind(site: Site, *states: Tensor) -> Hashable:
+    """The group, dtypes and device of a parameter that can be in a batch, and the dtypes and
+    numbers of these of its states; None for one that cannot."""
+    param, gradient = site.param, site.param.grad
+    alone = gradient is None or is_sharded(param) or is_fake(param) or not param.is_contiguous()
+    if alone or gradient is None or gradient.layout != torch.strided or not param.numel():
+        return None
+    kinds = tuple(s.item() if not s.dim() and s.device.type == "cpu" else s.dtype for s in states)
+    return id(site.group), param.dtype, gradient.dtype, param.device, kinds
+
+
+def batch_of(sites: Sequence[Site]) -> Batch:
+    """The parameters with their noise."""
+    return Batch([site.param for site in sites], [site.key for site in sites])
+
+
+def _gradient(site: Site) -> Tensor:
+    assert site.param.grad is not None
+    return site.param.grad
 
 
 def check_values(site: Site) -> None:

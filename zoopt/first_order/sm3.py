@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 from torch import Tensor
 
 from zoopt.checks import check_number
 from zoopt.distributed.sharding import greatest_, local
 from zoopt.dtypes import RoundingMode, accumulator_dtype
-from zoopt.first_order.base import FirstOrderOptimizer, Site, descent_rate
+from zoopt.first_order.base import (
+    FirstOrderOptimizer,
+    Site,
+    batch_kind,
+    batch_of,
+    descent_rate,
+)
 from zoopt.kernels import sm3_
 from zoopt.optimizer import STEP, Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
@@ -105,23 +113,33 @@ class SM3(FirstOrderOptimizer):
         return declared
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
-        param, group = site.param, site.group
-        state = self._state(param, group)
+        self._update_together([site], [reduced.coalesce() if reduced.is_sparse else reduced])
+
+    def _kind(self, site: Site) -> Hashable:
+        state = self._state(site.param, site.group)
+        return batch_kind(site, *([state["step"]] if "step" in state else []))
+
+    def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
+        group = sites[0].group
+        states = [self._state(site.param, group) for site in sites]
         rounding_draw = None
-        if "step" in state:
-            state["step"] += 1
-            rounding_draw = site.rounding_draw(int(state["step"]))
+        if "step" in states[0]:
+            for state in states:
+                state["step"] += 1
+            rounding_draw = sites[0].rounding_draw(int(states[0]["step"]))
         sm3_(
-            param,
-            reduced.coalesce() if reduced.is_sparse else reduced,
-            [state[f"accumulator_{axis}"] for axis in range(max(1, param.dim()))],
+            batch_of(sites),
+            gradients,
+            [
+                [state[f"accumulator_{axis}"] for axis in range(max(1, site.param.dim()))]
+                for site, state in zip(sites, states, strict=True)
+            ],
             step_size=descent_rate(group),
             beta=group["beta"],
             eps=group["eps"],
             decay=1.0 - float(group["lr"]) * group["weight_decay"],
-            buffer=state["momentum_buffer"] if group["momentum"] else None,
+            buffer=[state["momentum_buffer"] for state in states] if group["momentum"] else None,
             momentum=group["momentum"],
-            key=site.key,
             rounding_draw=rounding_draw,
         )
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from zoopt.distributed.sharding import anywhere, greatest_, local, local_like, offset, sum_
 from zoopt.dtypes import accumulator_dtype
-from zoopt.first_order.base import Site, descent_rate
+from zoopt.first_order.base import Site, batch_kind, batch_of, descent_rate
 from zoopt.first_order.projected.basis import basis_specs, load_bases, refresh, refresh_due
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
 from zoopt.first_order.projected.groups import ProjectedGroups
@@ -230,8 +230,7 @@ class ProjectedOptimizer(ProjectedGroups):
         if terms.sign_step:
             whole = {name: basis.to(reduced.dtype) for name, basis in bases.items()}
             sign_of = factors(reduced, whole, geo)
-        decay = 1.0 - float(group["lr"]) * group["weight_decay"]
-        after = group.get("decay", "before") == "after"
+        decay, after = self._decay(group)
         theta = matrix(param.detach())
         add_product_(
             theta,
@@ -251,38 +250,64 @@ class ProjectedOptimizer(ProjectedGroups):
         if not param.is_contiguous():
             param.copy_(theta.reshape(param.shape))
 
+    def _kind(self, site: Site) -> Hashable:
+        """Of parameters that the rule writes itself: their step, and how their state is stored."""
+        param, group = site.param, site.group
+        if geometry(param, group) is not None or self._rule(group).write is None:
+            return None
+        return batch_kind(site, *self._state(param, group).values())
+
+    def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
+        for site in sites:
+            self._state(site.param, site.group)["step"] += 1
+        step = int(self.state[sites[0].param]["step"])
+        self._write_whole(sites, gradients, step)
+
+    def _write_whole(self, sites: Sequence[Site], gradients: Sequence[Tensor], step: int) -> None:
+        """theta <- decay theta + rate (the rule's direction), of parameters of one kind."""
+        group = sites[0].group
+        write = self._rule(group).write
+        assert write is not None
+        decay, after = self._decay(group)
+        states = [self.state[site.param] for site in sites]
+        write(
+            *(batch_of(sites), gradients, states, group, step),
+            rate=descent_rate(group),
+            decay=1.0 if after else decay,
+            rounding_draw=sites[0].rounding_draw(step),
+        )
+        if after and decay != 1.0:
+            for site in sites:
+                site.param.mul_(decay)
+
+    def _decay(self, group: Group) -> tuple[float, bool]:
+        """What the weights are multiplied by, and whether the step comes before that."""
+        decay = 1.0 - float(group["lr"]) * group["weight_decay"]
+        return decay, group.get("decay", "before") == "after"
+
     def _apply_whole(
         self, site: Site, gradient: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey
     ) -> None:
         """The rule on the parameter itself."""
         param, group = site.param, site.group
-        rule = self._rule(group)
-        decay = 1.0 - float(group["lr"]) * group["weight_decay"]
-        after = group.get("decay", "before") == "after"
-        descent = descent_rate(group)
-        if rule.write is not None:
-            rule.write(
-                *(param, gradient, state, group, step),
-                key=site.key,
-                rate=descent,
-                decay=1.0 if after else decay,
-                rounding_draw=site.rounding_draw(step),
-            )
-        else:
-            direction = self._direction(site, gradient, state, step, key)
-            theta = param.detach().reshape(1, -1)
-            add_product_(
-                theta,
-                None,
-                None,
-                decay=1.0 if after else decay,
-                gradient=direction.reshape(1, -1),
-                channel_scale=direction.new_full((1, 1), descent),
-                key=site.key,
-                rounding_draw=site.rounding_draw(step),
-            )
-            if not param.is_contiguous():
-                param.copy_(theta.reshape(param.shape))
+        if self._rule(group).write is not None:
+            self._write_whole([site], [gradient], step)
+            return
+        decay, after = self._decay(group)
+        direction = self._direction(site, gradient, state, step, key)
+        theta = param.detach().reshape(1, -1)
+        add_product_(
+            theta,
+            None,
+            None,
+            decay=1.0 if after else decay,
+            gradient=direction.reshape(1, -1),
+            channel_scale=direction.new_full((1, 1), descent_rate(group)),
+            key=site.key,
+            rounding_draw=site.rounding_draw(step),
+        )
+        if not param.is_contiguous():
+            param.copy_(theta.reshape(param.shape))
         if after and decay != 1.0:
             param.mul_(decay)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from zoopt.first_order.projected.codecs import moment, moment_specs
 from zoopt.kernels.adam.moments import Moment, encode
 from zoopt.kernels.adam.op import adam_, adamw_
 from zoopt.kernels.adam.op_average import average_
+from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.philox import PURPOSE_MOMENTS, halfwords
@@ -36,9 +37,9 @@ class Rule(NamedTuple):
             direction. None where it cannot.
         overwrites: whether `direction` takes gradients of every dtype, and `out`, where the
             direction goes, which may be the gradient.
-        write: parameter, gradient, state, group, step -> None, with `key`, `rate`, `decay` and
-            `rounding_draw`: theta <- decay theta + rate direction in one pass. None where that
-            takes two.
+        write: batch, gradients, states, group, step -> None, with `rate`, `decay` and
+            `rounding_draw`: theta <- decay theta + rate direction in one pass over all parameters
+            of a batch. None where that takes two passes, a parameter at a time.
     """
 
     specs: Callable[[tuple[int, ...], Group, torch.dtype], Mapping[str, TensorSpec]]
@@ -114,28 +115,30 @@ def _adam_norms(gradient: Tensor, state: State) -> Tensor:
 
 
 def _adamw(
-    param: Tensor,
-    gradient: Tensor,
-    state: State,
+    batch: Batch,
+    gradients: Sequence[Tensor],
+    states: Sequence[State],
     group: Group,
     step: int,
     *,
-    key: NoiseKey,
     rate: float,
     decay: float,
     rounding_draw: int | None,
 ) -> None:
     """theta <- decay theta + rate mhat / (sqrt(vhat) + eps)."""
     scale, eps = adam_numbers(group, step)
+    moments = [
+        adam_moments(state, param.numel())
+        for state, param in zip(states, batch.tensors, strict=True)
+    ]
     adamw_(
-        param,
-        gradient,
-        *adam_moments(state, param.numel()),
+        batch,
+        gradients,
+        *([pair[i] for pair in moments] for i in range(2)),
         betas=betas_of(group),
         scale=rate * scale,
         eps=eps,
         decay=decay,
-        key=key,
         moment_draw=moment_draw(group, step),
         rounding_draw=rounding_draw,
     )
