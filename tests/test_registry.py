@@ -51,6 +51,11 @@ def test_has_a_contract_and_an_oracle(row: registry.Row) -> None:
 
 
 @every_row
+def test_has_a_page(row: registry.Row) -> None:
+    assert f"`zoopt.{row.cls.__name__}`" in (ROOT / row.page).read_text()
+
+
+@every_row
 def test_has_a_summary_of_a_line(row: registry.Row) -> None:
     assert 20 < len(row.summary) < 140
     assert row.summary.endswith(".")

@@ -16,6 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import lr_scheduler
 
 import zoopt
@@ -507,3 +512,29 @@ def test_damage_is_refused_whole_or_loads_exactly(row: Any, data: st.DataObject)
 
 def test_every_fuzzed_row_is_in_a_table() -> None:
     assert set(FUZZED) <= {row.name for row in ROWS}
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize(
+    "row", [row for row in optimizer_table.ROWS if row.state_bytes((10, 6), 4)], ids=str
+)
+def test_torchs_distributed_checkpoints_hold_all_state(row: Any, steps: int, flatten: bool) -> None:
+    """Nested and flat, of a run that has visited all blocks or none, without a trace."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, optimizer = begun(row, steps)
+    before = bits(optimizer.state_dict())
+    record = get_optimizer_state_dict(model, optimizer, options=options)
+    assert bits(optimizer.state_dict()) == before
+    twin = copy.deepcopy(model)
+    other = build(row, twin.named_parameters(), seed=99)
+    wanted = get_optimizer_state_dict(twin, other, options=options)
+    if flatten:
+        assert {key for key in wanted if key.startswith("state.")} == {
+            key for key in record if key.startswith("state.")
+        }
+    set_optimizer_state_dict(twin, other, copy.deepcopy(record), options=options)
+    advance(row, model, optimizer, 3)
+    advance(row, twin, other, 3)
+    assert same(model, twin)
+    assert bits(other.state_dict()["state"]) == bits(optimizer.state_dict()["state"])

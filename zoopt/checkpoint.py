@@ -137,6 +137,14 @@ def _numbers(shapes: Any) -> list[list[int]] | None:
     return shapes if ints else None
 
 
+def saved_entries(entries: Any) -> Any:
+    """A parameter's saved state; torch.distributed.checkpoint writes {} for what was not saved."""
+    absent = isinstance(entries, dict) and not any(
+        not isinstance(value, dict) or value for value in entries.values()
+    )
+    return {} if absent else entries
+
+
 def check_entries(
     entries: Any, declared: Mapping[str, TensorSpec], index: Any, param: Tensor, optimizer: str
 ) -> None:

@@ -18,6 +18,7 @@ from zoopt.checkpoint import (
     check_entries,
     check_form,
     counter,
+    saved_entries,
     saved_groups,
 )
 from zoopt.checks import shown
@@ -291,7 +292,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         for group, given in zip(groups, state_dict["param_groups"], strict=True):
             for param, index in zip(group["params"], given["params"], strict=True):
                 known.add(index)
-                entries = saved.get(index, {})
+                entries = saved_entries(saved.get(index, {}))
                 declared = self.declared_state(param, group)
                 check_entries(entries, declared, index, param, name)
                 if entries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import CodeType
 
@@ -23,9 +24,31 @@ def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
 
 def called_by_checkpoint() -> bool:
     """Whether torch.distributed.checkpoint is making an optimizer's state, further up the stack."""
+    return _called_by("_init_optim_state")
+
+
+def called_by_load() -> bool:
+    """Whether torch.distributed.checkpoint is loading an optimizer's state, further up the stack.
+
+    Of a flattened checkpoint it reads what the optimizer's state has names for.
+    """
+    return _called_by("_load_optim_state_dict")
+
+
+def called_by_get() -> bool:
+    """Whether torch.distributed.checkpoint asks for an optimizer's state, further up the stack.
+
+    To save it, or to have names and places for what is read from files.
+    """
+    return _called_by("_get_optim_state_dict")
+
+
+def _called_by(function: str) -> bool:
     # Who calls it has imported this module, which takes its time.
     module = sys.modules.get(_MODULE)
-    code: CodeType | None = getattr(getattr(module, "_init_optim_state", None), "__code__", None)
+    found = getattr(module, function, None)
+    # Inside its decorators, whose code they share with other functions.
+    code: CodeType | None = getattr(inspect.unwrap(found) if found else None, "__code__", None)
     if code is None:
         return False
     frame = sys._getframe(1)

@@ -19,7 +19,12 @@ from zoopt.checks import (
     check_number,
     check_positive_int,
 )
-from zoopt.distributed.checkpoint import called_by_checkpoint
+from zoopt.distributed.checkpoint import (
+    asks_for_state,
+    called_by_checkpoint,
+    called_by_get,
+    called_by_load,
+)
 from zoopt.dtypes import NARROW, RoundingMode, resolved_rounding
 from zoopt.kernels import dispatch
 from zoopt.kernels.noise.key import Distribution, NoiseKey
@@ -190,6 +195,10 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
         self._settle()
         if closure is None:
             if self._pending is None:
+                if asks_for_state(self):
+                    if called_by_load():
+                        self._ready_all()
+                    return None
                 self._refuse_gradients()
                 return None
             pending = self._pending
@@ -549,6 +558,18 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
                 rounding = resolved_rounding(group["rounding"], param.dtype)
                 yield Slot(param, group, direction, virtual, rounding, scale)
 
+    @OwnArithmetic()
+    def _ready_all(self) -> list[Tensor]:
+        """Make the state of all parameters, empty for some; returns those that had none."""
+        new = []
+        for _, group, param, name in named_params(self.param_groups):
+            if param.requires_grad and param not in self.state:
+                self._ready_state(param, group, stream(name))
+                new.append(param)
+        for param in new if self.state else ():
+            self.state[param] = self.state.get(param, {})
+        return new
+
     def _ready_state(self, param: Tensor, group: Group, number: int) -> None:
         """Make what is missing of the parameter's state: where memory ends, it ends before the
         evaluations."""
@@ -642,4 +663,11 @@ class ZerothOrderOptimizer(DeclaredStateOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As for every zoopt optimizer."""
         self._settle()
-        return super().state_dict()
+        if not called_by_get():
+            return super().state_dict()
+        # With all the names that a load will look for, and no trace here.
+        new = self._ready_all()
+        state_dict = super().state_dict()
+        for param in new:
+            self.state.pop(param, None)
+        return state_dict
