@@ -36,6 +36,8 @@ BATCHES = True
 #: schedule's cost, and with a mask 16 are all that fit in registers.
 BLOCK = {False: 4096, True: 2048}
 NUM_WARPS = {"cuda": 4, "hip": 2, "interpreter": 1}
+#: With a mask ptxas spills two or four words to fit in 48, 80 or 96 registers; it need not.
+_REGISTERS: dict[tuple[str, bool], dict[str, int]] = {("cuda", True): {"maxnreg": 128}}
 #: Elements a program of the Adam kernel without and with a mask: all that fit in registers.
 ADAM_BLOCK = {False: 2048, True: 1024}
 #: Elements of one row that a program of the embedding kernel handles.
@@ -175,6 +177,7 @@ def _launch(
             BLOCK=block,
             num_warps=NUM_WARPS[backend],
             enable_fp_fusion=False,
+            **_REGISTERS.get((backend, key.threshold is not None), {}),
         )
 
 
