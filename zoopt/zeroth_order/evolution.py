@@ -14,11 +14,12 @@ from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 from zoopt.warn import warn
-from zoopt.zeroth_order.engine.base import ProbeNames, ZerothOrderOptimizer
+from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.batched import evaluate_batch
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise
+from zoopt.zeroth_order.engine.groups import ProbeNames
 from zoopt.zeroth_order.engine.low_rank import OuterProduct
 from zoopt.zeroth_order.engine.members import Batch
 from zoopt.zeroth_order.engine.perturbation import (

@@ -23,8 +23,9 @@ from zoopt.linalg import sign_fixed_qr
 from zoopt.noise import normal, stream
 from zoopt.optimizer import Group, Params
 from zoopt.parameters import named_params
-from zoopt.zeroth_order.engine.base import ProbeNames, ZerothOrderOptimizer
+from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise, whole
+from zoopt.zeroth_order.engine.groups import ProbeNames
 from zoopt.zeroth_order.engine.progress import Progress
 
 #: Rows of a narrow matrix are updated some at a time, so that their float32 sum stays small.

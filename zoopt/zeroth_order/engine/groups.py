@@ -1,0 +1,202 @@
+"""The groups of a zeroth-order run: which parameters take part, along what, with which state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from torch import Tensor
+
+from zoopt.ambient import OwnArithmetic
+from zoopt.checks import (
+    check_bool,
+    check_choice,
+    check_nonnegative_int,
+    check_number,
+    check_positive_int,
+)
+from zoopt.dtypes import NARROW, RoundingMode, resolved_rounding
+from zoopt.kernels.noise.key import Distribution, NoiseKey
+from zoopt.noise import NOISE_VERSION, stream
+from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
+from zoopt.parameters import check_param, named_params
+from zoopt.zeroth_order.engine.blocks import block_due, block_of, check_blocks
+from zoopt.zeroth_order.engine.direction import Direction, Noise
+from zoopt.zeroth_order.engine.perturbation import (
+    PerturbationMode,
+    Slot,
+)
+from zoopt.zeroth_order.engine.probe import (
+    Estimator,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeNames:
+    """What a class calls the group keys of its probes.
+
+    Attributes:
+        scale: how far from theta the loss is evaluated.
+        count: in how many directions.
+        run: those that are the same in every group, beside `count` and what every class has.
+    """
+
+    scale: str = "zo_eps"
+    count: str = "num_probes"
+    run: tuple[str, ...] = ()
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The keys that describe the run, hence are the same in every group."""
+        everyone = ("seed", "step", "draw", "noise_version", "estimator", "blocks", "block_order")
+        return (*everyone, self.count, *self.run)
+
+
+#: More directions a step are a mistake, of which memory would be gone before anyone noticed.
+_MOST_DIRECTIONS = 1 << 20
+
+
+class ZerothOrderGroups(DeclaredStateOptimizer):
+    """Parameters, their directions and their state; and what can be asked of a group."""
+
+    _names = ProbeNames()
+
+    def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
+        run = {"seed": self._share_seed(seed), "step": 0, "draw": 0, "noise_version": NOISE_VERSION}
+        super().__init__(params, {**defaults, **run})
+
+    @property
+    def _shared_keys(self) -> tuple[str, ...]:
+        return self._names.shared
+
+    def _draws(self) -> tuple[int, ...]:
+        """The numbers of this step's directions."""
+        run = self.param_groups[0]
+        return tuple(range(run["draw"], run["draw"] + run[self._names.count]))
+
+    def _survey(self) -> None:
+        """Read what directions depend on beyond their own parameter."""
+
+    def _slots(self, block: int | None = None) -> Iterator[Slot]:
+        """The parameters that take part now (of one block, or of all), with their directions."""
+        run = self.param_groups[0]
+        blocks = run.get("blocks")
+        for group_index, group, param, name in named_params(self.param_groups):
+            if not param.requires_grad:
+                continue
+            if block is not None and block_of(blocks, group_index, name) != block:
+                continue
+            self._ready_state(param, group, stream(name))
+            if not param.numel():
+                continue
+            virtual = self._virtual(param, group)
+            direction = self._direction(param, group, stream(name), virtual=virtual)
+            if direction is not None:
+                scale = float(group[self._names.scale])
+                rounding = resolved_rounding(group["rounding"], param.dtype)
+                yield Slot(param, group, direction, virtual, rounding, scale)
+
+    @OwnArithmetic()
+    def _ready_all(self) -> list[Tensor]:
+        """Make the state of all parameters, empty for some; returns those that had none."""
+        new = []
+        for _, group, param, name in named_params(self.param_groups):
+            if param.requires_grad and param not in self.state:
+                self._ready_state(param, group, stream(name))
+                new.append(param)
+        for param in new if self.state else ():
+            self.state[param] = self.state.get(param, {})
+        return new
+
+    def _ready_state(self, param: Tensor, group: Group, number: int) -> None:
+        """Make what is missing of the parameter's state: where memory ends, it ends before the
+        evaluations."""
+        missing = self.declared_state(param, group).keys() - self.state.get(param, {}).keys()
+        if not missing:
+            return
+        try:
+            self._state(param, group)
+            if param.numel():
+                self._initialise(param, group, number)
+        except BaseException:
+            for name in missing:
+                self.state[param].pop(name, None)
+            raise
+
+    def _initialise(self, param: Tensor, group: Group, number: int) -> None:
+        """Give new state its first values, where those are not zeros; `number` is the stream."""
+
+    def _virtual(self, param: Tensor, group: Group) -> bool:
+        """Whether the parameter is perturbed virtually."""
+        mode: PerturbationMode = group["perturbation"]
+        return param.dtype in NARROW if mode == "auto" else mode == "virtual"
+
+    def _direction(
+        self, param: Tensor, group: Group, number: int, *, virtual: bool
+    ) -> Direction | None:
+        """What the parameter is perturbed along, or None if it does not take part.
+
+        Args:
+            param, group: the parameter and its group.
+            number: its stream.
+            virtual: whether it is perturbed virtually.
+        """
+        return Noise(NoiseKey(group["seed"], number, distribution=group["distribution"]))
+
+    def _block_due(self) -> int | None:
+        """The block that this step is about, or None for all parameters."""
+        run = self.param_groups[0]
+        blocks = run.get("blocks")
+        if blocks is None:
+            return None
+        count = len(self.param_groups) if blocks == "groups" else len(blocks)
+        return block_due(count, run["block_order"], run["seed"], run["step"])
+
+    def _check_values(self) -> None:
+        """Raise if a parameter has no values here."""
+        for *_, param, name in named_params(self.param_groups):
+            if param.is_meta:
+                raise RuntimeError(
+                    f"parameter {name!r} must hold values, got one on the meta device, which can "
+                    f"be perturbed neither in place nor virtually; load the model whole before the "
+                    f"optimizer is made, in bfloat16 say, without accelerate's cpu_offload or "
+                    f"disk_offload"
+                )
+
+    def _check_group(self, group: Group) -> None:
+        """Raise unless the group's hyperparameters and parameters can be worked with."""
+        super()._check_group(group)
+        check_nonnegative_int("step", group["step"], 1 << 53)
+        check_nonnegative_int("draw", group["draw"], 1 << 32)
+        self._check_options(group)
+        for param in group["params"]:
+            check_param(param)
+
+    def _check_options(self, group: Group) -> None:
+        """Raise unless the group's hyperparameters can be worked with."""
+        check_number("lr", group["lr"], low=0.0)
+        check_number(self._names.scale, group[self._names.scale], low=0.0, open_low=True)
+        check_number("weight_decay", group["weight_decay"], low=0.0)
+        check_positive_int(self._names.count, group[self._names.count])
+        if group[self._names.count] > _MOST_DIRECTIONS:
+            raise ValueError(
+                f"{self._names.count} must be at most 2^20, got {group[self._names.count]}: a step "
+                f"evaluates the loss for each"
+            )
+        if group.get("max_projected_grad") is not None:
+            check_number("max_projected_grad", group["max_projected_grad"], low=0.0, open_low=True)
+        if "estimator" in group:
+            check_choice("estimator", group["estimator"], get_args(Estimator))
+        if "blocks" in group:
+            check_blocks(group["blocks"], group["block_order"])
+        check_bool("maximize", group["maximize"])
+        if "distribution" in group:
+            check_choice("distribution", group["distribution"], get_args(Distribution))
+        check_choice("perturbation", group["perturbation"], get_args(PerturbationMode))
+        check_choice("rounding", group["rounding"], get_args(RoundingMode))
+
+    def _check_run(self, groups: list[Group]) -> None:
+        super()._check_run(groups)
+        for group_index, group, _, name in named_params(groups):
+            block_of(group.get("blocks"), group_index, name)

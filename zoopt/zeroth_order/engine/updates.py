@@ -1,0 +1,213 @@
+"""A zeroth-order step once it has been probed: every parameter updated, counted, written down."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from zoopt.ambient import OwnArithmetic
+from zoopt.kernels import dispatch
+from zoopt.optimizer import Group
+from zoopt.warn import warn
+from zoopt.zeroth_order.engine.closure import Closure
+from zoopt.zeroth_order.engine.direction import Coefficients, descent
+from zoopt.zeroth_order.engine.groups import ZerothOrderGroups
+from zoopt.zeroth_order.engine.passes import Passes
+from zoopt.zeroth_order.engine.perturbation import (
+    Perturbation,
+    Slot,
+)
+from zoopt.zeroth_order.engine.probe import (
+    PendingProbe,
+    StepRecord,
+)
+from zoopt.zeroth_order.engine.progress import Commit, Progress, count_write
+
+
+class RunRecorder(Protocol):
+    """What a recorder of runs is told."""
+
+    def before(self) -> None:
+        """A probe or a step begins."""
+
+    def listen(self, closure: Closure) -> Closure:
+        """The closure to evaluate in its place."""
+
+    def probed(self) -> None:
+        """Losses have been added up."""
+
+    def stepped(self, closure: bool) -> None:
+        """A step has been taken, of a closure or of what was probed."""
+
+    def dropped(self) -> None:
+        """What was probed is dropped."""
+
+
+class ZerothOrderUpdates(ZerothOrderGroups):
+    """Takes a step from a probe, all of it or nothing.
+
+    Attributes:
+        last_step: what the last step measured, or None before the first.
+        skipped_probes: how many probes this optimizer has left out for a non-finite loss.
+    """
+
+    # A copy, which torch makes without calling __init__, starts from these.
+    last_step: StepRecord | None = None
+    skipped_probes: int = 0
+    _pending: PendingProbe | None = None
+    _unfinished: Callable[[], None] | None = None
+    #: Writes down what the run is made of, see `record`.
+    recorder: RunRecorder | None = None
+
+    @OwnArithmetic()
+    def _take(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
+        """Take the step: update every parameter, count the step and record it; all or nothing.
+
+        What can fail comes first. An error in the updates themselves is raised after they have been
+        finished; if they cannot be, by the next call, and the weights that are not updated wait at
+        theta.
+        """
+        for group in self.param_groups:
+            self._check_options(group)
+        passes = Passes()
+        updates = [(slot, Progress(passes)) for slot in pending.slots]
+        commit = Commit(self._tasks(pending, perturbation, updates, passes))
+        try:
+            commit.run()
+        except BaseException:
+            if commit.begun and not commit.finished:
+                self._unfinished = OwnArithmetic()(commit.run)
+                if perturbation is not None:
+                    perturbation.restore([slot for slot, progress in updates if not progress.begun])
+                    perturbation.release()
+            raise
+        self._warn_of_skipped(pending)
+
+    def _tasks(
+        self,
+        pending: PendingProbe,
+        perturbation: Perturbation | None,
+        updates: Sequence[tuple[Slot, Progress]],
+        passes: Passes,
+    ) -> list[Callable[[], None]]:
+        """What the step changes, in order."""
+        run = {"step": self.param_groups[0]["step"] + 1, "draw": pending.draws[-1] + 1}
+        further = self._change_run(run)
+        groups = [
+            (group, {**run, **(self._closing(group, pending) if pending.kept else {})})
+            for group in self.param_groups
+        ]
+        record = self._record(pending, run["step"])
+        skipped_probes = self.skipped_probes + pending.skipped
+
+        def update(slot: Slot, progress: Progress) -> None:
+            offset = perturbation.offset(slot) if perturbation is not None else {}
+            self._update(slot, pending, offset, progress)
+
+        def written(slot: Slot) -> None:
+            count_write(slot.param)
+            if perturbation is not None:
+                perturbation.forget(slot)
+
+        def update_alone(slot: Slot, progress: Progress) -> None:
+            update(slot, progress)
+            written(slot)
+
+        def update_together() -> None:
+            # What an interruption has left in the queue knows of offsets that are gone.
+            passes.clear()
+            for each in together:
+                update(*each)
+            passes.make()
+            for slot, _ in together:
+                written(slot)
+
+        together = [each for each in updates if dispatch.launches(each[0].param)]
+        alone = [each for each in updates if not dispatch.launches(each[0].param)]
+
+        def close() -> None:
+            for group, values in groups:
+                group.update(values)
+            self.last_step, self.skipped_probes, self._pending = record, skipped_probes, None
+
+        def write_down() -> None:
+            if self.recorder is not None:
+                self.recorder.stepped(closure=perturbation is not None)
+
+        tasks = [functools.partial(update_alone, *each) for each in alone]
+        return [*tasks, *([update_together] if together else []), *further, close, write_down]
+
+    def _change_run(self, run: dict[str, int]) -> list[Callable[[], None]]:
+        """What the step changes besides the updates; what all groups are to hold goes into `run`,
+        which has the `step` and the `draw` that the next step begins with."""
+        return []
+
+    def _record(self, pending: PendingProbe, step: int) -> StepRecord:
+        """What the step has measured."""
+        grads = self._projected_grads(pending, self.param_groups[0])
+        by_draw = dict(zip((pending.draws[j] for j in pending.kept), grads, strict=True))
+        return StepRecord(
+            step=step,
+            draws=pending.draws,
+            projected_grads=tuple(by_draw.get(draw, float("nan")) for draw in pending.draws),
+            losses=tuple(pending.losses),
+            skipped=pending.skipped,
+        )
+
+    def _warn_of_skipped(self, pending: PendingProbe) -> None:
+        """Warn of the first losses that were not finite."""
+        if pending.skipped and pending.skipped == self.skipped_probes:
+            warn(
+                f"skipped {pending.skipped} of {len(pending.losses)} probes because a loss was "
+                f"not finite; if this goes on, lower lr or zo_eps (later ones are only counted, "
+                f"in skipped_probes)"
+            )
+
+    def _update(
+        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
+        """Update one parameter from the probe, and take the displacement `offset` away from it.
+
+        Made again with the same `progress`, it goes on where it broke off.
+        """
+        raise NotImplementedError
+
+    def _descend(
+        self,
+        slot: Slot,
+        pending: PendingProbe,
+        offset: Coefficients,
+        weights: Coefficients,
+        progress: Progress,
+    ) -> None:
+        """theta <- decay (theta - offset) - lr sum_d weights[d] z(d), in one pass."""
+        lr, decay = float(slot.group["lr"]), self._decay(slot.group, pending)
+        total = descent(offset, weights, lr=lr, decay=decay)
+        if total or decay != 1.0:
+            slot.direction.add_(
+                slot.param, total, decay=decay, rounding=slot.rounding, progress=progress
+            )
+
+    def _closing(self, group: Group, pending: PendingProbe) -> dict[str, Any]:
+        """What the group is to hold after the step, besides its place in the run."""
+        return {}
+
+    def _decay(self, group: Group, pending: PendingProbe) -> float:
+        """What the update multiplies theta by: 1 if there is nothing to update from."""
+        return 1.0 - float(group["lr"]) * float(group["weight_decay"]) if pending.kept else 1.0
+
+    def _weights(self, group: Group, pending: PendingProbe) -> dict[int, float]:
+        """draw -> weight of the gradient estimate sum_j weight_j z_j, in descent's sign."""
+        grads = self._projected_grads(pending, group)
+        sign = -1.0 if group["maximize"] else 1.0
+        return {
+            pending.draws[j]: sign * g / len(grads)
+            for j, g in zip(pending.kept, grads, strict=True)
+        }
+
+    def _projected_grads(self, pending: PendingProbe, group: Group) -> list[float]:
+        """The projected gradients of the kept directions in the group's zo_eps, clipped."""
+        grads = [pending.deltas[j] / float(group[self._names.scale]) for j in pending.kept]
+        bound = group.get("max_projected_grad")
+        return grads if bound is None else [max(-bound, min(bound, g)) for g in grads]
