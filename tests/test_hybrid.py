@@ -874,3 +874,23 @@ def test_a_closure_that_draws_new_data_is_warned_of_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step(lambda: closure_of(model)() * next(scale))
+
+
+@pytest.mark.parametrize("half", ["zeroth_order", "first_order"])
+def test_a_damaged_checkpoint_changes_neither_half(half: str) -> None:
+    model = mlp()
+    optimizer = hybrid(model, lambda late: zoopt.AdamW(late, seed=7), momentum=0.9)
+    optimizer.step(closure_of(model))
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step(closure_of(model))
+    optimizer.probe(closure_of(model))
+    before = copy.deepcopy(optimizer.state_dict())
+    twin, other = copy.deepcopy((model, optimizer))
+    saved[half]["param_groups"][0]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="lr must be a finite number"):
+        optimizer.load_state_dict(saved)
+    assert str(optimizer.state_dict()) == str(before)
+    # The probe that is pending still is; a copy has none.
+    optimizer.step()
+    assert other.step() is None
+    assert optimizer.zeroth_order.last_step.step == 3

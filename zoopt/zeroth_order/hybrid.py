@@ -199,8 +199,14 @@ class Hybrid(Optimizer):
                     f"state_dict must be of a Hybrid with {key} {own}, got {state_dict.get(key)}; "
                     f"build it from the optimizers and parameters it was saved with"
                 )
+        before, pending = self.zeroth_order.state_dict(), self.zeroth_order._pending
         self.zeroth_order.load_state_dict(state_dict["zeroth_order"])
-        self.first_order.load_state_dict(state_dict["first_order"])
+        try:
+            self.first_order.load_state_dict(state_dict["first_order"])
+        except BaseException:
+            self.zeroth_order.load_state_dict(before)
+            self.zeroth_order._pending = pending
+            raise
         self.zero_grad()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
