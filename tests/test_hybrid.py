@@ -885,7 +885,7 @@ def test_a_damaged_checkpoint_changes_neither_half(half: str) -> None:
     optimizer.step(closure_of(model))
     optimizer.probe(closure_of(model))
     before = copy.deepcopy(optimizer.state_dict())
-    twin, other = copy.deepcopy((model, optimizer))
+    _twin, other = copy.deepcopy((model, optimizer))
     saved[half]["param_groups"][0]["lr"] = float("nan")
     with pytest.raises(ValueError, match="lr must be a finite number"):
         optimizer.load_state_dict(saved)
