@@ -382,7 +382,7 @@ def refuses(build: Callable[[], Any], message: str) -> None:
 def refuses_what_has_no_shards(folder: Path) -> None:
     model = fully_shard(nn.Linear(64, 80))
     named = list(model.named_parameters())
-    rest = r"must have whole parameters .* got 'weight', which is sharded; use zoopt.AdamW, SM3, "
+    rest = r"must have whole parameters .* got 'weight', which is sharded; use one of Apollo, "
     refuses(lambda: adamw(model, state_dtype="int8"), "AdamW " + rest)
     refuses(lambda: galore(model, state_dtype="int8"), "GaLoreAdamW " + rest)
     refuses(lambda: zoopt.Apollo(named, rank=4, state_dtype="int8"), "Apollo " + rest)

@@ -15,20 +15,25 @@ from zoopt.checks import shown
 from zoopt.distributed.sharding import is_sharded
 from zoopt.groups import Group, check_names, plain
 
-#: State that Python reads in a step, which must not wait for the device: it lies on the CPU.
-PYTHON_NUMBERS = ("step", "agreements", "doublings")
 #: What they may be saved as. Release 0.1 counted in float32.
 _COUNTERS = (torch.float32, torch.float64, torch.int32, torch.int64)
 #: More than a run counts, and exact in every one of these but float32 and int32.
-_MOST = {"step": 1 << 53, "agreements": 1 << 53, "doublings": 62}
+MOST_STEPS = 1 << 53
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """The shape and dtype of one state tensor."""
+    """The shape and dtype of one state tensor.
+
+    Attributes:
+        shape, dtype: the tensor's.
+        most: of a count that Python reads in a step, the largest; it lies on the CPU, so that no
+            step waits for the device. None for all other tensors.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    most: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -37,7 +42,7 @@ class TensorSpec:
 
 
 #: How many steps a parameter has taken; a float32 number would stop at 2^24.
-STEP = TensorSpec((), torch.int64)
+STEP = TensorSpec((), torch.int64, most=MOST_STEPS)
 
 
 def check_form(state_dict: Any, optimizer: str) -> None:
@@ -172,12 +177,12 @@ def check_entries(
 
 def check_entry(name: str, value: Any, spec: TensorSpec, index: Any, param: Tensor) -> None:
     """Raise unless a saved state tensor can be loaded for the parameter."""
-    if name in PYTHON_NUMBERS and _is_counter(value):
+    if spec.most is not None and _is_counter(value):
         number = value.item() if isinstance(value, Tensor) else value
-        if not (number == number // 1 and 0 <= number <= _MOST[name]):
+        if not (number == number // 1 and 0 <= number <= spec.most):
             raise ValueError(
                 f"state {name!r} of parameter {index} must be a {spec.dtype} "
-                f"number from 0 to {_MOST[name]}, got {number}; load a checkpoint that is not "
+                f"number from 0 to {spec.most}, got {number}; load a checkpoint that is not "
                 f"damaged"
             )
         return

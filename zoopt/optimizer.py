@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoopt.ambient import opaque
 from zoopt.checkpoint import (
-    PYTHON_NUMBERS,
+    MOST_STEPS,
     STEP,
     TensorSpec,
     check_entries,
@@ -30,7 +30,7 @@ from zoopt.kernels.noise.philox import NOISE_VERSION
 from zoopt.parameters import check_streams
 
 __all__ = [
-    "PYTHON_NUMBERS",
+    "MOST_STEPS",
     "STEP",
     "DeclaredStateOptimizer",
     "Group",
@@ -49,9 +49,9 @@ def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in others}
 
 
-def state_device(name: str, param: Tensor) -> torch.device:
-    """Where a state tensor of the parameter lies: with it, but for the numbers Python reads."""
-    return torch.device("cpu") if name in PYTHON_NUMBERS else param.device
+def state_device(spec: TensorSpec, param: Tensor) -> torch.device:
+    """Where a state tensor of the parameter lies: with it, but for the counts that Python reads."""
+    return param.device if spec.most is None else torch.device("cpu")
 
 
 class DeclaredStateOptimizer(torch.optim.Optimizer):
@@ -162,7 +162,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[param]
         for name, spec in self.declared_state(param, group).items():
             if name not in state:
-                device = state_device(name, param)
+                device = state_device(spec, param)
                 # Of a number, fake tensors keep the value: `step` counts under them too.
                 if is_sharded(param) and self._follows_rows(name, spec, param, group):
                     state[name] = sharded_zeros(spec.shape, spec.dtype, param)
@@ -182,11 +182,11 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         self, name: str, value: Any, spec: TensorSpec, param: Tensor, group: Group
     ) -> Tensor:
         """A copy of a saved state tensor where the parameter needs it, its values in a row."""
-        if name in PYTHON_NUMBERS:
+        if spec.most is not None:
             return counter(value, spec.dtype)
         if is_sharded(param) and self._follows_rows(name, spec, param, group):
-            return sharded_as(value, param).to(state_device(name, param), copy=True)
-        placed: Tensor = value.detach().to(state_device(name, param))
+            return sharded_as(value, param).to(state_device(spec, param), copy=True)
+        placed: Tensor = value.detach().to(state_device(spec, param))
         return placed.clone(memory_format=torch.contiguous_format)
 
     def _check_state(self) -> None:

@@ -121,6 +121,8 @@ class AdamW(AdamFamily):
         "AdamW projects nothing: use zoopt.GaLoreAdamW, or leave it out",
     )
 
+    shards = True
+
     def __init__(
         self,
         params: Params,

@@ -63,7 +63,7 @@ TENSOR = Residual(
 class GradientScaling(AdamFamily):
     """Methods that descend the gradient itself, scaled."""
 
-    _projects_shards = True
+    shards = True
     _remedies: ClassVar[Mapping[str, str]] = {
         "proj": "say projector='random' or 'svd'",
         "scale_type": "zoopt.Apollo scales channels, zoopt.ApolloMini the tensor",

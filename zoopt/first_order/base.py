@@ -27,6 +27,7 @@ from zoopt.kernels.noise.key import NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
 from zoopt.parameters import check_param, is_wrapper, named_params
+from zoopt.registry import rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,8 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
     """
 
     _fusion: Fusion | None = None
+    #: Whether parameters whose rows are sharded over processes can be updated.
+    shards = False
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
         run = {"seed": self._share_seed(seed), "noise_version": NOISE_VERSION}
@@ -262,9 +265,9 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             if not self._can_shard(param, group):
                 raise ValueError(
                     f"{type(self).__name__} must have whole parameters under these "
-                    f"hyperparameters, got {name!r}, which is sharded; use zoopt.AdamW, SM3, "
-                    f"GaLoreAdamW, Apollo or Fira, with state_dtype 'float32' or 'bfloat16', or "
-                    f"keep the parameter out of fully_shard"
+                    f"hyperparameters, got {name!r}, which is sharded; use one of "
+                    f"{', '.join(_sharding_classes())}, with state_dtype 'float32' or 'bfloat16' "
+                    f"where there is one, or keep the parameter out of fully_shard"
                 )
 
     def _check_gradient(self, site: Site) -> None:
@@ -332,6 +335,11 @@ def operand(gradient: Tensor) -> Tensor:
     if gradient.layout != torch.strided:
         return gradient
     return gradient.resolve_neg().contiguous()
+
+
+def _sharding_classes() -> list[str]:
+    """The names of the classes that update sharded parameters."""
+    return [row.cls.__name__ for row in rows() if getattr(row.cls, "shards", False)]
 
 
 def check_betas(group: Group) -> None:

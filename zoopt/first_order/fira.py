@@ -114,7 +114,7 @@ class Fira(AdamFamily):
         >>> opt.step()
     """
 
-    _projects_shards = True
+    shards = True
 
     def __init__(
         self,

@@ -88,7 +88,7 @@ class GaLoreAdamW(AdamFamily):
         >>> opt.step()
     """
 
-    _projects_shards = True
+    shards = True
 
     def __init__(
         self,

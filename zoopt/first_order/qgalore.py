@@ -16,10 +16,12 @@ from zoopt.first_order.projected.basis import refresh, refresh_due
 from zoopt.first_order.projected.geometry import Geometry
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.dispatch import known
-from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.optimizer import MOST_STEPS, Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 
 BasisDtype = Literal["float32", "int4"]
+#: A gap that has doubled more often would not be a number of steps.
+_MOST_DOUBLINGS = 62
 #: Bases that follow from the gradient alone, not from the basis before.
 FreshProjector = Literal["svd", "gram", "randomized"]
 
@@ -109,7 +111,7 @@ class QGaLoreAdamW(AdamFamily):
         >>> opt.step()
     """
 
-    _projects_shards = True
+    shards = True
 
     def __init__(
         self,
@@ -152,8 +154,9 @@ class QGaLoreAdamW(AdamFamily):
         specs = super()._basis_specs(geo, group, dtype)
         if group["cos_threshold"] is None:
             return specs
-        number = TensorSpec((), torch.float32)
-        return {**specs, "agreements": number, "doublings": number}
+        agreements = TensorSpec((), torch.float32, most=MOST_STEPS)
+        doublings = TensorSpec((), torch.float32, most=_MOST_DOUBLINGS)
+        return {**specs, "agreements": agreements, "doublings": doublings}
 
     def _refresh_due(self, site: Site, state: dict[str, Tensor]) -> bool:
         gap = site.group["update_proj_gap"]

@@ -84,6 +84,8 @@ class SM3(FirstOrderOptimizer):
         ...     opt.zero_grad()
     """
 
+    shards = True
+
     def __init__(
         self,
         params: Params,

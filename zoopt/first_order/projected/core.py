@@ -39,9 +39,6 @@ class ProjectedOptimizer(ProjectedGroups):
     `rank`, `update_proj_gap`, `scale`, `proj_type`, `projector`, `state_dtype`, `state_rounding`.
     """
 
-    #: Whether gradients whose rows are sharded over processes can be projected.
-    _projects_shards = False
-
     def _rule(self, group: Group) -> Rule:
         return ADAM
 
@@ -324,7 +321,7 @@ class ProjectedOptimizer(ProjectedGroups):
             return False
         geo = geometry(param, group)
         if geo is not None:
-            return self._projects_shards and (
+            return self.shards and (
                 geo.side != "right" or group["state_dtype"] in ("float32", "bfloat16")
             )
         specs = self.declared_state(param, group)
