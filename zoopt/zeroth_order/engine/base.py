@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.distributed.checkpoint import (
     asks_for_state,
@@ -77,6 +79,7 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
             RuntimeError: a virtual perturbation did not reach the closure, the closure writes to a
                 parameter, or no parameter requires a gradient.
         """
+        gradients = torch.is_grad_enabled()
         self._settle()
         check_closure(closure, "probe")
         self._note_changes()
@@ -86,6 +89,8 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
             loss = self._measure(self._evaluation(closure, perturbation), pending)
             perturbation.restore()
         except BaseException:
+            # A signal may have come while a context was being left.
+            torch.set_grad_enabled(gradients)
             self._undo(perturbation)
             raise
         self._pending = pending
@@ -110,6 +115,7 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
             TypeError, ValueError, RuntimeError: as for `probe`; also a hyperparameter that has been
                 set out of range.
         """
+        gradients = torch.is_grad_enabled()
         self._settle()
         if closure is None:
             if self._pending is None:
@@ -133,6 +139,8 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
             self._refine(evaluation, pending)
             self._take(pending, perturbation)
         except BaseException:
+            # A signal may have come while a context was being left.
+            torch.set_grad_enabled(gradients)
             self._undo(perturbation)
             raise
         return loss
