@@ -221,6 +221,28 @@ def test_resume_is_exact(saved_at: int) -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "maximize": True}])
+def test_of_all_layers_it_is_galore(options: dict[str, Any]) -> None:
+    """Bit for bit, and GaLore's contract holds it to the float64 transcription of the paper."""
+    models = Model(), Model()
+    galore = zoopt.GaLoreAdamW(
+        zoopt.lowrank.param_groups(models[1], rank=4),
+        lr=1e-2,
+        update_proj_gap=100,
+        scale=1.0,
+        seed=1,
+        **options,
+    )
+    for model, optimizer in zip(
+        models, (build(models[0], num_layers=9, **options), galore), strict=True
+    ):
+        for _ in range(7):
+            backward(model)
+            optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_fused_backward_and_schedulers() -> None:
     """Fused with backward it takes the same steps; layers that are sampled later too."""
     plain, fused = Model(), Model()

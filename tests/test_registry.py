@@ -20,7 +20,7 @@ CONTRACTS = [*optimizer_table.ROWS, *first_order_table.ROWS]
 #: Rows without a contract row, with the test that holds them to what a contract asks, and why.
 ELSEWHERE = {
     "hybrid": ("tests/test_hybrid.py", "made of two optimizers"),
-    "owlore": ("tests/test_owlore.py", "made of a model with repeated layers"),
+    "owlore": ("tests/test_owlore.py", "made of a model; of all layers it is GaLore, to the bit"),
 }
 every_row = pytest.mark.parametrize("row", registry.rows(), ids=lambda row: row.name)
 
