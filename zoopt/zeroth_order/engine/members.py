@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
-from zoopt.kernels import dispatch
+from zoopt.kernels import apply_, dispatch
 from zoopt.zeroth_order.engine.direction import Elementwise
 from zoopt.zeroth_order.engine.low_rank import LowRank, OuterProduct
 from zoopt.zeroth_order.engine.perturbation import Slot
@@ -102,10 +102,13 @@ class MemberDirections:
         assert isinstance(direction, LowRank | Elementwise)
         shape = (len(self._batch.draws), count)
         normals = torch.zeros(shape, dtype=torch.float32, device=param.device)
-        # The kernel itself: the checks of arguments would cost as much again as short sequences do.
-        backend = dispatch.choose(normals, None)
+        key, backend = direction.key, dispatch.choose(normals, None)
         for row, draw in zip(normals, self._batch.draws, strict=True):
-            backend.weighted_sum(row, row, [1.0], [draw], 1.0, direction.key, None)
+            if dispatch.launches(normals):
+                apply_(row, [1.0], key=key, draws=[draw])
+            else:
+                # The kernel itself: checks of arguments would cost as much as short sequences do.
+                backend.weighted_sum(row, row, None, [1.0], [draw], 1.0, None, key)
         return normals.to(accumulator_dtype(param.dtype))
 
     def _keep(self, param: Tensor, make: Callable[[], list[Tensor]]) -> tuple[Tensor, ...]:
