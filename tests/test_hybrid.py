@@ -296,9 +296,14 @@ def test_between_probes_late_gradients_are_the_sum_of_means() -> None:
 def test_a_step_without_anything_pending_changes_nothing() -> None:
     model = mlp()
     optimizer = hybrid(model, FIRST_ORDER["AdamW"])
+    start = bits(model.parameters())
+    assert optimizer.step() is None
+    assert same_bits(start, bits(model.parameters()))
+    # Gradients are a backward pass's, whose caller takes this for an optimizer that reads them.
     model(data()[0]).sum().backward()
     before, grads = bits(model.parameters()), bits(p.grad for p in model.parameters())
-    assert optimizer.step() is None
+    with pytest.raises(RuntimeError, match=r"step\(\) needs a closure, or probes that are pending"):
+        optimizer.step()
     assert same_bits(before, bits(model.parameters()))
     assert same_bits(grads, bits(p.grad for p in model.parameters()))
     assert not optimizer.state
