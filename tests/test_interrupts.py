@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,15 @@ def test_an_error_at_any_line(name: str) -> None:
     assert position > 100
 
 
+@pytest.fixture
+def _raised_signals() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt; workers of pytest-xdist ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_raised_signals")
 @pytest.mark.parametrize("name", ["MeZO plain", "ZOAdam dense"])
 def test_ctrl_c_at_any_instant(name: str) -> None:
     """Thirty of them at times of their own, from another thread."""

@@ -266,7 +266,9 @@ def test_the_package_has_no_generator() -> None:
         *("uniform_", "bernoulli_", "bernoulli", "random_", "exponential_", "multinomial"),
         *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"),
     }
-    for path in Path(zoopt.__file__).parent.rglob("*.py"):
+    package = Path(zoopt.__file__).parent
+    # The published MeZO, which is measured beside ours, draws as its authors do.
+    for path in {*package.rglob("*.py")} - {package / "bench" / "published_mezo.py"}:
         tree = ast.parse(path.read_text())
         called = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
         names = {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in called}
