@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -501,10 +504,8 @@ def test_clips_whole_gradients_by_the_norms_of_their_projections() -> None:
         torch.testing.assert_close(p, q, rtol=0.0, atol=1e-10)
 
 
-@pytest.mark.parametrize("removed", [False, True])
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_lets_go_of_everything(row: Row, removed: bool) -> None:
-    """A hook that autograd holds must not hold the optimizer: Python's collector cannot see it."""
+def left_alive(row: Row, removed: bool) -> int:
+    """How many things of a fused run are alive when all its names are gone."""
     model = net()
     optimizer = row.build(model)
     handle = zoopt.fuse_backward(model, optimizer)
@@ -517,7 +518,28 @@ def test_lets_go_of_everything(row: Row, removed: bool) -> None:
         handle.remove()
     del model, optimizer, handle
     gc.collect()
-    assert [reference() for reference in watched] == [None] * len(watched)
+    return sum(reference() is not None for reference in watched)
+
+
+def test_lets_go_of_everything() -> None:
+    """A hook that autograd holds must not hold the optimizer: Python's collector cannot see it.
+
+    In a process of its own: what other tests have loaded may keep the last step's tensors.
+    """
+    program = (
+        "from tests.test_fused_backward import ROWS, left_alive\n"
+        "kept = {(str(row), removed): left_alive(row, removed)"
+        " for row in ROWS for removed in (False, True)}\n"
+        "print(len(kept), [case for case, alive in kept.items() if alive])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert ran.stdout.strip() == f"{2 * len(ROWS)} []", ran.stderr
 
 
 def test_lets_go_of_models_whose_layers_take_turns() -> None:
