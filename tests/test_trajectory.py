@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,115 @@ def test_everything_that_happens_between_steps_is_recorded(tmp_path: Path) -> No
     assert same(base, model)
     assert again.param_groups[0]["zo_eps"] == 1e-2
     assert again.skipped_probes == optimizer.skipped_probes == 2
+
+
+@pytest.mark.parametrize("mode", ["inplace", "virtual"])
+def test_evaluations_that_fail_are_part_of_the_run(mode: str, tmp_path: Path) -> None:
+    """In place they leave rounding behind, which a replay repeats."""
+    base = mlp()
+    model = copy.deepcopy(base)
+    optimizer = mezo(model, perturbation=mode, zo_eps=0.1)
+    optimizer.record(tmp_path / "run", model)
+    closure = closure_of(model)
+    for calls in (0, 1):
+        left = iter(range(calls))
+
+        def failing(left: Any = left) -> torch.Tensor:
+            if next(left, None) is None:
+                raise ValueError("of the user")
+            return closure()
+
+        optimizer.probe(closure)
+        with pytest.raises(ValueError, match="of the user"):
+            optimizer.step(failing)
+        optimizer.step()
+    assert replay(base, tmp_path / "run").param_groups[0]["step"] == 2
+    assert same(base, model)
+
+
+def test_a_warning_that_is_an_error_ends_no_recording(tmp_path: Path) -> None:
+    """It comes last: the step, which learnt nothing, is taken and recorded."""
+    base = mlp()
+    model = copy.deepcopy(base)
+    optimizer = mezo(model, perturbation="inplace")
+    optimizer.record(tmp_path / "run", model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="not finite"):
+            optimizer.step(lambda: closure_of(model)() * float("nan"))
+    optimizer.step(closure_of(model))
+    assert replay(base, tmp_path / "run").param_groups[0]["step"] == 2
+    assert same(base, model)
+
+
+def test_an_error_between_evaluations_ends_the_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes were made that no record tells of; virtually none are made."""
+    for mode in ("inplace", "virtual"):
+        model = mlp()
+        optimizer = mezo(model, perturbation=mode)
+        optimizer.record(tmp_path / mode, model)
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizer, "_refine", lambda *_: [][0])
+            with pytest.raises(IndexError):
+                optimizer.step(closure_of(model))
+        if mode == "virtual":
+            optimizer.step(closure_of(model))
+            continue
+        with pytest.raises(TrajectoryError, match="has ended: an error came in the middle"):
+            optimizer.step(closure_of(model))
+
+
+def test_a_step_after_a_closure_that_failed_has_no_losses_of_it(tmp_path: Path) -> None:
+    base = mlp(torch.bfloat16)
+    model = copy.deepcopy(base)
+    optimizer = mezo(model)
+    optimizer.record(tmp_path / "run", model)
+    closure = closure_of(model, torch.bfloat16)
+    returned: list[int] = []
+
+    def failing() -> torch.Tensor:
+        if len(returned) == 1:
+            raise ValueError("of the user")
+        returned.append(1)
+        return closure()
+
+    for _ in range(2):
+        optimizer.probe(closure)
+        returned.clear()
+        with pytest.raises(ValueError, match="of the user"):
+            optimizer.step(failing)
+        optimizer.step()
+    replay(base, tmp_path / "run")
+    assert same(base, model)
+
+
+def test_what_was_probed_before_a_kill_is_not_there_afterwards(tmp_path: Path) -> None:
+    """A probe behind the last step: the run that goes on knows nothing of it."""
+    base = mlp()
+    model = copy.deepcopy(base)
+    optimizer = mezo(model)
+    recorder = optimizer.record(tmp_path / "run", model)
+    optimizer.step(closure_of(model))
+    optimizer.probe(closure_of(model))
+    recorder.close()
+    going_on = copy.deepcopy(base)
+    resumed = resume(going_on, tmp_path / "run")
+    resumed.step(lambda: closure_of(going_on)() * 2)
+    resumed.recorder.close()  # type: ignore[union-attr]
+    replay(base, tmp_path / "run")
+    assert same(base, going_on)
+
+
+def test_weights_that_somebody_else_writes_are_told(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = mezo(model)
+    optimizer.record(tmp_path / "run", model)
+    optimizer.step(closure_of(model))
+    model.load_state_dict(mlp().state_dict())
+    with pytest.raises(TrajectoryError, match="the weights were written since the last step"):
+        optimizer.step(closure_of(model))
 
 
 def test_replays_until_any_step(tmp_path: Path) -> None:

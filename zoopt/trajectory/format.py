@@ -32,13 +32,18 @@ _WIDE, _RATES = 8, 16
 
 class Kind(enum.IntEnum):
     """What was asked for: a step of a closure, a probe, a step of what was probed, to drop that;
-    or what was changed from outside before the next of these."""
+    what was changed from outside before the next of these; evaluations that an error has ended."""
 
     STEP = 1
     PROBE = 2
     APPLY = 3
     DROP = 4
     CHANGE = 5
+    FAILED = 6
+
+
+#: Those that take a step.
+STEPS = (Kind.STEP, Kind.APPLY)
 
 
 class TrajectoryError(ValueError):
@@ -118,19 +123,19 @@ class Contents:
         events: the records that are whole.
         size: bytes up to the end of the last of them.
         torn: bytes behind it, of a record that was cut off.
-        chain: what the next record's chain begins from.
+        last_step: where the record of the last step ends, and the chain there.
     """
 
     header: dict[str, Any]
     events: list[Event]
     size: int
     torn: int
-    chain: int
+    last_step: tuple[int, int]
 
     @property
     def steps(self) -> int:
         """How many steps were taken."""
-        return sum(event.kind in (Kind.STEP, Kind.APPLY) for event in self.events)
+        return sum(event.kind in STEPS for event in self.events)
 
 
 def read(path: str | Path) -> Contents:
@@ -144,6 +149,7 @@ def read(path: str | Path) -> Contents:
     header, end, chain = _header(data, path)
     groups = len(header["groups"])
     events: list[Event] = []
+    last_step = end, chain
     while end < len(data):
         try:
             event, after, chain = _record(data, end, chain, groups)
@@ -156,7 +162,9 @@ def read(path: str | Path) -> Contents:
             ) from None
         events.append(event)
         end = after
-    return Contents(header, events, end, len(data) - end, chain)
+        if event.kind in STEPS:
+            last_step = end, chain
+    return Contents(header, events, end, len(data) - end, last_step)
 
 
 class _Torn(Exception):
@@ -229,6 +237,6 @@ def steps_of(events: Sequence[Event]) -> Iterator[list[Event]]:
     waiting: list[Event] = []
     for event in events:
         waiting.append(event)
-        if event.kind in (Kind.STEP, Kind.APPLY):
+        if event.kind in STEPS:
             yield waiting
             waiting = []

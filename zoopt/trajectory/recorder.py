@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from zoopt.checks import check_number
 from zoopt.parameters import named_params
@@ -14,6 +15,11 @@ from zoopt.trajectory.format import Event, Kind, TrajectoryError, encode, encode
 from zoopt.trajectory.header import describe, names_of, to_json
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.closure import Closure, loss_value
+
+try:
+    import fcntl
+except ImportError:  # Files are not locked on Windows.
+    fcntl = None  # type: ignore[assignment]
 
 #: Group keys that a record has apart, or that cannot change.
 _APART = ("params", "param_names", "lr")
@@ -24,79 +30,97 @@ class Recorder:
 
     Args:
         optimizer: of a method whose steps follow from losses alone.
-        model: the module whose parameters it trains; its names go into the file.
-        path: a new file.
+        path, file: the file, open and locked.
+        chain: what the checksum of the next record begins from.
         sync_every: seconds after which what was written is forced to the disk; 0: at each step.
 
     Attributes:
-        path: the file's.
-
-    Raises:
-        ValueError: the optimizer has taken a step, or is one whose runs cannot be recorded.
-        TrajectoryError: another process writes to the file.
-        FileExistsError: there is such a file.
+        path, sync_every: as given.
     """
 
     def __init__(
         self,
         optimizer: ZerothOrderOptimizer,
+        path: Path,
+        file: int,
+        chain: int,
+        sync_every: float,
+    ) -> None:
+        self.path, self.sync_every = path, sync_every
+        self._optimizer = optimizer
+        self._file: int | None = file
+        self._chain, self._synced = chain, time.monotonic()
+        #: What the closure has returned since the last record, and how often it was called.
+        self._losses: list[Any] = []
+        self._calls = 0
+        #: A record that the disk has not taken yet, and why no further one can be written.
+        self._unwritten: Event | None = None
+        self._ended: str | None = None
+        self._last_rates = self._rates()
+        self._note()
+
+    @classmethod
+    def new(
+        cls,
+        optimizer: ZerothOrderOptimizer,
         model: Any,
         path: str | Path,
         *,
         sync_every: float = 1.0,
-    ) -> None:
+    ) -> Recorder:
+        """Begin a file.
+
+        Raises:
+            ValueError: the optimizer has taken a step, is one whose runs cannot be recorded, or
+                trains what is not the model's.
+            FileExistsError: there is such a file.
+        """
         check_number("sync_every", sync_every, low=0.0)
-        self.path, self.sync_every = Path(path), float(sync_every)
-        self._optimizer = optimizer
-        self._losses: list[Any] = []
         refuse_unrecordable(optimizer)
         header = encode_header(describe(optimizer, names_of(optimizer, model)))
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-        self._begin(os.open(self.path, flags, 0o644), int.from_bytes(header[-4:], "little"))
-        self._write(header)
-        self.flush()
-        _sync_folder(self.path)
+        path = Path(path)
+        file = locked(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        recorder = cls(
+            optimizer, path, file, int.from_bytes(header[-4:], "little"), float(sync_every)
+        )
+        recorder._write(header)
+        recorder.flush()
+        sync_folder(path)
+        return recorder
 
     @classmethod
     def going_on(
         cls, optimizer: ZerothOrderOptimizer, path: str | Path, *, sync_every: float = 1.0
     ) -> Recorder:
-        """Go on with a file whose steps the optimizer has taken; a torn record is cut off."""
-        recorder = cls.__new__(cls)
-        recorder.path, recorder.sync_every = Path(path), float(sync_every)
-        recorder._optimizer, recorder._losses = optimizer, []
-        file = os.open(path, os.O_RDWR | os.O_APPEND)
-        recorder._begin(file, 0)
+        """Go on with a file whose steps the optimizer has taken.
+
+        What stands behind the last step, a record that was cut off or probes that no step has used,
+        is removed: the optimizer knows nothing of it.
+
+        Raises:
+            TrajectoryError: another process writes to the file, or it has other steps.
+        """
+        check_number("sync_every", sync_every, low=0.0)
+        path = Path(path)
+        file = locked(path, os.O_RDWR)
         contents = read(path)
         taken = optimizer.param_groups[0]["step"]
         if contents.steps != taken:
-            recorder.close()
+            os.close(file)
             raise TrajectoryError(
                 f"the optimizer must have taken the {contents.steps} steps of {path}, got {taken}; "
                 f"let zoopt.replay take them"
             )
-        os.ftruncate(file, contents.size)
-        recorder._chain = contents.chain
-        return recorder
-
-    def _begin(self, file: int, chain: int) -> None:
-        self._file: int | None = file
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(file)
-            self._file = None
-            raise TrajectoryError(
-                f"another process writes to {self.path}; let it end, or record to another file"
-            ) from None
-        self._chain, self._synced = chain, time.monotonic()
-        self._note_groups()
+        end, chain = contents.last_step
+        os.ftruncate(file, end)
+        return cls(optimizer, path, file, chain, float(sync_every))
 
     def listen(self, closure: Closure) -> Closure:
         """The closure, with what it returns kept for the record."""
-        self._losses = []
+        self._losses, self._calls = [], 0
 
         def heard() -> Any:
+            self._calls += 1
             result = closure()
             self._losses.append(result)
             return result
@@ -115,18 +139,54 @@ class Recorder:
         """Record that what was probed is dropped."""
         self._wrote(Kind.DROP)
 
+    def failed(self, moved: bool) -> None:
+        """Record evaluations that an error has ended.
+
+        Args:
+            moved: whether parameters were perturbed in place. They are back, up to the rounding of
+                the passes, which a replay repeats.
+        """
+        if not moved or not self._calls:
+            return
+        if self._calls == len(self._losses):
+            self._ended = (
+                "an error came in the middle of passes over the weights, which cannot be repeated "
+                "to the bit; it holds the run up to there"
+            )
+            return
+        self._wrote(Kind.FAILED)
+
     def _wrote(self, kind: Kind) -> None:
-        losses = tuple(loss_value(loss) for loss in self._losses)
-        self._append(Event(kind, losses, self._changed_rates()))
-        self._losses = []
-        self._last_rates = self._rates()
-        self._note_groups()
+        if self._unwritten is None:
+            heard = kind in (Kind.STEP, Kind.PROBE, Kind.FAILED)
+            losses = tuple(loss_value(loss) for loss in self._losses) if heard else ()
+            rates = self._rates()
+            changed = () if rates == self._last_rates else rates
+            self._unwritten = Event(kind, losses, changed)
+            self._last_rates = rates
+            self._note()
+        self._append(self._unwritten)
+        self._unwritten, self._losses, self._calls = None, [], 0
 
     def before(self) -> None:
-        """Record what was changed since the last step, before the next one uses it."""
+        """Record what was changed since the last step, before the next one uses it.
+
+        Raises:
+            TrajectoryError: the weights were written by somebody else, groups were added, or the
+                recording has ended.
+        """
+        if self._ended is not None:
+            raise TrajectoryError(f"the recording to {self.path} has ended: {self._ended}")
+        if self._versions() != self._last_versions:
+            raise TrajectoryError(
+                f"the weights were written since the last step that {self.path} holds, by somebody "
+                f"else than the optimizer, so the file could not make them again; close the "
+                f"recorder, and begin another file"
+            )
         changed = self._changes()
         if changed:
             self._append(Event(Kind.CHANGE, change=changed))
+            self._note()
 
     def flush(self) -> None:
         """Force what was written to the disk."""
@@ -166,19 +226,20 @@ class Recorder:
     def _rates(self) -> tuple[float, ...]:
         return tuple(float(group["lr"]) for group in self._optimizer.param_groups)
 
-    def _changed_rates(self) -> tuple[float, ...]:
-        rates = self._rates()
-        return () if rates == self._last_rates else rates
+    def _params(self) -> list[Tensor]:
+        return [param for _, _, param, _ in named_params(self._optimizer.param_groups)]
 
     def _trained(self) -> list[bool]:
-        return [p.requires_grad for _, _, p, _ in named_params(self._optimizer.param_groups)]
+        return [param.requires_grad for param in self._params()]
 
-    def _note_groups(self) -> None:
-        """Keep the groups as they are, to tell what is changed from outside."""
+    def _versions(self) -> list[int]:
+        """How often each parameter was written, as autograd counts."""
+        return [param._version for param in self._params()]
+
+    def _note(self) -> None:
+        """Keep groups and counts as they are, to tell what is changed from outside."""
         self._groups = [dict(group) for group in self._optimizer.param_groups]
-        self._last_trained = self._trained()
-        if not hasattr(self, "_last_rates"):
-            self._last_rates = self._rates()
+        self._last_trained, self._last_versions = self._trained(), self._versions()
 
     def _changes(self) -> dict[str, Any]:
         changes: dict[str, Any] = {}
@@ -224,8 +285,28 @@ def refuse_unrecordable(optimizer: ZerothOrderOptimizer) -> None:
         )
 
 
-def _sync_folder(path: Path) -> None:
-    """Force the file's name to the disk."""
+def locked(path: Path, flags: int) -> int:
+    """Open a file to append to, for one process alone.
+
+    Raises:
+        TrajectoryError: another process has it.
+    """
+    file = os.open(path, flags | os.O_APPEND, 0o644)
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise TrajectoryError(
+            f"another process writes to {path}; let it end, or record to another file"
+        ) from None
+    return file
+
+
+def sync_folder(path: Path) -> None:
+    """Force the file's name to the disk, where folders can be."""
+    if os.name != "posix":
+        return
     folder = os.open(path.resolve().parent, os.O_RDONLY)
     try:
         os.fsync(folder)

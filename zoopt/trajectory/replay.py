@@ -113,7 +113,7 @@ def _again(optimizer: ZerothOrderOptimizer, event: Event) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of losses that are not finite: the run has had these.
         try:
-            if event.kind is Kind.STEP:
+            if event.kind in (Kind.STEP, Kind.FAILED):
                 optimizer.step(losses)
             elif event.kind is Kind.PROBE:
                 optimizer.probe(losses)
@@ -122,7 +122,8 @@ def _again(optimizer: ZerothOrderOptimizer, event: Event) -> None:
             else:
                 optimizer.zero_grad()
         except EOFError as error:
-            raise TrajectoryError(f"the file is not of this optimizer: {error}") from None
+            if event.kind is not Kind.FAILED:
+                raise TrajectoryError(f"the file is not of this optimizer: {error}") from None
     if losses.rest:
         raise TrajectoryError(
             f"the file is not of this optimizer: a step has taken fewer than its "

@@ -92,6 +92,8 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
             # A signal may have come while a context was being left.
             torch.set_grad_enabled(gradients)
             self._undo(perturbation)
+            if self.recorder is not None:
+                self.recorder.failed(moved=any(not slot.virtual for slot in pending.slots))
             raise
         self._pending = pending
         if self.recorder is not None:
@@ -141,7 +143,10 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
         except BaseException:
             # A signal may have come while a context was being left.
             torch.set_grad_enabled(gradients)
+            begun = self._unfinished is not None
             self._undo(perturbation)
+            if self.recorder is not None and not begun:
+                self.recorder.failed(moved=any(not slot.virtual for slot in pending.slots))
             raise
         return loss
 
@@ -177,7 +182,7 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
         """
         from zoopt.trajectory.recorder import Recorder
 
-        self.recorder = Recorder(self, model, path, sync_every=sync_every)
+        self.recorder = Recorder.new(self, model, path, sync_every=sync_every)
         return self.recorder
 
     @property

@@ -43,6 +43,9 @@ class RunRecorder(Protocol):
     def dropped(self) -> None:
         """What was probed is dropped."""
 
+    def failed(self, moved: bool) -> None:
+        """An error has ended evaluations, during which parameters had moved in place or not."""
+
 
 class ZerothOrderUpdates(ZerothOrderGroups):
     """Takes a step from a probe, all of it or nothing.
