@@ -263,13 +263,13 @@ def test_an_update_that_cannot_be_finished_is_finished_later(
     runs = Runs(row)
     model, optimizer = runs.new()
     update = type(optimizer)._update
-    [*_, last] = optimizer._new_pending().slots[:2]
+    [*_, last] = optimizer._new_pending().sites[:2]
     broken = True
 
-    def failing(self: Any, slot: Any, *args: Any) -> None:
-        if broken and slot.param is last.param:
+    def failing(self: Any, site: Any, *args: Any) -> None:
+        if broken and site.param is last.param:
             raise MemoryError
-        update(self, slot, *args)
+        update(self, site, *args)
 
     monkeypatch.setattr(type(optimizer), "_update", failing)
     with pytest.raises(MemoryError):

@@ -343,8 +343,8 @@ def test_forward_gradients_pass_through_attention_and_embeddings() -> None:
     model, ids = Attention().double(), torch.randint(9, (2, 5))
     directions = {}
     optimizer = zoopt.ForwardGrad(model.named_parameters(), lr=0.0, seed=1)
-    for slot in optimizer._slots():
-        directions[slot.param] = slot.direction.tangent(slot.param, 0)
+    for site in optimizer._sites():
+        directions[site.param] = site.direction.tangent(site.param, 0)
     model(ids).backward()
     expected = sum(float((p.grad * directions[p]).sum()) for p in model.parameters())
     optimizer.step(lambda: model(ids))

@@ -20,7 +20,7 @@ from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise, whole
 from zoopt.zeroth_order.engine.mask import Mask
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 from zoopt.zeroth_order.engine.sgd import (
@@ -171,15 +171,15 @@ class ZOAdam(SparseZerothOrder):
             check_window("window", group)
 
     def _update(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        group = slot.group
+        group = site.group
         if not pending.kept:
-            self._descend(slot, pending, offset, {}, progress)
+            self._descend(site, pending, offset, {}, progress)
         elif group["state"] == "dense":
-            self._update_dense(slot, pending, offset, progress)
+            self._update_dense(site, pending, offset, progress)
         elif group["state"] == "window":
-            self._update_window(slot, pending, offset, progress)
+            self._update_window(site, pending, offset, progress)
         else:
             rms = (
                 self._mean_square(group, pending)
@@ -188,14 +188,14 @@ class ZOAdam(SparseZerothOrder):
             weights = self._weights(group, pending)
             scale = 1.0 / (rms + float(group["eps"])) if rms or group["eps"] else 0.0
             self._descend(
-                slot, pending, offset, {d: scale * w for d, w in weights.items()}, progress
+                site, pending, offset, {d: scale * w for d, w in weights.items()}, progress
             )
 
     def _update_dense(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        group = slot.group
-        state = self._state(slot.param, group)
+        group = site.group
+        state = self._state(site.param, group)
         exp_avg, exp_avg_sq = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         step, (beta1, beta2) = int(state["step"]) + 1, group["betas"]
 
@@ -212,14 +212,14 @@ class ZOAdam(SparseZerothOrder):
             progress.hold((exp_avg[chunk], first), (exp_avg_sq[chunk], second))
             return update
 
-        self._update_elements(slot, pending, offset, progress, rule)
+        self._update_elements(site, pending, offset, progress, rule)
         for _ in whole(state["step"], progress.next):
             state["step"] += 1
 
     def _update_window(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        group, direction = slot.group, slot.direction
+        group, direction = site.group, site.direction
         assert isinstance(direction, Noise)
         decay = self._decay(group, pending)
         steps = window_steps(
@@ -243,11 +243,11 @@ class ZOAdam(SparseZerothOrder):
             "step_size": -float(group["lr"]),
             "draws": absent + draws,
             "decay": decay,
-            "rounding": slot.rounding,
+            "rounding": site.rounding,
         }
-        if direction.queued("adam_window", slot.param, progress, *numbers, **options):
+        if direction.queued("adam_window", site.param, progress, *numbers, **options):
             return
-        with direction.elements(slot.param, progress) as elements:
+        with direction.elements(site.param, progress) as elements:
             for _ in whole(elements, progress):
                 adam_window_(elements, *numbers, key=direction.key, **options)
 

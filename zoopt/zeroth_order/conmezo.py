@@ -15,7 +15,7 @@ from zoopt.parameters import named_params
 from zoopt.registry import register
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, chunks
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 
@@ -150,11 +150,11 @@ class ConMeZO(ZerothOrderOptimizer):
         return Cone(NoiseKey(group["seed"], number), momentum, radial, lateral)
 
     def _update(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        group, direction = slot.group, slot.direction
+        group, direction = site.group, site.direction
         weights = self._weights(group, pending)
-        self._descend(slot, pending, offset, weights, progress)
+        self._descend(site, pending, offset, weights, progress)
         if not pending.kept:
             return
         assert isinstance(direction, Cone)

@@ -19,7 +19,7 @@ from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.perturbation import (
     Displacement,
     PerturbationMode,
-    Slot,
+    Site,
     along,
 )
 from zoopt.zeroth_order.engine.probe import Estimator, Evaluation, PendingProbe
@@ -146,27 +146,27 @@ class ZOConservativeSGD(SparseZerothOrder):
     def _step_along(self, pending: PendingProbe, scale: float) -> Displacement:
         """scale times u, by each group's own lr."""
 
-        def displacement(slot: Slot) -> Coefficients:
-            weights = self._weights(slot.group, pending)
-            return {draw: scale * float(slot.group["lr"]) * w for draw, w in weights.items()}
+        def displacement(site: Site) -> Coefficients:
+            weights = self._weights(site.group, pending)
+            return {draw: scale * float(site.group["lr"]) * w for draw, w in weights.items()}
 
         return displacement
 
     def _update(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        decay = self._decay(slot.group, pending)
-        target = dict(self._chosen(slot)) if self._chosen else {}
+        decay = self._decay(site.group, pending)
+        target = dict(self._chosen(site)) if self._chosen else {}
         for draw, coefficient in offset.items():
             target[draw] = target.get(draw, 0.0) - coefficient
         target = {draw: decay * target[draw] for draw in sorted(target) if target[draw]}
         if target or decay != 1.0:
-            slot.direction.add_(
-                slot.param, target, decay=decay, rounding=slot.rounding, progress=progress
+            site.direction.add_(
+                site.param, target, decay=decay, rounding=site.rounding, progress=progress
             )
 
 
-def _stay(slot: Slot) -> Coefficients:
+def _stay(site: Site) -> Coefficients:
     return {}
 
 

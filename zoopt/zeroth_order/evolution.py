@@ -21,11 +21,11 @@ from zoopt.zeroth_order.engine.closure import Closure, check_closure
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise
 from zoopt.zeroth_order.engine.groups import ProbeNames
 from zoopt.zeroth_order.engine.low_rank import OuterProduct
-from zoopt.zeroth_order.engine.members import Batch
+from zoopt.zeroth_order.engine.members import MemberBatch
 from zoopt.zeroth_order.engine.perturbation import (
     Perturbation,
     PerturbationMode,
-    Slot,
+    Site,
 )
 from zoopt.zeroth_order.engine.population import (
     GenerationRecord,
@@ -144,11 +144,11 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         check_closure(evaluate, "evaluate")
         population = self._population()
         chosen = population.chosen(members)
-        perturbation = Perturbation(population.slots)
+        perturbation = Perturbation(population.sites)
         evaluation = self._evaluation(evaluate, perturbation)
         evaluation.verify = False
         try:
-            fitness = evaluation.along(*map(population.place, chosen))
+            fitness = evaluation.losses_along(*map(population.place, chosen))
             perturbation.restore()
         except BaseException:
             self._undo(perturbation)
@@ -193,9 +193,9 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         chosen = population.chosen(members)
         if not chosen:
             return {}
-        batch = Batch([population.place(i) for i in chosen], examples)
+        batch = MemberBatch([population.place(i) for i in chosen], examples)
         verify = verify and batch.rows not in self._verified
-        values = evaluate_batch(evaluate, population.slots, batch, verify=verify)
+        values = evaluate_batch(evaluate, population.sites, batch, verify=verify)
         if verify:
             self._verified |= {batch.rows}
         return dict(zip(chosen, values, strict=True))
@@ -241,7 +241,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         antithetic = self.param_groups[0]["antithetic"]
         signs = (1.0, -1.0 if antithetic else 1.0) * len(pending.draws)
         return Population(
-            pending.slots, pending.draws, pending.block, signs=signs[: len(pending.draws)]
+            pending.sites, pending.draws, pending.block, signs=signs[: len(pending.draws)]
         )
 
     def _draws(self) -> tuple[int, ...]:
@@ -253,7 +253,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         # A fitness may be noisy: over a population, its noise averages out.
         evaluation.verify = False
         assert isinstance(pending, Population)
-        fitness = evaluation.along(*map(pending.place, range(pending.size)))
+        fitness = evaluation.losses_along(*map(pending.place, range(pending.size)))
         return [Outcome((value,), value) for value in fitness]
 
     def _usable(self, outcome: Outcome) -> Outcome:
@@ -282,9 +282,9 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         return {draw: sign * c for draw, c in pending.coefficients().items()}
 
     def _update(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        self._descend(slot, pending, offset, self._weights(slot.group, pending), progress)
+        self._descend(site, pending, offset, self._weights(site.group, pending), progress)
 
     def _virtual(self, param: Tensor, group: Group) -> bool:
         if group["rank"] is None:

@@ -90,7 +90,7 @@ class ForwardGrad(MomentumSGD):
 
     def _slope(self, evaluation: Evaluation, pending: PendingProbe, draw: int) -> Outcome:
         """The loss and its derivative along z(draw)."""
-        directions = {slot.param: slot.direction for slot in pending.slots}
+        directions = {site.param: site.direction for site in pending.sites}
 
         @OwnArithmetic()
         def dual(param: Tensor) -> Tensor:

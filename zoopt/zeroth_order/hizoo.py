@@ -16,7 +16,7 @@ from zoopt.registry import register
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise, chunks
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Evaluation, Outcome, PendingProbe, three_point
 from zoopt.zeroth_order.engine.progress import Progress
 
@@ -136,18 +136,18 @@ class HiZOO(ZerothOrderOptimizer):
         return outcome
 
     def _update(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        self._descend(slot, pending, offset, self._weights(slot.group, pending), progress)
+        self._descend(site, pending, offset, self._weights(site.group, pending), progress)
         if pending.kept:
-            self._update_hessian(slot, pending, progress.next)
+            self._update_hessian(site, pending, progress.next)
 
-    def _update_hessian(self, slot: Slot, pending: PendingProbe, progress: Progress) -> None:
-        direction = slot.direction
+    def _update_hessian(self, site: Site, pending: PendingProbe, progress: Progress) -> None:
+        direction = site.direction
         assert isinstance(direction, Preconditioned)
-        noise, alpha = Noise(direction.key), float(slot.group["hessian_smooth"])
+        noise, alpha = Noise(direction.key), float(site.group["hessian_smooth"])
         differences = [abs(pending.curvatures[j]) for j in pending.kept]
         for chunk in chunks(direction.hessian, progress):
             hessian = direction.hessian[chunk]
             z = (noise.combine(hessian, {pending.draws[j]: 1.0}, chunk.start) for j in pending.kept)
-            hessian.copy_(smoothed(hessian, z, differences, alpha, slot.zo_eps))
+            hessian.copy_(smoothed(hessian, z, differences, alpha, site.zo_eps))

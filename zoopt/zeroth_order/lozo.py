@@ -12,7 +12,7 @@ from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise, whole, withdrawn
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 
@@ -141,44 +141,44 @@ class LOZO(LowRankZerothOrder):
         return LazyPair(key, param, group["rank"], group["basis_draw"])
 
     def _update(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        group, direction = slot.group, slot.direction
+        group, direction = site.group, site.direction
         weights = self._weights(group, pending)
         if not group["momentum"] or not pending.kept:
             scale = 1.0 / direction.rank if isinstance(direction, LazyPair) else 1.0
             self._descend(
-                slot, pending, offset, {d: scale * w for d, w in weights.items()}, progress
+                site, pending, offset, {d: scale * w for d, w in weights.items()}, progress
             )
             return
         beta, lr = float(group["momentum"]), float(group["lr"])
         decay = self._decay(group, pending)
         back = withdrawn(offset, decay)
-        buffer = self._state(slot.param, group)["momentum_buffer"]
+        buffer = self._state(site.param, group)["momentum_buffer"]
         if isinstance(direction, LazyPair):
             factor = averaged(buffer, direction.left(weights), beta)
             progress.hold((buffer, factor))
             left = direction.left(back) - factor * (lr / direction.rank)
             direction.add_product_(
-                slot.param,
+                site.param,
                 left,
                 direction.right,
                 decay=decay,
-                rounding=slot.rounding,
+                rounding=site.rounding,
                 rounding_draw=pending.draws[-1],
                 progress=progress,
             )
             return
         assert isinstance(direction, Noise)
         direction.momentum_(
-            slot.param,
+            site.param,
             buffer,
             back,
             {draw: (1.0 - beta) * weight for draw, weight in weights.items()},
             momentum=beta,
             step_size=-lr,
             decay=decay,
-            rounding=slot.rounding,
+            rounding=site.rounding,
             progress=progress,
         )
 

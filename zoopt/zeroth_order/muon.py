@@ -13,7 +13,7 @@ from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise, withdrawn
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 
@@ -142,31 +142,31 @@ class ZOMuon(LowRankZerothOrder):
         self._matrix_direction(param, group, NoiseKey(group["seed"], number)).draw_basis(new)
 
     def _update(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        group, direction = slot.group, slot.direction
+        group, direction = site.group, site.direction
         weights = self._weights(group, pending)
         if not weights:
-            self._descend(slot, pending, offset, {}, progress)
+            self._descend(site, pending, offset, {}, progress)
         elif isinstance(direction, LeftSubspace):
             lr, decay = float(group["lr"]), self._decay(group, pending)
             Ghat = direction.inner(weights)  # P Ghat is the estimate
             inner = direction.inner(withdrawn(offset, decay))
             inner -= lr * msign(Ghat)
             direction.add_product_(
-                slot.param,
+                site.param,
                 direction.basis,
                 inner.T,
                 decay=decay,
-                rounding=slot.rounding,
+                rounding=site.rounding,
                 rounding_draw=pending.draws[-1],
                 progress=progress,
             )
         else:
             assert isinstance(direction, Noise)
-            estimate = direction.combine(slot.param.detach().flatten(), weights, 0)
+            estimate = direction.combine(site.param.detach().flatten(), weights, 0)
             norm = known(estimate.double().square().sum().sqrt(), 1.0)
             scale = 1.0 / norm if norm else 0.0
             self._descend(
-                slot, pending, offset, {d: scale * w for d, w in weights.items()}, progress
+                site, pending, offset, {d: scale * w for d, w in weights.items()}, progress
             )

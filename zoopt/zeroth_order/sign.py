@@ -16,7 +16,7 @@ from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.mask import Mask
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 from zoopt.zeroth_order.engine.sgd import SparseZerothOrder
@@ -89,16 +89,16 @@ class ZOSignSGD(SparseZerothOrder):
         check_choice("form", group["form"], get_args(SignForm))
 
     def _update(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        group = slot.group
+        group = site.group
         if group["form"] == "projected" or not pending.kept:
             signs = projected(self._weights(group, pending))
-            self._descend(slot, pending, offset, signs, progress)
+            self._descend(site, pending, offset, signs, progress)
             return
         lr = float(group["lr"])
 
         def rule(gradient: Tensor, chunk: slice) -> Tensor:
             return elementwise(gradient, lr)
 
-        self._update_elements(slot, pending, offset, progress, rule)
+        self._update_elements(site, pending, offset, progress, rule)

@@ -13,7 +13,7 @@ from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Slot
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 
@@ -131,6 +131,6 @@ class SubZero(LowRankZerothOrder):
         self._matrix_direction(param, group, NoiseKey(group["seed"], number)).draw_bases(new)
 
     def _update(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        self._descend(slot, pending, offset, self._weights(slot.group, pending), progress)
+        self._descend(site, pending, offset, self._weights(site.group, pending), progress)

@@ -20,7 +20,7 @@ from zoopt.kernels.noise.key import NoiseKey
 CHUNK = 1 << 13
 
 
-class Direction:
+class MaskedNoise:
     """z of elements start ... start + numel - 1 of the tensor, and which of them its mask keeps.
 
     Attributes:
@@ -120,7 +120,7 @@ def weighted_sum(
     for part in _chunks(theta.numel()):
         acc = theta[part].to(accumulator_dtype(theta.dtype)) * decay
         for coefficient, draw in zip(coefficients, draws, strict=True):
-            acc = Direction(part.start, acc.numel(), key, draw, theta.device).added(
+            acc = MaskedNoise(part.start, acc.numel(), key, draw, theta.device).added(
                 acc, coefficient
             )
         if addend is not None:
@@ -146,7 +146,7 @@ def momentum_sum(
         acc = theta[part].to(buffer.dtype) * decay
         buf = buffer[part] * momentum
         for coefficient, gradient, draw in zip(coefficients, gradients, draws, strict=True):
-            direction = Direction(part.start, acc.numel(), key, draw, theta.device)
+            direction = MaskedNoise(part.start, acc.numel(), key, draw, theta.device)
             acc = direction.added(acc, coefficient)
             buf = direction.added(buf, gradient)
         buffer[part] = buf
@@ -169,7 +169,7 @@ def adam_window(
 ) -> None:
     """theta (n,) <- round(decay theta + sum_j coefficients[j] z_j + step_size m / (sqrt(v) + eps)).
 
-    ghat, m and v begin as 0. Direction j adds gradients[j] z_j to ghat; where closes[j], then
+    ghat, m and v begin as 0. MaskedNoise j adds gradients[j] z_j to ghat; where closes[j], then
 
         m <- m + first[j] ghat,    v <- v + second[j] (ghat ghat),    ghat <- 0
     """
@@ -177,7 +177,7 @@ def adam_window(
         acc = theta[part].to(accumulator_dtype(theta.dtype)) * decay
         ghat, m, v = (torch.zeros_like(acc) for _ in range(3))
         for j, draw in enumerate(draws):
-            direction = Direction(part.start, acc.numel(), key, draw, theta.device)
+            direction = MaskedNoise(part.start, acc.numel(), key, draw, theta.device)
             acc = direction.added(acc, coefficients[j])
             ghat = direction.added(ghat, gradients[j])
             if closes[j]:

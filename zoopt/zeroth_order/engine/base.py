@@ -40,7 +40,7 @@ _JUDGED = 4
 class ZerothOrderOptimizer(ZerothOrderUpdates):
     """Probes the loss along directions that are regenerated from the seed.
 
-    A subclass implements `_update`, which receives each parameter's slot and the directions'
+    A subclass implements `_update`, which receives each parameter's site and the directions'
     projected gradients; it may choose the directions (`_direction`), what is evaluated along them
     (`_evaluate`) and what they weigh (`_weights`). Everything that a run needs to go on is in the
     param groups, as numbers, and in the declared state.
@@ -84,7 +84,7 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
         check_closure(closure, "probe")
         self._note_changes()
         pending = self._pending_copy()
-        perturbation = Perturbation(pending.slots)
+        perturbation = Perturbation(pending.sites)
         try:
             loss = self._measure(self._evaluation(closure, perturbation), pending)
             perturbation.restore()
@@ -93,7 +93,7 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
             torch.set_grad_enabled(gradients)
             self._undo(perturbation)
             if self.recorder is not None:
-                self.recorder.failed(moved=any(not slot.virtual for slot in pending.slots))
+                self.recorder.failed(moved=any(not site.virtual for site in pending.sites))
             raise
         self._pending = pending
         if self.recorder is not None:
@@ -134,7 +134,7 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
         check_closure(closure, "step")
         self._note_changes()
         pending = self._pending_copy()
-        perturbation = Perturbation(pending.slots)
+        perturbation = Perturbation(pending.sites)
         try:
             evaluation = self._evaluation(closure, perturbation)
             loss = self._measure(evaluation, pending)
@@ -146,7 +146,7 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
             begun = self._unfinished is not None
             self._undo(perturbation)
             if self.recorder is not None and not begun:
-                self.recorder.failed(moved=any(not slot.virtual for slot in pending.slots))
+                self.recorder.failed(moved=any(not site.virtual for site in pending.sites))
             raise
         return loss
 
@@ -290,14 +290,14 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
         self._check_state()
         self._survey()
         block = self._block_due()
-        slots = list(self._slots(block))
-        if not slots:
+        sites = list(self._sites(block))
+        if not sites:
             where = "" if block is None else f" in block {block}, whose turn it is"
             raise RuntimeError(
                 f"no parameter of the optimizer{where} requires a gradient, so there is nothing to "
                 f"perturb; unfreeze one with .requires_grad_()"
             )
-        return PendingProbe(slots, draws, block)
+        return PendingProbe(sites, draws, block)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As for every zoopt optimizer; drops probes that are pending.

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from zoopt.zeroth_order.engine.closure import Closure, PinnedRNG
-from zoopt.zeroth_order.engine.members import Batch, MemberDirections
-from zoopt.zeroth_order.engine.perturbation import Perturbation, Slot
+from zoopt.zeroth_order.engine.members import MemberBatch, MemberDirections
+from zoopt.zeroth_order.engine.perturbation import Perturbation, Site
 from zoopt.zeroth_order.engine.population import fitness_values
 from zoopt.zeroth_order.engine.product import operands_of
 from zoopt.zeroth_order.engine.virtual import Interception
@@ -47,17 +47,19 @@ class Members(Interception):
     """Lets operators read parameters as each example's own member has them.
 
     Args:
-        slots: the parameters.
+        sites: the parameters.
         batch: the members.
         poisoned: put NaN in the place of the first member's displacement, and raise if it reaches
             another member's examples.
     """
 
-    def __init__(self, slots: Sequence[Slot], batch: Batch, *, poisoned: bool = False) -> None:
-        super().__init__(slot.param for slot in slots)
+    def __init__(
+        self, sites: Sequence[Site], batch: MemberBatch, *, poisoned: bool = False
+    ) -> None:
+        super().__init__(site.param for site in sites)
         self._batch = batch
         self._poisoned = poisoned
-        self._directions = MemberDirections(slots, batch, poisoned=poisoned)
+        self._directions = MemberDirections(sites, batch, poisoned=poisoned)
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the function gives each example by its own member's parameters."""
@@ -209,18 +211,18 @@ class MixedMembersError(RuntimeError):
 
 
 def evaluate_batch(
-    evaluate: Closure, slots: Sequence[Slot], batch: Batch, *, verify: bool
+    evaluate: Closure, sites: Sequence[Site], batch: MemberBatch, *, verify: bool
 ) -> list[float]:
     """The fitnesses of a batch's members, in their order; see `EvolutionStrategy`."""
-    for slot in slots:
-        if slot.group["rank"] is None:
+    for site in sites:
+        if site.group["rank"] is None:
             raise ValueError(
                 "rank must be a positive int in all param groups for evaluate_batched, got None: "
                 "each member then has whole matrices of its own; set rank=1, or call evaluate, "
                 "which takes one member at a time"
             )
-    perturbation = Perturbation([dataclasses.replace(slot, virtual=True) for slot in slots])
-    rng = PinnedRNG(slot.param.device for slot in slots)
+    perturbation = Perturbation([dataclasses.replace(site, virtual=True) for site in sites])
+    rng = PinnedRNG(site.param.device for site in sites)
 
     def run(*, poisoned: bool) -> list[float]:
         results: list[Any] = []
@@ -229,7 +231,7 @@ def evaluate_batch(
             results.append(evaluate())
             return 0.0
 
-        with perturbation.intercepted(Members(slots, batch, poisoned=poisoned)):
+        with perturbation.intercepted(Members(sites, batch, poisoned=poisoned)):
             rng.evaluate(closure)
         return _fitnesses(results[0], batch.members)
 

@@ -25,7 +25,7 @@ from zoopt.zeroth_order.engine.blocks import block_due, block_of, check_blocks
 from zoopt.zeroth_order.engine.direction import Direction, Noise
 from zoopt.zeroth_order.engine.perturbation import (
     PerturbationMode,
-    Slot,
+    Site,
 )
 from zoopt.zeroth_order.engine.probe import (
     Estimator,
@@ -78,7 +78,7 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
     def _survey(self) -> None:
         """Read what directions depend on beyond their own parameter."""
 
-    def _slots(self, block: int | None = None) -> Iterator[Slot]:
+    def _sites(self, block: int | None = None) -> Iterator[Site]:
         """The parameters that take part now (of one block, or of all), with their directions."""
         run = self.param_groups[0]
         blocks = run.get("blocks")
@@ -95,7 +95,7 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
             if direction is not None:
                 scale = float(group[self._names.scale])
                 rounding = resolved_rounding(group["rounding"], param.dtype)
-                yield Slot(param, group, direction, virtual, rounding, scale)
+                yield Site(param, group, direction, virtual, rounding, scale)
 
     @OwnArithmetic()
     def _ready_all(self) -> list[Tensor]:

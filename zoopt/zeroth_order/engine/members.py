@@ -12,14 +12,14 @@ from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels import apply_, dispatch
 from zoopt.zeroth_order.engine.direction import Elementwise
 from zoopt.zeroth_order.engine.low_rank import LowRank, OuterProduct
-from zoopt.zeroth_order.engine.perturbation import Slot
+from zoopt.zeroth_order.engine.perturbation import Site
 
 #: Directions stay until the evaluation ends while they take no more bytes than this: a tied weight
 #: is read twice, and in generation every token needs all of them.
 _KEPT_BYTES = 1 << 28
 
 
-class Batch:
+class MemberBatch:
     """Members side by side in a batch.
 
     Args:
@@ -45,13 +45,13 @@ class MemberDirections:
     """The directions of a batch's members, D of them, and how far each member goes along its own.
 
     Args:
-        slots: the parameters; those of two or more dimensions have an `OuterProduct`.
+        sites: the parameters; those of two or more dimensions have an `OuterProduct`.
         batch: the members.
         poisoned: put NaN in the place of the first member's displacement.
     """
 
-    def __init__(self, slots: Sequence[Slot], batch: Batch, *, poisoned: bool) -> None:
-        self._slots = {id(slot.param): slot for slot in slots}
+    def __init__(self, sites: Sequence[Site], batch: MemberBatch, *, poisoned: bool) -> None:
+        self._sites = {id(site.param): site for site in sites}
         self._batch = batch
         self._poisoned = poisoned
         self._kept: dict[int, tuple[Tensor, ...]] = {}
@@ -62,7 +62,7 @@ class MemberDirections:
         """Of a matrix: A^T / sqrt(r) (D, r, m) and B^T (D, r, n), contiguous, in its dtype."""
 
         def make() -> list[Tensor]:
-            direction = self._slots[id(param)].direction
+            direction = self._sites[id(param)].direction
             assert isinstance(direction, OuterProduct)
             size = direction.rows + direction.columns
             normals = self._normals(param, size * direction.rank).view(-1, size, direction.rank)
@@ -87,7 +87,7 @@ class MemberDirections:
 
     def scales(self, param: Tensor, dtype: torch.dtype) -> Tensor:
         """What multiplies the directions: (members,)."""
-        scale = self._slots[id(param)].zo_eps
+        scale = self._sites[id(param)].zo_eps
         key = (scale, dtype, param.device)
         if key not in self._scales:
             scales = [sign * scale for sign in self._batch.signs]
@@ -98,7 +98,7 @@ class MemberDirections:
 
     def _normals(self, param: Tensor, count: int) -> Tensor:
         """The first numbers of each draw's sequence: (D, count), in the accumulator's dtype."""
-        direction = self._slots[id(param)].direction
+        direction = self._sites[id(param)].direction
         assert isinstance(direction, LowRank | Elementwise)
         shape = (len(self._batch.draws), count)
         normals = torch.zeros(shape, dtype=torch.float32, device=param.device)

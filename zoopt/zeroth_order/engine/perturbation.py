@@ -1,6 +1,6 @@
 """Where the closure sees its parameters: at a displacement from theta, in place or virtually.
 
-Both kinds can hold at once: each parameter's `Slot` says which is its own.
+Both kinds can hold at once: each parameter's `Site` says which is its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PerturbationMode = Literal["auto", "inplace", "virtual"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
+class Site:
     """One parameter that takes part in a probe."""
 
     param: Tensor
@@ -38,12 +38,12 @@ class Slot:
 
 
 #: Where each parameter is to stand, relative to theta.
-Displacement = Callable[[Slot], Coefficients]
+Displacement = Callable[[Site], Coefficients]
 
 
 def along(draw: int, scale: float) -> Displacement:
     """The displacement scale zo_eps z(draw)."""
-    return lambda slot: {draw: scale * slot.zo_eps} if scale else {}
+    return lambda site: {draw: scale * site.zo_eps} if scale else {}
 
 
 class Perturbation:
@@ -54,18 +54,18 @@ class Perturbation:
     passes a step instead of four); `restore` takes it away alone.
     """
 
-    def __init__(self, slots: Sequence[Slot]) -> None:
-        self.slots = slots
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = sites
         #: Whether operators read the parameters where they stand.
         self.evaluated = True
-        self._virtual = {slot.param: slot for slot in slots if slot.virtual}
-        self._in_place = [slot for slot in slots if not slot.virtual]
+        self._virtual = {site.param: site for site in sites if site.virtual}
+        self._in_place = [site for site in sites if not site.virtual]
         self._offset: dict[Tensor, Coefficients] = {}
         self._flights: dict[Tensor, _Flight] = {}
 
-    def offset(self, slot: Slot) -> Coefficients:
+    def offset(self, site: Site) -> Coefficients:
         """By how much the parameter stands off theta."""
-        return self._offset.get(slot.param, {})
+        return self._offset.get(site.param, {})
 
     @contextlib.contextmanager
     def at(self, displacement: Displacement) -> Iterator[None]:
@@ -81,23 +81,23 @@ class Perturbation:
 
         @OwnArithmetic()
         def perturbed(param: Tensor) -> Tensor:
-            slot = self._virtual[param]
-            coefficients = displacement(slot)
-            return slot.direction.perturbed(param, coefficients) if coefficients else param
+            site = self._virtual[param]
+            coefficients = displacement(site)
+            return site.direction.perturbed(param, coefficients) if coefficients else param
 
         @OwnArithmetic()
         def perturbed_rows(weight: Tensor, rows: Tensor) -> Tensor:
-            slot = self._virtual[weight]
-            coefficients = displacement(slot)
+            site = self._virtual[weight]
+            coefficients = displacement(site)
             if not coefficients:
                 return weight[rows]
-            return slot.direction.perturbed_rows(weight, rows, coefficients)
+            return site.direction.perturbed_rows(weight, rows, coefficients)
 
         @OwnArithmetic()
         def factors(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-            slot = self._virtual[weight]
-            coefficients = displacement(slot)
-            return slot.direction.factors(coefficients) if coefficients else None
+            site = self._virtual[weight]
+            coefficients = displacement(site)
+            return site.direction.factors(coefficients) if coefficients else None
 
         # At theta itself too: modules take the path that they take at theta + a z.
         with self.substituted(perturbed, perturbed_rows, factors):
@@ -134,20 +134,20 @@ class Perturbation:
                 "the model); use perturbation='inplace', or call the model itself"
             )
 
-    def restore(self, slots: Sequence[Slot] | None = None) -> None:
+    def restore(self, sites: Sequence[Site] | None = None) -> None:
         """Bring parameters perturbed in place back to theta, these or all."""
-        self._move(lambda slot: {}, self._in_place if slots is None else slots)
+        self._move(lambda site: {}, self._in_place if sites is None else sites)
 
-    def forget(self, slot: Slot) -> None:
+    def forget(self, site: Site) -> None:
         """The caller has taken the parameter's offset away itself."""
-        self._offset.pop(slot.param, None)
+        self._offset.pop(site.param, None)
 
     def release(self) -> None:
         """Let the parameters stand where they are; the caller knows of them."""
         self._in_place = []
 
     @OwnArithmetic()
-    def _move(self, displacement: Displacement, slots: Sequence[Slot]) -> None:
+    def _move(self, displacement: Displacement, sites: Sequence[Site]) -> None:
         """Bring parameters perturbed in place to a displacement.
 
         If that breaks off, the next move goes on where this one was.
@@ -155,46 +155,46 @@ class Perturbation:
         with uninterrupted():
             passes = Passes()
             flying = []
-            for slot in slots:
-                self._land(slot)
-                target = displacement(slot)
-                change = {draw: -c for draw, c in self.offset(slot).items()}
+            for site in sites:
+                self._land(site)
+                target = displacement(site)
+                change = {draw: -c for draw, c in self.offset(site).items()}
                 for draw, c in target.items():
                     change[draw] = change.get(draw, 0.0) + c
                 change = {draw: c for draw, c in change.items() if c}
                 if change:
-                    self._flights[slot.param] = _Flight(change, target, Progress(passes))
-                    self._fly(slot)
-                    flying.append(slot)
-                    if not dispatch.launches(slot.param):
-                        self._arrive(slot)
+                    self._flights[site.param] = _Flight(change, target, Progress(passes))
+                    self._fly(site)
+                    flying.append(site)
+                    if not dispatch.launches(site.param):
+                        self._arrive(site)
                 else:
-                    self._offset[slot.param] = target
+                    self._offset[site.param] = target
             passes.make()
-            for slot in flying:
-                self._arrive(slot)
+            for site in flying:
+                self._arrive(site)
 
-    def _fly(self, slot: Slot) -> None:
+    def _fly(self, site: Site) -> None:
         """Make the parameter's move, or queue it."""
-        flight = self._flights[slot.param]
-        slot.direction.add_(slot.param, flight.change, progress=flight.progress)
+        flight = self._flights[site.param]
+        site.direction.add_(site.param, flight.change, progress=flight.progress)
 
-    def _land(self, slot: Slot) -> None:
+    def _land(self, site: Site) -> None:
         """Finish the move that the parameter is in."""
-        flight = self._flights.get(slot.param)
+        flight = self._flights.get(site.param)
         if flight is None:
             return
         flight.progress.passes = None
-        self._fly(slot)
-        self._arrive(slot)
+        self._fly(site)
+        self._arrive(site)
 
-    def _arrive(self, slot: Slot) -> None:
+    def _arrive(self, site: Site) -> None:
         """The parameter's move, if it is in one, has been made."""
-        flight = self._flights.get(slot.param)
+        flight = self._flights.get(site.param)
         if flight is not None:
-            count_write(slot.param)
-            self._offset[slot.param] = flight.target
-            del self._flights[slot.param]
+            count_write(site.param)
+            self._offset[site.param] = flight.target
+            del self._flights[site.param]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from zoopt.zeroth_order.engine.closure import (
     RecordedLosses,
     loss_values,
 )
-from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation, Slot, along
+from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation, Site, along
 
 Estimator = Literal["two-sided", "one-sided"]
 
@@ -76,7 +76,7 @@ class StepRecord:
 class PendingProbe:
     """The directions of a step that has not been taken yet, and their sums over micro-batches."""
 
-    slots: Sequence[Slot]
+    sites: Sequence[Site]
     draws: tuple[int, ...]
     block: int | None = None
     deltas: list[float] = dataclasses.field(default_factory=list)
@@ -138,7 +138,7 @@ class Evaluation:
         self.perturbation = perturbation
         perturbation.evaluated = not isinstance(closure, RecordedLosses)
         self.verify = verify
-        self.rng = PinnedRNG(slot.param.device for slot in perturbation.slots)
+        self.rng = PinnedRNG(site.param.device for site in perturbation.sites)
         #: The spacing of numbers around the last loss, where it was of 16 bits; otherwise 0.
         self.spacing = 0.0
         self._without_grad = [param for param in params if param.grad is None]
@@ -190,28 +190,28 @@ class Evaluation:
                 f"batch outside the closure, and make its random choices with torch's generator"
             )
 
-    def along(self, *places: tuple[int, float]) -> list[float]:
+    def losses_along(self, *places: tuple[int, float]) -> list[float]:
         """The losses at theta + scale zo_eps z(draw) for each (draw, scale), in order."""
         return self.read([self.queue(along(draw, scale)) for draw, scale in places])
 
 
 def two_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Outcome]:
     """Two evaluations a direction."""
-    losses = evaluation.along(*((draw, scale) for draw in draws for scale in (1.0, -1.0)))
+    losses = evaluation.losses_along(*((draw, scale) for draw in draws for scale in (1.0, -1.0)))
     pairs = zip(losses[::2], losses[1::2], strict=True)
     return [Outcome((plus, minus), 0.5 * (plus - minus)) for plus, minus in pairs]
 
 
 def one_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Outcome]:
     """One evaluation a direction, and one at theta for all."""
-    base, *losses = evaluation.along((draws[0], 0.0), *((draw, 1.0) for draw in draws))
+    base, *losses = evaluation.losses_along((draws[0], 0.0), *((draw, 1.0) for draw in draws))
     return [Outcome((plus, base), plus - base) for plus in losses]
 
 
 def three_point(evaluation: Evaluation, draws: Sequence[int]) -> list[Outcome]:
     """Two evaluations a direction, and one at theta for all."""
     around = ((draw, scale) for draw in draws for scale in (1.0, -1.0))
-    base, *losses = evaluation.along((draws[0], 0.0), *around)
+    base, *losses = evaluation.losses_along((draws[0], 0.0), *around)
     return [
         Outcome((plus, minus, base), 0.5 * (plus - minus), plus + minus - 2.0 * base)
         for plus, minus in zip(losses[::2], losses[1::2], strict=True)

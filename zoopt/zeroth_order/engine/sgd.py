@@ -29,7 +29,7 @@ from zoopt.zeroth_order.engine.mask import (
     check_aligned,
     magnitude_threshold,
 )
-from zoopt.zeroth_order.engine.perturbation import Slot
+from zoopt.zeroth_order.engine.perturbation import Site
 from zoopt.zeroth_order.engine.probe import PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 
@@ -75,7 +75,7 @@ class SparseZerothOrder(ZerothOrderOptimizer):
 
     def _update_elements(
         self,
-        slot: Slot,
+        site: Site,
         pending: PendingProbe,
         offset: Coefficients,
         progress: Progress,
@@ -88,11 +88,11 @@ class SparseZerothOrder(ZerothOrderOptimizer):
                 chunk's place among what moves -> what theta receives. State that it changes goes
                 to `progress.hold`.
         """
-        group, direction = slot.group, slot.direction
+        group, direction = site.group, site.direction
         assert isinstance(direction, Elementwise)
         decay, weights = self._decay(group, pending), self._weights(group, pending)
         back = withdrawn(offset, decay)
-        with direction.elements(slot.param, progress) as elements:
+        with direction.elements(site.param, progress) as elements:
             for chunk in chunks(elements, progress):
                 theta = elements[chunk]
                 direction.write_(
@@ -101,7 +101,7 @@ class SparseZerothOrder(ZerothOrderOptimizer):
                     rule(direction.combine(theta, weights, chunk.start), chunk),
                     chunk.start,
                     decay=decay,
-                    rounding=slot.rounding,
+                    rounding=site.rounding,
                     rounding_draw=pending.draws[-1],
                 )
 
@@ -183,23 +183,23 @@ class MomentumSGD(SparseZerothOrder):
             )
 
     def _update(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        group, direction = slot.group, slot.direction
+        group, direction = site.group, site.direction
         if not pending.kept:
-            self._descend(slot, pending, offset, {}, progress)
+            self._descend(site, pending, offset, {}, progress)
         elif _stores_buffer(group):
             assert isinstance(direction, Elementwise)
             decay = self._decay(group, pending)
             direction.momentum_(
-                slot.param,
-                self._state(slot.param, group)["momentum_buffer"],
+                site.param,
+                self._state(site.param, group)["momentum_buffer"],
                 withdrawn(offset, decay),
                 self._weights(group, pending),
                 momentum=float(group["momentum"]),
                 step_size=-float(group["lr"]),
                 decay=decay,
-                rounding=slot.rounding,
+                rounding=site.rounding,
                 progress=progress,
             )
         else:
@@ -209,7 +209,7 @@ class MomentumSGD(SparseZerothOrder):
             weights: dict[int, float] = {}
             for age, step in enumerate(reversed(steps)):
                 weights |= {draw: momentum**age * weight for draw, weight in step}
-            self._descend(slot, pending, offset, weights, progress)
+            self._descend(site, pending, offset, weights, progress)
 
     def _closing(self, group: Group, pending: PendingProbe) -> dict[str, Any]:
         if group["momentum_window"] is None:

@@ -16,7 +16,7 @@ from zoopt.zeroth_order.engine.groups import ZerothOrderGroups
 from zoopt.zeroth_order.engine.passes import Passes
 from zoopt.zeroth_order.engine.perturbation import (
     Perturbation,
-    Slot,
+    Site,
 )
 from zoopt.zeroth_order.engine.probe import (
     PendingProbe,
@@ -74,7 +74,7 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         for group in self.param_groups:
             self._check_options(group)
         passes = Passes()
-        updates = [(slot, Progress(passes)) for slot in pending.slots]
+        updates = [(site, Progress(passes)) for site in pending.sites]
         commit = Commit(self._tasks(pending, perturbation, updates, passes))
         try:
             commit.run()
@@ -82,7 +82,7 @@ class ZerothOrderUpdates(ZerothOrderGroups):
             if commit.begun and not commit.finished:
                 self._unfinished = OwnArithmetic()(commit.run)
                 if perturbation is not None:
-                    perturbation.restore([slot for slot, progress in updates if not progress.begun])
+                    perturbation.restore([site for site, progress in updates if not progress.begun])
                     perturbation.release()
             raise
         self._warn_of_skipped(pending)
@@ -91,7 +91,7 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         self,
         pending: PendingProbe,
         perturbation: Perturbation | None,
-        updates: Sequence[tuple[Slot, Progress]],
+        updates: Sequence[tuple[Site, Progress]],
         passes: Passes,
     ) -> list[Callable[[], None]]:
         """What the step changes, in order."""
@@ -104,18 +104,18 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         record = self._record(pending, run["step"])
         skipped_probes = self.skipped_probes + pending.skipped
 
-        def update(slot: Slot, progress: Progress) -> None:
-            offset = perturbation.offset(slot) if perturbation is not None else {}
-            self._update(slot, pending, offset, progress)
+        def update(site: Site, progress: Progress) -> None:
+            offset = perturbation.offset(site) if perturbation is not None else {}
+            self._update(site, pending, offset, progress)
 
-        def written(slot: Slot) -> None:
-            count_write(slot.param)
+        def written(site: Site) -> None:
+            count_write(site.param)
             if perturbation is not None:
-                perturbation.forget(slot)
+                perturbation.forget(site)
 
-        def update_alone(slot: Slot, progress: Progress) -> None:
-            update(slot, progress)
-            written(slot)
+        def update_alone(site: Site, progress: Progress) -> None:
+            update(site, progress)
+            written(site)
 
         def update_together() -> None:
             # What an interruption has left in the queue knows of offsets that are gone.
@@ -123,8 +123,8 @@ class ZerothOrderUpdates(ZerothOrderGroups):
             for each in together:
                 update(*each)
             passes.make()
-            for slot, _ in together:
-                written(slot)
+            for site, _ in together:
+                written(site)
 
         together = [each for each in updates if dispatch.launches(each[0].param)]
         alone = [each for each in updates if not dispatch.launches(each[0].param)]
@@ -168,7 +168,7 @@ class ZerothOrderUpdates(ZerothOrderGroups):
             )
 
     def _update(
-        self, slot: Slot, pending: PendingProbe, offset: Coefficients, progress: Progress
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
         """Update one parameter from the probe, and take the displacement `offset` away from it.
 
@@ -178,18 +178,18 @@ class ZerothOrderUpdates(ZerothOrderGroups):
 
     def _descend(
         self,
-        slot: Slot,
+        site: Site,
         pending: PendingProbe,
         offset: Coefficients,
         weights: Coefficients,
         progress: Progress,
     ) -> None:
         """theta <- decay (theta - offset) - lr sum_d weights[d] z(d), in one pass."""
-        lr, decay = float(slot.group["lr"]), self._decay(slot.group, pending)
+        lr, decay = float(site.group["lr"]), self._decay(site.group, pending)
         total = descent(offset, weights, lr=lr, decay=decay)
         if total or decay != 1.0:
-            slot.direction.add_(
-                slot.param, total, decay=decay, rounding=slot.rounding, progress=progress
+            site.direction.add_(
+                site.param, total, decay=decay, rounding=site.rounding, progress=progress
             )
 
     def _closing(self, group: Group, pending: PendingProbe) -> dict[str, Any]:
