@@ -69,6 +69,14 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a bool, got {shown(value)}")
 
 
+def check_betas(betas: Any) -> None:
+    """Raise unless they are a pair of numbers in [0, 1)."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got {shown(betas)}")
+    for i, beta in enumerate(betas):
+        check_number(f"betas[{i}]", beta, low=0.0, high=1.0, open_high=True)
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:

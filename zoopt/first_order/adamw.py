@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from zoopt.checks import check_number
+from zoopt.checks import check_betas, check_number
 from zoopt.dtypes import RoundingMode
-from zoopt.first_order.base import check_betas
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import geometry
 from zoopt.first_order.torch_state import from_torch, is_torchs, to_torch, without_torchs_options
@@ -60,7 +59,7 @@ class AdamFamily(ProjectedOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        check_betas(group)
+        check_betas(group["betas"])
         check_number("eps", group["eps"], low=0.0)
 
 

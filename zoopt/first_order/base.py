@@ -342,14 +342,6 @@ def _sharding_classes() -> list[str]:
     return [row.cls.__name__ for row in rows() if getattr(row.cls, "shards", False)]
 
 
-def check_betas(group: Group) -> None:
-    """Raise unless the group's betas are a pair of numbers in [0, 1)."""
-    if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
-        raise TypeError(f"betas must be a pair of numbers, got {group['betas']!r}")
-    for i, beta in enumerate(group["betas"]):
-        check_number(f"betas[{i}]", beta, low=0.0, high=1.0, open_high=True)
-
-
 def betas_of(group: Group) -> tuple[float, float]:
     """The group's betas as numbers: torch takes tensors of one element too."""
     first, second = group["betas"]

@@ -9,10 +9,16 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from zoopt.checks import check_bool, check_choice, check_number, check_positive_int
+from zoopt.checks import (
+    check_betas,
+    check_bool,
+    check_choice,
+    check_number,
+    check_positive_int,
+)
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
-from zoopt.first_order.base import Site, check_betas, descent_rate, draw_of
+from zoopt.first_order.base import Site, descent_rate, draw_of
 from zoopt.first_order.projected.basis import age, cycle
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
@@ -202,7 +208,7 @@ class Frugal(ProjectedOptimizer):
     def _check_group(self, group: Group) -> None:
         check_choice("rule", group["rule"], get_args(FrugalRule))
         super()._check_group(group)
-        check_betas(group)
+        check_betas(group["betas"])
         check_number("eps", group["eps"], low=0.0)
         check_number("momentum", group["momentum"], low=0.0, high=1.0, open_high=True)
         if group["density"] is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from zoopt.checks import (
+    check_betas,
     check_choice,
     check_nonnegative_int,
     check_number,
@@ -23,13 +25,8 @@ from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
-from zoopt.zeroth_order.engine.sgd import (
-    SparseZerothOrder,
-    check_past,
-    check_window,
-    extended,
-    window_steps,
-)
+from zoopt.zeroth_order.engine.sparse import SparseZerothOrder
+from zoopt.zeroth_order.engine.window import check_past, check_window, extended, window_steps
 
 AdamState = Literal["dense", "window", "scalar"]
 
@@ -58,6 +55,23 @@ def adam(
     v = (v * b2).add_((ghat * ghat).mul_(1.0 - b2))
     root = v.div(1.0 - b2**t).sqrt_().add_(eps)
     return m, v, m.mul(-lr / (1.0 - b1**t)).div_(root)
+
+
+def scalar(
+    ghat: Mapping[int, float], v: float, *, t: int, b2: float, eps: float
+) -> dict[int, float]:
+    """MEAZO, Adam with one second moment for all elements: what theta descends along,
+
+        ghat / (sqrt(vhat) + eps),   v <- b2 v + (1 - b2) mean_j(g_j^2),   vhat = v / (1 - b2^t)
+
+    Args:
+        ghat: j -> coefficient of z_j in the estimate; so is what is returned.
+        v: with the present step in it.
+        t: number of the step, from 1.
+    """
+    rms = (v / (1.0 - b2**t)) ** 0.5
+    scale = 1.0 / (rms + eps) if rms or eps else 0.0
+    return {j: scale * g for j, g in ghat.items()}
 
 
 @register(
@@ -160,10 +174,7 @@ class ZOAdam(SparseZerothOrder):
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)
-        if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
-            raise TypeError(f"betas must be a pair of numbers, got {group['betas']!r}")
-        for i, beta in enumerate(group["betas"]):
-            check_number(f"betas[{i}]", beta, low=0.0, high=1.0, open_high=True)
+        check_betas(group["betas"])
         check_number("eps", group["eps"], low=0.0)
         check_choice("state", group["state"], get_args(AdamState))
         check_positive_int("window", group["window"])
@@ -181,15 +192,14 @@ class ZOAdam(SparseZerothOrder):
         elif group["state"] == "window":
             self._update_window(site, pending, offset, progress)
         else:
-            rms = (
-                self._mean_square(group, pending)
-                / (1.0 - float(group["betas"][1]) ** (group["updates"] + 1))
-            ) ** 0.5
-            weights = self._weights(group, pending)
-            scale = 1.0 / (rms + float(group["eps"])) if rms or group["eps"] else 0.0
-            self._descend(
-                site, pending, offset, {d: scale * w for d, w in weights.items()}, progress
+            coefficients = scalar(
+                self._weights(group, pending),
+                self._mean_square(group, pending),
+                t=group["updates"] + 1,
+                b2=float(group["betas"][1]),
+                eps=float(group["eps"]),
             )
+            self._descend(site, pending, offset, coefficients, progress)
 
     def _update_dense(
         self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -24,9 +26,38 @@ from zoopt.zeroth_order.engine.perturbation import (
 )
 from zoopt.zeroth_order.engine.probe import Estimator, Evaluation, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
-from zoopt.zeroth_order.engine.sgd import SparseZerothOrder
+from zoopt.zeroth_order.engine.sparse import SparseZerothOrder
 
 Candidates = Literal["three", "reused"]
+
+
+def conservative(
+    L: Callable[[Displacement], float],
+    u: Callable[[float], Displacement],
+    base: float | None,
+    probed: Sequence[tuple[float, Displacement]] | None,
+    *,
+    maximize: bool,
+) -> Displacement:
+    """Conservative SGD's step from theta: the best of theta, theta - u and theta + u.
+
+        u      = lr mean_j(g_j z_j)
+        theta <- decay argmin{L(theta), L(theta - u), L(theta + u)}       ties: the first of them
+
+    Args:
+        L: the loss at a displacement from theta.
+        u: s -> the displacement s u.
+        base: L(theta), if the probe has measured it.
+        probed: losses and displacements eps z_j of the probe, to compare in the place of theta + u.
+
+    Returns:
+        The displacement; none if no loss is finite.
+    """
+    points = [(L(_stay) if base is None else base, _stay), (L(u(-1.0)), u(-1.0))]
+    points += [(L(u(1.0)), u(1.0))] if probed is None else probed
+    finite = [point for point in points if math.isfinite(point[0])]
+    best = max if maximize else min
+    return best(finite, key=_loss)[1] if finite else _stay
 
 
 @register("zo-conservative-sgd", "zeroth-order")
@@ -129,19 +160,16 @@ class ZOConservativeSGD(SparseZerothOrder):
         if not pending.kept:
             return
         run = self.param_groups[0]
-        known: list[tuple[float, Displacement]] = []
-        one_sided = run["estimator"] == "one-sided"
-        base = pending.losses[0][1] if one_sided else evaluation.at(_stay)
-        known.append((base, _stay))
-        steps = (-1.0,) if run["candidates"] == "reused" else (-1.0, 1.0)
-        for scale in steps:
-            move = self._step_along(pending, scale)
-            known.append((evaluation.at(move), move))
+        probed = None
         if run["candidates"] == "reused":
-            known += [(pending.losses[j][0], along(pending.draws[j], 1.0)) for j in pending.kept]
-        finite = [(loss, move) for loss, move in known if math.isfinite(loss)]
-        best = max if run["maximize"] else min
-        self._chosen = best(finite, key=_loss)[1] if finite else _stay
+            probed = [(pending.losses[j][0], along(pending.draws[j], 1.0)) for j in pending.kept]
+        self._chosen = conservative(
+            evaluation.at,
+            functools.partial(self._step_along, pending),
+            pending.losses[0][1] if run["estimator"] == "one-sided" else None,
+            probed,
+            maximize=run["maximize"],
+        )
 
     def _step_along(self, pending: PendingProbe, scale: float) -> Displacement:
         """scale times u, by each group's own lr."""
@@ -160,10 +188,7 @@ class ZOConservativeSGD(SparseZerothOrder):
         for draw, coefficient in offset.items():
             target[draw] = target.get(draw, 0.0) - coefficient
         target = {draw: decay * target[draw] for draw in sorted(target) if target[draw]}
-        if target or decay != 1.0:
-            site.direction.add_(
-                site.param, target, decay=decay, rounding=site.rounding, progress=progress
-            )
+        self._add(site, pending, target, progress)
 
 
 def _stay(site: Site) -> Coefficients:

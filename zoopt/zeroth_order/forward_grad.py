@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,50 @@ from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.engine.closure import Closure, Loss
 from zoopt.zeroth_order.engine.mask import Mask
+from zoopt.zeroth_order.engine.perturbation import Perturbation
 from zoopt.zeroth_order.engine.probe import Evaluation, Outcome, PendingProbe
-from zoopt.zeroth_order.engine.sgd import MomentumSGD
+from zoopt.zeroth_order.mezo import MomentumSGD
+
+
+def forward_gradient(
+    L: Closure,
+    z: Callable[[Tensor], Tensor],
+    perturbation: Perturbation,
+    evaluate: Callable[[Closure], Loss],
+) -> tuple[Loss, float]:
+    """L(theta) and s = <grad L(theta), z>, from one forward pass in dual numbers:
+
+        L(theta + z e) = L(theta) + s e,   e^2 = 0
+        theta <- decay theta - lr mean_j(s_j z_j)          the step that is made of them
+
+    Args:
+        L: evaluates the loss, a tensor of one element.
+        z: parameter -> its direction, of its shape, made anew at each operator that reads it.
+        perturbation: replaces what operators read of theta.
+        evaluate: runs a closure under the step's random state.
+    """
+
+    @OwnArithmetic()
+    def theta(param: Tensor) -> Tensor:
+        return _dual(param.detach(), z(param))
+
+    s: list[float] = []
+
+    def primal() -> Tensor:
+        dual = L()
+        s.append(_tangent(dual))
+        return _parts(dual)[0]
+
+    with (
+        torch.inference_mode(False),  # which has no derivatives
+        forward_ad.dual_level(),
+        sdpa_kernel(SDPBackend.MATH),
+        perturbation.substituted(theta, lambda w, rows: theta(w)[rows], lambda w: None),
+    ):
+        loss = evaluate(primal)
+    return loss, s[0]
 
 
 @register("forward-grad", "zeroth-order", Variant(planned=False))
@@ -92,30 +133,14 @@ class ForwardGrad(MomentumSGD):
         """The loss and its derivative along z(draw)."""
         directions = {site.param: site.direction for site in pending.sites}
 
-        @OwnArithmetic()
-        def dual(param: Tensor) -> Tensor:
-            primal = param.detach()
-            return _dual(primal, directions[param].tangent(primal, draw))
+        def z(param: Tensor) -> Tensor:
+            return directions[param].tangent(param.detach(), draw)
 
-        def dual_rows(weight: Tensor, rows: Tensor) -> Tensor:
-            return dual(weight)[rows]
-
-        slopes: list[float] = []
-
-        def closure() -> Tensor:
-            result = evaluation.closure()
-            slopes.append(_tangent(result))
-            return _parts(result)[0]
-
-        with (
-            torch.inference_mode(False),  # which has no derivatives
-            forward_ad.dual_level(),
-            sdpa_kernel(SDPBackend.MATH),
-            evaluation.perturbation.substituted(dual, dual_rows, lambda weight: None),
-        ):
-            queued = evaluation.rng.evaluate(closure)
+        queued, s = forward_gradient(
+            evaluation.closure, z, evaluation.perturbation, evaluation.rng.evaluate
+        )
         [loss] = evaluation.read([queued])
-        return Outcome((loss,), slopes[0])
+        return Outcome((loss,), s)
 
 
 def _dual(primal: Tensor, tangent: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import PendingProbe
-from zoopt.zeroth_order.engine.sgd import MomentumSGD
+from zoopt.zeroth_order.mezo import MomentumSGD
 
 
 def normalised(deltas: Mapping[int, float]) -> dict[int, float]:

@@ -2,17 +2,118 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
+from zoopt.checks import check_number
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
-from zoopt.optimizer import Params, hyperparameters
+from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
+from zoopt.zeroth_order.engine.direction import Coefficients, Elementwise, descent, withdrawn
 from zoopt.zeroth_order.engine.mask import Mask
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode
-from zoopt.zeroth_order.engine.probe import Estimator
-from zoopt.zeroth_order.engine.sgd import MomentumSGD
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
+from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
+from zoopt.zeroth_order.engine.progress import Progress
+from zoopt.zeroth_order.engine.sparse import SparseZerothOrder
+from zoopt.zeroth_order.engine.window import check_past, check_window, extended, window_steps
+
+
+def mezo(
+    steps: Sequence[Sequence[tuple[int, float]]],
+    offset: Coefficients,
+    *,
+    mu: float,
+    lr: float,
+    decay: float,
+) -> dict[int, float]:
+    """MeZO once the losses are known, as the one sum of directions that it adds to theta.
+
+        g_j    = [L(theta + eps z_j) - L(theta - eps z_j)] / (2 eps)     see `engine.probe`
+        buf    = sum_{i<h} mu^i mean_j(g_j z_j)_{t-i}                    h = 1: this step's
+        theta <- decay theta - lr buf
+
+    Args:
+        steps: the last h steps, oldest first, each the pairs (j, g_j / n) of its n directions.
+        offset: theta stands at theta + sum_j offset[j] z_j, which the same pass takes back.
+
+    Returns:
+        j -> c_j, for theta <- decay theta + sum_j c_j z_j.
+    """
+    buf: dict[int, float] = {}
+    for i, step in enumerate(reversed(steps)):
+        buf |= {j: mu**i * g for j, g in step}
+    return descent(offset, buf, lr=lr, decay=decay)
+
+
+class MomentumSGD(SparseZerothOrder):
+    """theta <- decay theta - lr buf, buf <- momentum buf + sum_j weight_j z_j.
+
+    Group keys: `momentum` and `momentum_window` (None: buf is stored; h: rebuilt from the last h
+    steps' directions).
+    """
+
+    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """`momentum_buffer` if it is stored, in the accumulator's dtype; a mask's `threshold`."""
+        declared = super().declared_state(param, group)
+        moving = self._moving(param, group)
+        if moving is not None and _stores_buffer(group):
+            declared["momentum_buffer"] = moving
+        return declared
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_past("window", group["window"])
+
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
+        check_number("momentum", group["momentum"], low=0.0, high=1.0, open_high=True)
+        check_window("momentum_window", group)
+        if group["momentum_window"] is not None and not group["momentum"]:
+            raise ValueError(
+                f"momentum_window must be None without momentum, got "
+                f"{group['momentum_window']!r}; set momentum, 0.9 say"
+            )
+
+    def _update(
+        self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
+    ) -> None:
+        group, direction = site.group, site.direction
+        if not pending.kept:
+            self._descend(site, pending, offset, {}, progress)
+        elif _stores_buffer(group):
+            assert isinstance(direction, Elementwise)
+            decay = self._decay(group, pending)
+            direction.momentum_(
+                site.param,
+                self._state(site.param, group)["momentum_buffer"],
+                withdrawn(offset, decay),
+                self._weights(group, pending),
+                momentum=float(group["momentum"]),
+                step_size=-float(group["lr"]),
+                decay=decay,
+                rounding=site.rounding,
+                progress=progress,
+            )
+        else:
+            present = self._weights(group, pending)
+            coefficients = mezo(
+                window_steps(group["window"], pending.block, present, _length(group)),
+                offset,
+                mu=float(group["momentum"]),
+                lr=float(group["lr"]),
+                decay=self._decay(group, pending),
+            )
+            self._add(site, pending, coefficients, progress)
+
+    def _closing(self, group: Group, pending: PendingProbe) -> dict[str, Any]:
+        if group["momentum_window"] is None:
+            return {}
+        weights = self._weights(group, pending)
+        return {"window": extended(group["window"], pending.block, weights, _length(group))}
 
 
 @register(
@@ -126,3 +227,11 @@ class MeZO(MomentumSGD):
         seed: int | None = None,
     ) -> None:
         super().__init__(params, {**hyperparameters(locals()), "window": ()}, seed=seed)
+
+
+def _length(group: Group) -> int:
+    return group["momentum_window"] or 1
+
+
+def _stores_buffer(group: Group) -> bool:
+    return bool(group["momentum"]) and group["momentum_window"] is None

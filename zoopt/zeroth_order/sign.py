@@ -19,7 +19,7 @@ from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
-from zoopt.zeroth_order.engine.sgd import SparseZerothOrder
+from zoopt.zeroth_order.engine.sparse import SparseZerothOrder
 
 SignForm = Literal["elementwise", "projected"]
 

@@ -18,6 +18,25 @@ from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 
 
+def subzero(R: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """SubZero's direction Z = sqrt(m n) / r U R V^T of an (m, n) matrix, as two thin factors.
+
+        g_j    = [L(theta + eps Z_j) - L(theta - eps Z_j)] / (2 eps)
+        theta <- decay theta - lr mean_j(g_j Z_j)
+
+    Z is linear in R: the step's sum of directions is the Z of the sum of their R_j.
+
+    Args:
+        R: (r, r), normals, new in every probe; or a weighted sum of such.
+        U, V: (m, r) and (n, r), orthonormal columns, new every T steps.
+
+    Returns:
+        left (m, r) and right (n, r), with Z = left right^T.
+    """
+    (m, r), n = U.shape, V.shape[0]
+    return U @ (R * (math.sqrt(m * n) / r)), V
+
+
 class Subspace(LowRank):
     """z(d) = sqrt(m n) / r U R(d) V^T, R(d) an (r, r) matrix of normals.
 
@@ -42,9 +61,8 @@ class Subspace(LowRank):
 
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """As in `LowRank`; all draws share U and V."""
-        core = self.combined(coefficients, (self.rank, self.rank))
-        scale = math.sqrt(self.rows * self.columns) / self.rank
-        return self.left_basis @ (core * scale), self.right_basis
+        R = self.combined(coefficients, (self.rank, self.rank))
+        return subzero(R, self.left_basis, self.right_basis)
 
 
 @register("subzero", "zeroth-order")

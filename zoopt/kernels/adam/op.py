@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from zoopt.checks import check_number
+from zoopt.checks import check_betas, check_number
 from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
 from zoopt.kernels.adam.checks import (
@@ -272,8 +272,7 @@ def _numbers(
 ) -> Numbers:
     """The numbers as every implementation sees them."""
     check_format([*firsts, *seconds])
-    for i, beta in enumerate(betas):
-        check_number(f"betas[{i}]", beta, low=0.0, high=1.0, open_high=True)
+    check_betas(betas)
     check_number("eps", eps, low=0.0)
     if moment_draw is not None:
         check_unsigned("moment_draw", moment_draw, 32)

@@ -37,7 +37,7 @@ def withdrawn(offset: Coefficients, decay: float) -> dict[int, float]:
 def descent(
     offset: Coefficients, g: Mapping[int, float], *, lr: float, decay: float
 ) -> dict[int, float]:
-    """MeZO's update, theta <- decay theta - lr sum_d g_d z(d), from theta + sum_d offset[d] z(d).
+    """theta <- decay theta - lr sum_d g_d z(d), from theta + sum_d offset[d] z(d).
 
     Returns:
         draw -> coefficient: what is added beside decay times the present value, in one pass.

@@ -186,10 +186,16 @@ class ZerothOrderUpdates(ZerothOrderGroups):
     ) -> None:
         """theta <- decay (theta - offset) - lr sum_d weights[d] z(d), in one pass."""
         lr, decay = float(site.group["lr"]), self._decay(site.group, pending)
-        total = descent(offset, weights, lr=lr, decay=decay)
-        if total or decay != 1.0:
+        self._add(site, pending, descent(offset, weights, lr=lr, decay=decay), progress)
+
+    def _add(
+        self, site: Site, pending: PendingProbe, coefficients: Coefficients, progress: Progress
+    ) -> None:
+        """theta <- decay theta + sum_d coefficients[d] z(d), in one pass."""
+        decay = self._decay(site.group, pending)
+        if coefficients or decay != 1.0:
             site.direction.add_(
-                site.param, total, decay=decay, rounding=site.rounding, progress=progress
+                site.param, coefficients, decay=decay, rounding=site.rounding, progress=progress
             )
 
     def _closing(self, group: Group, pending: PendingProbe) -> dict[str, Any]:
