@@ -177,7 +177,7 @@ def check_entries(
 
 def check_entry(name: str, value: Any, spec: TensorSpec, index: Any, param: Tensor) -> None:
     """Raise unless a saved state tensor can be loaded for the parameter."""
-    if spec.most is not None and _is_counter(value):
+    if spec.most is not None and not spec.shape and _is_counter(value):
         number = value.item() if isinstance(value, Tensor) else value
         if not (number == number // 1 and 0 <= number <= spec.most):
             raise ValueError(
@@ -197,6 +197,8 @@ def check_entry(name: str, value: Any, spec: TensorSpec, index: Any, param: Tens
         got = "one without values, on the meta device"
     elif (tuple(value.shape), value.dtype) != (spec.shape, spec.dtype):
         got = f"{value.dtype} {tuple(value.shape)}"
+    elif spec.most is not None and not bool(((value >= 0) & (value <= spec.most)).all()):
+        got = f"numbers that are not all from 0 to {spec.most}"
     else:
         return
     raise ValueError(

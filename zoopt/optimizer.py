@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,8 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
     keeps their bits, and checks a checkpoint before it changes anything.
     """
 
+    #: Keys that a group may have, and that mean the same as a default where it has not.
+    _optional_keys: ClassVar[tuple[str, ...]] = ()
     _incoming: dict[Any, Any] | None = None
     _shared_seed: SharedSeed | None = None
 
@@ -101,7 +103,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                 the same noise. Nothing has changed then.
         """
         params, names = listed(param_group)
-        check_keys(type(self).__name__, param_group, self.defaults)
+        check_keys(type(self).__name__, param_group, [*self.defaults, *self._optional_keys])
         first = self.param_groups[0] if self.param_groups else {}
         run = {key: first[key] for key in self._shared_keys if key in first}
         group = {**run, **{key: plain(v) for key, v in param_group.items() if key != "params"}}
@@ -182,7 +184,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         self, name: str, value: Any, spec: TensorSpec, param: Tensor, group: Group
     ) -> Tensor:
         """A copy of a saved state tensor where the parameter needs it, its values in a row."""
-        if spec.most is not None:
+        if spec.most is not None and not spec.shape:
             return counter(value, spec.dtype)
         if is_sharded(param) and self._follows_rows(name, spec, param, group):
             return sharded_as(value, param).to(state_device(spec, param), copy=True)
@@ -278,7 +280,8 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                     f"state_dict must be one of {name}, but its groups have no "
                     f"{', '.join(map(repr, missing))}; load it into the class that saved it"
                 )
-            check_keys(name, group.keys() - own.keys(), self.defaults)
+            known = [*self.defaults, *self._optional_keys]
+            check_keys(name, group.keys() - own.keys(), known)
             self._check_group(group)
         self._check_run(groups)
         check_streams(groups)

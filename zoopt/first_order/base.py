@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -143,6 +144,11 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         for site in sites:
             # Where memory ends, it ends before anything has changed.
             self._state(site.param, site.group)
+        with self._apart(sites) as parts:
+            self._step_sites(parts)
+
+    def _step_sites(self, sites: Sequence[Site]) -> None:
+        """Step parameters that have gradients and state."""
         ready = []
         for site in sites:
             gradient = site.param.grad
@@ -164,6 +170,23 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             self._update_together(sites, [operand(_gradient(site)) for site in sites])
             for site in sites:
                 self._written(site.param)
+
+    @contextlib.contextmanager
+    def _apart(self, sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
+        """The sites, with what a class steps in parts of their own as these parts."""
+        yield sites
+
+    def _is_parted(self, site: Site) -> bool:
+        """Whether a parameter is stepped in parts, some of which may have no gradient."""
+        return False
+
+    def _reduce_parts(self, site: Site, gradient: Tensor, kept: Tensor | None) -> Tensor | None:
+        """`_reduce` of all parts of a parameter; `kept` is what micro-batches before have left."""
+        return self._reduce(site, gradient)
+
+    def _apply_parts(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
+        """`_apply` of all parts of a parameter."""
+        self._apply(site, reduced, gradient)
 
     def _kind(self, site: Site) -> Hashable:
         """What parameters have in common that one operation updates together: on a GPU that is one

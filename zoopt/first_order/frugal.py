@@ -181,23 +181,21 @@ class Frugal(ProjectedOptimizer):
         if group["betas"] is None:
             group["betas"] = (0.9, 0.99 if group["rule"] == "lion" else 0.999)
 
-    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+    def _declared(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """As GaLore's, with the rule's moments; random columns have no basis."""
-        declared = super().declared_state(param, group)
+        declared = super()._declared(param, group)
         if group["projector"] == "columns":
             declared.pop("basis", None)
         return declared
 
-    def bases(self, param: Tensor) -> dict[str, Tensor]:
-        """The subspace of the parameter's last step, columns orthonormal, as for `GaLoreAdamW`."""
-        for site in self._sites():
-            geo = geometry(param, site.group)
-            if site.param is param and geo is not None and _selects(site) and self.state.get(param):
-                completed = max(0, int(self.state[param]["step"]) - 1)
-                side = geo.m if geo.side == "left" else geo.n
-                eye = torch.eye(side, dtype=accumulator_dtype(param.dtype), device=param.device)
-                return {"basis": eye[:, _columns(site, geo, completed)]}
-        return super().bases(param)
+    def _bases(self, site: Site, geo: Geometry) -> dict[str, Tensor]:
+        if not _selects(site):
+            return super()._bases(site, geo)
+        completed = max(0, int(self.state[site.param]["step"]) - 1)
+        side = geo.m if geo.side == "left" else geo.n
+        dtype = accumulator_dtype(site.param.dtype)
+        eye = torch.eye(side, dtype=dtype, device=site.param.device)
+        return {"basis": eye[:, _columns(site, geo, completed)]}
 
     def _rule(self, group: Group) -> Rule:
         return RULES[group["rule"]]

@@ -287,14 +287,16 @@ class FusedBackward:
         """Add a micro-batch's R to those before; None, which stands for no update, stays None."""
         again = site.param in self._kept
         kept = self._kept.get(site.param)
-        if again and kept is None:
+        parted = self._optimizer._is_parted(site)
+        if again and kept is None and not parted:
             return
-        reduced = self._optimizer._reduce(dataclasses.replace(site, continues=again), gradient)
+        site = dataclasses.replace(site, continues=again)
+        reduced = self._optimizer._reduce_parts(site, gradient, kept)
         if reduced is not None and reduced is not gradient and self._changes:
             reduced = reduced.to(accumulator_dtype(reduced.dtype))
-        if kept is None or reduced is None:
+        if kept is None or (reduced is None and not parted):
             self._kept[site.param] = reduced
-        else:
+        elif reduced is not None:
             kept.add_(reduced)
 
     def _clip_scale(self, sites: Iterable[Site]) -> Tensor | None:
@@ -314,7 +316,7 @@ class FusedBackward:
             reduced.mul_(scale.to(reduced.device))
             if gradient is not None and optimizer._needs_gradient(site):
                 gradient.mul_(scale.to(gradient.device))
-        optimizer._apply(site, reduced, gradient)
+        optimizer._apply_parts(site, reduced, gradient)
         optimizer._written(site.param)
 
 

@@ -33,8 +33,9 @@ class GaLoreAdamW(AdamFamily):
         W <- (1 - lr weight_decay) W - lr scale N P^T
 
     Moments are kept as they are when the basis changes. Tensors of more than two dimensions are
-    matrices (shape[0], rest). Vectors, and groups with `rank=None`, get AdamW; see
-    `zoopt.lowrank.param_groups`.
+    matrices (shape[0], rest); in a group with `matrices=E` they are E matrices stacked along the
+    first axis (a layer's experts), each with a basis, moments and steps of its own. Vectors, and
+    groups with `rank=None`, get AdamW; see `zoopt.lowrank.param_groups`.
 
     State, in bytes of a matrix with m >= n: 4 n r for the basis (2 n r where weights are
     bfloat16), 8 m r for float32 moments (float64: twice as many; by `state_dtype`: bfloat16 4 m r,

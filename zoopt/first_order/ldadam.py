@@ -212,10 +212,10 @@ class LDAdamW(AdamFamily):
     ) -> None:
         super().__init__(params, hyperparameters(locals()), seed=seed)
 
-    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+    def _declared(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """As GaLore's, but a basis in the accumulator's dtype, for it is turned in every step; and
         `error`, of the parameter's shape and dtype."""
-        declared, geo = super().declared_state(param, group), geometry(param, group)
+        declared, geo = super()._declared(param, group), geometry(param, group)
         if geo is None:
             return declared
         declared |= {

@@ -6,12 +6,22 @@ import collections
 import fnmatch
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 #: "linear", another regular expression, shell patterns, or a predicate of a layer's name and
 #: module. Patterns match whole module names, "model.layers.0.mlp.up_proj" say.
 Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+
+#: How many matrices torch's attention keeps in each of its own parameters.
+_ATTENTION = {
+    "in_proj_weight": 3,
+    **dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), 1),
+}
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -20,6 +30,70 @@ def is_conv1d(module: nn.Module) -> bool:
         cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
         for cls in type(module).__mro__
     )
+
+
+class Matrices(NamedTuple):
+    """A parameter that holds weights of linear maps.
+
+    Attributes:
+        module: the linear layer, or whatever module has the parameter of its own.
+        param: (m, n), or `number` of such matrices stacked along the first axis.
+        number: how many.
+    """
+
+    module: nn.Module
+    param: nn.Parameter
+    number: int
+
+
+def bare_matrices(model: nn.Module) -> dict[str, Matrices]:
+    """The weights of linear maps that are no linear layer's, by name, except tied ones.
+
+    A parameter with three axes is a stack (E, m, n): a layer's experts. Kernels of convolutions,
+    and what looks like one matrix in a batch of one, (1, m, n), are not. torch's attention keeps
+    its three projections as one (3 d, d), or as (d, k) each.
+    """
+    found: dict[str, Matrices] = {}
+    tied = tied_parameters(model)
+    for prefix, module in model.named_modules():
+        if isinstance(module, _ConvNd | ParametrizationList):
+            continue
+        for own, param in module.named_parameters(recurse=False):
+            name, count = f"{prefix}.{own}" if prefix else own, 0
+            if isinstance(module, nn.MultiheadAttention):
+                count = _ATTENTION.get(own, 0)
+            elif param.dim() == 3 and min(param.shape) > 1:
+                count = param.shape[0]
+            if count and name not in tied:
+                found[name] = Matrices(module, param, count)
+    return found
+
+
+def matrices(model: nn.Module, target: Target = "linear") -> dict[str, Matrices]:
+    """The parameters with weights of linear maps that `target` names: those of linear layers, and
+    bare ones.
+
+    Args:
+        target: as for `linear_layers`. Patterns and predicates meet linear layers by their name and
+            module, bare parameters by the parameter's name and the module that has it.
+
+    Returns:
+        The parameters by name; at least one.
+
+    Raises:
+        TypeError, ValueError: as for `linear_layers`.
+    """
+    layers = _linear_layers(model)
+    bare = bare_matrices(model)
+    modules = layers | {name: own.module for name, own in bare.items()}
+    found: dict[str, Matrices] = {}
+    for name, module in _chosen(model, modules, target).items():
+        if name in bare:
+            found[name] = bare[name]
+        else:
+            weight: nn.Parameter = module.weight  # type: ignore[assignment]
+            found[f"{name}.weight" if name else "weight"] = Matrices(module, weight, 1)
+    return found
 
 
 def linear_layers(model: nn.Module, target: Target = "linear") -> dict[str, nn.Module]:
@@ -40,12 +114,20 @@ def linear_layers(model: nn.Module, target: Target = "linear") -> dict[str, nn.M
         TypeError: `target` is of another kind.
         ValueError: `target`, or one of its patterns, matches no linear layer.
     """
-    tied = set(_tied_layers(model))
-    layers = {
+    return _chosen(model, _linear_layers(model), target)
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    tied = {name.rpartition(".")[0] for name in tied_parameters(model)}
+    return {
         name: module
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and name not in tied
     }
+
+
+def _chosen(model: nn.Module, layers: dict[str, nn.Module], target: Target) -> dict[str, nn.Module]:
+    """Those of the layers (and bare parameters) that `target` names; at least one."""
     found = dict(_matching(model, layers, target))
     if not found:
         some = ", ".join(map(repr, list(layers)[:5])) or "none at all"
@@ -68,7 +150,7 @@ def _matching(
             for name, _ in parent.named_modules()
         }
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        inside = [name in repeated for name in layers]
+        inside = [name in repeated or name.rpartition(".")[0] in repeated for name in layers]
         for (name, module), chosen in zip(layers.items(), inside, strict=True):
             if chosen or (not any(inside) and module is not head):
                 yield name, module
@@ -94,14 +176,12 @@ def _matching(
         )
 
 
-def _tied_layers(model: nn.Module) -> Iterator[str]:
-    """The names of modules that share one of their own parameters with another module."""
+def tied_parameters(model: nn.Module) -> set[str]:
+    """The names of parameters that have several."""
     names = collections.defaultdict(list)
     for name, param in model.named_parameters(remove_duplicate=False):
         names[param].append(name)
-    for shared in names.values():
-        if len(shared) > 1:
-            yield from (name.rpartition(".")[0] for name in shared)
+    return {name for shared in names.values() if len(shared) > 1 for name in shared}
 
 
 def repeated_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -14,11 +14,11 @@ from zoopt.distributed.sharding import anywhere, greatest_, local, local_like, o
 from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.base import Site, batch_kind, batch_of, descent_rate
 from zoopt.first_order.projected.basis import basis_specs, load_bases, refresh, refresh_due
-from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
-from zoopt.first_order.projected.groups import ProjectedGroups
+from zoopt.first_order.projected.geometry import Geometry, geometry, in_stack, matrices_of, matrix
 from zoopt.first_order.projected.residuals import NONE, Parts, Residual, Terms
 from zoopt.first_order.projected.rules import ADAM, Rule
 from zoopt.first_order.projected.sharded import first_row, refresh_together, rows_of
+from zoopt.first_order.projected.stacks import StackedMatrices, alone
 from zoopt.first_order.projected.subspace import (
     BLIND,
     down,
@@ -31,7 +31,7 @@ from zoopt.kernels.product.op import add_product_
 from zoopt.optimizer import STEP, Group, TensorSpec
 
 
-class ProjectedOptimizer(ProjectedGroups):
+class ProjectedOptimizer(StackedMatrices):
     """A rule inside a subspace of each matrix's gradient; parameters of groups with `rank=None`,
     and those of fewer than two dimensions, get the rule itself.
 
@@ -46,7 +46,19 @@ class ProjectedOptimizer(ProjectedGroups):
         return NONE
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
-        """`step`, the bases, the rule's moments, and what the residual keeps."""
+        """`step`, the bases, the rule's moments, and what the residual keeps; of a stack of
+        matrices those of all, along a first axis."""
+        count = matrices_of(param, group)
+        if count == 1:
+            return self._declared(param, group)
+        one = self._declared(in_stack(param.detach(), count)[0], alone(group))
+        return {
+            name: dataclasses.replace(spec, shape=(count, *spec.shape))
+            for name, spec in one.items()
+        }
+
+    def _declared(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
+        """The state of one matrix, or of a parameter that is not projected."""
         geo = geometry(param, group)
         accumulator = accumulator_dtype(param.dtype)
         rule, step = self._rule(group), {"step": STEP}
@@ -109,15 +121,24 @@ class ProjectedOptimizer(ProjectedGroups):
         """The subspace of the parameter's last step, columns orthonormal (random: N(0, 1/r)).
 
         Returns:
-            `"basis"`, (n, r) or (m, r), and for two-sided projections `"basis_left"`, (m, r) too;
-            nothing for a parameter that is not projected or has not been stepped.
+            `"basis"`, (n, r) or (m, r), and for two-sided projections `"basis_left"`, (m, r) too,
+            each of all matrices of a stack along a first axis; nothing for a parameter that is not
+            projected or has not been stepped.
         """
         for site in self._sites():
             geo = geometry(param, site.group)
             if site.param is param and geo is not None and self.state.get(param):
-                state = self.state[param]
-                return load_bases(site, state, geo, max(0, int(state["step"]) - 1))
+                if matrices_of(param, site.group) > 1:
+                    with self._apart([site], every=True) as parts:
+                        each = [self._bases(part, geo) for part in parts]
+                    return {name: torch.stack([own[name] for own in each]) for name in each[0]}
+                return self._bases(site, geo)
         return {}
+
+    def _bases(self, site: Site, geo: Geometry) -> dict[str, Tensor]:
+        """The bases of the last step of a matrix that has state."""
+        state = self.state[site.param]
+        return load_bases(site, state, geo, max(0, int(state["step"]) - 1))
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
         param, group = site.param, site.group
@@ -317,7 +338,7 @@ class ProjectedOptimizer(ProjectedGroups):
     def _can_shard(self, param: Tensor, group: Group) -> bool:
         """Where the rule is one of single elements, and so is the state of what is sharded: no
         codes in blocks. In a subspace too, if the class knows how."""
-        if not self._rule(group).elementwise:
+        if not self._rule(group).elementwise or matrices_of(param, group) > 1:
             return False
         geo = geometry(param, group)
         if geo is not None:

@@ -45,7 +45,8 @@ class Geometry:
 
 
 def geometry(param: Tensor, group: Group) -> Geometry | None:
-    """How the parameter is projected: from its shape alone; None if it is not.
+    """How the parameter, or each matrix of a stack, is projected: from its shape alone; None if it
+    is not.
 
     Tensors of more than two dimensions are matrices of shape (shape[0], product of the rest). A
     rank above the matrix's own is cut to it. `density` is the rank as a fraction of the side that
@@ -54,7 +55,28 @@ def geometry(param: Tensor, group: Group) -> Geometry | None:
     if param.dim() < 2 or not _is_projected(group):
         return None
     share = (group["density"], group["projector"]) if "density" in group else None
-    return _geometry(tuple(param.shape), group["proj_type"], group.get("rank"), share)
+    shape = shape_in_stack(tuple(param.shape), matrices_of(param, group))
+    return _geometry(shape, group["proj_type"], group.get("rank"), share)
+
+
+def matrices_of(param: Tensor, group: Group) -> int:
+    """How many matrices are stacked along the parameter's first axis, each with a subspace and
+    state of its own: the group's `matrices`, of what is projected."""
+    count: int = group.get("matrices", 1)
+    return count if param.dim() > 1 and _is_projected(group) else 1
+
+
+def shape_in_stack(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The shape of one of `count` matrices: (E, m, n) and (E m, n) hold E of (m, n)."""
+    if count == 1:
+        return shape
+    return shape[1:] if shape[0] == count and len(shape) > 2 else (shape[0] // count, *shape[1:])
+
+
+def in_stack(tensor: Tensor, count: int) -> Tensor:
+    """A stack, (E, m, n) or (E m, n), as (E, m, n): a view."""
+    shape = shape_in_stack(tuple(tensor.shape), count)
+    return tensor.view(count, -1, *tensor.shape[1:]).view(count, *shape)
 
 
 @functools.cache

@@ -6,16 +6,18 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, get_args
 
+from torch import Tensor
+
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.first_order.base import FirstOrderOptimizer
 from zoopt.first_order.projected.geometry import ProjType, geometry
-from zoopt.first_order.projected.selection import is_plain_by_name
+from zoopt.first_order.projected.selection import LARGE, is_plain_by_name
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params
 
-#: Elements of a matrix whose state is worth a warning.
-_LARGE = 1 << 16
+#: No convolution's kernel is as wide.
+_WIDE = 32
 
 
 class ProjectedGroups(FirstOrderOptimizer):
@@ -60,10 +62,20 @@ class ProjectedGroups(FirstOrderOptimizer):
             raise
 
     def _say_full_rank(self, group: Group) -> None:
-        """Warn of a large matrix whose rank is not cut by its projection."""
+        """Warn of a large matrix whose rank is not cut by its projection, and of a parameter that
+        looks like a stack of matrices and is projected as one."""
         for i, param in enumerate(group["params"] if group.get("rank") is not None else ()):
             geo = geometry(param, group)
-            if geo is not None and geo.rank == min(geo.m, geo.n) and param.numel() >= _LARGE:
+            if geo is not None and looks_stacked(param) and group.get("matrices", 1) == 1:
+                names, shape = group.get("param_names", range(i + 1)), tuple(param.shape)
+                warnings.warn(
+                    f"{names[i]!r} of shape {shape} is projected as one matrix, ({geo.m}, "
+                    f"{geo.n}): if it is {shape[0]} matrices, a layer's experts say, give its "
+                    f"group matrices={shape[0]}, as zoopt.lowrank.param_groups does",
+                    stacklevel=6,
+                )
+                return
+            if geo is not None and geo.rank == min(geo.m, geo.n) and param.numel() >= LARGE:
                 names = group.get("param_names", range(i + 1))
                 warnings.warn(
                     f"the rank of {names[i]!r} reaches its short side, {geo.rank}: it has the "
@@ -87,6 +99,11 @@ class ProjectedGroups(FirstOrderOptimizer):
             check_number("scale", group["scale"], low=0.0)
         if "projector" in group:
             check_choice("projector", group["projector"], get_args(Projector))
+
+
+def looks_stacked(param: Tensor) -> bool:
+    """Whether a parameter is more likely a stack of matrices than the kernel of a convolution."""
+    return param.dim() == 3 and min(param.shape[1:]) >= _WIDE and param.numel() >= LARGE
 
 
 def _split_by_name(param_group: dict[str, Any], defaults: Mapping[str, Any]) -> list[Group]:
