@@ -17,9 +17,9 @@ from zoopt.kernels.operands import check_like, check_tensor, check_unshared, con
 class Batch:
     """Tensors of one dtype on one device, with their keys: the unit of every operation.
 
-    An operation on a batch is one launch on a GPU however many tensors there are, and a loop on the
-    CPU; its bits are those of the operation on each tensor alone. A batch holds the tensors
-    themselves: they may be moved, cast or resized between two uses, all of them alike.
+    On a GPU an operation on a batch is one launch, however many tensors there are; on the CPU it is
+    a loop. The bits are those of the operation on each tensor alone. A batch holds the tensors
+    themselves. Between two uses they may be moved, cast or resized, if all of them are alike again.
 
     Args:
         tensors: dense, float32, bfloat16, float16 or float64, any shapes; no two share memory.

@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton on CUDA, numba on the CPU, the reference everywhere else."""
+"""Chooses the implementation: Triton on CUDA, numba on the CPU, the reference everywhere else."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ def interpreting() -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether the tensor has a shape but no values (torch's FakeTensor): nothing can be computed
-    with it, and its memory can be counted."""
+    """Whether the tensor has a shape but no values (torch's FakeTensor). Nothing can be computed
+    with it, but its memory can be counted."""
     return isinstance(tensor, FakeTensor)
 
 
 def known(value: Tensor, otherwise: Number) -> Number:
-    """The value of a tensor of one element, of the type of `otherwise`, which stands in for it
-    where it has none."""
+    """The value of a tensor of one element, converted to the type of `otherwise`; `otherwise`
+    itself if the tensor is a fake one without a value."""
     return otherwise if is_fake(value) else type(otherwise)(value.item())
 
 
 def launches(theta: Tensor) -> bool:
-    """Whether operations on theta are launches on a device: many small ones cost more than one."""
+    """Whether operations on theta are kernel launches: then one large batch beats many small
+    ones."""
     return not is_fake(theta) and _best(theta) == "triton"
 
 
 def waits(value: Tensor) -> bool:
-    """Whether reading the value waits for a device that runs behind Python."""
+    """Whether reading the value has to wait for a device that runs asynchronously."""
     return value.is_cuda and not is_fake(value)
 
 
 def native_bfloat16(tensor: Tensor) -> bool:
-    """Whether the tensor is of bfloat16 and its device multiplies such matrices by itself: 2 to 4
-    times as fast as widened to float32."""
+    """Whether the tensor is bfloat16 and its device multiplies such matrices natively, which is 2
+    to 4 times as fast as widening them to float32."""
     if tensor.dtype != torch.bfloat16:
         return False
     return tensor.is_cuda or (tensor.device.type == "cpu" and _cpu_multiplies_bfloat16())
@@ -57,7 +58,7 @@ def native_bfloat16(tensor: Tensor) -> bool:
 
 @functools.cache
 def _cpu_multiplies_bfloat16() -> bool:
-    # Private to torch, hence asked for with care; without them products are widened.
+    # These are private to torch and may be missing; products are widened then.
     tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
 
@@ -85,7 +86,7 @@ def choose(theta: Tensor, impl: str | None, family: str = "noise") -> ModuleType
     """The module whose functions run on `theta`.
 
     Args:
-        family: the operations asked for, `"adam"` say; default: those on noise.
+        family: which operations, for example `"adam"`; default: those on noise.
 
     Raises:
         ValueError: `impl` is unknown, not available, or cannot take this tensor.

@@ -1,6 +1,7 @@
-"""The operations on tensors without values: nothing, in no memory but what the caller gave.
+"""The operations on fake tensors, which have no values: they compute nothing.
 
-With it every optimizer steps on fake tensors, and the memory planner counts what it allocates.
+They allocate what the real ones allocate, so that the memory planner can count a step of every
+optimizer on fake tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ adam = adamw = average = sm3 = nothing
 
 
 def add_product(theta: Tensor, left: Any, right: Any, *numbers_and_terms: Any) -> None:
-    """Allocate what the CPU's does: a chunk of rows, where BLAS does not add a product in place."""
+    """Allocate as the CPU implementation does: a chunk of rows, unless BLAS adds in place."""
     alpha, _, gradient, channel_scale, sign_of, sign_step, _, rounding_draw = numbers_and_terms
     product_alone = channel_scale is None and sign_of is None
     at_once = reference_product.blas_rounds(theta, rounding_draw)

@@ -1,9 +1,9 @@
-"""What stands between tensors and addresses: operands are checked here, and addresses taken here.
+"""Checks the operands of kernels, and takes their addresses.
 
-A kernel is told where an operand begins, how many elements it has and how wide they are; it cannot
-see strides, a subclass or a storage that is gone. So an operand must have values in memory of its
-own. How it lies there is free: what is not dense and in row-major order is worked on through a copy
-that is, and a result is copied back. Elements that are written must not share memory.
+A kernel receives the address of an operand, the number of its elements and their width. It cannot
+see strides, a tensor subclass, or a storage that has been freed. So every operand must hold values
+in its own memory. Its layout is free: a tensor that is not dense and row-major is replaced by a
+copy that is, and results are copied back. Elements that are written must not share memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def check_values(name: str, tensor: Tensor) -> None:
-    """Raise unless it is a dense tensor with values in memory of its own, whatever they are."""
+    """Raise unless it is a dense tensor, of any dtype, with values in its own memory."""
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name} must be a dense tensor, got layout {layout}")
@@ -60,7 +60,7 @@ def check_values(name: str, tensor: Tensor) -> None:
 
 
 def _reach(tensor: Tensor) -> int:
-    """How many elements lie from the first one to the last one, those between them too."""
+    """How many elements of memory the tensor spans, from its first element to its last."""
     if not tensor.numel():
         return 0
     if tensor.is_contiguous():
@@ -77,7 +77,7 @@ def check_unshared(name: str, tensor: Tensor) -> None:
 
 
 def _shares_memory(tensor: Tensor) -> bool:
-    """Whether two elements have one place."""
+    """Whether two elements share an address."""
     reach, certain = 0, True
     axes = [axis for axis in zip(tensor.stride(), tensor.shape, strict=True) if axis[1] != 1]
     for stride, size in sorted(axes):
@@ -87,13 +87,13 @@ def _shares_memory(tensor: Tensor) -> bool:
         reach += stride * (size - 1)
     if certain or not tensor.numel():
         return False
-    # Axes interlock, which hardly ever happens: each element's place is made.
+    # The axes interlock, which is rare: list the address of every element.
     places = torch.arange(reach + 1, device="cpu").as_strided(tensor.shape, tensor.stride())
     return len(set(places.flatten().tolist())) < tensor.numel()
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Raise unless the values lie in row-major order, one after the other."""
+    """Raise unless the values are contiguous in row-major order."""
     if not tensor.is_contiguous() or tensor.is_neg():
         raise ValueError(f"{name} must be contiguous; pass {name}.clone()")
 
@@ -119,8 +119,8 @@ def check_read(name: str, tensor: Tensor, theta: Tensor) -> None:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The values in row-major order, one after the other: a view, or a copy where they do not lie
-    so. It has the tensor's shape."""
+    """The values contiguous in row-major order: the tensor detached, or a copy if it is laid out
+    otherwise. The shape stays."""
     return _dense(tensor.detach())
 
 
@@ -129,13 +129,13 @@ def _dense(values: Tensor) -> Tensor:
 
 
 def _resolved(values: Tensor) -> Tensor:
-    """The values as memory has them: torch may keep their signs, or that they are 0, aside."""
+    """A tensor whose memory holds the values: torch may apply a sign, or zeros, lazily."""
     return values.clone() if values.is_neg() or values._is_zerotensor() else values
 
 
 @contextlib.contextmanager
 def contiguous(tensor: Tensor) -> Iterator[Tensor]:
-    """As `dense`; what is written there is the tensor's on leaving."""
+    """As `dense`, but what is written to the result is copied to the tensor on leaving."""
     target = tensor.detach()
     values = _dense(target)
     yield values
@@ -169,11 +169,11 @@ def _overlap(spans: tuple[tuple[int, int], ...]) -> tuple[int, int] | None:
 
 
 def apart(tensor: Tensor, *written: Tensor | None, same: bool = False) -> Tensor:
-    """What is read, detached, or a copy where it shares memory with what is written.
+    """A tensor to read from, detached; a copy if it shares memory with a tensor that is written.
 
     Args:
-        same: the very elements that are written, in their order, need no copy: each is read before
-            it is written.
+        same: allow it to be exactly one of the written tensors, without a copy: each element is
+            read before it is written.
     """
     tensor = _resolved(tensor.detach())
     start, stop = _extent(tensor)
@@ -187,8 +187,8 @@ def apart(tensor: Tensor, *written: Tensor | None, same: bool = False) -> Tensor
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The address of the first byte, and of the one after the last; of nothing, and of tensors
-    without values, which are not anywhere, 0 and 0."""
+    """The address of the first byte, and of the byte after the last; (0, 0) for empty and fake
+    tensors, which have no address."""
     if is_fake(tensor) or not tensor.numel():
         return 0, 0
     start = tensor.data_ptr()
@@ -196,13 +196,14 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def address(tensor: Tensor, *dtypes: torch.dtype) -> int:
-    """Where the first element of a dense tensor lies, which is followed by all others.
+    """The address of a contiguous tensor's first element.
 
     Args:
         dtypes: those that the kernel reads.
 
     Raises:
-        TypeError, ValueError: it is not such a tensor, or its memory has been freed or cut.
+        TypeError, ValueError: another dtype, a tensor that is not contiguous, or memory that has
+            been freed or cut.
     """
     if tensor.dtype not in dtypes:
         known = " or ".join(str(dtype) for dtype in dtypes)

@@ -1,4 +1,4 @@
-"""What Adam's operations ask of their operands, one by one or in batches."""
+"""Checks of the operands of Adam's operations, single ones and batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def takes_batches(backend: ModuleType) -> bool:
 
 
 def row_major(gradient: Tensor | Batch, key: NoiseKey | None) -> Batch:
-    """Gradients that are only read: a batch of their values, one after the other."""
+    """Gradients, which are only read, as a batch of contiguous tensors."""
     if isinstance(gradient, Batch):
         return as_batch(gradient, key).row_major()
     check_tensor("gradient", gradient)
@@ -65,7 +65,7 @@ def outs_for(
 
 
 def check_norms(norms: Tensor, batch: Batch, wide: torch.dtype) -> None:
-    """Raise unless norms, (2, rows), can take those of all rows of the batch's matrices."""
+    """Raise unless norms is (2, rows), with `rows` the rows of all the batch's matrices."""
     check_tensor("norms", norms)
     for gradient in batch.tensors:
         if gradient.dim() != 2 or gradient.shape[1] != batch.tensors[0].shape[1]:
@@ -84,7 +84,7 @@ def check_norms(norms: Tensor, batch: Batch, wide: torch.dtype) -> None:
 
 
 def check_moments(batch: Batch, moments: Sequence[Moment], *, signed: bool, name: str) -> None:
-    """Raise unless each moment is one of its tensor, with signs or without."""
+    """Raise unless each moment matches its tensor, and is signed or unsigned as required."""
     for own, moment in zip(batch.tensors, moments, strict=True):
         if moment.numel != own.numel() or moment.signed != signed:
             raise ValueError(
@@ -109,7 +109,8 @@ def check_format(moments: Sequence[Moment]) -> None:
 
 
 def widest(batch: Batch, moments: Sequence[Moment]) -> Tensor:
-    """The one of float64 of both, which only the reference has; a tensor if neither is."""
+    """The tensor that decides the implementation: a float64 one if there is any, which only the
+    reference can take."""
     codes = moments[0].codes
     return codes if codes.dtype == torch.float64 else batch.tensors[0]
 

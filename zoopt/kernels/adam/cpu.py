@@ -1,4 +1,4 @@
-"""Adam on the CPU: numba, a tile's moments decoded, averaged, used and encoded in the cache."""
+"""Adam on the CPU: numba decodes, updates and encodes moments a tile at a time, in the cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zoopt.kernels.operands import address
 from zoopt.kernels.runtime.intrinsics import f32
 from zoopt.kernels.runtime.spread import Memory
 
-#: What values and codes come in.
+#: The dtypes of values and codes.
 _DTYPES = (*_KINDS, torch.int8, torch.uint8)
 _BYTE = np.uint8(0)
 _NO_SCALE = (0, 0, np.float32(0))

@@ -1,8 +1,9 @@
-"""Adam on the CPU, compiled: tile by tile, so that each tensor moves through memory once.
+"""Adam on the CPU, compiled: tile by tile, so that each tensor is read and written once.
 
-theta, the gradient, the direction and the moments' codes arrive as bytes, and what they are as a
-number each: one compilation serves all. `key` is (stream, k0, k1, offset). Entries and spans are as
-in `cpu_kernels`. `moment_draw` and `rounding` are negative for rounding to nearest.
+theta, the gradient, the direction and the moments' codes arrive as bytes, each with a number for
+its dtype, so that one compilation serves all dtypes. `key` is (stream, k0, k1, offset). Entry
+points and spans are as in noise's `cpu_kernels`. `moment_draw` and `rounding` are negative for
+rounding to nearest.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -17,7 +18,7 @@ from zoopt.kernels.runtime.convert import FLOAT32, decode, encode
 from zoopt.kernels.runtime.intrinsics import add_any_order, f32, jit
 from zoopt.kernels.runtime.spread import spread
 
-#: Elements a tile: all that it needs fits into the first-level cache. A multiple of the blocks'.
+#: Elements of a tile; its data fit into the first-level cache. A multiple of the codes' blocks.
 TILE = 2048
 _MOMENTS = philox.PURPOSE_MOMENTS
 
@@ -50,7 +51,7 @@ def _descend(theta, g, m, v, decay, numbers):
 
 @jit
 def _read(tile, source, kind, start, stop):
-    """Elements of theta or the gradient as float32: in the scratch tile, or where they are."""
+    """Elements of theta or the gradient as float32: in the scratch tile, or in place if float32."""
     if kind == FLOAT32:
         return source.view(np.float32)[start:stop]
     values = tile[: stop - start]
@@ -71,10 +72,11 @@ def _scratch():
 
 @jit
 def _add_row_sums(norms, heads, values, width, start):
-    """Add the sums of squares of rows of `width` elements, of values (k,), a tile from `start` on.
+    """Sums of squares of rows of `width` elements, over values (k,), the tile that begins at
+    `start`.
 
-    A row's first tile writes to norms (rows,); another's share goes to heads (tiles,), since that
-    tile may be another thread's.
+    A row that begins in this tile is written to norms (rows,). The part of a row that began in an
+    earlier tile goes to heads (tiles,), since another thread may own that tile.
     """
     i = 0
     while i < len(values):
@@ -92,7 +94,7 @@ def _add_row_sums(norms, heads, values, width, start):
 
 @jit
 def _read_moments(scratch, first, first_scale, second, second_scale, form, start, count):
-    """Both moments of a tile: in the scratch, or where they are if they are float32."""
+    """Both moments of a tile: in the scratch tiles, or in place if they are float32."""
     tiles, unpacked, _, _ = scratch
     m = read_moment(tiles[0], unpacked, first, first_scale, form, True, start, count)
     v = read_moment(tiles[1], unpacked, second, second_scale, form, False, start, count)
@@ -141,7 +143,7 @@ def _adam(
         g = _read(scratch[0][2], gradient, gradient_kind, start, stop)
         count = stop - start
         m, v = _read_moments(scratch, first, first_scale, second, second_scale, form, start, count)
-        # Not where it goes, which may be the gradient's own memory.
+        # In scratch memory, since `out` may be the gradient's own memory.
         direction = scratch[0][3][:count]
         _direction(direction, g, m, v, numbers)
         if width:
@@ -185,7 +187,7 @@ def _adamw(
     span,
 ):
     """reference_adam.adamw."""
-    # Tile by tile, what is float32 already would take a quarter more time.
+    # Where all is float32, working tile by tile would take a quarter more time.
     if form == FLOAT and kind == FLOAT32 and gradient_kind == FLOAT32:
         part = slice(span[0], span[1])
         arrays = theta.view(np.float32)[part], gradient.view(np.float32)[part]

@@ -1,8 +1,8 @@
-"""How the CPU kernels read and write moments: any format, to and from float32, a tile at a time.
+"""How the CPU kernels read and write moments: between any format and float32, a tile at a time.
 
-Codes are bytes. A byte b stands for the level (b ^ flip) + shift, so that one loop decodes them
-all: flip is 128 and shift -128 for int8's two's complement, 0 and -8 for int4's signed codes, and
-0 and 1 for unsigned ones. Loops are written as in `cpu_tile`.
+Codes are bytes. A byte b stands for the level (b ^ flip) + shift, so that one loop decodes every
+format: flip and shift are 128 and -128 for int8 (two's complement), 0 and -8 for signed int4, and 0
+and 1 for unsigned codes. Loops are written as in `cpu_tile`.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -43,7 +43,7 @@ def _decode_block(values, codes, start, stop, scale, flip, shift, unit):
 @jit
 def read_moment(tile, unpacked, codes, scale, form, signed, start, count):
     """A moment's elements start ... start + count - 1, float32 (count,): in the scratch tile, or in
-    the moment itself if that is float32. `start` begins a block."""
+    place if the moment is float32. `start` is the first element of a block."""
     if form == FLOAT:
         return codes.view(np.float32)[start : start + count]
     values = tile[:count]
@@ -97,7 +97,8 @@ def _encode_block(codes, values, random, start, stop, inverse, top, signed, bias
 
 @jit
 def _largest(values, start, stop):
-    """The largest magnitude of values[start:stop]; in patterns NaNs are larger than all else."""
+    """The largest magnitude of values[start:stop], by bit patterns, in which NaNs are the
+    largest."""
     largest = i32(0)
     for j in range(u64(start), u64(stop)):
         largest = max(largest, i32(bits_of(values[j]) & i32(0x7FFFFFFF)))
@@ -106,9 +107,10 @@ def _largest(values, start, stop):
 
 @jit
 def write_moment(values, unpacked, shifted, codes, scale, form, signed, start, random, stochastic):
-    """values, float32 (m,), as a moment's elements start ... start + m - 1; `start` begins a block.
+    """Store values, float32 (m,), as a moment's elements start ... start + m - 1.
 
-    `random` is uint16 (m,) where `stochastic`; unpacked, uint8, and shifted, uint16, are scratch.
+    `start` is the first element of a block. `random` is uint16 (m,) if `stochastic`; unpacked,
+    uint8, and shifted, uint16, are scratch.
     """
     count = len(values)
     if form == FLOAT:

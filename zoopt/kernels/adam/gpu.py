@@ -1,7 +1,7 @@
-"""Adam on the GPU: Triton, one read and one write of theta and of the moments as they are stored.
+"""Adam on the GPU: Triton, one read and one write of theta and of the stored moments.
 
-Launches are as in noise's `gpu`: one a batch, no contraction, no autotuning. A program handles
-whole blocks of codes.
+Launches are as in noise's `gpu`: one for a batch, without fused multiply-adds or autotuning. A
+program handles whole blocks of codes.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -30,7 +30,7 @@ BATCHES = True
 #: Elements a program, and its warps: 16 elements a thread are 128 bits of int8 codes.
 BLOCK = 2048
 NUM_WARPS = {"cuda": 4, "hip": 2, "interpreter": 1}
-#: For a float32 average ptxas spills two words to fit in 56 registers on sm_80; it need not.
+#: For a float32 average on sm_80, ptxas spills two words to fit in 56 registers; this prevents it.
 _REGISTERS: dict[tuple[str, bool], dict[str, int]] = {("cuda", True): {"maxnreg": 128}}
 #: Elements of a block of codes of any format.
 _UNIT = max(CODE_BLOCK.values())
@@ -51,7 +51,7 @@ def adam(
     if norms is None:
         _moments(*own)
         return
-    # A group lies in one row, so what is left to sum is a few numbers a row.
+    # Each group lies within one row, so only a few numbers a row are left to sum.
     group = math.gcd(batch.tensors[0].shape[1], _UNIT)
     sums = torch.empty(2, batch.numel // group, dtype=torch.float32, device=batch.device)
     counts = [tensor.numel() // group for tensor in batch.tensors]
@@ -166,7 +166,7 @@ def _type(moment: Moment) -> Any:
 def _launch(
     kernel: Any, batch: Batch, memories: Mapping[str, Sequence[Tensor] | None], **own: Any
 ) -> None:
-    """Launch a kernel once on all tensors of a batch, beside which its memories lie."""
+    """Launch a kernel once on all tensors of a batch; `memories` are its other operands."""
     backend, key, alone = backend_name(), batch.key, len(batch) == 1
     rows = tuple(
         (tensor.numel(), own_key.offset, own_key.stream)
@@ -183,7 +183,7 @@ def _launch(
         columns: list[Any] = [None if t is None else t[0] for t in memories.values()]
     else:
         numel = offset = number = 0
-        # Blocks begin where those of codes do, wherever Philox's do.
+        # Blocks are aligned to those of codes, not to Philox's.
         made = _table(rows, BLOCK, 1, batch.device)
         table, programs = (made.places, made.hints, made.shift), made.programs
         columns = [None if p is None else _addresses(p, batch.device) for p in places]

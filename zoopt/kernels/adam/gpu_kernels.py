@@ -1,7 +1,7 @@
 """Adam on the GPU, compiled: one program a block of elements, both its moments in registers.
 
 A batch comes as a table, and its tensors as columns of addresses, as in noise's `gpu_kernels`.
-Blocks begin where those of codes do; only the last one of a tensor is masked.
+Blocks are aligned to those of codes; only the last block of a tensor is masked.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -40,7 +40,7 @@ def _bits(
 
 @triton.jit
 def _store_sums(sums, x, left, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """The sums of squares of every GROUP of x (BLOCK,), of which `left` elements are inside."""
+    """The sums of squares of groups of GROUP elements of x (BLOCK,); `left` of x are inside."""
     totals = tl.sum(tl.reshape(x * x, [BLOCK // GROUP, GROUP]), axis=1)
     group = tl.arange(0, BLOCK // GROUP)
     tl.store(sums + group, totals, mask=group * GROUP < left)
@@ -201,7 +201,7 @@ def average_kernel(
         scale = _memory(scale, tensor, tl.float32, TABLE, VECTORS)
     g = _load(gradient + start, inside, whole, BLOCK)
     m = read_moment(codes, scale, start, left, whole, FORMAT, True, BLOCK)
-    # What is added of a gradient is of its own precision.
+    # Multiples of the gradient are rounded to its own dtype before they are added.
     look, keep = nearest(look_g * g, GRADIENT, BACKEND), nearest(keep_g * g, GRADIENT, BACKEND)
     step = look_m * m + look.to(tl.float32)
     m = keep_m * m + keep.to(tl.float32)

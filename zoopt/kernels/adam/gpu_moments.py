@@ -26,27 +26,27 @@ _TINY = tl.constexpr(2.0**-100)
 
 @triton.jit
 def _spread(numbers, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Each element's number, of one for each SIZE of them: (BLOCK,)."""
+    """Repeat each number for SIZE elements: (BLOCK // SIZE,) -> (BLOCK,)."""
     wide = tl.broadcast_to(tl.expand_dims(numbers, 1), [BLOCK // SIZE, SIZE])
     return tl.reshape(wide, [BLOCK])
 
 
 @triton.jit
 def _shifted(word, BYTE: tl.constexpr):
-    """2^23 + a byte of uint32 words: no conversion, since the byte is the mantissa's lowest."""
+    """2^23 + a byte of uint32 words, as float32: the byte becomes the low bits of the mantissa."""
     return ((word >> (8 * BYTE)) & 0xFF | 0x4B000000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _level(squared, BACKEND: tl.constexpr):
-    """The integer below the root of a float32 of 2^-100 or more, as one; next to an integer it may
-    be either side, since all that is rounded from there goes to the integer itself.
+    """floor(sqrt(squared)) as a float32, for squared >= 2^-100.
 
-    An approximate root does, and so does the nearest integer to half less than it, which needs no
-    conversion: a sum with 1.5 2^23 has no fraction.
+    Where the root is very close to an integer, the result may be that integer or the one below:
+    both lead to the same code. So an approximate root suffices, and the floor is taken by rounding
+    root - 1/2 to nearest; adding 1.5 2^23 does that without a conversion.
     """
     if BACKEND == "cuda":
-        # One instruction, where the others take care of denormal numbers.
+        # One instruction; the general form would also handle denormal numbers.
         inverse = tl.inline_asm_elementwise(
             "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [squared], tl.float32, is_pure=True, pack=1
         )
@@ -85,7 +85,7 @@ def read_moment(
     SIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Elements start ... start + BLOCK - 1 of a moment, of which `left` are inside: float32,
+    """Elements start ... start + BLOCK - 1 of a moment, the first `left` of them inside: float32,
     (BLOCK,)."""
     if FORMAT == "float32" or FORMAT == "bfloat16":
         value = _codes(codes, start, left, whole, False, BLOCK).to(tl.float32)
@@ -120,10 +120,10 @@ def write_moment(
     BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x, float32 (BLOCK,), as elements start ... start + BLOCK - 1 of a moment, of which `left` are
-    inside.
+    """Store x, float32 (BLOCK,), as elements start ... start + BLOCK - 1 of a moment; the first
+    `left` of them are inside.
 
-    bits is uint32 (BLOCK,) below 65536 where STOCHASTIC, and nothing that is read elsewhere.
+    bits is uint32 (BLOCK,) below 65536 if STOCHASTIC, and not read otherwise.
     """
     inside = tl.arange(0, BLOCK) < left
     if FORMAT == "float32":
@@ -143,7 +143,7 @@ def write_moment(
         if not whole:
             x = tl.where(inside, x, 0.0)
         pattern = x.to(tl.int32, bitcast=True)
-        # In patterns NaNs are larger than all else, and are so on every backend.
+        # By bit patterns, in which NaNs are the largest on every backend.
         largest = tl.max(tl.reshape(pattern & 0x7FFFFFFF, [BLOCK // SIZE, SIZE]), axis=1)
         largest = largest.to(tl.float32, bitcast=True)
         tiny = (largest > 0.0) & (largest < _MIN_SCALE)
@@ -151,11 +151,11 @@ def write_moment(
         row = tl.arange(0, BLOCK // SIZE)
         tl.store(scale + start // SIZE + row, largest, mask=row * SIZE < left)
         inverse = tl.div_rn(tl.full([BLOCK // SIZE], TOP * TOP, tl.float32), largest)
-        # Neither a NaN, as 0 times infinity is, nor so little that `_level` has no root of it.
+        # Replaces NaN (0 times infinity) and values too small for `_level`.
         squared = tl.abs(x) * _spread(inverse, SIZE, BLOCK)
         squared = tl.where(squared > _TINY, squared, _TINY)
         level = _level(squared, BACKEND)
-        # All products are exact: a level's square, and nine bits by nine.
+        # All products are exact: the square of a level, and nine bits times nine.
         rest = tl.fma(level * -1.0, level, squared)
         if STOCHASTIC:
             uniform = _shifted(bits, 0 if SIGNED else 1) - 8388607.5
@@ -175,7 +175,7 @@ def write_moment(
         if FORMAT == "int8":
             _store(codes + start, low.to(dtype), inside, whole, BLOCK)
         else:
-            # Of an odd number of elements the last byte's upper half is 0.
+            # With an odd number of elements, the upper half of the last byte is 0.
             if not whole:
                 low = tl.where(inside, low, 0)
             pairs = tl.reshape(low & 15, [BLOCK // 2, 2])

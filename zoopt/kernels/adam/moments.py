@@ -1,20 +1,21 @@
 """How a moment is stored: float32, bfloat16, or codes of 8 or 4 bits in blocks with one scale each.
 
-A block's scale s is its largest magnitude, and its codes are levels between 0 and s whose distance
-grows with the level, as small moments need finer ones. With Q = 127 (int8) or 7 (int4), a signed
-code c in [-Q, Q] stands for
+A block's scale s is its largest magnitude. Codes are levels between 0 and s that lie closer
+together for small values, which need them finer. With Q = 127 (int8) or 7 (int4), a signed code c
+in [-Q, Q] stands for
 
     s (c / Q) |c / Q|
 
-and with Q = 256 or 16, an unsigned code c in [0, Q - 1] for s ((c + 1) / Q)^2: a second moment
-that is not 0 is never stored as 0, which would make Adam's step infinite. The largest magnitude
-itself is stored exactly. (So that no product leaves the normal numbers, a scale that is not 0 is
-2^-110 at least, and smaller moments are levels of that.)
+and with Q = 256 or 16, an unsigned code c in [0, Q - 1] stands for s ((c + 1) / Q)^2. So a second
+moment that is not 0 is never stored as 0, which would make Adam's step infinite. The largest
+magnitude itself is stored exactly. (A scale that is not 0 is at least 2^-110, so that every product
+is a normal number.)
 
-To nearest, a value is off by half the distance of the levels around it at most (an unsigned one
-below the lowest level s / Q^2: by s / Q^2). Stochastically, it goes up or down with the
-probability that makes the expectation exact, so that averages that move by less than a level a
-step still move. Elements of a pair share 16 random bits: the first moment's are the low eight.
+Rounding to nearest is off by at most half the distance between the two levels around the value; an
+unsigned value below the lowest level s / Q^2 is off by at most s / Q^2. Stochastic rounding goes up
+or down with the probability that makes the expectation exact, so that averages that change by less
+than a level in a step still change. The two moments of an element share 16 random bits; the first
+moment takes the low eight.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.reference import round_nearest
 from zoopt.kernels.operands import check_values
 
-#: How moments are stored, and how they are rounded to that.
+#: How moments are stored.
 Format = Literal["float32", "bfloat16", "int8", "int4"]
 #: Elements that share a scale.
 BLOCK = {"int8": 256, "int4": 128}
 #: Largest magnitude of a signed code; number of unsigned levels.
 SIGNED_LEVELS = {"int8": 127, "int4": 7}
 UNSIGNED_LEVELS = {"int8": 256, "int4": 16}
-#: The smallest scale but 0: s / Q^2 and Q^2 / s are normal float32 numbers.
+#: The smallest scale other than 0, such that s / Q^2 and Q^2 / s are normal float32 numbers.
 MIN_SCALE = 2.0**-110
-#: The dtypes of values, and of codes of eight bits by whether they are signed.
+#: The dtypes of values, and of 8-bit codes by whether they are signed.
 _VALUES = (torch.float32, torch.bfloat16, torch.float64)
 _CODES = {True: torch.int8, False: torch.uint8}
 
@@ -55,8 +56,8 @@ class Moment:
         signed: whether values can be negative.
 
     Raises:
-        TypeError, ValueError: tensors of other sizes or dtypes, codes of one element, whose one
-            byte does not tell how many bits they have, or tensors that are not contiguous.
+        TypeError, ValueError: tensors of other sizes or dtypes, or not contiguous; or codes for a
+            single element, whose one byte cannot show whether it holds 8 bits or 4.
     """
 
     codes: Tensor
@@ -110,7 +111,7 @@ class Moment:
 
     @property
     def accumulator(self) -> torch.dtype:
-        """What it is computed in."""
+        """The dtype that it is computed in."""
         return accumulator_dtype(self.codes.dtype)
 
     @property
@@ -119,7 +120,7 @@ class Moment:
         return (SIGNED_LEVELS if self.signed else UNSIGNED_LEVELS)[self.format]
 
     def part(self, start: int, stop: int) -> Moment:
-        """The moment of elements start ... stop - 1, in the same memory; start begins a block."""
+        """Elements start ... stop - 1, in the same memory; `start` is the first of a block."""
         codes, numel = self.codes.detach().view(-1), stop - start
         if self.scale is None:
             return Moment(codes[start:stop], None, numel, self.signed)
@@ -164,9 +165,9 @@ def encode(values: Tensor, stored: Moment, bits: Tensor | None = None) -> None:
     padded[: stored.numel] = values
     largest = padded.view(-1, block).abs().amax(1)
     stored.scale.copy_(torch.where(largest == 0.0, largest, largest.clamp(min=MIN_SCALE)))
-    # 0 times infinity is a NaN, and so is what a scale that is not finite leads to: level 0.
+    # 0 times infinity is a NaN, as is anything divided by a NaN scale; both become level 0.
     squared = (values.abs() * _spread(float(top * top) / stored.scale, stored)).nan_to_num(0.0)
-    # A root that is off by a few units leads to the same code: next to a level, all goes to it.
+    # The last bits of the root do not matter: a value next to a level rounds to that level anyway.
     level = squared.sqrt().floor().clamp(max=top - 1)
     uniform = 0.5 if bits is None else (bits.float() + 0.5) * 2.0**-8
     level = level + (squared - level * level > uniform * (2.0 * level + 1.0)).float()
@@ -189,7 +190,7 @@ def _store(codes: Tensor, stored: Moment) -> None:
 
 
 def _spread(numbers: Tensor, stored: Moment) -> Tensor:
-    """Each element's number, of one for each block: (numel,)."""
+    """Repeat each block's number for its elements: (numel,)."""
     return numbers.repeat_interleave(BLOCK[stored.format])[: stored.numel]
 
 

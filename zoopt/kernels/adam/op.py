@@ -1,7 +1,7 @@
 """Adam's operations: moments decoded, averaged, used and encoded again in one pass over them.
 
-Each takes a tensor and its key, or a batch and a sequence of every other operand: on a GPU one
-launch does all, and elsewhere a loop.
+Each takes a tensor and its key, or a batch and a sequence of every other operand. On a GPU a batch
+is one launch, elsewhere a loop.
 """
 
 from __future__ import annotations
@@ -87,21 +87,22 @@ def adam_(
         m <- b1 m + (1 - b1) g,    v <- b2 v + (1 - b2) g g,    out = (scale m) / (sqrt(v) + eps)
 
     With scale = sqrt(1 - b2^t) / (1 - b1^t) and eps = sqrt(1 - b2^t) times Adam's, out is Adam's
-    mhat / (sqrt(vhat) + eps). It is of the moments before they are rounded to their format.
+    mhat / (sqrt(vhat) + eps). It is computed from the moments before they are rounded to their
+    format.
 
     Args:
-        gradient: any shape and memory; float32, bfloat16, float16 or float64. Or a batch.
+        gradient: any shape and layout; float32, bfloat16, float16 or float64. Or a batch.
         first, second: moments of as many elements, signed and unsigned, of one format.
         betas: both in [0, 1).
         scale, eps: numbers, as in the formula; eps at least 0.
         key: the noise of the tensor, whose bits round its moments; a batch has its own.
         moment_draw: 32 bits; the draw whose bits round bfloat16 and coded moments stochastically.
             Default: they are rounded to nearest.
-        out: contiguous, of gradient's shape, in the accumulator's dtype or rounded to nearest in
-            the gradient's; it may be the gradient. Default: a new tensor of the accumulator's.
-        norms: contiguous, (2, rows) in the accumulator's dtype, for a gradient of shape (rows, r),
-            or for a batch of such, of one r and with `rows` in all: receives the sums of squares
-            of each row of out, before it is rounded, and of the gradient, summed in the
+        out: contiguous, of gradient's shape, in the accumulator's dtype, or in the gradient's,
+            rounded to nearest; it may be the gradient. Default: a new tensor, in the accumulator's.
+        norms: contiguous, (2, rows), in the accumulator's dtype, for a gradient of shape (rows, r),
+            or for a batch of matrices with one r and `rows` rows in all. It receives the sum of
+            squares of each row of out (before rounding) and of the gradient, summed in the
             implementation's own order. Default: they are not computed.
         impl: as for `perturb`.
 
@@ -147,7 +148,7 @@ def _adam_each(
         if norms is not None and len(batch) > 1:
             own = norms.new_empty(2, gradient.shape[0])
         if gradient.numel():
-            # What is written may lie in the same places, and nowhere else.
+            # The gradient may be exactly a tensor that is written, but not overlap one otherwise.
             g = apart(gradient, out, *memories(first), *memories(second), same=True)
             values, move = numbers
             backend.adam(g.view(-1), first, second, out.detach().view(-1), values, key, move, own)
@@ -210,7 +211,7 @@ def adamw_(
 
     Args:
         theta: a dense float32, bfloat16, float16 or float64 tensor, or a batch.
-        gradient: of theta's shape, in any memory; those of a batch are of one dtype.
+        gradient: of theta's shape, in any layout; those of a batch have one dtype.
         scale: as for `adam_`, times -lr to descend.
         decay: multiplies theta, 1 - lr weight_decay say.
         rounding_draw: 32 bits; the draw whose bits round theta stochastically. Default: to nearest.
@@ -270,7 +271,7 @@ def _numbers(
     eps: float,
     moment_draw: int | None,
 ) -> Numbers:
-    """The numbers as every implementation sees them."""
+    """Check the numbers, and round them to the accumulator's dtype."""
     check_format([*firsts, *seconds])
     check_betas(betas)
     check_number("eps", eps, low=0.0)

@@ -1,4 +1,4 @@
-"""Running averages, of momentum and of Lion: one moment, and the direction that it gives."""
+"""Running averages, as in momentum and Lion: one moment, and the direction made of it."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def average_(
 
         out = look[0] m + look[1] g, or its signs,    m <- keep[0] m + keep[1] g
 
-    with the m from before. Momentum has look = keep = (momentum, 1); Lion the signs of look =
-    (b1, 1 - b1), and keep = (b2, 1 - b2). A multiple of a gradient is rounded to its dtype.
+    where both read the old m. Momentum has look = keep = (momentum, 1). Lion takes the signs, with
+    look = (b1, 1 - b1) and keep = (b2, 1 - b2). Multiples of a gradient are rounded to its dtype.
 
     Args:
         gradient, key, moment_draw, out, impl: as for `adam_`.
         moment: signed, of as many elements.
-        look, keep: what the direction and the moment take of the moment and of the gradient.
-        signs: whether the direction is signs, 0 for 0 and for a NaN.
+        look, keep: the factors of the moment and the gradient, in the direction and in the moment.
+        signs: whether the direction consists of signs; 0 for 0 and for NaN.
 
     Returns:
         out.

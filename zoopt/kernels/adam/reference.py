@@ -1,4 +1,4 @@
-"""Adam on moments however they are stored, defined: plain PyTorch, in chunks, as `reference`."""
+"""Adam on stored moments, defined in plain PyTorch; it works in chunks, to bound temporaries."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Numbers(NamedTuple):
 
 
 class Average(NamedTuple):
-    """What a direction takes of a moment and of the gradient, and what the moment keeps of both,
-    rounded to the accumulator's dtype."""
+    """The factors of a moment and of the gradient in the direction (look) and in the new moment
+    (keep), rounded to the accumulator's dtype."""
 
     look_m: float
     look_g: float
@@ -36,7 +36,7 @@ class Average(NamedTuple):
 
 
 def chunks(numel: int) -> Iterator[tuple[int, int]]:
-    """Bounds of parts of some CHUNK elements, of which none is a single one of many.
+    """Bounds of parts of at least CHUNK elements (or one part, if there are fewer).
 
     They begin at multiples of CHUNK, hence of the moments' blocks.
     """
@@ -59,7 +59,7 @@ def _quotient(
     key: NoiseKey,
     moment_draw: int | None,
 ) -> Tensor:
-    """Update both moments and return (scale m) / (sqrt(v) + eps): (k,), before m, v are stored."""
+    """Update both moments; return (scale m) / (sqrt(v) + eps), (k,), of m and v before rounding."""
     g = gradient.to(first.accumulator)
     m = decode(first) * numbers.beta1 + g * numbers.complement1
     v = decode(second) * numbers.beta2 + g * g * numbers.complement2
@@ -68,7 +68,7 @@ def _quotient(
         bits = _halfwords(key, g.numel(), moment_draw, philox.PURPOSE_MOMENTS, g.device)
     encode(m, first, bits)
     encode(v, second, bits)
-    # As in `reference.adam_window`: float64's roots, rounded, are float32's correct ones.
+    # Through float64, as in noise's `reference.adam_window`: the rounded root is then exact.
     root = v.double().sqrt().to(v.dtype)
     return m * numbers.scale / (root + numbers.eps)
 

@@ -1,5 +1,5 @@
-"""theta plus a low-rank product on the CPU: BLAS makes a chunk's product, and the chunk is rounded
-while it is still in the cache; or BLAS does all, where it rounds as it should."""
+"""theta plus a low-rank product on the CPU: BLAS multiplies a chunk of rows, and a kernel adds and
+rounds it while it is in the cache. Where BLAS itself rounds as required, it does everything."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def add_product(
         elif decay != 1.0:
             theta.mul_(decay)
         return
-    # Rounding factors and product to bfloat16 is 2^-7 of a step, not of theta.
+    # Rounding factors and product to bfloat16 costs 2^-7 of a step, not of theta.
     if native and product_alone and left is not None and right is not None:
         assert rounding_draw is not None
         left, right = left.to(theta.dtype), right.to(theta.dtype)

@@ -1,4 +1,4 @@
-"""theta plus a low-rank product, defined: plain PyTorch, in rows that bound the temporaries."""
+"""theta plus a low-rank product, defined in plain PyTorch; chunks of rows bound the temporaries."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def add_product(
 def scaled_factors(
     left: Tensor | None, right: Tensor | None, alpha: float, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The factors in this dtype, alpha times the one that must be cast to it anyway."""
+    """The factors in this dtype, alpha being multiplied into one that has to be cast anyway."""
     if left is None or right is None:
         return None, None
     if left.dtype == dtype and right.dtype != dtype:
@@ -76,21 +76,21 @@ def _times(factor: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
 
 
 def blas_rounds(theta: Tensor, rounding_draw: int | None) -> bool:
-    """Whether BLAS adds a product to theta as is asked: it sums in float32, and rounds once, to
-    nearest. In float16 a GPU's does."""
+    """Whether BLAS can add a product to theta as required: summed in float32 and rounded once, to
+    nearest. A GPU's BLAS does so in float16 too."""
     half = theta.is_cuda and theta.dtype == torch.float16
     rounds = rounding_draw is None and (half or native_bfloat16(theta))
     return theta.dtype == torch.float32 or rounds
 
 
 def chunk_rows(theta: Tensor) -> int:
-    """How many rows of theta (m, n) have some 2^20 elements, and no more than there are."""
+    """How many rows of theta (m, n) have about 2^20 elements; at most m."""
     m, n = theta.shape
     return min(m, max(1, CHUNK // max(n, 1)))
 
 
 def row_chunks(theta: Tensor) -> list[slice]:
-    """Slices of so many rows of theta (m, n)."""
+    """Slices of `chunk_rows` rows that cover theta (m, n)."""
     m, rows = len(theta), max(1, chunk_rows(theta))
     return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
 
@@ -105,7 +105,7 @@ def addend(
     sign_step: float,
     wide: torch.dtype,
 ) -> Tensor | None:
-    """What theta[rows] receives, in the accumulator's dtype; None if nothing."""
+    """What is added to theta[rows], in the accumulator's dtype; None if nothing is."""
     total = None
     if left is not None and right is not None:
         total = (left[rows] @ right.t()).to(wide)

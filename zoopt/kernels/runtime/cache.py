@@ -1,8 +1,8 @@
-"""The compiled kernels on disk: what is damaged, full or another user's there never stops a step.
+"""The compiled kernels on disk: a damaged, full or unwritable cache never stops a step.
 
-numba's own cache raises whatever a truncated file or a full disk makes it raise, in every process
-until somebody deletes the file. Here a file carries a checksum and is read whole or not at all;
-what cannot be read or written is compiled anew, with one warning that names the path.
+numba's own cache raises an error for a truncated file or a full disk, in every process, until
+somebody deletes the file. Here each file has a checksum and is read whole or not at all. What
+cannot be read or written is compiled again, with one warning that names the path.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
@@ -26,16 +26,16 @@ from numba.core.serialize import dumps
 
 _SUFFIX = ".zoopt"
 _DIGEST = 32
-#: The directories in use, and what has been warned of.
+#: The directories in use, and those that a warning has named.
 _directories: set[Path] = set()
 _warned: set[str] = set()
 
 
 def keep(dispatcher: Any, vectors: Callable[[], int | None]) -> None:
-    """Have numba keep a function's machine code on disk.
+    """Keep a function's machine code on disk.
 
     Args:
-        vectors: tells their width in bits, which is part of what the code is known by.
+        vectors: returns the vectors' width in bits, which is part of the code's key.
     """
     try:
         dispatcher._cache = KernelCache(dispatcher.py_func, vectors)
@@ -44,14 +44,14 @@ def keep(dispatcher: Any, vectors: Callable[[], int | None]) -> None:
 
 
 def directories() -> list[Path]:
-    """Where compiled kernels are kept; none where no place can be written to."""
+    """Where compiled kernels are kept; empty if no such place can be written to."""
     return sorted(_directories)
 
 
 @dataclasses.dataclass(frozen=True)
 class Repaired:
-    """What `repair` found: files that are whole, ones that it has removed, and ones that it cannot
-    read or remove."""
+    """What `repair` found: how many files are whole, which ones it removed, and which ones it could
+    not read or remove."""
 
     whole: int
     removed: list[Path]
@@ -77,7 +77,7 @@ def repair() -> Repaired:
 
 
 class KernelCache(FunctionCache):
-    """numba's cache of a function, with files as above."""
+    """numba's cache of a function, with checksummed files."""
 
     def __init__(self, function: Callable[..., Any], vectors: Callable[[], int | None]) -> None:
         super().__init__(function)
@@ -95,7 +95,7 @@ class KernelCache(FunctionCache):
             return None
 
     def save_overload(self, sig, data):
-        """Keep the compiled function, if that can be."""
+        """Keep the compiled function, if possible."""
         try:
             super().save_overload(sig, data)
         except Exception as error:
@@ -106,7 +106,7 @@ class KernelCache(FunctionCache):
 
 
 class _NoCache(NullCache):
-    """Nothing, where there is no place for files."""
+    """No cache: there is no place for files."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -156,8 +156,8 @@ class _Files:
 
 @functools.cache
 def _sources() -> tuple[tuple[int, int], ...]:
-    """The kernels' sources as they are now. Code has other files' functions in it, whose changes
-    numba does not see."""
+    """Times and sizes of the kernels' sources. Compiled code contains functions of other files, and
+    numba does not notice when those change."""
     found = (path.stat() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
     return tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
 
@@ -181,7 +181,7 @@ def _payload(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def _whole_or_not(path: Path) -> Iterator[Path]:
-    """A file beside the path, which takes its place once it is written."""
+    """A temporary file beside the path, which replaces it once it is written."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:16]}")
     try:
         yield partial

@@ -22,7 +22,8 @@ def bfloat16_to_float(b):
 
 @jit
 def float_to_bfloat16_stochastic(x, bits):
-    """float32 -> bfloat16 bits, uint32, by 16 random bits; what is not finite is cut off."""
+    """float32 -> bfloat16 bits, uint32, rounded by 16 random bits; NaN and infinity are
+    truncated."""
     pattern = u32(bits_of(x))
     finite = u32(pattern & u32(0x7F800000)) != u32(0x7F800000)
     return u32(u32(pattern + (u32(bits) if finite else u32(0))) >> u32(16))

@@ -1,4 +1,4 @@
-"""The compiler of the CPU kernels, and machine operations that numba has no name for, as LLVM."""
+"""The CPU kernels' compiler, and machine operations that numba lacks, written in LLVM."""
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
@@ -14,7 +14,7 @@ i32, u16, u32, u64, f32 = np.int32, np.uint16, np.uint32, np.uint64, np.float32
 
 
 def jit(function):
-    """Compile on first use, and keep the machine code on disk where there is a place for it."""
+    """Compile on first use, and keep the machine code on disk if possible."""
     options = {"nogil": True, "error_model": "numpy"}
     compiled = numba.njit(pipeline_class=width.Compiler, **options)(function)
     cache.keep(compiled, width.preferred)
@@ -44,7 +44,7 @@ def float_of(typing_context, x):
 
 @intrinsic
 def add_any_order(typing_context, a, b):
-    """a + b, of a sum whose order the compiler may choose, as vectorised sums need."""
+    """a + b in a sum that the compiler may reorder, so that it can vectorise it."""
     signature = numba.float32(numba.float32, numba.float32)
     return signature, lambda context, builder, sig, args: builder.fadd(
         *args, flags=("reassoc", "nsz")
@@ -58,10 +58,10 @@ INT16S, INT32S, FLOAT32S = (
 
 
 def _signed(builder, word, bits):
-    """LLVM: 32 float32 of one magnitude, whose pattern is bits, with the signs of a word.
+    """LLVM: 32 float32 values of one magnitude (`bits` is its pattern) with the signs of a word.
 
-    Written as one operation on vectors of 32, which LLVM cuts to the machine's width: from a loop
-    over a word's bits it makes scalar code (0.12 against 0.02 ns an element).
+    It is one operation on a vector of 32, which LLVM cuts to the machine's width. A loop over the
+    word's bits would become scalar code (0.12 instead of 0.02 ns an element).
     """
 
     def splat(value):

@@ -1,4 +1,4 @@
-"""A compiled kernel on many threads: one call into an OpenMP team, with no Python in it."""
+"""Runs a compiled kernel on many threads: one call into an OpenMP team, without Python."""
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
@@ -16,11 +16,11 @@ from zoopt.kernels.runtime.width import preferred, set_width
 INT32, INT64 = ir.IntType(32), ir.IntType(64)
 POINTER = ir.IntType(8).as_pointer()
 SPAN = types.UniTuple(types.int64, 2)
-#: A tensor's memory as an argument: its address, the number of items, and one of them. Reading it
-#: costs a fifth of what torch and numpy take to make an array of a tensor.
+#: A tensor's memory as an argument: its address, the number of items, and a sample item for the
+#: type. It costs a fifth of the time that torch and numpy take to make an array of a tensor.
 Memory = tuple[int, int, np.generic]
-#: What the threads share: the arguments, the next span's start, the end of all, a span's length,
-#: and whether a span has failed.
+#: What the threads share: the arguments, the start of the next span, the end of the last one, the
+#: length of a span, and whether a span has failed.
 ARGUMENTS, NEXT, END, SHARE, FAILED = range(5)
 
 
@@ -29,14 +29,14 @@ def spread(typing_context, kernel, arguments, team):
     """Call kernel(*arguments, (start, stop)) on disjoint spans, several at once.
 
     Args:
-        kernel: a compiled function, which releases what it takes and returns nothing.
-        arguments: its own, a tuple; the arrays in it must outlive the call. The kernel sees a
+        kernel: a compiled function that frees its own memory and returns nothing.
+        arguments: the kernel's, a tuple; the arrays in it must outlive the call. The kernel sees a
             `Memory` as an array.
-        team: (GOMP_parallel's address, or 0 for this thread alone; where the first span starts;
-            where the last one ends; the length of a span), int64.
+        team: int64: GOMP_parallel's address, or 0 to run on this thread alone; where the first span
+            starts; where the last one ends; the length of a span.
 
     Raises:
-        MemoryError: there was none for a kernel's scratch.
+        MemoryError: there was no memory for a kernel's scratch.
     """
     inner = (*map(_seen, arguments.types), SPAN)
     kernel.get_call_type(typing_context, inner, {})
@@ -74,7 +74,7 @@ def _field(builder, pointer, place):
 
 
 def _worker(context, module, shared, compiled, arguments, inner):
-    """LLVM: void work(void *shared), which does spans until none are left."""
+    """LLVM: void work(void *shared), which takes spans until none are left."""
     name = module.get_unique_name("zoopt.work")
     work = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name=name)
     work.linkage = "internal"
@@ -110,15 +110,15 @@ def _worker(context, module, shared, compiled, arguments, inner):
 
 
 def _seen(kind):
-    """The type that a kernel sees of an argument."""
+    """The type as which a kernel sees an argument."""
     if isinstance(kind, types.BaseTuple) and kind.types[:2] == (types.int64, types.int64):
         return types.Array(kind.types[2], 1, "C")
     return kind
 
 
 def _passed(context, builder, value, kind):
-    """The argument as a kernel sees it: arrays without their count of references, since the threads
-    would fight over that one word of memory at every slice, and lose all that they gain."""
+    """The argument as a kernel sees it. Arrays lose their reference count: the threads would
+    contend for that one word of memory at every slice, and be no faster than one thread."""
     seen = _seen(kind)
     if seen is not kind:
         address, count, _ = cgutils.unpack_tuple(builder, value, 3)

@@ -1,9 +1,9 @@
-"""Threads for the kernels on the CPU: torch's own, where they can be had.
+"""Threads for the kernels on the CPU: torch's own OpenMP team where it can be used.
 
-After each of torch's operations its OpenMP threads wait for the next one by spinning, for some
-milliseconds: threads of anybody else's find no free core then, and those asleep take a tenth of a
-millisecond to wake. So kernels run on the team that torch's operations run on, if that is of GNU's
-OpenMP; else, and after a fork, whose child has no team, on a pool of threads.
+After each operation, torch's OpenMP threads spin for some milliseconds while they wait for the next
+one. Other threads find no free core in that time, and sleeping threads take a tenth of a
+millisecond to wake. So kernels run on the team that runs torch's operations, if GNU's OpenMP made
+it. Otherwise they run on a thread pool; so does the child of a fork, which has no team.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PROCESS = os.getpid()
 
 @functools.cache
 def _parallel_region(process: int) -> int:
-    """The address of GOMP_parallel in the library that is loaded already; 0 if there is none, and
-    in a fork of the process."""
+    """The address of GOMP_parallel in the library that torch has loaded; 0 without such a library,
+    and in a fork of the process."""
     if process != _PROCESS:
         return 0
     try:
@@ -40,7 +40,7 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 
 def kind() -> str:
-    """Whose threads kernels run on, in words."""
+    """Which threads kernels run on, in words."""
     own = not _parallel_region(os.getpid())
     return "threads of its own" if own else "torch's OpenMP threads"
 
@@ -52,10 +52,10 @@ def share(count: int, unit: int, least: int) -> int:
 
 
 def run(kernel: Callable[..., None], arguments: tuple[Any, ...], count: int, share: int) -> None:
-    """Have a kernel do items 0 ... count - 1, `share` of them at a time, on as many threads.
+    """Run a kernel over items 0 ... count - 1 in spans of `share` items, one thread for each.
 
     Args:
-        kernel: (arguments, team) -> None, compiled with `cpu_spread.spread`.
+        kernel: (arguments, team) -> None, compiled with `spread.spread`.
         arguments: the kernel's own.
     """
     process = os.getpid()
@@ -70,6 +70,7 @@ def run(kernel: Callable[..., None], arguments: tuple[Any, ...], count: int, sha
             pool.submit(kernel, arguments, (0, start, min(start + share, count), share))
             for start in range(0, count, share)
         ]
-        wait(futures)  # An error in one leaves the others at work on the caller's memory.
+        # Wait for all before raising: after an error in one, the others still use this memory.
+        wait(futures)
         for future in futures:
             future.result()

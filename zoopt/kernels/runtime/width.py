@@ -1,8 +1,8 @@
 """How wide the vectors of the CPU kernels are.
 
-For some cores with AVX-512 LLVM makes vectors of 256 bits, half of what they have: on an Emerald
-Rapids the kernels take half as long again so. They carry a width of their own, in an attribute of
-each function, so that whatever else numba compiles in the process is left as it is.
+For some processors with AVX-512, LLVM chooses vectors of 256 bits, half of the full width. On an
+Emerald Rapids that makes the kernels 50 % slower. The kernels set a width of their own, as an
+attribute of each function, so that other code that numba compiles in the process is not affected.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, misc"
@@ -20,10 +20,10 @@ from numba.core.registry import cpu_target
 
 from zoopt.kernels.runtime import cache
 
-#: What one width must gain over the other to be taken against the machine's own.
+#: How much faster the full width must be to be chosen against LLVM's preference.
 MARGIN = 1.1
 _FULL, _HALF = 512, 256
-#: A sum of vectors of 512 bits, for LLVM to cut to the width that it prefers.
+#: A sum of 512-bit vectors, which LLVM cuts to the width that it prefers.
 _SUM = """
 define void @sum(ptr %a, ptr %b) "min-legal-vector-width"="0" {
   %x = load <16 x float>, ptr %a
@@ -37,7 +37,7 @@ define void @sum(ptr %a, ptr %b) "min-legal-vector-width"="0" {
 
 @functools.cache
 def preferred() -> int | None:
-    """The kernels' width in bits, or None where LLVM's own choice is the machine's full one."""
+    """The kernels' width in bits, or None where LLVM uses the machine's full width anyway."""
     _, cpu, features = cpu_target.target_context.codegen().magic_tuple()
     if not _has_512(features) or not halved(cpu, features):
         return None
@@ -58,12 +58,12 @@ def halved(cpu: str, features: str) -> bool:
 
 
 def measured(width: int) -> float:
-    """Seconds that a loop of what the kernels do most takes with vectors of this width."""
+    """Seconds that a loop of typical kernel work takes with vectors of this width."""
     loop = numba.njit(pipeline_class=_pipeline(width), error_model="numpy", nogil=True)(_loop)
     cache.keep(loop, lambda: width)
     values, words = np.zeros(1 << 14, np.float32), np.arange(1 << 14, dtype=np.uint32)
     least = np.inf
-    # The first calls compile, and bring the core to the clock that such vectors allow.
+    # The first calls compile, and settle the core at the clock rate that such vectors allow.
     for _ in range(200):
         start = time.perf_counter()
         loop(values, words)
@@ -72,7 +72,7 @@ def measured(width: int) -> float:
 
 
 def _loop(values, words):
-    """Philox's products of words, and polynomials of what comes of them."""
+    """Philox's multiplications, and polynomials of their results."""
     for j in range(len(words)):
         word = words[j]
         for _ in range(4):
@@ -88,13 +88,13 @@ def _loop(values, words):
 def set_width(function, width):
     """Have LLVM make an llvmlite function's vectors this wide; None leaves it the choice."""
     if width is not None:
-        # llvmlite knows attributes without values only, and refuses others in its own `add`.
+        # llvmlite's own `add` accepts only attributes without a value.
         set.add(function.attributes, f'"prefer-vector-width"="{width}"')
 
 
 @functools.cache
 def _pipeline(width):
-    """numba's compiler, with a width; or `preferred` ones."""
+    """numba's compiler with vectors of this width, or of the `preferred` one."""
 
     class Lower(lowering.Lower):
         def setup_function(self, fndesc):

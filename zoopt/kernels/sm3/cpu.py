@@ -1,7 +1,7 @@
-"""SM3 on the CPU: numba, a row at a time, its tiles in the first-level cache.
+"""SM3 on the CPU: numba, a row at a time, in tiles that fit the first-level cache.
 
-Accumulators are compared as integers, for nu >= 0: the bits of such floats are in the floats'
-order, NaN above infinity, and LLVM vectorises a maximum of integers. Loops are written as in
+Accumulators are compared as integers. Since nu >= 0, the bit patterns have the same order as the
+values, with NaN above infinity, and LLVM vectorises a maximum of integers. Loops are written as in
 `cpu_tile`.
 """
 
@@ -21,8 +21,8 @@ from zoopt.kernels.runtime.intrinsics import bits_of, f32, float_of, i32, jit
 from zoopt.kernels.runtime.spread import spread
 
 _MAGNITUDE = i32(0x7FFFFFFF)
-#: What stands for None. An optional array is a type of its own, and each combination of types a
-#: kernel to compile; these are tested once a tile.
+#: These stand for None. An optional array would be a second type, and every combination of types
+#: another kernel to compile; testing the length costs one comparison a tile.
 _NO_ROWS, _NO_BUFFER = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
@@ -38,7 +38,8 @@ def _bounds(nu, row, column):
 
 @jit
 def _update(acc, nu, g, buffer, keep, gain, eps, momentum, complement, step):
-    """nu, the bits of bounds <- those of nu, and acc <- acc + step u, all (k,)."""
+    """acc <- acc + step u, all (k,); on entry nu has the bits of the bounds, on exit those of
+    nu."""
     for j in range(len(acc)):
         x = f32(f32(keep * float_of(nu[j])) + f32(gain * f32(g[j] * g[j])))
         denominator = f32(f32(np.sqrt(x)) + eps)
@@ -52,7 +53,7 @@ def _update(acc, nu, g, buffer, keep, gain, eps, momentum, complement, step):
 
 @jit
 def _maxima(nu, new_row, new_column):
-    """new_row (k,), new_column (w,) <- the greatest of themselves and nu (k w,), all bits."""
+    """Raise new_row (k,) and new_column (w,) to the maxima of nu (k w,), all of them bits."""
     width = len(new_column)
     for i in range(len(new_row)):
         line, highest = nu[i * width :][:width], new_row[i]
@@ -91,15 +92,15 @@ def _sm3(
 ):
     """reference_sm3.sm3 on the gradient's rows span[0] ... span[1] - 1; all but columns flat.
 
-    Spans are at work at once, so each has maxima of its own, new_columns (spans, n); a maximum is
-    exact, so that their order is nothing.
+    Spans run at the same time, so each keeps its own column maxima, new_columns (spans, n). A
+    maximum is exact, so the order in which they are combined does not matter.
     """
     new_column = new_columns[span[0] // share]
     tile, gradient_tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     nu_tile = np.empty(TILE, np.int32)
     words = np.empty(TILE // 2 + 4, np.uint32)
     n = len(column)
-    # A tile is of one row, or of several whole ones where they are narrow and lie together.
+    # A tile is part of one row, or several whole rows where these are narrow and adjacent.
     together = max(1, TILE // n) if len(rows) == 0 else 1
     for first in range(span[0], span[1], together):
         last = min(first + together, span[1])

@@ -1,7 +1,7 @@
 """SM3 on the GPU: Triton, one read of the gradient, one read and one write of theta.
 
-Vectors and matrices of a batch are one launch, or two where some have rows that are not whole
-vectors of memory.
+The vectors and matrices of a batch take one launch, or two if the rows of some of them are not
+aligned to memory vectors.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -29,8 +29,8 @@ from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.operands import address
 from zoopt.kernels.sm3.gpu_kernels import WIDTH, sm3_kernel
 
-#: Columns and rows a program. It is one warp, so that a row's maximum needs no barrier, and each
-#: thread's eight columns are loaded and rounded together.
+#: Columns and rows of a program. A program is one warp, so that the maximum of a row needs no
+#: barrier; each thread loads and rounds eight columns together.
 BLOCK, ROWS, NUM_WARPS = 256, 32, 1
 
 
@@ -55,7 +55,7 @@ def sm3(
 ) -> None:
     """See reference_sm3.sm3."""
     m, n = gradient.shape
-    # Only random bits care where a row begins in its Philox block of 8 elements.
+    # Where a row begins in its Philox block of 8 elements matters to random bits only.
     aligned = rounding_draw is None or (n % 8 == 0 and key.offset % 8 == 0)
     stride = 1 if aligned or rows is not None else 8
     count = ROWS if aligned or rows is None else 1
@@ -100,7 +100,7 @@ def sm3(
 
 
 def _programs(m: int, n: int, stride: int, count: int, aligned: bool) -> int:
-    """How many programs (m, n) takes, of `count` rows that are `stride` apart each."""
+    """How many programs an (m, n) matrix takes, each of `count` rows that are `stride` apart."""
     groups: int = triton.cdiv(m, stride * count) * stride
     blocks: int = triton.cdiv(n + (0 if aligned else 7), BLOCK)
     return groups * blocks
@@ -140,7 +140,7 @@ def _table(
 
 @functools.cache
 def _unbounded(device: torch.device) -> Tensor:
-    """Infinity, (1,): what bounds the one row of a vector."""
+    """Infinity, (1,): the bound of a vector's only row."""
     return to_device([math.inf], torch.float32, device)
 
 
@@ -152,7 +152,7 @@ def sm3_batch(
     numbers: Sequence[float],
     rounding_draw: int | None,
 ) -> None:
-    """See reference.sm3, of every tensor of a batch that has one axis or two.
+    """See reference.sm3; for all tensors of a batch, each of one or two axes.
 
     Args:
         numbers: keep, gain, eps, decay, momentum, complement and step_size.
@@ -201,7 +201,7 @@ def _launch(
     theta, gradient, row, column, buffer = (
         None if place is None else _addresses(place, device) for place in places
     )
-    # The matrices and the vectors: a vector's one row has a maximum that nobody asks for.
+    # Matrices and vectors alike; the maximum of a vector's only row is not used.
     maxima = torch.zeros(table.rows + table.columns, dtype=torch.int32, device=device)
     new_row, new_column = maxima.split([table.rows, table.columns])
     key = batch.key

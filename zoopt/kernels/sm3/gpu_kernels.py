@@ -1,13 +1,13 @@
-"""SM3 on the GPU, compiled: a program takes one block of columns down some rows.
+"""SM3 on the GPU, compiled: a program handles one block of columns, over some rows.
 
-Its columns' bounds and maxima stay in registers; maxima meet those of other programs by atomics, on
-the bits as integers, for nu >= 0: the bits of such floats are in the floats' order, NaN above
-infinity, and the order of the atomics leaves no trace.
+The bounds and maxima of its columns stay in registers. Maxima are combined with those of other
+programs by atomics on the bit patterns as integers: since nu >= 0, these have the same order as the
+values, with NaN above infinity. A maximum does not depend on the order of the atomics.
 
-A batch comes as a table (TABLE): `places` has a row a tensor, int64 (count + 1, WIDTH): its first
-program, rows, columns, the position of its first element, its stream, and where its rows' and its
-columns' maxima are in new_row and new_column. `hints` says in which tensor every 2^shift-th program
-is. Tensors are columns of addresses, as in noise's `gpu_kernels`.
+A batch comes as a table (TABLE): `places` has a row for each tensor, int64 (count + 1, WIDTH): its
+first program, rows, columns, the position of its first element, its stream, and where the maxima of
+its rows and columns begin in new_row and new_column. `hints` names the tensor of every 2^shift-th
+program. Tensors are columns of addresses, as in noise's `gpu_kernels`.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -66,8 +66,9 @@ def sm3_kernel(
 ):
     """reference_sm3.sm3 on ROWS rows, STRIDE apart; accumulators are the bits of float32.
 
-    Unless ALIGNED, the block begins at the Philox block (of 8) that its first row's element is in,
-    and its other rows' elements lie alike in theirs: STRIDE is 8 then, or ROWS 1.
+    Unless ALIGNED, the block begins at the start of the Philox block (of 8) that holds the first
+    element of its first row. Then STRIDE is 8, so that the other rows begin at the same place in
+    their Philox blocks, or ROWS is 1.
     """
     PER_BLOCK: tl.constexpr = 8
     program = tl.program_id(0).to(tl.int64)
@@ -99,7 +100,7 @@ def sm3_kernel(
         start -= (offset + place * n) % PER_BLOCK
     j = start + tl.arange(0, BLOCK)
     inside = (j < n) if ALIGNED else (j >= 0) & (j < n)
-    # What is NaN bounds nothing.
+    # A NaN is no bound.
     column_bound = tl.minimum(tl.load(column + j, mask=inside, other=0), _INFINITY)
     greatest = tl.zeros([BLOCK], tl.int32)
     while i < stop:
@@ -120,7 +121,7 @@ def sm3_kernel(
         index = offset + at + start
         x = rounded(x, index, number, rounding_draw, k0, k1, DTYPE, STOCHASTIC, BACKEND, BLOCK)
         tl.store(theta + (at + j), x, mask=inside)
-        # Outside, the bound and g are 0, and nu with them.
+        # Outside the tensor, the bound and g are 0, and so is nu.
         bits = nu.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         tl.atomic_max(new_row + i, tl.max(bits, 0), sem="relaxed")
         greatest = tl.maximum(greatest, bits)

@@ -1,8 +1,9 @@
 """SM3's operation: the update with one accumulator vector an axis, in one pass over theta.
 
-Any shape is worked on as a matrix: the leading axes are its rows, the others its columns. A row's
-bound is the least of its axes' accumulators, a row's maximum is reduced to each axis's, and columns
-alike: least and greatest values are exact, so that nothing is lost on the way.
+A tensor of any shape is treated as a matrix: the leading axes form its rows, the others its
+columns. The bound of a row is the minimum of its axes' accumulators, and the maximum of a row is
+reduced to each of these axes; the same holds for columns. Minima and maxima are exact, so nothing
+is lost.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def sm3_(
 
 
 class Operands(NamedTuple):
-    """A tensor's, as `sm3_` takes them."""
+    """The operands of one tensor, as `sm3_` takes them."""
 
     theta: Tensor
     gradient: Tensor
@@ -189,8 +190,8 @@ class Operands(NamedTuple):
 def _read(
     theta: Tensor, gradient: Tensor, accumulators: Sequence[Tensor], buffer: Tensor | None
 ) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
-    """What goes beside theta: the gradient's values in theta's dtype or the accumulator's, in
-    row-major memory that nothing is written to, but for theta's very elements."""
+    """The other operands: the gradient's values in theta's dtype or the accumulator's, in row-major
+    memory that is not written, unless it is theta's own, element by element."""
     values = gradient.detach().values() if gradient.is_sparse else gradient
     if values.dtype != theta.dtype:
         values = values.to(accumulator_dtype(theta.dtype))
@@ -198,7 +199,8 @@ def _read(
 
 
 def _is_plain(own: Operands, rows: Tensor | None, first: Operands) -> bool:
-    """Whether it goes with the others: a vector or a matrix, with a dense gradient of one dtype."""
+    """Whether it can be in a batch: a vector or a matrix, whose dense gradient has the dtype of the
+    first one's."""
     return (
         rows is None
         and own.theta.dim() in (1, 2)
@@ -261,14 +263,14 @@ def _rows(gradient: Tensor) -> Tensor:
 
 
 def _split(shape: tuple[int, ...]) -> int:
-    """How many leading axes make the rows, so that rows and columns together are the fewest."""
+    """How many leading axes form the rows: the split with the fewest rows and columns together."""
     return min(
         range(len(shape) + 1), key=lambda axis: math.prod(shape[:axis]) + math.prod(shape[axis:])
     )
 
 
 def _bound(unbounded: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-    """The least of infinity, (1,), and vectors (a,), (b,) ... at each of a b ... positions."""
+    """The minimum of infinity, (1,), and vectors (a,), (b,) ... at each of a b ... positions."""
     bound = unbounded
     for vector in vectors:
         bound = torch.fmin(bound[:, None], vector).view(-1)
@@ -276,7 +278,7 @@ def _bound(unbounded: Tensor, vectors: Sequence[Tensor]) -> Tensor:
 
 
 def _store(accumulators: Sequence[Tensor], greatest: Tensor) -> None:
-    """Each axis's vector (a,), (b,) ... <- the greatest over the other axes: (a b ...,)."""
+    """Each axis's vector (a,), (b,) ... <- maxima of `greatest` (a b ...,) over the other axes."""
     greatest = greatest.view([vector.numel() for vector in accumulators])
     for axis, vector in enumerate(accumulators):
         others = [other for other in range(len(accumulators)) if other != axis]

@@ -48,11 +48,11 @@ def sm3(
     for part in row_chunks(gradient):
         place = part if rows is None else rows[part]
         g = gradient[part].to(row.dtype)
-        # abs: a NaN loses its sign, without which its bits are above infinity's.
+        # abs clears the sign of a NaN, so that its bits are above infinity's.
         nu = (torch.fmin(row[part, None], column) * keep + g * g * gain).abs()
         new_row[part] = nu.amax(1)
         torch.maximum(new_column, nu.amax(0), out=new_column)
-        # Through float64: torch's float32 roots are off by one here and there.
+        # Through float64: torch's float32 roots are not always correctly rounded.
         denominator = nu.double().sqrt().to(nu.dtype) + eps
         step = torch.where(denominator == 0.0, 0.0, g / denominator)
         if buffer is not None:
@@ -70,7 +70,7 @@ def sm3(
 def _rounding_bits(
     place: slice | Tensor, like: Tensor, key: NoiseKey, rounding_draw: int
 ) -> Tensor:
-    """16 bits for each element of theta's rows in that place: int64 (k n,), with like (k, n)."""
+    """16 random bits for each element of theta[place], of like's shape (k, n): int64 (k n,)."""
     n, first = like.shape[1], key.offset
     if isinstance(place, slice):
         runs = [(first + place.start * n, first + place.stop * n)]
