@@ -91,6 +91,13 @@ def test_readme_has_the_measured_figures() -> None:
     assert figures["filled"](text) == text, "run: python docs/tools/figures.py README.md"
 
 
+def test_readme_lists_the_optimizers_of_the_registry() -> None:
+    methods = runpy.run_path(str(ROOT / "docs" / "tools" / "methods.py"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert methods["FILLED"].search(text)
+    assert methods["filled"](text) == text, "run: python docs/tools/methods.py README.md"
+
+
 def test_readme_is_short_and_its_links_lead_somewhere() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 180

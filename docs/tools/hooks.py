@@ -1,4 +1,4 @@
-"""What mkdocs does besides: the registry's pages, measured figures and charts, the CLI's help."""
+"""Additions when mkdocs builds: the registry's pages, measured figures, charts, the CLI's help."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from mkdocs.structure.files import File, Files
 
 from zoopt import cli, registry
 
-_TOOLS = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("figures", _TOOLS / "figures.py")
-assert _spec is not None
-assert _spec.loader is not None
-figures = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(figures)
+
+def _tool(name: str) -> Any:
+    """A module beside this one; mkdocs does not put their folder on the path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+figures, methods = _tool("figures"), _tool("methods")
 
 _REGISTRY = re.compile(r"^<!-- registry: ([\w-]+) -->$", re.MULTILINE)
 
@@ -47,7 +53,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put each table after the line that asks for it."""
-    markdown = _REGISTRY.sub(lambda m: f"{m[0]}\n\n{_table(m[1])}", markdown)
+    markdown = _REGISTRY.sub(lambda m: f"{m[0]}\n\n{methods.listing(m[1])}", markdown)
     markdown = _HELP.sub(lambda m: f"{m[0]}\n\n```text\n{_help(m[1])}```\n", markdown)
     return str(figures.MARKER.sub(lambda m: figures.render(m[0]), markdown))
 
@@ -59,12 +65,3 @@ def _help(command: str) -> str:
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         cli.main([*command.split(), "--help"])
     return printed.getvalue()
-
-
-def _table(family: Any) -> str:
-    """The optimizers of a family, with links to their pages."""
-    rows = [
-        [f"[`{row.name}`]({row.name}.md)", f"`zoopt.{row.cls.__name__}`", row.summary]
-        for row in registry.rows(family)
-    ]
-    return str(figures.table(["name", "class", "in one line"], rows, text=3))
