@@ -1,7 +1,7 @@
-"""What the program around a step may have set, and its updates must not see.
+"""Settings of the surrounding program that must not affect updates.
 
 An update computes in its operands' dtypes and on their devices. Autocast, a default device, a
-default dtype, inference mode and torch.compile are the program's own: the closure runs under them.
+default dtype, inference mode and torch.compile belong to the program: the closure runs under them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ R = TypeVar("R")
 class OwnArithmetic(contextlib.ContextDecorator):
     """A context, or a decorator, in which torch computes as it does in a fresh process.
 
-    Autocast, inference mode and gradients are off, tensors are made on the CPU and in float32
-    unless their maker says otherwise. Where that is so already, entering costs half a microsecond.
+    Autocast, inference mode and gradients are off, and tensors are made on the CPU and in float32
+    by default. If that is so already, entering costs half a microsecond.
     """
 
     _stack: contextlib.ExitStack | None = None
@@ -43,7 +43,7 @@ class OwnArithmetic(contextlib.ContextDecorator):
             if device:
                 stack.enter_context(torch.device("cpu"))
             if inference:
-                # Tensors that are made in it, state say, could not be written outside.
+                # Tensors made in inference mode, such as state, could not be written outside of it.
                 stack.enter_context(torch.inference_mode(False))
             if gradients or inference:  # leaving inference mode turns gradients on
                 stack.enter_context(torch.no_grad())
@@ -58,8 +58,8 @@ class OwnArithmetic(contextlib.ContextDecorator):
 
 
 def opaque(method: Callable[P, R]) -> Callable[P, R]:
-    """A function that torch.compile does not look into: a compiled caller calls it as it is."""
+    """A function that torch.compile does not trace: a compiled caller calls it as it is."""
 
-    # torch's own optimizers are wrapped so. It imports the compiler at the first call, which making
-    # an optimizer has done already; a cache of our own would itself be looked into.
+    # torch wraps its own optimizers in this way. It imports the compiler at the first call, as
+    # making an optimizer has done already. A cache of our own would be traced itself.
     return _disable_dynamo(method)

@@ -1,4 +1,5 @@
-"""Checks of a state_dict: what a constructor or a step would refuse, before anything changes."""
+"""Checks of a state_dict, before anything changes: whatever a constructor or a step would
+refuse."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from zoopt.checks import shown
 from zoopt.distributed.sharding import is_sharded
 from zoopt.groups import Group, check_names, plain
 
-#: What they may be saved as. Release 0.1 counted in float32.
+#: The dtypes in which counters may be saved. Release 0.1 counted in float32.
 _COUNTERS = (torch.float32, torch.float64, torch.int32, torch.int64)
-#: More than a run counts, and exact in every one of these but float32 and int32.
+#: Larger than any run's count, and exact in each of these dtypes except float32 and int32.
 MOST_STEPS = 1 << 53
 
 
@@ -27,8 +28,8 @@ class TensorSpec:
 
     Attributes:
         shape, dtype: the tensor's.
-        most: of a count that Python reads in a step, the largest; it lies on the CPU, so that no
-            step waits for the device. None for all other tensors.
+        most: the largest value of a counter that Python reads in a step. Counters lie on the CPU,
+            so that no step waits for a device. None for all other tensors.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +47,7 @@ STEP = TensorSpec((), torch.int64, most=MOST_STEPS)
 
 
 def check_form(state_dict: Any, optimizer: str) -> None:
-    """Raise unless it has the form of a state_dict: groups of parameters, and state."""
+    """Raise unless this has the form of a state_dict: groups of parameters, and state."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"state_dict must be a dict, got {type(state_dict).__name__}; pass what "
@@ -76,17 +77,17 @@ def check_form(state_dict: Any, optimizer: str) -> None:
 def saved_groups(
     state_dict: Mapping[str, Any], groups: Sequence[Group], optimizer: str
 ) -> list[Group]:
-    """The groups that a checkpoint holds, as they would stand in the optimizer.
+    """The groups of a checkpoint, as they would be in the optimizer.
 
-    Parameters keep the names that they were saved with, which their noise follows from, or none.
+    Parameters keep the names with which they were saved, if any, since these determine their noise.
 
     Args:
-        state_dict: what is to be loaded, of the right form.
+        state_dict: the one to load, of the right form.
         groups: the optimizer's own.
         optimizer: the name of its class.
 
     Raises:
-        TypeError, ValueError: it is over other parameters.
+        TypeError, ValueError: its parameters are others than the optimizer's.
     """
     saved = state_dict["param_groups"]
     own_sizes = [len(group["params"]) for group in groups]
@@ -113,7 +114,7 @@ def _loaded(saved: Group, own: Group, optimizer: str) -> Group:
     params = own["params"]
     group = {key: plain(value) for key, value in saved.items() if key != "shapes"}
     # torch.distributed.checkpoint numbers parameters by name and puts them in the optimizer's
-    # order. Names and shapes are then still in the order in which they were saved.
+    # order. Names and shapes are then still in the order of the saved optimizer.
     by_name = any(isinstance(index, str) for index in saved["params"])
     names, own_names = group.get("param_names"), own.get("param_names")
     check_names(names, len(params))
@@ -143,7 +144,7 @@ def _numbers(shapes: Any) -> list[list[int]] | None:
 
 
 def saved_entries(entries: Any) -> Any:
-    """A parameter's saved state; torch.distributed.checkpoint writes {} for what was not saved."""
+    """A parameter's saved state; torch.distributed.checkpoint writes {} if none was saved."""
     absent = isinstance(entries, dict) and not any(
         not isinstance(value, dict) or value for value in entries.values()
     )
@@ -153,7 +154,7 @@ def saved_entries(entries: Any) -> Any:
 def check_entries(
     entries: Any, declared: Mapping[str, TensorSpec], index: Any, param: Tensor, optimizer: str
 ) -> None:
-    """Raise unless a parameter's saved state is empty, or what is declared for it."""
+    """Raise unless a parameter's saved state is empty, or as declared."""
     if not isinstance(entries, Mapping):
         raise ValueError(
             f"state of parameter {index} must be a dict, got {shown(entries)}; pass what "
@@ -208,7 +209,7 @@ def check_entry(name: str, value: Any, spec: TensorSpec, index: Any, param: Tens
 
 
 def _is_counter(value: Any) -> bool:
-    """Whether a number may stand for a counter, in whatever release's form."""
+    """Whether a number may be a saved counter, in the form of any release."""
     if isinstance(value, Tensor):
         wrapper: bool = is_traceable_wrapper_subclass(value)
         real = value.layout == torch.strided and not value.is_meta and not wrapper
@@ -217,6 +218,6 @@ def _is_counter(value: Any) -> bool:
 
 
 def counter(value: Any, dtype: torch.dtype) -> Tensor:
-    """A saved counter in the form that it has now: (), on the CPU."""
+    """A saved counter in its present form: (), on the CPU."""
     number = value.item() if isinstance(value, Tensor) else value
     return torch.tensor(int(number), dtype=dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""Checks of arguments. Messages say value, constraint and, where it is not plain, the remedy."""
+"""Checks of arguments. Messages give the value, the constraint and, unless obvious, the remedy."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def nearest(value: Any, known: Collection[str]) -> str:
-    """The end of a message about a name that is not known: "; did you mean 'lr'?", or nothing."""
+    """The end of a message about an unknown name: "; did you mean 'lr'?", or nothing."""
     found = difflib.get_close_matches(str(value).lower(), known, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def shown(value: Any) -> str:
-    """The value as a message shows it: its beginning, where it is long."""
+    """The value as a message shows it: only its beginning if it is long."""
     try:
         text = repr(value)
     except ValueError:  # an int of more digits than Python writes

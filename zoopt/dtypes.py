@@ -1,4 +1,4 @@
-"""What parameters may be stored in, what is computed in, and how results are rounded."""
+"""The dtypes in which parameters are stored and results computed, and how results are rounded."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Literal
 
 import torch
 
-#: What parameters may be stored in.
+#: Dtypes of parameters.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Those that are narrower than their accumulator, so that a write rounds.
 NARROW = (torch.bfloat16, torch.float16)
 
 Rounding = Literal["nearest", "stochastic"]
-#: As a param group says it; `"auto"` is `"stochastic"` for narrow dtypes.
+#: The rounding of a param group; `"auto"` is `"stochastic"` for narrow dtypes.
 RoundingMode = Literal["auto", "nearest", "stochastic"]
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums for a tensor of this dtype are made in: float64 for float64, else float32."""
+    """The dtype of sums for a tensor of this dtype: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def resolved_rounding(mode: RoundingMode, dtype: torch.dtype) -> Rounding:
-    """How writes to a tensor of this dtype round; `"nearest"` where there is nothing to round."""
+    """How writes to a tensor of this dtype round; `"nearest"` if there is nothing to round."""
     if mode == "nearest" or dtype not in NARROW:
         return "nearest"
     return "stochastic"

@@ -16,8 +16,8 @@ from zoopt.checks import nearest, shown
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
 
-#: Group keys of others, which any optimizer's groups may have: torch's own and its schedulers', a
-#: group's label, and what is added by who writes to groups (a scheduler of your own, say).
+#: Keys that any optimizer's groups may have besides its own: those of torch and its schedulers, a
+#: group's label, and keys that users' own schedulers write.
 GROUP_KEYS = {
     *("params", "param_names"),
     *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
@@ -28,7 +28,7 @@ _UNORDERED = (set, frozenset, weakref.WeakSet)
 
 
 def check_keys(optimizer: str, keys: Collection[Any], known: Collection[str]) -> None:
-    """Raise unless a group's keys are known ones: the optimizer's, or those of `GROUP_KEYS`."""
+    """Raise unless all keys of a group are known: the optimizer's, or those of `GROUP_KEYS`."""
     for key in keys:
         if key not in known and key not in GROUP_KEYS:
             raise ValueError(
@@ -38,7 +38,7 @@ def check_keys(optimizer: str, keys: Collection[Any], known: Collection[str]) ->
 
 
 def check_ordered(params: Any) -> None:
-    """Raise if the order of the parameters is another one in each process."""
+    """Raise if the order of the parameters may differ between processes."""
     if isinstance(params, _UNORDERED):
         raise TypeError(
             f"params must be in an order that is the same in every run, got a "
@@ -47,10 +47,10 @@ def check_ordered(params: Any) -> None:
 
 
 def listed(group: Any) -> tuple[list[Tensor], list[str] | None]:
-    """The parameters of a group that somebody wrote, and their names where they are known.
+    """The parameters of a user's group, and their names if known.
 
     Raises:
-        TypeError, ValueError: no dict with parameters in an order, each once, named by strings or
+        TypeError, ValueError: not a dict with ordered parameters, each once, named by strings or
             not at all.
     """
     if not isinstance(group, dict) or "params" not in group:
@@ -102,7 +102,7 @@ def check_names(names: Any, count: int) -> None:
 def plain(value: Any) -> Any:
     """The value in Python's own numbers, inside tuples and lists too.
 
-    Numbers of numpy's, and subclasses, make checkpoints that `weights_only=True` refuses.
+    Checkpoints with numpy's numbers or with subclasses cannot be loaded with `weights_only=True`.
     """
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]

@@ -9,7 +9,7 @@ from torch import Tensor
 def sign_fixed_qr(columns: Tensor) -> Tensor:
     """Q (m, r) of columns (m, r), m >= r, in the QR decomposition whose R has a positive diagonal.
 
-    LAPACK's own choice of signs would bias a random basis, and turn one that moves slowly.
+    LAPACK's choice of signs would bias a random basis, and flip columns of one that moves slowly.
     """
     q, r = torch.linalg.qr(columns)
     flips = torch.where(r.diagonal() < 0, -1.0, 1.0).to(columns.dtype)

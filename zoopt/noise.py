@@ -1,7 +1,7 @@
 """The noise: z(seed, stream, draw, index), one float32, the same bits everywhere.
 
-Nothing here has a state. The same arguments give the same numbers on every device and from every
-implementation, in any order and from any offset, whatever else uses torch's generators.
+Nothing here has state. The same arguments give the same numbers on every device and from every
+implementation, in any order and from any offset, and torch's generators are not involved.
 `zoopt.kernels.noise.philox` defines it.
 """
 
@@ -25,7 +25,7 @@ def stream(name_or_position: str | int) -> int:
 
     Args:
         name_or_position: the parameter's name, which is hashed (BLAKE2b), or its position over
-            all param groups, which is its own stream.
+            all param groups, which is the stream itself.
 
     Raises:
         TypeError, ValueError: neither a str nor an int in [0, 2^32).
@@ -57,7 +57,7 @@ def normal(
         stream: the tensor, 32 bits.
         draw: the direction, 32 bits.
         offset: row-major position of the first element in the whole, unsharded tensor.
-        device: where the result lies; default, torch's default device.
+        device: the result's; default, torch's default device.
         impl: as for `zoopt.kernels.perturb`.
 
     Raises:
@@ -91,7 +91,7 @@ def mask(
     device: torch.device | str | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Which elements a direction of that density moves, True for those: bool, (numel,).
+    """The elements that a direction of this density moves, as True: bool, (numel,).
 
     Independent of the direction's numbers; each element is True with probability `density`.
 
@@ -119,7 +119,7 @@ def _fill(
     if numel != 0:
         check_positive_int("numel", numel)
     zeros = torch.zeros(numel, dtype=torch.float32, device=device)
-    # No value of z is a zero, so 0 + 1 z has z's bits.
+    # z is never 0, so 0 + 1 z has the bits of z.
     return perturb(
         zeros,
         1.0,

@@ -15,7 +15,7 @@ from zoopt.noise import stream
 
 
 def named_params(groups: Sequence[Group]) -> Iterator[tuple[int, Group, Tensor, str | int]]:
-    """Every parameter with its group and its name, or position where names are not known.
+    """Every parameter with its group and its name, or its position if it has none.
 
     Yields:
         number of the group, group, parameter, name or position over all groups.
@@ -42,7 +42,8 @@ def check_streams(groups: Sequence[Group]) -> None:
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether the tensor's values are not in its own memory: it has its own operators for them."""
+    """Whether the tensor is a subclass with its own operators, whose values lie in other
+    tensors."""
     own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     return own and not is_fake(tensor)
 

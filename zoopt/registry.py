@@ -1,7 +1,7 @@
 """The optimizers of the package, one row each; their classes are registered where they are defined.
 
 The planner, the benchmarks, the command line and the documentation read these rows. To find an
-optimizer by name, and to make it:
+optimizer by its name, and to make it:
 
     zoopt.optimizers("low-rank")
     zoopt.optimizer("galore-adamw", model.named_parameters(), lr=1e-3, rank=128)
@@ -25,10 +25,10 @@ _Class = TypeVar("_Class", bound=type[Optimizer])
 
 
 class Variant(NamedTuple):
-    """A method under options that make a difference to memory or time.
+    """A method with options that change its memory or time.
 
     Attributes:
-        label: what tables add to the method's name; "" for the method as it comes.
+        label: what tables add to the method's name; "" for the default options.
         options: the class's options.
         planned: whether `zoopt plan` lists it; benchmarks measure all.
         fused: whether it is listed with a fused backward pass too.
@@ -41,14 +41,14 @@ class Variant(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How a method that is not made from a model's parameters alone is made.
+    """How to make a method that needs more than a model's parameters.
 
     Attributes:
-        build: the prepared model, and the rank that low-rank methods are to have -> the optimizer.
+        build: (the prepared model, the rank of low-rank methods) -> the optimizer.
         adapt: prepares the model first, and returns what is trained.
         label: what tables add to the method's name.
         graph: whether the closure of a zeroth-order step returns the loss with its graph.
-        layers: how many of a model's repeated layers it treats unlike the others.
+        layers: how many of a model's repeated layers it treats differently from the others.
     """
 
     build: Callable[[nn.Module, int], Optimizer]
@@ -63,12 +63,12 @@ class Row:
     """An optimizer.
 
     Attributes:
-        name: what it is made by, and what its page is called: docs/optimizers/<name>.md.
+        name: for `zoopt.optimizer(name)`, and of its page, docs/optimizers/<name>.md.
         cls: the class, `zoopt.<class name>`.
-        family: what its memory is saved by.
-        variants: what the planner and the benchmarks list.
-        recipe: how they make it; None: from the trained parameters, those of linear layers with the
-            rank asked for where the family is "low-rank" and the class has one.
+        family: the way in which it saves memory.
+        variants: those that the planner and the benchmarks list.
+        recipe: how they make it. None: from the trained parameters; those of linear layers get the
+            requested rank if the family is "low-rank" and the class has a rank.
     """
 
     name: str
@@ -101,7 +101,7 @@ def register(
 
     Args:
         name, family, recipe: as in `Row`.
-        variants: default, the method as it comes.
+        variants: default, the method with its default options.
     """
     check_choice("family", family, get_args(Family))
 

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the program, however deep in the package they are given."""
+"""Warnings that point at a line of the user's program, however deep in the package they arise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OWN = (
 
 
 def warn(message: str) -> None:
-    """Warn in the name of the first caller outside zoopt and torch."""
+    """Warn at the line of the first caller outside zoopt and torch."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and _is_own(frame.f_code.co_filename):
         level, frame = level + 1, frame.f_back
@@ -24,5 +24,5 @@ def warn(message: str) -> None:
 
 
 def _is_own(filename: str) -> bool:
-    # "<string>", "<frozen ...>" and the like are between callers, never the program itself.
+    # "<string>", "<frozen ...>" and so on lie between callers and are never the program itself.
     return filename.startswith((*_OWN, "<"))

@@ -1,4 +1,4 @@
-"""Benchmarks that run on any installation: time and memory of a step of one's own model, kernels.
+"""Benchmarks that run on any installation: time and memory of a step of your model, and kernels.
 
 `zoopt bench` runs them; each is a module with a `main`.
 """

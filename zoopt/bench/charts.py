@@ -1,4 +1,4 @@
-"""Charts of results: bars that can be read from across the room."""
+"""Charts of results: large, plain bars."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Panel:
     """Bars of one unit, a row each, in the rows' order.
 
     Attributes:
-        scale: what a row's figures are multiplied by, so that they are in the title's unit.
-        highlighted: names whose bars are coloured; the others are what they are compared with.
+        scale: the factor that converts a row's figures to the unit in the title.
+        highlighted: names of coloured bars; the others are there for comparison.
         marked: the row whose bar all others are compared with; a line is drawn at its end.
     """
 
@@ -57,7 +57,7 @@ def draw(path: Path, document: Mapping[str, Any], title: str, panels: Sequence[P
 
 
 def _bars(ax: Any, panel: Panel) -> None:
-    """A bar a row, its value beside it, its interquartile range as a line."""
+    """A bar for each row, with its value beside it and its interquartile range as a line."""
     medians = [(row["median"] or 0.0) * panel.scale for row in panel.rows]
     spreads = [(row["spread"] or 0.0) * panel.scale for row in panel.rows]
     colours = [BAR if row["name"] in panel.highlighted else BASELINE_BAR for row in panel.rows]
@@ -71,7 +71,7 @@ def _bars(ax: Any, panel: Panel) -> None:
         text = row["reason"] if row["median"] is None else f"{medians[place]:.3g}"
         if row["ratio"] is not None:
             text += f"  ({row['ratio']:.2f}x)"
-        # Beside the bars there is room for it, so the layout need make none.
+        # There is room beside the bars, so the layout need not reserve any.
         ax.text(ends[place] + room, place, text, va="center", color=INK, in_layout=False)
         if row["name"] == panel.marked:
             ax.axvline(medians[place], color=INK, linewidth=0.8, linestyle=":")

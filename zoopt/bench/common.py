@@ -1,4 +1,4 @@
-"""What the benchmarks share: who measures, round-robin timing, tables, progress and JSON."""
+"""Shared by the benchmarks: options, round-robin timing, tables, progress and JSON."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ DTYPES = {
 }
 
 
-#: Of the JSON that every benchmark writes. A document is
+#: Version of the JSON that every benchmark writes. A document is
 #:
 #:   schema, benchmark, date, command    this number; the benchmark's name; when and how it was run
 #:   machine                             `zoopt.doctor.machine.identity`: device, versions, commit
 #:   arguments                           the options, defaults among them
 #:   rows                                the figures, one a row; less is better in every unit
 #:
-#: and what else the benchmark tells. A row is
+#: and whatever else the benchmark reports. A row is
 #:
 #:   name, unit      together unique in the document
 #:   median          None if it could not be measured; `reason` says why
-#:   spread          interquartile range; 0 for what is counted, None for a single measurement
+#:   spread          interquartile range; 0 for counts, None for a single measurement
 #:   min, max
 #:   repeats         how often it was measured
-#:   ratio           the median over rounds of this to the `ratio_to` of the document, or None
+#:   ratio           median over rounds of this figure over the document's `ratio_to`, or None
 #:
-#: and what else belongs to it.
+#: and its own further entries.
 SCHEMA = 1
 Row = dict[str, Any]
 
 
 def parser(description: str, example: str) -> Parser:
-    """A benchmark's parser; its program name is what the example begins with."""
+    """A benchmark's parser; its program name is the first word of the example."""
     return Parser(example.partition(" --")[0], description, example)
 
 
@@ -91,7 +91,7 @@ def positive(text: str) -> int:
 
 
 def command(arguments: Parser, argv: Sequence[str] | None) -> str:
-    """The call, as it is typed."""
+    """The command line of this run."""
     return shlex.join([*arguments.prog.split(), *(sys.argv[1:] if argv is None else argv)])
 
 
@@ -148,8 +148,8 @@ def round_robin(
 ) -> dict[str, list[float]]:
     """Each method's durations in seconds: a round to warm up, then `repeats` rounds.
 
-    A round runs every method once, so that a drift of the machine's speed hits all alike and
-    durations of the same round can be compared.
+    A round runs every method once, so that a drift of the machine's speed affects all of them
+    equally and durations of the same round can be compared.
     """
     times: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(repeats + 1):
@@ -189,18 +189,18 @@ def measured(
 
 
 def counted(name: str, value: float, unit: str, *, ratio: float | None = None, **extra: Any) -> Row:
-    """The row of a figure that is the same each time: bytes, instructions."""
+    """The row of an exact figure: bytes, instructions."""
     return {**measured(name, [value], unit, ratio=ratio, **extra), "spread": 0.0}
 
 
 def failed(name: str, unit: str, reason: str) -> Row:
-    """The row of a figure that could not be measured: "out of memory", say."""
+    """The row of a figure that could not be measured, with the reason, such as "out of memory"."""
     nothing: Row = dict.fromkeys(("median", "spread", "min", "max"))
     return {"name": name, **nothing, "repeats": 0, "unit": unit, "ratio": None, "reason": reason}
 
 
 def progress(text: str) -> None:
-    """Show what is being done, if anyone is looking."""
+    """Show what is being done, if a terminal is attached."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{text}")
         sys.stderr.flush()
@@ -232,7 +232,7 @@ def _cell(value: Any) -> str:
 
 
 def say(text: str, json_path: Path | None) -> None:
-    """Print for a person: to standard error if standard output is taken by JSON."""
+    """Print for the user: to standard error if JSON goes to standard output."""
     stream = sys.stderr if json_path == STDOUT else sys.stdout
     stream.write(f"{text}\n")
     stream.flush()
@@ -252,8 +252,8 @@ def document(
     rows: Sequence[Row],
     **content: Any,
 ) -> dict[str, Any]:
-    """What a results file holds; see `SCHEMA`. Content of the same names replaces the rest."""
-    # Where the results go, and what only our own child processes are passed, say nothing of them.
+    """The content of a results file; see `SCHEMA`. Entries of `content` take precedence."""
+    # Paths of results, and options for our own child processes, are not worth recording.
     hidden = ("json", "plot", "command", "rss_of")
     return {
         "schema": SCHEMA,
@@ -271,7 +271,7 @@ def load_document(path: Path) -> dict[str, Any]:
     """A results file.
 
     Raises:
-        CommandError: it cannot be read, or is none of this schema.
+        CommandError: it cannot be read, or has another schema.
     """
     try:
         content = json.loads(path.read_text())

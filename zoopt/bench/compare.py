@@ -2,9 +2,9 @@
 
 Rows are matched by name and unit; in every unit less is better. A figure has changed if its medians
 differ by more than the two spreads (interquartile ranges of the rounds) together, and by more than
---threshold: between runs on one machine, medians drift by some hundredths that no run's own rounds
-show. What is counted, bytes say, has no noise: every difference is a change. The exit status is 1
-if anything is worse, that is slower or larger.
+--threshold: between runs on one machine, medians drift by some per cent, which the rounds of a
+single run do not show. Counts, such as bytes, have no noise: every difference is a change. The exit
+status is 1 if anything is worse, that is slower or larger.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zoopt.cli import terminal
 
 Verdict = Literal["worse", "better", "within noise", "noise unknown", "new", "gone"]
 STYLES = {"worse": "bold red", "better": "green", "noise unknown": "yellow"}
-#: What must be equal for a difference to come from the code.
+#: Entries that must be equal if a difference is to come from the code.
 SAME_MACHINE = ("device", "cpu", "threads", "torch", "triton", "numba")
 
 
@@ -56,7 +56,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any], threshold: floa
 
 
 def noise_of(a: common.Row, b: common.Row, threshold: float) -> float | None:
-    """How large a difference between medians means nothing; None if that is not known."""
+    """The largest difference between medians that may be noise; None if that is not known."""
     if a["spread"] is None or b["spread"] is None:
         return None
     spreads = float(a["spread"] + b["spread"])
@@ -64,11 +64,11 @@ def noise_of(a: common.Row, b: common.Row, threshold: float) -> float | None:
 
 
 def verdict(a: common.Row | None, b: common.Row | None, noise: float | None) -> Verdict:
-    """Whether a figure changed, if a difference of `noise` between medians means nothing."""
+    """Whether a figure changed by more than `noise`."""
     if a is None or b is None:
         return "new" if a is None else "gone"
     if a["median"] is None or b["median"] is None:
-        # What could be measured once, and now runs out of memory.
+        # It could be measured before, and now runs out of memory, for example.
         if a["median"] == b["median"]:
             return "within noise"
         return "worse" if b["median"] is None else "better"
@@ -81,7 +81,7 @@ def verdict(a: common.Row | None, b: common.Row | None, noise: float | None) -> 
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Where the two differ apart from their figures: machine, versions, arguments."""
+    """How the two differ apart from their figures: machine, versions, arguments."""
     lines = []
     for part, keys in (
         ("machine", SAME_MACHINE),

@@ -1,4 +1,4 @@
-"""The least that a GaLore step must do, in torch's own operators: what ours is measured against."""
+"""The minimal work of a GaLore step, in torch's own operators, to compare ours with."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The published way seeds the generator, draws z by torch.normal and adds eps z out of place. The
 floor is theta.mul_(c), a plain pass that reads and writes theta in place; the copy, dst.copy_(src),
 moves as many bytes. All of a dtype's methods are timed in turn, round by round, and a ratio is the
-median of the rounds' own. adam_window_ over 10 directions is also set against apply_ over one.
+median over the rounds. adam_window_ over 10 directions is also compared with apply_ over one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CUDA_CALLS = 20
 EPS = 1e-3
 DRAWS = 10
 DENSITY = 0.1
-#: The two whose ratio is reported: at most DRAWS, if what costs is the noise.
+#: Two methods whose ratio is reported: at most DRAWS, if the noise dominates the time.
 APPLY, ADAM = "apply_ 1 draw", f"adam_window_ {DRAWS} draws"
 
 UNIT = "ns/element"
@@ -51,7 +51,7 @@ COLUMNS = {
 class Method:
     """One thing to time.
 
-    `published_passes` is how many passes of the published way do the same work: one a direction.
+    `published_passes`: how many passes of the published way do the same work, one a direction.
     """
 
     name: str
@@ -62,13 +62,13 @@ class Method:
 
     @property
     def label(self) -> str:
-        """What its row is called, but for the dtype."""
+        """The name of its row, without the dtype."""
         return f"{self.name} {self.distribution}".rstrip(" -")
 
 
 def methods(theta: Tensor) -> Iterator[Method]:
-    """What is timed on one tensor. theta drifts by a few eps, which no method's time depends on."""
-    # The published way rebinds its tensor's storage, so it gets a tensor of its own to rebind.
+    """The methods timed on one tensor. theta drifts by a few eps, which does not affect times."""
+    # The published way replaces its tensor's storage, so it gets a tensor of its own.
     own, other = theta.clone(), torch.empty_like(theta)
     buffer, addend = (torch.zeros_like(theta, dtype=torch.float32) for _ in range(2))
     move = 2 * theta.element_size()
@@ -105,7 +105,7 @@ def methods(theta: Tensor) -> Iterator[Method]:
             return add_(theta, addend, [EPS], decay=0.9999, **one)
 
         def adam(key: dict[str, Any] = key) -> Tensor:
-            # Each direction is a step of its own, the costliest case.
+            # Each direction belongs to another step, which is the slowest case.
             return adam_window_(
                 theta,
                 [EPS] * DRAWS,

@@ -1,9 +1,10 @@
-"""Peak memory of training steps, by method: predicted, counted, and seen by the system.
+"""Peak memory of training steps, by method: planned, counted, and resident.
 
 `planned` is what `zoopt plan` predicts without allocating anything. `counted` is the peak of all
 live tensors in two real steps (the first makes the optimizer's state), and on a GPU the
-allocator's. `resident` is how far the process's resident set rose above where it was before the
-model was built: it has what neither sees, numba's and BLAS's buffers and the C allocator's slack.
+allocator's. `resident` is the growth of the process's resident set since before the model was
+built. It includes what the others cannot see: buffers of numba and BLAS, and the C allocator's
+slack.
 
 Each method runs in a process of its own, on random weights of the model's configuration.
 """
@@ -43,11 +44,12 @@ MB = 1e6
 
 
 def measured(options: argparse.Namespace, workers: int, key: str) -> Measurement | str:
-    """The measurement of one method, from a process of its own; or why there is none."""
+    """The measurement of one method, made in a process of its own, or the reason for its
+    absence."""
     command = [sys.executable, "-m", __name__, "--child", key]
     for name in ("model", "dtype", "batch", "seq", "device"):
         command += [f"--{name}", str(getattr(options, name))]
-    # More threads than cores wait for each other, spinning.
+    # With more threads than cores, threads would spin while they wait for each other.
     command += ["--threads", str(max(1, options.threads // workers))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -70,7 +72,7 @@ def child(options: argparse.Namespace, entry: Entry) -> None:
 
 
 def planned(options: argparse.Namespace, entries: Sequence[Entry]) -> dict[str, int]:
-    """The planned peak by name, of those that can be planned."""
+    """The planned peaks by name, of the methods that can be planned."""
     spec = models.spec(options.model)
     peaks = {}
     for checkpointing in (False, True):
@@ -87,7 +89,7 @@ def planned(options: argparse.Namespace, entries: Sequence[Entry]) -> dict[str, 
                     checkpointing=checkpointing,
                 )
             except Exception as error:
-                # Other packages' optimizers read values, which fake tensors have not.
+                # Other packages' optimizers read values, and fake tensors have none.
                 common.progress(f"no plan of {entry.name}: {error}")
                 continue
             peaks[entry.name] = result.estimates[0].peak
@@ -122,7 +124,7 @@ def rows_of(
 
 
 def text(rows: Sequence[common.Row]) -> str:
-    """The table: a line a method."""
+    """The table, one line for each method."""
     lines: dict[str, dict[str, Any]] = {}
     for row in rows:
         line = lines.setdefault(row["name"], {"name": row["name"]})
@@ -148,7 +150,7 @@ def text(rows: Sequence[common.Row]) -> str:
 
 
 def draw(path: Path, rows: Sequence[common.Row], title: str) -> None:
-    """Stacked bars of what the peaks are made of; a tick where the plan was."""
+    """Stacked bars of the peaks' parts; a tick marks the plan."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What the benchmarks measure: every optimizer of the package, and what people use instead."""
+"""The methods that benchmarks measure: every optimizer of the package, and common alternatives."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from zoopt.memory.methods import Method, methods
 from zoopt.nn.modules import linear_layers
 
 INFERENCE, PUBLISHED = "inference", "MeZO, published"
-#: Nothing diverges however many optimizers step on one model, in whatever dtype.
+#: So small that nothing diverges, however many optimizers step on one model, in any dtype.
 LR, ZO_EPS = 1e-6, 1e-3
 RANK = 128
-#: What every table has: a trainer's alternatives, as far as they are installed.
+#: In every table: the common alternatives, if they are installed.
 BASELINES = (
     *(INFERENCE, "SGD", "AdamW", "AdamW, checkpointed", "zoopt.AdamW, int8 state"),
     *("AdamW, int8 state (torchao)", "AdamW, int8 state (bitsandbytes)"),
@@ -38,12 +38,12 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """What the tables call it."""
+        """Its name in tables."""
         return self.method.name + (", checkpointed" if self.checkpointing else "")
 
 
 def key(name: str) -> str:
-    """The name as it is typed: lower case, words joined by hyphens."""
+    """Its name on the command line: lower case, words joined by hyphens."""
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -66,7 +66,7 @@ def groups(entries: dict[str, Entry]) -> dict[str, list[str]]:
 
 
 def add_argument(arguments: argparse.ArgumentParser, default: Sequence[str]) -> None:
-    """`--optimizers`: keys or groups; inference always is measured."""
+    """`--optimizers`: keys or groups; inference is always measured."""
     entries = table()
     every = groups(entries)
 
@@ -101,14 +101,14 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 def published() -> Method:
     """The algorithm as its authors published it."""
-    build: Any = PublishedMeZO  # its step is an optimizer's, and its class is none
+    build: Any = PublishedMeZO  # has an optimizer's step without being a torch Optimizer
     return Method(
         PUBLISHED, "zeroth-order", lambda model: build(_trained(model), lr=LR, zo_eps=ZO_EPS)
     )
 
 
 def peers(rank: int) -> list[Method]:
-    """Other packages' optimizers, those that are installed."""
+    """Optimizers of other packages that are installed."""
     found: list[Method] = []
 
     def add(name: str, build: Callable[[nn.Module], Any]) -> None:

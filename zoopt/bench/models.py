@@ -29,7 +29,7 @@ def spec(name: str) -> ModelSpec:
     """
     if importlib.util.find_spec("transformers") is not None:
         transformers: Any = importlib.import_module("transformers")
-        # It would warn that the configuration names no loss; the default one is meant.
+        # It would warn that the configuration names no loss; the default one is intended.
         transformers.logging.set_verbosity_error()
     if name != TINY:
         return resolve(name)
@@ -49,7 +49,7 @@ def spec(name: str) -> ModelSpec:
 
 
 def add_argument(arguments: argparse.ArgumentParser, default: str) -> None:
-    """`--model`: whatever `spec` knows."""
+    """`--model`: any name that `spec` accepts."""
 
     def known(text: str) -> str:
         try:
@@ -75,7 +75,7 @@ def build(model: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> n
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in ("dropout", "attention_dropout", "activation_dropout"):
-            # Layers that call the function keep its probability so.
+            # Layers that call the function keep its probability in this attribute.
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     # A buffer that was computed from a list is on the CPU.
@@ -83,7 +83,7 @@ def build(model: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> n
 
 
 def inputs_on(model: ModelSpec, batch: int, seq: int, device: torch.device | str) -> dict[str, Any]:
-    """What the model is called with, on the device."""
+    """The model's inputs, on the device."""
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in model.inputs(batch, seq).items()
@@ -92,7 +92,7 @@ def inputs_on(model: ModelSpec, batch: int, seq: int, device: torch.device | str
 
 @contextlib.contextmanager
 def checkpointing(model: nn.Module) -> Iterator[None]:
-    """The model computes its layers' activations again in the backward pass.
+    """Switch activation checkpointing on.
 
     Raises:
         ValueError: the model offers no activation checkpointing.
@@ -106,7 +106,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
     if enable is None or disable is None:
         raise ValueError(f"{type(model).__name__} offers no activation checkpointing")
     enable({"use_reentrant": False})
-    # transformers does so in training only; there is no dropout that this would turn on.
+    # transformers checkpoints in training mode only. The model has no dropout to be turned on.
     model.train()
     try:
         yield

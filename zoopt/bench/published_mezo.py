@@ -1,9 +1,9 @@
 """MeZO as it is commonly published, to compare with and to measure against.
 
 Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes", Algorithm 1: the
-direction z comes back from a seed given to PyTorch's global generator, so it need not be stored,
-and each of the four passes over the parameters writes a new tensor. This is deliberately naive;
-it says what the algorithm is, and what a straightforward program pays for it.
+direction z is regenerated from a seed given to PyTorch's global generator, so it need not be
+stored, and each of the four passes over the parameters writes a new tensor. This is deliberately
+naive: it shows the algorithm, and the cost of a straightforward program.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """Time and memory of one training step, by method, against plain inference.
 
 The model has random weights and is never downloaded. `inference` is two forward passes without
-autograd: what any two-sided zeroth-order step must pay. `MeZO, published` is the algorithm as
-published, written plainly in torch. A method with a backward pass is
-there twice, plain and checkpointed: activations computed again in the backward pass. Other
-packages' optimizers are measured where they are installed (torchao, bitsandbytes, galore-torch,
-apollo-torch). What a projected method does once in 200 steps is not in its time.
+autograd, the least that any two-sided zeroth-order step must do. `MeZO, published` is the
+algorithm as published, written plainly in torch. A method with a backward pass is measured twice,
+plain and with activation checkpointing. Other packages' optimizers are measured if they are
+installed (torchao, bitsandbytes, galore-torch, apollo-torch). A projected method's refresh, once in
+200 steps, is not in its time.
 
-All are timed in turn, round by round; a ratio is the median of the rounds' own. Memory is measured
-apart from time: the peak of two steps (the first makes the state, the second has it from the
+All are timed in turn, round by round; a ratio is the median over the rounds. Memory is measured
+separately from time: the peak of two steps (the first makes the state, the second has it from the
 start), above the model itself. On the CPU that is the exact sum of the live tensors' storages, and
-with --rss the resident set of a process a method; on a GPU it is what the allocator says. On the
-CPU, what a peer compiles is counted uncompiled, with temporaries that a compiler would not make.
+with --rss the resident set of a process for each method; on a GPU it is the allocator's figure. On
+the CPU, functions that another package compiles are counted uncompiled, with temporaries that a
+compiler would avoid.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Bench:
         return models.build(self._spec, self._dtype, self.device)
 
     def model_of(self, method: Method) -> Any:
-        """The model that the method trains: all share one, but for those that adapt it."""
+        """The model that the method trains: one for all, except methods that adapt it."""
         if method.adapter is None:
             return self.model
         if method.name not in self._adapted:
@@ -74,7 +75,7 @@ class Bench:
         return self._adapted[method.name]
 
     def loss(self, model: Any) -> Tensor:
-        """Of the model on the batch."""
+        """The model's loss on the batch."""
         return loss_of(model, self.inputs)
 
     @torch.no_grad()
@@ -82,7 +83,7 @@ class Bench:
         """Evaluations without autograd."""
         for _ in range(count - 1):
             self.loss(self.model)
-        # Read at the end, as a zeroth-order step does: a GPU is waited for once.
+        # Read at the end, as a zeroth-order step does, so as to wait for a GPU once.
         float(self.loss(self.model))
 
     def step(self, entry: Entry) -> Callable[[], Any]:
@@ -127,7 +128,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - before
         tracker = LiveStorages([*model.parameters(), *model.buffers(), *tensors_of(self.inputs)])
-        # What a peer compiles (torchao) would be hidden from the count.
+        # Functions that another package compiles (torchao) would be hidden from the count.
         with torch.compiler.set_stance("force_eager"), tracker:
             self._two_steps(entry)
         return tracker.above
@@ -139,7 +140,7 @@ class Bench:
 
 
 def spawn_rss(entry: Entry, options: argparse.Namespace) -> int:
-    """How far a step raises the resident set, measured in a process of its own."""
+    """The growth of the resident set in a step, measured in a process of its own."""
     command = [sys.executable, "-m", __name__, "--rss-of", methods.key(entry.name)]
     for name in ("model", "dtype", "batch", "seq", "threads"):
         command += [f"--{name}", str(getattr(options, name))]
@@ -151,10 +152,10 @@ def spawn_rss(entry: Entry, options: argparse.Namespace) -> int:
 
 
 def measure(options: argparse.Namespace, bench: Bench) -> list[common.Row]:
-    """Rows of seconds and of bytes, a method each: memory first, then time."""
+    """Rows of seconds and of bytes, one of each for a method: memory first, then time."""
     entries = methods.chosen(options.optimizers)
     bench.forwards(1)
-    #: What a step takes, or why it cannot be taken.
+    #: A step's cost, or the reason why it cannot be taken.
     peaks: dict[str, int | str] = {}
     for name, entry in entries.items():
         common.progress(f"memory: {name}")
@@ -164,7 +165,7 @@ def measure(options: argparse.Namespace, bench: Bench) -> list[common.Row]:
             peaks[name] = "out of memory"
             torch.cuda.empty_cache()
         except Exception as error:
-            # peft that is not installed, a model without linear layers, a peer's own fault.
+            # No peft, a model without linear layers, or an error of another package.
             peaks[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
     residents = {}
     for name, entry in entries.items() if options.rss else ():
@@ -202,7 +203,7 @@ def measure(options: argparse.Namespace, bench: Bench) -> list[common.Row]:
 
 
 def text(rows: Sequence[common.Row]) -> str:
-    """The table: a line a method."""
+    """The table, one line for each method."""
     lines: dict[str, dict[str, Any]] = {}
     for row in rows:
         line = lines.setdefault(row["name"], {"name": row["name"]})

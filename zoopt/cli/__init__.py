@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: success. 1: a check failed. 2: the request was wrong.
     """
     if argv is None and sys.argv[1:2] == ["bench"] and "OMP_WAIT_POLICY" not in os.environ:
-        # OpenMP has read it already, as torch is imported: what is measured starts again with it.
+        # torch has been imported, so OpenMP has read its settings: start the program again with
+        # ours.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     try:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"zoopt: error: {error}\n")
         return 2
     except BrokenPipeError:
-        # The reader has closed the pipe. Python's flush at exit must not fail on it again.
+        # The reader has closed the pipe. Python's flush at exit must not fail because of it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

@@ -10,14 +10,14 @@ from typing import Any
 from zoopt.cli.terminal import CommandError
 from zoopt.doctor.machine import ROOT
 
-#: What any installation can measure.
+#: Benchmarks of any installation.
 INSTALLED = {
     "memory": "peak memory of one training step, by method",
     "step": "time and memory of one training step, by method",
     "kernels": "time of the fused kernels",
     "compare": "what changed beyond noise between two results",
 }
-#: What needs the repository.
+#: Benchmarks that need the repository.
 CHECKOUT = {
     "convergence": "zeroth-order methods at one budget of forward passes",
     "pretrain": "first-order methods pre-training at one budget of tokens",

@@ -1,4 +1,4 @@
-"""`zoopt doctor --gpu`: the promises of the package beside what this GPU measures."""
+"""`zoopt doctor --gpu`: the package's promises, and what is measured on this GPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from zoopt.cli.terminal import CommandError, open_console, print_table, styled, 
 
 #: The time limit, in seconds.
 SECONDS = 480
-#: Without these it would fail at the end, or measure nothing.
+#: Without these packages it would fail at the end, or measure nothing.
 NEEDED = ("matplotlib", "rich", "transformers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--gpu` and what goes with it."""
+    """`--gpu` and its options."""
     parser.add_argument(
         "--gpu",
         action="store_true",

@@ -1,4 +1,4 @@
-"""What the commands share: a parser with short errors and examples, a console, JSON."""
+"""Shared by the commands: a parser with short errors and examples, a console, JSON."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Parser(argparse.ArgumentParser):
     """A parser whose help ends with an example. Errors take one line and exit with status 2.
 
     Args:
-        prog: the command, "zoopt doctor" say.
+        prog: the command, for example "zoopt doctor".
         description: what it does; its lines are kept.
-        example: a call of it.
+        example: an example call.
     """
 
     def __init__(self, prog: str, description: str = "", example: str = "", **options: Any) -> None:
@@ -54,14 +54,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    """`--json FILE`, - being standard output."""
+    """`--json FILE`; - is standard output."""
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the results here; - for stdout"
     )
 
 
 def open_console(json_path: Path | None) -> Console:
-    """Where text goes: standard output, or standard error if that is taken by JSON.
+    """A console on standard output, or on standard error if JSON goes to standard output.
 
     Raises:
         CommandError: rich is not installed.
@@ -77,7 +77,7 @@ def open_console(json_path: Path | None) -> Console:
 
 
 def styled(text: str, style: str) -> Text:
-    """The text in a style of rich's, where the output is a terminal."""
+    """The text in one of rich's styles, if the output is a terminal."""
     from rich.text import Text
 
     return Text(text, style)
@@ -100,7 +100,7 @@ def print_table(
 
 
 def write_json(path: Path | None, content: Any) -> None:
-    """Write the content as JSON, - being standard output; None writes nothing.
+    """Write the content as JSON; - is standard output, and None writes nothing.
 
     Raises:
         CommandError: the file cannot be written.

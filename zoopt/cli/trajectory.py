@@ -1,4 +1,4 @@
-"""`zoopt trajectory`: what a recorded run holds, whether it is whole, and its weights again."""
+"""`zoopt trajectory`: what a recorded run contains, whether it is intact, and its weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ steps again on the weights that it began from. No model is evaluated for that.""
 
 
 class Weights:
-    """Tensors by name, as `zoopt.replay` wants a model."""
+    """Tensors by name, with the method that `zoopt.replay` needs of a model."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors

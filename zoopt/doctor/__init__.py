@@ -1,1 +1,1 @@
-"""What is installed, what runs here, and whether it computes what it should."""
+"""Reports what is installed, what runs on this machine, and whether its results are right."""

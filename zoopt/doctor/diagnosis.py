@@ -1,4 +1,4 @@
-"""What is installed, which kernels run and why, and what to install for more: all as data."""
+"""As data: what is installed, which kernels run and why, and what else to install."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Active:
 
     Attributes:
         impl: `"reference"`, `"numba"` or `"triton"` (float64 takes the reference everywhere).
-        reason: why that one.
+        reason: why it was chosen.
     """
 
     device: str
@@ -50,7 +50,7 @@ class Active:
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """Something to install or to set: what it brings, and how."""
+    """Something to install or to set: its benefit, and how to do it."""
 
     package: str
     gain: str
@@ -96,7 +96,7 @@ def active() -> list[Active]:
 
 
 def _impl_of(module: str) -> str:
-    """The implementation that a kernels module belongs to: cpu_adam to numba, say."""
+    """The implementation to which a kernels module belongs, for example numba."""
     prefix = module.rpartition(".")[2].partition("_")[0]
     return {"cpu": "numba", "gpu": "triton"}.get(prefix, "reference")
 
@@ -130,7 +130,7 @@ def compiled_kernels() -> dict[str, str]:
 
 
 def advice() -> list[Advice]:
-    """What is not installed or not set, and worth having on this machine."""
+    """Whatever is missing or not set, and would help on this machine."""
     rows = []
     if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
         gain = (

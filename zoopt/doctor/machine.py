@@ -1,4 +1,4 @@
-"""Which machine and which software: what identifies a measurement, or a report of a fault."""
+"""The machine and the software, to identify a measurement or a bug report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def identity(device: torch.device) -> dict[str, Any]:
-    """What identifies the machine and the software of a measurement on the device."""
+    """The machine and the software of a measurement on the device."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else cpu_model(),

@@ -63,7 +63,7 @@ GOLDEN = (
         "++--+-+--++--+-+",
     ),
 )
-#: Elements of the parity tests: several tiles and blocks, and an odd rest.
+#: Elements of the parity tests: several tiles and blocks, and an odd remainder.
 NUMEL = 20_011
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -134,7 +134,7 @@ def _golden(device: str, impl: str) -> str:
 def _same_as_reference(
     operation: Callable[[str, str], list[Tensor]], device: str, impl: str
 ) -> str:
-    """Every result has the bits that the reference has on the CPU."""
+    """Check that every result has the same bits as the reference on the CPU."""
     results = zip(operation(device, impl), operation("cpu", "reference"), strict=True)
     count = 0
     for count, (got, expected) in enumerate(results, 1):

@@ -1,1 +1,1 @@
-"""Frameworks that own the training loop: one module each, which alone imports the framework."""
+"""Frameworks with their own training loop. Only its own module imports a framework."""

@@ -18,26 +18,26 @@ from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 class ZOTrainer(transformers.Trainer):
     """transformers.Trainer for zeroth-order optimizers; its arguments, loop and checkpoints.
 
-    Select the optimizer by either of
+    Choose the optimizer in one of two ways:
 
         ZOTrainer(..., optimizer_cls_and_kwargs=(zoopt.MeZO, {"lr": 1e-6, "zo_eps": 1e-3}))
         ZOTrainer(..., optimizers=(zoopt.MeZO(model.named_parameters(), lr=1e-6), None))
 
-    In the first form the Trainer makes two param groups without names: those parameters that decay,
-    with the weight_decay of TrainingArguments, and the biases and normalisation layers, with none.
-    A weight_decay among the kwargs is therefore without effect; the seed is that of
-    TrainingArguments unless it is among them. In both forms TrainingArguments' `optim` and
-    `learning_rate` are without effect, and its scheduler works on the optimizer's own lr.
+    In the first form the Trainer makes two param groups without names: one with the weight_decay
+    of TrainingArguments, and one without for biases and normalisation layers.
+    A weight_decay among the kwargs therefore has no effect; the seed is that of TrainingArguments
+    unless the kwargs have one. In both forms `optim` and `learning_rate` of TrainingArguments have
+    no effect, and its scheduler works on the optimizer's own lr.
 
     Every micro-batch is probed: 2 num_probes forward passes (one-sided: 1 + num_probes), no
-    backward pass and no gradients. Micro-batches share their directions, so that accumulation is
-    that of one big batch. A run resumed from a checkpoint equals the uninterrupted one bit for bit.
-    The model is in training mode, as ever in the Trainer; all evaluations of a micro-batch see the
-    same dropout.
+    backward pass and no gradients. Micro-batches share their directions, so accumulating them is
+    the same as one large batch. A run resumed from a checkpoint equals the uninterrupted one bit
+    for bit. The model is in training mode, as always in the Trainer; all evaluations of a
+    micro-batch see the same dropout.
 
     In the log, `loss` is the mean over the evaluated points, and `grad_norm` the root mean square
     of the step's projected gradients (with one probe, the magnitude of the projected gradient),
-    which estimates the norm of the gradient. `max_grad_norm` is without effect, as there are no
+    which estimates the norm of the gradient. `max_grad_norm` has no effect, since there are no
     gradients to clip; use the optimizer's `max_projected_grad`.
 
     Raises, at the first training step and before anything has changed:
@@ -47,7 +47,7 @@ class ZOTrainer(transformers.Trainer):
             or DataParallel.
     """
 
-    #: The state of the run that the optimizer's pending probes belong to.
+    #: The run's state at the time of the optimizer's pending probes.
     _run: transformers.TrainerState | None = None
 
     def training_step(
@@ -60,11 +60,11 @@ class ZOTrainer(transformers.Trainer):
         optimizer = self._zeroth_order()
         if self._run is not self.state:
             # A run that was stopped between two micro-batches leaves its probes behind. This is
-            # another run, so they go, as gradients would.
+            # another run, so they are dropped, as gradients would be.
             optimizer.zero_grad()
             self._run = self.state
-        # The loss of the original step, under its contexts and in its scale, by the rules of
-        # whichever version of transformers is installed: what it would call backward on.
+        # The loss on which the original step would call backward, in its contexts and its scale,
+        # by the rules of the installed version of transformers.
         evaluate = functools.partial(super().training_step, model, inputs, num_items_in_batch)
         with _intercepted_backward(self.accelerator) as losses:
 
@@ -76,7 +76,7 @@ class ZOTrainer(transformers.Trainer):
         return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's, with `grad_norm` made from the step's projected gradients.
+        """As the Trainer's, with `grad_norm` computed from the step's projected gradients.
 
         The Trainer takes the norm of `.grad`, which is empty here. The log is the only public place
         where it can be replaced.

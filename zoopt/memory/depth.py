@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-#: Layers of a pattern (every sixth with full attention, say) repeat after at most this many.
+#: Patterns of layers (such as full attention in every sixth) have at most this many layers.
 _LONGEST_PATTERN = 8
 #: Attributes in which equal layers differ.
 _NUMBERS = ("idx", "index", "layer_id", "layer_number")
@@ -17,7 +17,7 @@ _NUMBERS = ("idx", "index", "layer_id", "layer_number")
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Equal layers that follow each other.
+    """A run of equal layers, or of equal patterns of layers.
 
     Attributes:
         name: of the module that holds them, an nn.ModuleList or nn.Sequential.
@@ -35,7 +35,7 @@ class Stack:
 def stacks_of(model: nn.Module, least: int) -> list[list[Stack]]:
     """The model's stacks of at least `least` units, those of equally many units together.
 
-    Lists of equally many layers may belong together (layers and their norms, say).
+    Lists of equal length may belong together, for example layers and their norms.
     """
     families: dict[int, list[Stack]] = {}
     for stack in _find(model, "", least):
@@ -54,7 +54,7 @@ def _find(module: nn.Module, name: str, least: int) -> Iterator[Stack]:
 
 
 def _repetition(layers: Sequence[nn.Module], name: str, least: int) -> Stack | None:
-    """The stack that most of the layers are in, with the shortest pattern that makes it."""
+    """The stack with most of the layers, with the shortest pattern that repeats in it."""
     numbers: dict[Any, int] = {}
     kinds = [numbers.setdefault(_signature(layer), len(numbers)) for layer in layers]
     best: Stack | None = None

@@ -15,12 +15,12 @@ class Estimate:
     Attributes:
         name, kind: the method's.
         peak: bytes at the step's highest point.
-        categories: what they are, at that point.
+        categories: these bytes by category.
         phases: the peak of each phase of the step.
         state: bytes of optimizer state between steps.
         per_example: bytes that one more example adds to the peak of a phase.
-        per_token: of the bytes that tokens in every example take in it, those that grow with their
-            number and those that grow with its square.
+        per_token: what tokens in every example add to it: the coefficients of their number and of
+            its square.
     """
 
     name: str

@@ -29,11 +29,11 @@ class Measurement:
     Attributes:
         name, kind: the method's.
         peak: bytes of tensors at the highest point, as the meter counts them on any device.
-        categories: what they were.
+        categories: these bytes by category.
         phases: the peak of each phase: load, perturb, forward, backward, update ...
         state: bytes of optimizer state.
-        resident: on the CPU, how far the process's resident memory rose above where it was before
-            the model was built; None on a GPU.
+        resident: on the CPU, the growth of the process's resident memory since before the model was
+            built; None on a GPU.
         allocated, reserved: on a GPU, the allocator's peaks; None on the CPU.
         allocated_phases: on a GPU, the allocator's peak of each phase.
     """
@@ -77,7 +77,7 @@ def measure(
 
     Raises:
         TypeError, ValueError: as for `zoopt.memory.plan`.
-        RuntimeError: the process failed; its last words are in the message.
+        RuntimeError: the process failed; the message has the end of its output.
     """
     check_positive_int("steps", steps)
     check_choice("dtype", dtype, DTYPES)
@@ -115,14 +115,14 @@ def measure_here(
     device: str = "cpu",
     steps: int = 2,
 ) -> Measurement:
-    """As `measure`, in this process. What else it holds counts in `resident`, not in `peak`."""
+    """As `measure`, in this process; its other memory counts in `resident`, not in `peak`."""
     _load_kernels(device)
     before = resident.now()
     resident.forget_peak()
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        # On the device itself: a large model need not pass through the CPU.
+        # Made on the device itself, so that a large model need not fit on the CPU.
         with torch.device(device):
             model = spec.build(checkpointing)
         model = model.to(device)

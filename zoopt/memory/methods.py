@@ -1,4 +1,4 @@
-"""How a model is trained: every optimizer of the package, and what people would use instead."""
+"""Ways to train a model: every optimizer of the package, and common alternatives."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Method:
     """A way to train.
 
     Attributes:
-        name: what the tables call it.
+        name: its name in tables.
         kind: whether it runs forward passes only, and whether it updates.
         build: makes the optimizer of a prepared model.
         adapter: adapts the model first (LoRA), and returns what is trained; default, nothing.
         fused: each gradient is applied and freed as backward reaches it.
-        layers: how many of the repeated layers it treats unlike the others.
-        graph: the closure of a zeroth-order step returns the loss with what derivatives it carries.
+        layers: how many of the repeated layers it treats differently from the others.
+        graph: whether the closure of a zeroth-order step returns the loss with its graph.
     """
 
     name: str
@@ -65,7 +65,7 @@ def lora(rank: int) -> Callable[[nn.Module], nn.Module]:
         transposed = any(map(is_conv1d, model.modules()))
         config = peft.LoraConfig(r=rank, target_modules="all-linear", fan_in_fan_out=transposed)
         with warnings.catch_warnings():
-            # peft asks transformers by a name that transformers deprecates.
+            # peft uses a name that transformers has deprecated.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             adapted: nn.Module = peft.get_peft_model(model, config)
         return adapted
@@ -79,10 +79,10 @@ def methods(rank: int = 128, lora_rank: int = 8, *, all_variants: bool = False) 
     Args:
         rank: of the low-rank projections.
         lora_rank: of LoRA's adapters.
-        all_variants: those too that only benchmarks tell apart, or that cannot be planned:
-            `ForwardGrad`, whose forward derivatives make real tensors among fake ones.
+        all_variants: also those that only benchmarks list, and `ForwardGrad`, which cannot be
+            planned because torch's forward derivatives make real tensors among fake ones.
     """
-    # MeZO, which the others begin from, comes first.
+    # MeZO, on which the others are based, comes first.
     ordered = sorted(rows("zeroth-order"), key=lambda row: row.name != "mezo")
     zeroth_order = [m for row in ordered for m in _of_row(row, rank, all_variants)]
     backprop = [
@@ -97,7 +97,7 @@ def methods(rank: int = 128, lora_rank: int = 8, *, all_variants: bool = False) 
 
 
 def _of_row(row: Row, rank: int, all_variants: bool) -> Iterator[Method]:
-    """The methods that a registered optimizer stands for."""
+    """The methods of a registered optimizer: one for each planned variant."""
     kind: Kind = "zeroth-order" if row.family == "zeroth-order" else "backprop"
     recipe, adapter = row.recipe, None
     if recipe is not None and recipe.adapt is not None:
@@ -120,7 +120,7 @@ def _of_row(row: Row, rank: int, all_variants: bool) -> Iterator[Method]:
 
 
 def _shown(row: Row) -> str:
-    """The class's name, with the package's where torch has one of that name."""
+    """The class's name, with the package's if torch has a class of that name."""
     name = row.cls.__name__
     return f"zoopt.{name}" if hasattr(torch.optim, name) else name
 

@@ -1,4 +1,4 @@
-"""What a user calls MODEL: a named architecture, a directory or config.json, or module:function."""
+"""Finds a user's MODEL: a named architecture, a directory or config.json, or module:function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from zoopt.memory.spec import ModelSpec
 from zoopt.memory.transformers_models import from_config
 
-#: name -> model type and what its configuration says, from the published config.json files.
+#: name -> model type and configuration, from the published config.json files.
 _OPT = {
     "opt-125m": (768, 12, 12, 3072),
     "opt-1.3b": (2048, 24, 32, 8192),

@@ -1,4 +1,4 @@
-"""The planner: what a training step takes, counted on tensors that have shapes and no values."""
+"""The planner: the memory of a training step, counted on tensors with shapes but no values."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Plan:
     Attributes:
         model, batch, seq, dtype, checkpointing: what was planned.
         parameters: how many the model has.
-        longest: the sequence length that it has positions for; None if there is no limit.
+        longest: the longest sequence for which it has positions; None if there is no limit.
         sequential: whether its inputs grow with the sequence length.
-        estimates: one a method.
-        left_out: methods that this model cannot be trained by, and why.
+        estimates: one for each method.
+        left_out: methods that cannot train this model, and why.
     """
 
     model: str
@@ -71,7 +71,7 @@ def plan(
 
     The step runs operator by operator on fake tensors, under the same meter that
     `zoopt.memory.measure` reads on real ones. What the meter cannot see is not in the figures: the
-    framework's own memory (a CUDA context takes some 0.7 GB), an allocator's fragmentation, and
+    framework's own memory (a CUDA context takes about 0.7 GB), an allocator's fragmentation, and
     temporaries inside operators.
 
     Args:
@@ -87,13 +87,13 @@ def plan(
         checkpointing: activations are computed again in the backward pass.
         rank: of the low-rank projections.
         lora_rank: of LoRA's adapters.
-        progress: called with the name of each method as its turn comes.
+        progress: called with the name of each method before it is planned.
 
     Returns:
         The plan, smallest peak first.
 
     Raises:
-        TypeError, ValueError: an argument out of range, or an optimizer that is none.
+        TypeError, ValueError: an argument out of range, or an unknown optimizer.
         ImportError: transformers (or peft, for LoRA) is needed and not installed.
     """
     check_positive_int("batch", batch)
@@ -117,7 +117,7 @@ def plan(
             try:
                 estimates.append(simulation.estimate(method, batch))
             except Exception as error:
-                # Some ask for linear layers or for peft, and some models for values.
+                # Some methods need linear layers or peft, and some models need values.
                 if optimizers != "all":
                     raise
                 left_out[method.name] = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -25,7 +25,7 @@ def now() -> int:
 
 
 def peak() -> int:
-    """The most bytes in memory at one time, since the last `forget_peak` where it can forget."""
+    """The most bytes in memory at one time, since the last `forget_peak` if that is supported."""
     status = Path("/proc/self/status")
     if status.exists():
         [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
@@ -35,14 +35,14 @@ def peak() -> int:
 
 
 def forget_peak() -> None:
-    """Start a new peak from what is in memory now. Linux only, and only where it is permitted."""
+    """Start a new peak at the present size. Linux only, and only where it is permitted."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def beyond_forward(step: Callable[[], Any], forwards: Callable[[int], None]) -> int:
     """The peak of one step minus that of one forward pass, in a process that does nothing else."""
-    # What compiles or loads on first use does so now, on something small.
+    # Let everything that compiles or loads on first use do so now, on something small.
     small = torch.nn.Parameter(torch.zeros(1 << 16))
     zoopt.MeZO([small], perturbation="inplace").step(lambda: float(small[0]))
     key: dict[str, Any] = {"key": zoopt.kernels.NoiseKey(0, 0), "draw": 0}

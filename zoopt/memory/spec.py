@@ -16,8 +16,8 @@ class ModelSpec:
     Attributes:
         name: what the user called it.
         build: (checkpointing) -> the model, on torch's default device and in its default dtype.
-        inputs: batch, sequence length -> what the model is called with.
-        longest: the sequence length that it has positions for; None if there is no limit.
+        inputs: (batch, sequence length) -> the model's inputs.
+        longest: the longest sequence for which it has positions; None if there is no limit.
         sequential: whether its inputs grow with the sequence length.
     """
 

@@ -16,13 +16,13 @@ from zoopt.memory.methods import Method
 from zoopt.optimizer import DeclaredStateOptimizer
 
 Inputs = Mapping[str, Any]
-#: All evaluations of a zeroth-order step take the same memory: this many are run.
+#: How many evaluations of a zeroth-order step are run, since all take the same memory.
 EVALUATIONS = 2
 _FORWARD = {1: "forward +", 2: "forward -"}
 
 
 def loss_of(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The model's loss: its `loss`, or the mean of its (first) result where it has none."""
+    """The model's loss: its `loss`, or else the mean of its (first) result."""
     output = model(**inputs)
     loss = getattr(output, "loss", None)
     if isinstance(loss, Tensor):
@@ -129,7 +129,7 @@ def _zeroth_order_step(
     graph: bool,
 ) -> None:
     count = 0
-    # A run's first evaluation is made twice, to see that the closure is deterministic.
+    # A run's first evaluation is made twice, to check that the closure is deterministic.
     repeats = int(not getattr(optimizer, "param_groups", [{}])[0].get("step", 1))
     smallest = min(model.parameters(), key=lambda param: param.numel())
 
@@ -145,7 +145,7 @@ def _zeroth_order_step(
         loss = loss_of(model, inputs)
         if graph:
             return loss
-        # Fake losses have no value. Any two different numbers do; equal ones would mean no update.
+        # Fake losses have no value. Any two different numbers will do; equal ones mean no update.
         value = float(number) if fake else float(loss)
         del loss
         enter("perturb")
@@ -159,7 +159,7 @@ def _zeroth_order_step(
 def backprop(
     model: nn.Module, inputs: Inputs, meter: StorageMeter, enter: Callable[[str], None]
 ) -> None:
-    """The loss and its gradients, as the meter's."""
+    """Compute the loss and its gradients under the meter."""
 
     def gradient_made(param: Tensor) -> None:
         if param.grad is not None:

@@ -1,9 +1,9 @@
-"""What a meter saw, event by event, and how it continues in a model of more layers.
+"""A meter's record, event by event, and its extrapolation to a model with more layers.
 
 A step on d layers and one on d + 1 differ by what one layer adds: blocks of events that occur
 once more (the layer's forward, its backward, its part of a pass over the weights), and events that
 grow (all weights are counted at once). With both, the step on any number of layers is known to the
-byte: the blocks are repeated, and what grows grows in proportion.
+byte: the blocks are repeated, and growing events grow in proportion.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 
 from zoopt.memory.meter import CATEGORIES, Category, Event
 
-#: Events that treat all tensors at once. Others have the same size at every depth.
+#: Events that concern all tensors at once. Others have the same size at every depth.
 _GROWING = ("phase", "track", "aten::_foreach", "aten::_fused")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a meter saw in a part of a step.
+    """A meter's record of a part of a step.
 
     Attributes:
         categories: the bytes of each category at the highest point.
@@ -119,7 +119,7 @@ def extended(base: Timeline, deeper: Sequence[tuple[Timeline, int]]) -> Timeline
 
 
 def _signature(timeline: Timeline, changes: np.ndarray) -> list[tuple[str, str, bytes]]:
-    """What two events share if they are the same: sizes too, unless they grow with the depth."""
+    """Equal for equal events: with their sizes, unless these grow with the depth."""
     return [
         (phase, name, b"" if name.startswith(_GROWING) else change.tobytes())
         for phase, name, change in zip(timeline.phases, timeline.names, changes, strict=True)

@@ -1,4 +1,4 @@
-"""Models that transformers builds from a configuration, and what they are called with.
+"""Models that transformers builds from a configuration, and their inputs.
 
 Decoders, encoders, encoder-decoders, and models of images and of audio.
 """
@@ -17,7 +17,7 @@ from zoopt.memory.spec import ModelSpec
 
 #: Encoders that transformers can also build as decoders.
 _ENCODERS = ("bert", "roberta", "electra", "deberta", "deberta-v2", "distilbert")
-#: What a model of each main input is trained as, the first that its configuration allows.
+#: For each main input, the classes with which a model is trained; the first possible one is used.
 _HEADS = {
     "input_ids": ("CausalLM", "MaskedLM", "ImageTextToText"),
     "pixel_values": ("ImageClassification", "MaskedImageModeling"),
@@ -80,7 +80,7 @@ def from_config(name: str, kind: str, content: Mapping[str, Any]) -> ModelSpec:
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Let a transformers model compute its layers' activations again in the backward pass."""
+    """Switch a transformers model's activation checkpointing on."""
     # The second is the older name.
     enable: Any = getattr(model, "activation_checkpointing_enable", None)
     enable = enable or model.gradient_checkpointing_enable
@@ -97,7 +97,7 @@ def _transformers() -> Any:
 
 
 def _factory(transformers: Any, config: Any, kind: str) -> tuple[Any, str]:
-    """The class that builds the model with the head that it is trained by, and its main input."""
+    """The class that builds the model with its training head, and the model's main input."""
     heads = [head for choices in _HEADS.values() for head in choices]
     if config.is_encoder_decoder:
         heads = [*_ENCODER_DECODER_HEADS, *heads]
@@ -108,7 +108,8 @@ def _factory(transformers: Any, config: Any, kind: str) -> tuple[Any, str]:
         if type(config) in factory._model_mapping:
             model = factory._model_mapping[type(config)]
             if isinstance(model, tuple):
-                # A saved configuration's architectures say which of several it is.
+                # A saved configuration lists its architectures, which decides between several
+                # classes.
                 model = model[0]
                 config.architectures = config.architectures or [model.__name__]
             main_input = model.main_input_name

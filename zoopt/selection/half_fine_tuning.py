@@ -28,8 +28,8 @@ class Unit:
 
     Attributes:
         layer: the number of the repeated layer that it is in.
-        category: of which part of the layer a half trains.
-        params: its weight and bias, say.
+        category: the part of the layer of which a half trains.
+        params: for example its weight and bias.
     """
 
     layer: int
@@ -96,30 +96,30 @@ class HalfFineTuning:
         MLP: of up, down and gate 2 in half of the layers and 1 in the others; of two, 1
         norms: half of them
 
-    and what is outside the layers (embeddings, head, last norm) always. What rests has
-    requires_grad=False and no gradient, and keeps its optimizer state. A bias goes with its weight.
+    Parameters outside the layers (embeddings, head, last norm) always train. Parameters that rest
+    have requires_grad=False and no gradient, and keep their optimizer state. A bias goes with its
+    weight.
 
-    It hooks the optimizer's `step`, which stays what is called: torch's optimizers, zoopt's
-    first-order and zeroth-order ones, `Hybrid`, and so schedulers and the Trainer. Seed, round
-    length and the number of steps taken are in the optimizer's param groups (`hft_seed`,
-    `hft_round_steps`, `hft_step`), hence in its state dict: a resumed run goes on exactly. It keeps
-    no tensors.
+    It hooks the optimizer's `step`, so it works with torch's optimizers, zoopt's first-order and
+    zeroth-order ones, `Hybrid`, schedulers and the Trainer. Seed, round length and the number of
+    steps taken are in the optimizer's param groups (`hft_seed`, `hft_round_steps`, `hft_step`),
+    and so in its state dict: a resumed run continues exactly. It keeps no tensors.
 
     Args:
         model: with its repeated layers in an nn.ModuleList. Frozen parameters stay frozen.
-        optimizer: made from the model's parameters, before.
-        round_steps: steps of a round; an epoch's, or a task's. The paper has one round a task.
+        optimizer: an existing one, over the model's parameters.
+        round_steps: steps of a round, for example of an epoch. In the paper a round is a task.
         seed: draws the halves; default torch.initial_seed(), rank 0's in all processes.
 
     Raises:
         TypeError, ValueError: an argument out of range; a model without repeated layers; an
             optimizer that is under half fine-tuning already, or one whose window of past directions
-            (MeZO's `momentum_window`, ZOAdam's `state="window"`) would move what rested then.
+            (MeZO's `momentum_window`, ZOAdam's `state="window"`) would move parameters that rested.
 
     `remove()`, or leaving its `with` block, lets all parameters train again.
     DistributedDataParallel needs find_unused_parameters=True.
 
-    Differs from the paper: the halves are of each layer's norms, and the last norm always trains.
+    Differs from the paper: half of each layer's norms train, and the last norm always does.
 
     Example:
         >>> opt = torch.optim.AdamW(model.parameters(), lr=2e-5)
@@ -176,7 +176,7 @@ class HalfFineTuning:
     def _count(self) -> None:
         """After a step: the next one may begin a round."""
         if called_by_checkpoint():
-            return  # It was none: it has made the optimizer's state.
+            return  # It only made the optimizer's state; it was not a step.
         before = self.round
         self._run["hft_step"] += 1
         self._write()
@@ -188,8 +188,8 @@ class HalfFineTuning:
             group.update(self._run)
 
     def _load(self) -> None:
-        """After a state dict has been loaded: go on where it was saved, if it was saved under this;
-        otherwise from where this is."""
+        """After a state dict has been loaded: continue at its round if it has one, else at our
+        own."""
         saved: dict[str, Any] = self._optimizer.param_groups[0]
         if self._run.keys() <= saved.keys():
             self._run = {key: saved[key] for key in self._run}
