@@ -1,4 +1,4 @@
-"""First-order optimizers in little memory: one file a method."""
+"""First-order optimizers in little memory, one file for each method."""
 
 from zoopt.first_order.adafactor import GaLoreAdafactor
 from zoopt.first_order.adamw import AdamW

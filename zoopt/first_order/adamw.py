@@ -26,9 +26,10 @@ class AdamFamily(ProjectedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of the same class, bit for bit, or one of torch.optim.AdamW.
 
-        Of torch's, lr, betas, eps, weight_decay, maximize and all steps are taken over, and the
-        moments in the format that is asked for here, rounded to nearest. Those of parameters that
-        are projected here have no place: they begin anew, and a warning says how many they are.
+        From torch's, lr, betas, eps, weight_decay, maximize and all steps are taken over, and
+        moments are rounded to nearest in the format of this optimizer. Parameters that are
+        projected here cannot use them: their moments start from zero, and a warning says how many
+        there are.
 
         Raises:
             ValueError: the dict belongs to another optimizer, or to parameters of other shapes.
@@ -72,14 +73,14 @@ class AdamFamily(ProjectedOptimizer):
     Variant("int4 state", {"state_dtype": "int4"}),
 )
 class AdamW(AdamFamily):
-    r"""AdamW (Loshchilov & Hutter, 2019), with moments in as few bytes as asked for.
+    r"""AdamW (Loshchilov & Hutter, 2019), with moments in 32, 16, 8 or 4 bits.
 
     m <- b1 m + (1 - b1) g,    v <- b2 v + (1 - b2) g^2
     theta <- (1 - lr weight_decay) theta - lr mhat / (sqrt(vhat) + eps)
 
     State, in bytes a parameter element: 8 for float32 moments (16 for float64 parameters), bfloat16
-    4, int8 2.03, int4 1.06; and 8 a parameter (`step`). In codes of 8 or 4 bits only moments of
-    4096 elements or more are kept; smaller ones stay float32.
+    4, int8 2.03, int4 1.06; and 8 a parameter (`step`). Moments of fewer than 4096 elements are not
+    stored in 8 or 4 bits; they stay float32.
 
     Args:
         params: parameters, named parameters, or param groups.
@@ -89,12 +90,12 @@ class AdamW(AdamFamily):
         weight_decay: decoupled; default 1e-2 (torch).
         state_dtype: how moments are stored: `"float32"` (default), `"bfloat16"`, or codes `"int8"`
             (a scale for 256 elements) and `"int4"` (for 128).
-        state_rounding: how they are rounded to that: `"stochastic"` (default), under which averages
-            that move by less than a level a step still move, or `"nearest"`.
+        state_rounding: how moments are rounded: `"stochastic"` (default), so that averages that
+            change by less than a level in a step still change, or `"nearest"`.
         rounding: how weights are rounded: `"auto"` (default) is stochastic for bfloat16 and
             float16; `"nearest"`, or `"stochastic"`.
         amsgrad, capturable, differentiable: torch's, which must be False (default).
-        foreach, fused: torch's, without effect: a step is fused as it is.
+        foreach, fused: torch's, without effect, since every step is fused.
         maximize: ascend; default False.
         seed: of the rounding's noise; default torch's initial seed.
 
@@ -102,12 +103,12 @@ class AdamW(AdamFamily):
         TypeError, ValueError: an argument out of range.
         RuntimeError: in `step`, a sparse gradient. Nothing has changed then.
 
-    Differs from torch's: its own, to rounding, in float32 and float64; bfloat16 and float16 weights
-    are computed with in float32 and rounded stochastically. A gradient's NaN makes its weight NaN,
-    as there; in codes, whose scale is that of a block, the block's 256 (128) weights: skip a step
-    whose gradients are not finite. Complex and sparse gradients, `amsgrad`, `capturable` and
-    `differentiable` are left out. A state_dict of torch's loads, in any state_dtype, and
-    `torch_state_dict` makes one for it.
+    Differs from torch's: in float32 and float64 only by rounding; bfloat16 and float16 weights are
+    updated in float32 and rounded stochastically. A NaN in a gradient makes its weight NaN, as in
+    torch; with codes it makes all weights of the block NaN (256, or 128 in 4 bits), since they
+    share a scale. Skip steps whose gradients are not finite. Complex and sparse gradients,
+    `amsgrad`, `capturable` and `differentiable` are left out. A state_dict of torch's can be
+    loaded, in any state_dtype, and `torch_state_dict` makes one for torch.
 
     Example:
         >>> opt = zoopt.AdamW(model.named_parameters(), lr=1e-3, state_dtype="int8")
@@ -151,11 +152,12 @@ class AdamW(AdamFamily):
         super().add_param_group(param_group)
 
     def torch_state_dict(self) -> dict[str, Any]:
-        """The state as torch.optim.AdamW's state_dict, moments decoded to float32 (float64).
+        """The state as a state_dict of torch.optim.AdamW, with moments decoded to float32
+        (float64).
 
         torch casts them to the weights' dtype when it loads them.
 
         Raises:
-            ValueError: a group has a `rank` of its own: torch has no such moments.
+            ValueError: a group is projected: torch's AdamW has no moments of that kind.
         """
         return to_torch(self.state_dict(), self.defaults)

@@ -1,4 +1,4 @@
-"""What all first-order optimizers share: groups, the loop over gradients, the seed, rounding."""
+"""Shared by all first-order optimizers: groups, the loop over gradients, the seed, rounding."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Site:
     """A parameter, its group, and its place among all parameters.
 
     Attributes:
-        name: the parameter's name, or its position where names are not known.
+        name: the parameter's name, or its position if it has none.
         position, count: its number among the optimizer's parameters, and how many there are.
-        continues: whether the step has been prepared, or a micro-batch of it reduced, before: what
-            the reduction is made with, a basis say, then stays as it is.
-        offset: the position of the parameter's first element, where it is a shard, in the whole.
+        continues: whether the step has already been prepared, or one of its micro-batches reduced.
+            Whatever the reduction uses, such as a basis, then stays the same.
+        offset: for a shard, the position of its first element in the whole parameter.
     """
 
     param: Tensor
@@ -74,26 +74,27 @@ class Site:
 
 
 def draw_of(number: int) -> int:
-    """The draw of that number: 32 bits, hence the first ones again from 2^32 on."""
+    """The draw of that number, modulo 2^32."""
     return number & 0xFFFFFFFF
 
 
 class Fusion(Protocol):
-    """What `zoopt.fuse_backward` puts in the place of a step."""
+    """The interface of `zoopt.fuse_backward`, which replaces the step."""
 
     def step(self, closure: Callable[[], Any] | None) -> Any:
-        """Do what backward has left to do."""
+        """Finish the updates that backward has not done."""
 
     def discard(self) -> None:
-        """Drop what has arrived and has not been applied."""
+        """Drop gradients that have arrived and not been applied."""
 
 
 class FirstOrderOptimizer(DeclaredStateOptimizer):
-    """Updates each parameter from its gradient: `_reduce` what must be kept of it, then `_apply`.
+    """Updates each parameter from its gradient: `_reduce` it to what is needed, then `_apply` that.
 
-    The two are apart so that a gradient can be freed between them (`zoopt.fuse_backward`), and so
-    that micro-batches add up what `_reduce` returns. Randomness (of stochastic rounding, of random
-    projections) is a function of `seed`, the parameter's name or position, and its step.
+    The two are separate so that the gradient can be freed between them (`zoopt.fuse_backward`), and
+    so that results of `_reduce` can be summed over micro-batches. Randomness (of stochastic
+    rounding, of random projections) is a function of `seed`, the parameter's name or position, and
+    its step.
     """
 
     _fusion: Fusion | None = None
@@ -116,8 +117,8 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, a parameter no longer has its state's shape, or has
-                no values; another process goes on with another seed. Nothing has changed then.
+            RuntimeError: a gradient is sparse; a parameter no longer has its state's shape, or has
+                no values; or processes have different seeds. Nothing has changed then.
         """
         if asks_for_state(self):
             self._make_state()
@@ -142,7 +143,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
                 self._check_gradient(site)
                 sites.append(site)
         for site in sites:
-            # Where memory ends, it ends before anything has changed.
+            # If memory runs out, it does so before anything has changed.
             self._state(site.param, site.group)
         with self._apart(sites) as parts:
             self._step_sites(parts)
@@ -173,7 +174,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
     @contextlib.contextmanager
     def _apart(self, sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
-        """The sites, with what a class steps in parts of their own as these parts."""
+        """The sites, where parameters that are stepped in parts are replaced by these parts."""
         yield sites
 
     def _is_parted(self, site: Site) -> bool:
@@ -181,7 +182,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         return False
 
     def _reduce_parts(self, site: Site, gradient: Tensor, kept: Tensor | None) -> Tensor | None:
-        """`_reduce` of all parts of a parameter; `kept` is what micro-batches before have left."""
+        """`_reduce` of all parts of a parameter; `kept` is the result of earlier micro-batches."""
         return self._reduce(site, gradient)
 
     def _apply_parts(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
@@ -189,8 +190,8 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         self._apply(site, reduced, gradient)
 
     def _kind(self, site: Site) -> Hashable:
-        """What parameters have in common that one operation updates together: on a GPU that is one
-        launch. None for a parameter that is updated by itself."""
+        """Equal for parameters that one operation updates together, which on a GPU is one launch.
+        None for a parameter that is updated by itself."""
         return None
 
     def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
@@ -199,7 +200,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
     @opaque
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; what `zoopt.fuse_backward` has accumulated in their place is dropped too."""
+        """As torch's; gradients that `zoopt.fuse_backward` has accumulated are dropped too."""
         super().zero_grad(set_to_none)
         if self._fusion is not None:
             self._fusion.discard()
@@ -225,17 +226,17 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         self._written(site.param)
 
     def _written(self, param: Tensor) -> None:
-        """Kernels write past autograd: a graph that is still to be gone through again must not
-        find other weights in silence."""
+        """Tell autograd, which does not see the kernels' writes: going backward through an older
+        graph must raise, and not use other weights silently."""
         torch.autograd.graph.increment_version(param)
         if is_sharded(param):
             torch.autograd.graph.increment_version(local(param))
 
     def _step_shard(self, site: Site, gradient: Tensor) -> None:
-        """Step the part of a sharded parameter that lies here, as if it were all of it."""
+        """Step this process's part of a sharded parameter, as if it were the whole."""
         state, part = self._state(site.param, site.group), local(site.param)
         gradient = local_like(gradient, site.param)
-        # In the same memory as the whole state: what is written to one is in the other.
+        # A view of the whole state: writes to it go to the whole state.
         self.state[part] = {name: local(value) for name, value in state.items()}
         try:
             shard = dataclasses.replace(site, param=part, offset=offset(site.param))
@@ -247,22 +248,22 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         self._merge(site)
 
     def _prepare(self, site: Site, gradient: Tensor) -> bool:
-        """Do what can fail, for all parameters before any of them is written; False leaves this
-        one as it is."""
+        """Do everything that can fail, for all parameters, before any of them is written. If False
+        is returned, this parameter is not updated."""
         return True
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
-        """What the update needs of the gradient (micro-batches add it up); None leaves the
-        parameter as it is."""
+        """The part of the gradient that the update needs, which is summed over micro-batches; None
+        if the parameter is not to be updated."""
         return gradient
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
-        """Update the parameter and its state, from `_reduce`'s result and, where
-        `_needs_gradient`, the whole gradient."""
+        """Update the parameter and its state from `_reduce`'s result and, if `_needs_gradient`, the
+        whole gradient."""
         raise NotImplementedError
 
     def _needs_gradient(self, site: Site) -> bool:
-        """Whether `_apply` needs the whole gradient beside what `_reduce` returned."""
+        """Whether `_apply` needs the whole gradient besides the result of `_reduce`."""
         return False
 
     def _sites(self) -> Iterator[Site]:
@@ -272,14 +273,15 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             yield Site(param, group, name, position, len(named))
 
     def _can_shard(self, param: Tensor, group: Group) -> bool:
-        """Whether a part of the rows can be stepped as a parameter of its own, up to `_merge`."""
+        """Whether a part of the rows can be stepped as a parameter of its own, followed by
+        `_merge`."""
         return False
 
     def _merge(self, site: Site) -> None:
-        """Bring the whole state together after the step of a sharded parameter's parts."""
+        """Combine the state of all parts after the step of a sharded parameter."""
 
     def _check_shards(self, group: Group) -> None:
-        """Raise if a parameter is sharded in a way that its update cannot be."""
+        """Raise if a parameter is sharded in a way that its update does not support."""
         names = group.get("param_names", range(len(group["params"])))
         for param, name in zip(group["params"], names, strict=True):
             if not is_sharded(param):
@@ -344,7 +346,7 @@ def _gradient(site: Site) -> Tensor:
 
 
 def check_values(site: Site) -> None:
-    """Raise if the parameter has no values here: a step would leave it out in silence."""
+    """Raise if the parameter has no values here, since a step would silently skip it."""
     if site.param.is_meta:
         raise RuntimeError(
             f"parameter {site.name!r} must hold values, got one on the meta device; load the "
@@ -354,7 +356,7 @@ def check_values(site: Site) -> None:
 
 
 def operand(gradient: Tensor) -> Tensor:
-    """A gradient as the updates read it, its values in a row; sparse ones as they are."""
+    """The gradient with its values contiguous, as updates read it; sparse ones as they are."""
     if gradient.layout != torch.strided:
         return gradient
     return gradient.resolve_neg().contiguous()
@@ -366,11 +368,11 @@ def _sharding_classes() -> list[str]:
 
 
 def betas_of(group: Group) -> tuple[float, float]:
-    """The group's betas as numbers: torch takes tensors of one element too."""
+    """The group's betas as numbers; like torch we accept tensors of one element."""
     first, second = group["betas"]
     return float(first), float(second)
 
 
 def descent_rate(group: Group) -> float:
-    """What a direction is multiplied by: -lr, or lr where the objective is maximised."""
+    """The factor of a direction: -lr, or lr if the objective is maximised."""
     return float(group["lr"]) * (1.0 if group["maximize"] else -1.0)

@@ -1,11 +1,12 @@
-"""Loops that clip gradients by themselves, and find none where the backward is fused."""
+"""Training loops that clip gradients themselves: with a fused backward pass there are none to
+clip."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-#: Module, class, the attribute that says how gradients are clipped, and its name to the user.
+#: Module, class, the attribute that configures clipping, and the name under which users know it.
 _LOOPS = (
     ("transformers.trainer", "Trainer", "args.max_grad_norm", "max_grad_norm of TrainingArguments"),
     ("lightning.pytorch", "Trainer", "gradient_clip_val", "gradient_clip_val of the Trainer"),
@@ -14,14 +15,14 @@ _LOOPS = (
 
 
 def check_unclipped() -> None:
-    """Raise if this is called by a loop that would clip gradients, which are gone by then.
+    """Raise if the caller is a loop that would clip gradients: they have been freed by then.
 
     Raises:
-        RuntimeError: so it is. The updates of this step have been applied, unclipped.
+        RuntimeError: it is one. The updates of this step have been applied, unclipped.
     """
     loops: list[tuple[type[Any], str, str]] = []
     for module, name, attribute, label in _LOOPS:
-        cls = getattr(sys.modules.get(module), name, None)  # who is in it has imported it
+        cls = getattr(sys.modules.get(module), name, None)  # a caller's module is imported
         if cls is not None:
             loops.append((cls, attribute, label))
     frame = sys._getframe(1) if loops else None

@@ -1,4 +1,4 @@
-"""Updates during the backward pass: a gradient lives from its parameter's turn to its update."""
+"""Updates during the backward pass: each gradient is freed as soon as it has been applied."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def fuse_backward(
 ) -> FusedBackward:
     r"""Let `loss.backward()` update each parameter and free its gradient as soon as it is complete.
 
-    Nothing else changes: the loop goes on to call `optimizer.step()` and `zero_grad()`, schedulers
-    set the groups' lr (the one at the time of the update counts), and `state_dict()` is that of the
-    unfused optimizer, either way. With the defaults the weights are too, bit for bit.
+    Nothing else changes: the loop still calls `optimizer.step()` and `zero_grad()`, schedulers set
+    the groups' lr (its value at the time of the update counts), and a `state_dict()` can be loaded
+    with and without fusion. With the defaults the weights equal the unfused run's, bit for bit.
 
-    With R_p the part of parameter p's gradient G_p that its update needs (`GaLoreAdamW`: the
-    projected gradient; parameters that are not projected, hence all of `AdamW`'s: R_p = G_p),
+    With R_p the part of parameter p's gradient G_p that its update needs (the projected
+    gradient for `GaLoreAdamW`; R_p = G_p for parameters that are not projected, as in `AdamW`),
 
         accumulation_steps=1:   theta_p <- update(theta_p, R_p)           in backward
         accumulation_steps=k:   R_p <- R_p + R_p(micro-batch)             in backward
@@ -53,17 +53,17 @@ def fuse_backward(
                                 all ||R_p||^2; the updates are in step()
 
     Memory: one whole gradient at a time. With `accumulation_steps` above 1, or with clipping
-    "global", all R_p besides: of a projected matrix r max(m, n) elements in place of m n, but of
-    AdamW's the gradients themselves, so that nothing is saved.
+    "global", also all R_p: r max(m, n) elements of a projected matrix instead of m n. For AdamW
+    these are the gradients themselves, so nothing is saved.
 
     Args:
-        model: holds all of the optimizer's parameters. The gradients of its other parameters are
-            left alone.
+        model: has all of the optimizer's parameters. Gradients of its other parameters are not
+            touched.
         optimizer: one of zoopt's first-order optimizers.
         accumulation_steps: how many backward passes come before each `optimizer.step()`, at most;
-            default 1. They add up, as gradients do. In a step that makes new bases, they are
-            those of the first one's gradients.
-        max_grad_norm: the norm that R is clipped to; default None, not at all.
+            default 1. They add up, as gradients do. In a step that makes new bases, these are
+            computed from the gradients of the first pass.
+        max_grad_norm: the largest norm of R; default None, no clipping.
         clip: whether all parameters are clipped as one vector or each by itself; default
             "global", as in torch.nn.utils.clip_grad_norm_, which finds no gradients here.
 
@@ -75,18 +75,17 @@ def fuse_backward(
         ValueError: it is fused already, holds parameters that are not the model's, or needs whole
             gradients (APOLLO, Fira) where only R is kept; the model is wrapped in DDP or FSDP,
             whose gradients are not complete when a parameter's backward is.
-        RuntimeError: later, in `backward`, where gradients arrive more often than
-            `accumulation_steps` says; in `step`, given a GradScaler, whose scaled gradients would
-            long have been applied, or called by a Trainer that clips gradients, where
-            max_grad_norm is None: it finds none; in `zero_grad`, where gradients to be thrown away
-            have been applied.
+        RuntimeError: later. In `backward`, if gradients arrive more often than
+            `accumulation_steps` allows. In `step`, if a GradScaler is used, since gradients have
+            been applied with its scale, or if a Trainer wants to clip gradients and max_grad_norm
+            is None. In `zero_grad`, if the gradients that it should drop have been applied.
 
     `optimizer.zero_grad()` drops gradients that have been accumulated; so does loading a
-    state_dict, which does not hold them. What has been applied cannot be dropped: freeze what a
+    state_dict, which does not contain them. An update cannot be undone: freeze parameters that a
     backward pass must not train (a discriminator in its generator's step) by
-    `requires_grad_(False)`, and decide about a batch by its loss, before `backward`. A closure that
-    is given to `step` is run as ever. The parameters hold the handle weakly: it lives as long as
-    the optimizer, and once that is gone, gradients stay in `.grad` again.
+    `requires_grad_(False)`, and reject a batch by its loss, before `backward`. A closure that is
+    given to `step` runs as usual. The handle lives as long as the optimizer; after that, gradients
+    stay in `.grad` again.
 
     Under reentrant activation checkpointing, a tied weight is reached several times in a pass, and
     each counts as a backward pass: pass `use_reentrant=False`.
@@ -130,19 +129,19 @@ class FusedBackward:
         self._max_grad_norm, self._clip = max_grad_norm, clip
         #: Whether updates wait for `step`.
         self._deferred = accumulation_steps > 1 or (max_grad_norm is not None and clip == "global")
-        #: Whether what has arrived is computed with before it is applied.
+        #: Whether gradients are summed or scaled before they are applied.
         self._changes = self._deferred or max_grad_norm is not None
         self._hooks: dict[Tensor, RemovableHandle] = {}
         #: Between two steps: each parameter's place, how often it was reached, and its R, which is
-        #: None where there is to be no update.
+        #: None if it is not to be updated.
         self._sites: dict[Tensor, Site] = {}
         self._arrivals: dict[Tensor, int] = {}
         self._kept: dict[Tensor, Tensor | None] = {}
         self._may_be_clipped = max_grad_norm is None
         self._attach()
         self._forward = model.register_forward_pre_hook(check_not_replicated)
-        # GradScaler.step then leaves its scale on the optimizer and calls `step`, which can say
-        # what is wrong, where it otherwise asserts that there were gradients to unscale.
+        # With this attribute GradScaler.step leaves its scale on the optimizer and calls `step`,
+        # which can explain the error. Otherwise it would fail an assertion about missing gradients.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         optimizer._fusion = self
         self._loading = optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
@@ -199,7 +198,7 @@ class FusedBackward:
         self._kept.clear()
 
     def step(self, closure: Callable[[], Any] | None) -> Any:
-        """The optimizer's step: the closure if any, then whatever backward has left to do."""
+        """The optimizer's step: the closure if any, then the updates that backward has not done."""
         optimizer, loss = self._optimizer, None
         check_unscaled(optimizer)
         if self._may_be_clipped:
@@ -212,7 +211,7 @@ class FusedBackward:
         for site in self._places().values():
             if site.param.grad is not None:
                 self._receive(site.param)
-        # In the parameters' order, whatever that of their arrival was: norms round alike.
+        # In the order of parameters, not of arrival, so that norms are always rounded alike.
         kept = [site for param, site in self._sites.items() if param in self._kept]
         with OwnArithmetic():
             whole = self._clip_scale(kept) if self._clip == "global" else None
@@ -246,7 +245,7 @@ class FusedBackward:
             self._hooks[param] = hook
 
     def _places(self) -> dict[Tensor, Site]:
-        """Each parameter's site, looked up once a step: groups come and go, and are reloaded."""
+        """Each parameter's site, looked up once a step, since groups can be added and reloaded."""
         if not self._sites:
             self._optimizer._check_seed()
             self._optimizer._check_state()
@@ -255,7 +254,7 @@ class FusedBackward:
 
     @opaque
     def _receive(self, param: Tensor) -> None:
-        """Take a gradient that is complete: update with it or keep its R, and let it go."""
+        """Take a complete gradient: update with it or keep its R, and free it."""
         optimizer = self._optimizer
         site = self._places()[param]
         optimizer._check_gradient(site)
@@ -284,7 +283,7 @@ class FusedBackward:
         self._arrivals[site.param] = arrivals
 
     def _keep(self, site: Site, gradient: Tensor) -> None:
-        """Add a micro-batch's R to those before; None, which stands for no update, stays None."""
+        """Add a micro-batch's R to the earlier ones; None, which means no update, stays None."""
         again = site.param in self._kept
         kept = self._kept.get(site.param)
         parted = self._optimizer._is_parted(site)
@@ -300,7 +299,7 @@ class FusedBackward:
             kept.add_(reduced)
 
     def _clip_scale(self, sites: Iterable[Site]) -> Tensor | None:
-        """min(1, max_grad_norm / ||R||), R of all these parameters, as torch's clipping has it."""
+        """min(1, max_grad_norm / ||R||), R of all these parameters, as in torch's clipping."""
         kept = [r for site in sites if (r := self._kept[site.param]) is not None]
         if self._max_grad_norm is None or not kept:
             return None
@@ -308,7 +307,7 @@ class FusedBackward:
         return scale.clamp(max=1.0)
 
     def _update(self, site: Site, gradient: Tensor | None, scale: Tensor | None) -> None:
-        """The parameter's update from what has been kept, and the gradient if it is still there."""
+        """Update the parameter from its R, and from its gradient if that is still there."""
         optimizer, reduced = self._optimizer, self._kept.pop(site.param)
         if reduced is None:
             return
@@ -321,8 +320,8 @@ class FusedBackward:
 
 
 def _hook(fusion: FusedBackward) -> Callable[[Tensor], None]:
-    """What autograd calls. It holds nothing: what a parameter's hook refers to, Python's collector
-    cannot see, and the parameter would live for ever."""
+    """The function that autograd calls. It must not hold references: Python's garbage collector
+    cannot see those of a parameter's hook, and the parameter would never be freed."""
     reference = weakref.ref(fusion)
 
     def receive(param: Tensor) -> None:

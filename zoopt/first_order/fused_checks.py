@@ -1,4 +1,4 @@
-"""What a fused backward cannot be under: wrappers, shards, scaled gradients."""
+"""Checks of a fused backward pass: no wrappers, no shards, no scaled gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from zoopt.distributed.sharding import is_sharded
 from zoopt.first_order.base import FirstOrderOptimizer, Site, check_values
 
-#: Wrappers that take gradients away before a hook could see what all processes have summed.
+#: Wrappers under which a hook sees gradients before they have been summed over the processes.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -23,7 +23,8 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_not_replicated(model: nn.Module, inputs: Any) -> None:
-    """Before each forward pass: DDP may have been put around the model after it was fused."""
+    """Checked before each forward pass, since the model may be wrapped in DDP after it was
+    fused."""
     if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
         _refuse("DistributedDataParallel")
 

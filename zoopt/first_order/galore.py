@@ -26,13 +26,13 @@ class GaLoreAdamW(AdamFamily):
     r"""GaLore (Zhao et al., 2024): Adam inside the leading singular directions of the gradient.
 
     For a matrix of m >= n, with P (n, r) a basis of leading right singular vectors of a past G,
-    made anew every `update_proj_gap` steps (m < n: P (m, r) of left ones, R = G^T P):
+    computed every `update_proj_gap` steps (m < n: P (m, r) of left ones, R = G^T P):
 
         R = G P
         M <- b1 M + (1 - b1) R,    V <- b2 V + (1 - b2) R^2,    N = Mhat / (sqrt(Vhat) + eps)
         W <- (1 - lr weight_decay) W - lr scale N P^T
 
-    Moments are kept as they are when the basis changes. Tensors of more than two dimensions are
+    Moments are not changed when the basis changes. Tensors of more than two dimensions are
     matrices (shape[0], rest); in a group with `matrices=E` they are E matrices stacked along the
     first axis (a layer's experts), each with a basis, moments and steps of its own. Vectors, and
     groups with `rank=None`, get AdamW; see `zoopt.lowrank.param_groups`.
@@ -43,28 +43,27 @@ class GaLoreAdamW(AdamFamily):
 
     Args:
         params: parameters, named parameters, or param groups. Of named parameters, embeddings and
-            output layers are a plain group of their own (told by names such as `embed`, `wte`,
-            `lm_head`; unnamed ones cannot be told). A group with a `rank` of its own is projected
-            whatever it holds. Where one group has a `rank`, groups without are plain, as in the
-            authors' code.
+            output layers are a plain group of their own (recognised by names such as `embed`,
+            `wte`, `lm_head`). A group with a `rank` of its own is projected, whatever it contains.
+            If any group has a `rank`, groups without one are plain, as in the authors' code.
         lr: learning rate; default 1e-3 (the authors' code; their pre-training takes 1e-2).
         betas: decay of the moments; default (0.9, 0.999) (Adam).
         eps: added to the denominator; default 1e-6 (the authors' code).
         weight_decay: decoupled; default 0 (the authors' code).
-        rank: r, cut to the matrix's own (which is warned of, for matrices of 65536 elements or
-            more); default 128 (the authors' code, for 60M weights; a quarter of the width for
-            larger models).
+        rank: r, at most the matrix's own (a larger one gives a warning, for matrices of 65536
+            elements or more); default 128 (the authors' code, for 60M weights; a quarter of the
+            width for larger models).
         update_proj_gap: steps from one basis to the next; default 200 (paper).
         scale: alpha; default 0.25 (the authors' code).
         proj_type: `"std"` projects the shorter side (m >= n the right one), `"reverse_std"` the
-            longer, `"right"` and `"left"` the one they name, `"full"` both: R = P^T G Q is (r, r).
+            longer, `"right"` and `"left"` the named one, `"full"` both: R = P^T G Q is (r, r).
         projector: how a basis is made. `"svd"` (paper) and `"gram"` (eigenvectors of the smaller
             Gram matrix) are exact, `"randomized"` is Halko et al.'s (2011); `"warm"` (default) is
-            randomized at first and then one step of orthogonal iteration, orth(G^T (G P));
+            randomized at first, and then one step of orthogonal iteration, orth(G^T (G P));
             `"random"` draws N(0, 1/r) from the seed and stores nothing, and `"orthogonal"`
             draws orthonormal columns.
         stagger: whether the parameters' bases are refreshed at different steps, so that no step
-            pays for all; default True.
+            has to do all of them; default True.
         decay: `"before"` the step (default; AdamW) or `"after"` it (the authors' code).
         eps_correction: whether eps is added to sqrt(Vhat) (default; Adam) or to sqrt(V) (the
             authors' code).
@@ -74,11 +73,12 @@ class GaLoreAdamW(AdamFamily):
         TypeError, ValueError: an argument out of range.
         RuntimeError: in `step`, a sparse gradient. Nothing has changed then.
 
-    Differs from the paper: warm bases, at different steps, as above. A gradient that is not finite
-    makes no basis: the old one stays, or without one the parameter waits. Directions in which a
-    gradient is nothing but rounding, of a rank above its own, are not stepped in: columns of R
-    below 2 eps sqrt(max(m, n)) max |R| count as 0 (for `"full"` single entries). The paper does
-    not mention them; Adam's division would make steps of their rounding. Differs from the
+    Differs from the paper: warm bases, at different steps, as above. No basis is made
+    from a gradient that is not finite: the old one stays, or the parameter waits until it has one.
+    If `rank` is above the gradient's own, some directions contain only rounding errors, which
+    Adam's division would turn into full steps. So columns of R below
+    2 eps sqrt(max(m, n)) max |R| count as 0 (for `"full"`, single entries); the paper does not
+    mention this. Differs from the
     authors' code: `decay`, `eps_correction`; with `projector="svd", stagger=False, decay="after",
     eps_correction=False` it is that code's algorithm, step by step. `p.grad` keeps its shape;
     `"reverse_std"` works at every rank.

@@ -106,7 +106,7 @@ def sample_layers(scores: Sequence[float], count: int, *, seed: int, draw: int) 
     """`count` of the layers, drawn without replacement with p_l = D_l / sum D, in ascending order.
 
     The `count` smallest E_l / D_l, with E_l = -log u_l exponential, which is the same as drawing
-    one after the other in proportion to D. Layers with D = 0 come last, all equally likely.
+    one after the other in proportion to D. Layers with D = 0 come last, in random order.
     """
     number = torch.arange(len(scores))
     word = words(number, seed=seed, stream=_SAMPLING_STREAM, draw=draw)[:, 0].tolist()
@@ -118,14 +118,15 @@ def sample_layers(scores: Sequence[float], count: int, *, seed: int, draw: int) 
 
 
 def _five_layers(model: nn.Module, rank: int) -> nn.Module:
-    """What trains between two draws: five layers, and all that is in none."""
+    """The parameters that train between two draws: five layers, and everything outside the
+    layers."""
     for layer in list(repeated_layers(model).values())[5:]:
         layer.requires_grad_(False)
     return model
 
 
 def _between_draws(model: nn.Module, rank: int) -> GaLoreAdamW:
-    """The optimizer without its sampling, which would run the model to measure it."""
+    """The optimizer without its sampling, which would run the model on calibration batches."""
     return GaLoreAdamW(param_groups(model, rank=rank))
 
 
@@ -140,17 +141,19 @@ class OwLore(AdamFamily):
         D_l = mean(A > M mean(A)),    p_l = D_l / sum D
 
     Every `sampling_gap` steps `num_layers` of the model's repeated layers are drawn with p_l,
-    without replacement. Only they train, their linear weights as by `GaLoreAdamW` and the rest as
-    by AdamW; what is outside the layers (embeddings, head, last norm) always trains, by AdamW. The
-    other layers have requires_grad=False, so they get no gradient, and no state: a layer's state is
-    freed when it is dropped, and begins anew when it returns. Sampling is inside `step`.
+    without replacement. Only these train: their linear weights as in `GaLoreAdamW`, their other
+    parameters as in AdamW. Parameters outside the layers (embeddings, head, last norm) always
+    train, as in AdamW. The other layers have requires_grad=False, so they get no gradients and no
+    state: a layer's state is freed when it is dropped, and starts from zero when it returns.
+    `step` does the sampling.
 
-    State, in bytes: as for `GaLoreAdamW` and AdamW, of the sampled layers and of what is outside.
+    State, in bytes: as for `GaLoreAdamW` and AdamW, for sampled layers and parameters outside
+    layers.
 
     Args:
         model: with its repeated layers in an nn.ModuleList. Frozen parameters stay frozen.
         lr: learning rate; default 1e-3.
-        calibration: batches on which D is measured, as for `outlier_scores`.
+        calibration: batches from which D is computed, as for `outlier_scores`.
         target: which linear layers are projected; as for `zoopt.lowrank.param_groups`.
         outlier_threshold: M; default 13 (paper).
         sampling_gap: steps from one sampling to the next; default 50.
@@ -163,12 +166,12 @@ class OwLore(AdamFamily):
         TypeError, ValueError: a hyperparameter out of range, no calibration, no layers to sample.
         RuntimeError: in `step`, a gradient is sparse.
 
-    Which layers train follows from seed, scores and the number of steps taken, which are in the
-    state dict: a resumed run samples as the one that never stopped. A step at lr 0 is not counted.
+    Seed, scores and the number of steps determine which layers train. They are in the state dict,
+    so a resumed run samples the same layers. A step at lr 0 is not counted.
     DistributedDataParallel needs find_unused_parameters=True.
 
-    Differs from the authors' code, which draws from numpy's generator, reads scores that were made
-    elsewhere, and keeps the state of dropped layers.
+    Differs from the authors' code, which draws from numpy's generator, reads scores that were
+    computed elsewhere, and keeps the state of dropped layers.
 
     Example:
         >>> opt = zoopt.OwLore(model, lr=1e-5, calibration=[next(iter(loader))])
@@ -228,7 +231,7 @@ class OwLore(AdamFamily):
 
     @opaque
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; then, if it is time, sample other layers.
+        """Update every parameter that has a gradient; then, if it is due, sample other layers.
 
         Args, Returns, Raises: as for every first-order optimizer of zoopt.
         """
@@ -242,12 +245,12 @@ class OwLore(AdamFamily):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As for every zoopt optimizer; the layers sampled there train."""
+        """As for every zoopt optimizer; the layers that were sampled in the saved run train."""
         super().load_state_dict(state_dict)
         self._train_sampled()
 
     def _train_sampled(self) -> None:
-        """Let only the sampled layers require gradients, and free all that the others have."""
+        """Let only the sampled layers require gradients; free gradients and state of the others."""
         sampled = set(self.sampled_layers)
         for group in self.param_groups:
             numbers = group["layers"] or itertools.repeat(None)
@@ -284,7 +287,7 @@ class OwLore(AdamFamily):
 
 
 def _layer_numbers(model: nn.Module) -> dict[Tensor, int]:
-    """The number of each parameter's repeated layer. Shared and outside ones have none."""
+    """The number of each parameter's repeated layer; none for shared ones and those outside."""
     numbers: dict[Tensor, int] = {}
     outside = _outside(model)
     for number, layer in enumerate(repeated_layers(model).values()):

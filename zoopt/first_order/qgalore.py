@@ -1,4 +1,4 @@
-"""Q-GaLore: GaLore with bases in four bits, refreshed where they move."""
+"""Q-GaLore: GaLore with bases in four bits, refreshed less often once they settle."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from zoopt.optimizer import MOST_STEPS, Group, Params, TensorSpec, hyperparamete
 from zoopt.registry import register
 
 BasisDtype = Literal["float32", "int4"]
-#: A gap that has doubled more often would not be a number of steps.
+#: The most doublings: a longer gap would not fit an int64.
 _MOST_DOUBLINGS = 62
-#: Bases that follow from the gradient alone, not from the basis before.
+#: Projectors whose basis depends on the gradient alone, not on the last basis.
 FreshProjector = Literal["svd", "gram", "randomized"]
 
 
 def agreement(previous: Tensor, basis: Tensor) -> Tensor:
-    """How near two subspaces are, from their bases (n, r): 1 if the same, 0 if as random ones.
+    """How close two subspaces are, from their bases (n, r): 1 if equal, 0 on average if random.
 
     The root of the mean squared cosine of their principal angles, (1 / r) ||previous^T basis||^2,
-    in excess of what random subspaces have, r / n: for r = 1 and a large n the |cos| of the angle.
+    in excess of r / n, its mean for random subspaces: for r = 1 and a large n, |cos| of the angle.
     """
     n, rank = basis.shape
     if rank == n:
@@ -40,8 +40,8 @@ def agreement(previous: Tensor, basis: Tensor) -> Tensor:
 
 
 def settle(state: dict[str, Tensor], group: Group, changes: list[tuple[Tensor, Tensor]]) -> None:
-    """Count a refresh whose bases have all agreed with those before, and start again with one that
-    has not; after `queue_size` in a row the gap doubles."""
+    """Count refreshes in a row whose bases all agreed with the last ones; from the
+    `queue_size`-th on, each doubles the gap."""
     found = torch.stack([agreement(previous, basis) for previous, basis in changes]).amin()
     if known(found < group["cos_threshold"], True):
         state["agreements"].zero_()
@@ -61,17 +61,17 @@ class QGaLoreAdamW(AdamFamily):
         R = G P,    W <- (1 - lr weight_decay) W - lr scale N P^T
         P: codes c in [-7, 7] of c s, s = max|P| / 7 in each 256 elements
 
-    P is made anew every T steps. If a new basis has agreed with the one before at each of the
-    last k times, T doubles, for this parameter:
+    P is computed every T steps. If each of the last k new bases agreed with the one before, T
+    doubles for this parameter. They agree if
 
         cos^2 = (||P_old^T P_new||^2 / r - r/n) / (1 - r/n) >= cos_threshold^2
 
     (1 / r) ||P_old^T P_new||^2 is the mean squared cosine of the principal angles between the two
-    subspaces, and r / n what it is for random ones. Vectors, and groups with `rank=None`, get
+    subspaces, and r / n is its mean for random ones. Vectors, and groups with `rank=None`, get
     AdamW.
 
     State, in bytes of a matrix with m >= n: 0.516 n r for the basis, 2.03 m r for int8 moments
-    (those of fewer than 4096 elements stay float32: 8), 8 for `step`, 8 for the refresh's numbers.
+    (those of fewer than 4096 elements stay float32: 8), 8 for `step`, 8 for the refresh's counters.
 
     Args:
         params: parameters, named parameters, or param groups.
@@ -87,7 +87,7 @@ class QGaLoreAdamW(AdamFamily):
         basis_dtype: `"int4"`, or `"float32"` for bases as they are.
         projector: `"randomized"` (default), `"gram"` or `"svd"` (the paper's), as for
             `GaLoreAdamW`. Not `"warm"`: a basis made from the last one agrees with it, on gradients
-            of pure noise too (0.64 or more, where fresh ones have 0.15 or less).
+            of pure noise too (0.64 or more, while bases made afresh have 0.15 or less).
         stagger: whether the parameters' bases change at different steps; default True.
         state_dtype: default `"int8"` (paper).
         state_rounding, rounding, maximize, seed: as for `AdamW`.
@@ -96,14 +96,13 @@ class QGaLoreAdamW(AdamFamily):
         TypeError, ValueError: an argument out of range.
         RuntimeError: in `step`, a sparse gradient. Nothing has changed then.
 
-    Differs from the paper: weights keep their dtype (INT8 weights are not a matter of the
-    optimizer here; bfloat16 ones are rounded stochastically, as by all of zoopt). Codes are
-    symmetric, without a zero point. Directions of R that are nothing but rounding count as 0, as
-    for `GaLoreAdamW` (codes of 4 bits leave none of that kind). Bases are
-    refreshed at different steps, after Halko et al.'s randomised SVD. Differs from the authors'
-    code: that compares the *signed* cosine of the first
-    singular vector alone, whose sign an SVD chooses at will; takes the mean of the last k; stores
-    a 4-bit code in a byte; and decays last.
+    Differs from the paper: weights keep their dtype (INT8 weights are not the optimizer's business
+    here; bfloat16 ones are rounded stochastically, as everywhere in zoopt). Codes are symmetric,
+    without a zero point. Directions of R that are nothing but rounding count as 0, as for
+    `GaLoreAdamW` (codes of 4 bits leave none of that kind). Bases are refreshed at different steps,
+    after Halko et al.'s randomised SVD. Differs from the authors' code: that compares the *signed*
+    cosine of the first singular vector alone, whose sign an SVD chooses arbitrarily; takes the mean
+    of the last k; stores a 4-bit code in a byte; and decays last.
 
     Example:
         >>> opt = zoopt.QGaLoreAdamW(model.named_parameters(), lr=1e-3, rank=128)
@@ -149,8 +148,8 @@ class QGaLoreAdamW(AdamFamily):
     def _basis_specs(
         self, geo: Geometry, group: Group, dtype: torch.dtype
     ) -> Mapping[str, TensorSpec]:
-        """With `cos_threshold`, two numbers too: `agreements`, how many refreshes in a row have
-        found the subspace where it was, and `doublings`, how often the gap has doubled."""
+        """With `cos_threshold`, also two counters: `agreements`, refreshes in a row whose basis
+        agreed with the last one, and `doublings`, of the gap."""
         specs = super()._basis_specs(geo, group, dtype)
         if group["cos_threshold"] is None:
             return specs

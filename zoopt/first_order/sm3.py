@@ -1,4 +1,4 @@
-"""SM3: a second moment an axis in the place of one an element."""
+"""SM3: one vector of second moments for each axis, instead of one moment for each element."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from zoopt.registry import Variant, register
 class SM3(FirstOrderOptimizer):
     r"""SM3-II (Anil et al., 2019): Adagrad with one accumulator for each row, column, ... of theta.
 
-    With A_k, for each axis k of theta, a vector of its size that begins as 0, element by element
+    With a vector A_k for each axis k of theta, of that axis's size and 0 at first, element by
+    element
 
         nu    <- min_k A_k + g^2
         theta <- (1 - lr weight_decay) theta - lr g / (sqrt(nu) + eps),   0 / 0 = 0
         A_k   <- max of nu over all axes but k
 
-    so that sum g^2 <= nu: a step is never longer than Adagrad's. Vectors and scalars, whose one A
-    is nu itself, get Adagrad's very step. With beta > 0 the sums become averages, which can fall,
+    so that sum g^2 <= nu, and a step is never longer than Adagrad's. For vectors and scalars A is
+    nu itself, and the step is Adagrad's. With beta > 0 the sums become averages, which can fall,
 
         nu <- beta min_k A_k + (1 - beta) g^2
 
@@ -42,39 +43,40 @@ class SM3(FirstOrderOptimizer):
 
     Sparse gradients, as of `torch.nn.Embedding(sparse=True)`, touch their rows only: absent rows
     keep weights, accumulator and momentum as they are, without decay. With beta, momentum and
-    weight_decay 0 that is, bit for bit, the step of a dense gradient whose other rows are zero
-    (stochastic rounding included).
+    weight_decay 0 the step is, bit for bit, that of a dense gradient whose other rows are zero
+    (also with stochastic rounding).
 
-    State: for an (m, n) matrix m + n numbers, in any case the sum of the dimensions, each of 4
-    bytes (8 for float64); with momentum 4 (8) bytes a parameter element besides; for bfloat16 and
-    float16 weights that are rounded stochastically 8 a parameter (`step`, which numbers the bits).
+    State: m + n numbers for an (m, n) matrix, in general the sum of the dimensions, of 4 bytes each
+    (8 for float64). With momentum, 4 (8) bytes more for each element. For bfloat16 and float16
+    weights that are rounded stochastically, 8 bytes a parameter for `step`, which selects the bits.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups of either.
-        lr: learning rate; default 0.1, that of common ports. As Adagrad's, steps shrink by
+        lr: learning rate; default 0.1, as in common ports. Like Adagrad's, steps shrink by
             themselves; the authors' only schedule is a warm-up.
-        momentum: in [0, 1); default 0, hence no buffer.
+        momentum: in [0, 1); default 0, without a buffer.
         beta: in [0, 1); default 0, the paper's sums, which forget nothing.
         eps: added to sqrt(nu); default 0, as in the paper. torch.optim.Adagrad's is 1e-10.
         weight_decay: decoupled, of the rows that have a gradient; default 0.
         rounding: how bfloat16 and float16 weights are written: `"nearest"`, `"stochastic"`, or
             `"auto"` (default), which is stochastic.
-        maximize: ascend in the place of descending.
+        maximize: ascend instead of descending.
         seed: of the rounding bits; default, torch's initial seed.
 
     Raises:
         TypeError, ValueError: an argument out of range.
-        RuntimeError: in `step`, a gradient that is sparse otherwise than in whole rows. Nothing has
+        RuntimeError: in `step`, a sparse gradient that does not consist of whole rows. Nothing has
             changed then.
 
-    A gradient that is not finite makes its weight NaN, as with torch's optimizers. In the minimum
-    over axes a NaN counts as larger than infinity, so a finite accumulator of another axis wins.
+    A gradient that is not finite makes its weight NaN, as in torch's optimizers. In the minimum
+    over axes a NaN counts as larger than infinity, so a finite accumulator of another axis is used.
 
     Differs from the paper: has `eps`, `weight_decay` and rounding. Differs from common ports:
-    accumulators are float32 whatever the weights (in bfloat16 they stop growing at 256 squares of
-    one size); nothing is divided where nu is 0; averages can fall, since nu is assigned, not the
-    larger of old and new; absent rows of a sparse gradient keep their accumulators, and count in
-    the columns'; momentum holds for sparse gradients too, and has no buffer where it is 0.
+    accumulators are float32 for all weights (in bfloat16 they stop growing after 256 equal
+    squares); where nu is 0 there is no division; averages can fall, since nu is assigned, and not
+    the maximum of old and new; rows that are absent from a sparse gradient keep their accumulators,
+    which still count in the columns' maxima; momentum works with sparse gradients too, and has no
+    buffer if it is 0.
 
     Example:
         >>> opt = zoopt.SM3(model.parameters(), lr=0.1, momentum=0.9)
@@ -152,7 +154,8 @@ class SM3(FirstOrderOptimizer):
         return name in ("accumulator_0", "momentum_buffer")
 
     def _merge(self, site: Site) -> None:
-        """Accumulators of the other axes: the greatest nu of all rows is that of all parts."""
+        """Accumulators of the other axes: the maxima over all rows are the maxima over all
+        parts."""
         state = self._state(site.param, site.group)
         for axis in range(1, site.param.dim()):
             accumulator = state[f"accumulator_{axis}"]

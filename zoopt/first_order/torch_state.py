@@ -1,4 +1,4 @@
-"""torch.optim.AdamW's arguments and checkpoints: one word, or one file, changes the optimizer."""
+"""torch.optim.AdamW's arguments and checkpoints, taken over and given back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zoopt.first_order.projected.codecs import moment
 from zoopt.kernels.adam.moments import decode, encode
 from zoopt.optimizer import Group, TensorSpec
 
-#: What torch.optim.AdamW's groups have and ours do not.
+#: Keys of torch.optim.AdamW's groups that ours do not have.
 _IGNORED = ("foreach", "fused")
 _REFUSED = ("amsgrad", "capturable", "differentiable")
 _TORCHS = (*_IGNORED, *_REFUSED, "decoupled_weight_decay")
@@ -26,7 +26,7 @@ def without_torchs_options(options: Group) -> Group:
     """The options without those of torch.optim.AdamW that have no effect here.
 
     Raises:
-        ValueError: one asks for what is not here.
+        ValueError: one of them asks for something that zoopt does not have.
     """
     for name in (*_IGNORED, *_REFUSED):
         value = options.get(name)
@@ -53,15 +53,15 @@ def from_torch(
     """torch.optim.AdamW's state_dict as one of ours.
 
     Args:
-        groups: of the optimizer that it is for, as many parameters a group as the state_dict's.
-        specs: what each of their parameters keeps; None if it is projected.
+        groups: of our optimizer, each with as many parameters as the state_dict's.
+        specs: the state of each of their parameters; None if it is projected.
 
     Returns:
-        the state_dict, and how many parameters have moments there that cannot be had here, as they
-        are projected: they begin anew.
+        the state_dict, and how many parameters have moments that cannot be used because they are
+        projected here: they start without.
 
     Raises:
-        ValueError: it is one of amsgrad, or of Adam with a weight decay, which is another method.
+        ValueError: it is of amsgrad, or of Adam with a weight decay, which is another method.
     """
     state: dict[Any, dict[str, Any]] = {}
     dropped, saved = 0, []
@@ -89,7 +89,7 @@ def from_torch(
 
 
 def to_torch(state_dict: Mapping[str, Any], defaults: Group) -> dict[str, Any]:
-    """A state_dict of ours as one of torch.optim.AdamW: moments decoded, to float32 (float64).
+    """One of our state_dicts as one of torch.optim.AdamW, moments decoded to float32 (float64).
 
     Args:
         defaults: the keys of our own groups.
@@ -123,7 +123,7 @@ def _encoded(
 ) -> dict[str, Any]:
     """torch's entries in the formats that are declared, rounded to nearest.
 
-    Where it maximises, torch's first moment is that of the opposite gradients.
+    If it maximises, torch's first moment is that of the negative gradients.
     """
     encoded = dict(entries)
     for name, signed in _MOMENTS.items():

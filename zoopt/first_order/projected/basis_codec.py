@@ -1,8 +1,8 @@
 """A basis in half a byte an element: linear symmetric codes in groups with one scale each.
 
 A group's scale s is its largest magnitude over 7, and a code c in [-7, 7] stands for s c: a value
-is off by s / 2 at most. The entries of a basis are all of one size, about 1 / sqrt(n), so that the
-levels are evenly spaced, where those of a moment are finer near 0.
+is off by at most s / 2. The entries of a basis are all of about the same size, 1 / sqrt(n), so the
+levels are evenly spaced; those of a moment are finer near 0.
 """
 
 from __future__ import annotations

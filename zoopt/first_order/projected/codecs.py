@@ -12,12 +12,12 @@ from torch import Tensor
 from zoopt.kernels.adam.moments import BLOCK, Format, Moment
 from zoopt.optimizer import TensorSpec
 
-#: Moments of fewer elements stay float32: their codes would save nothing worth the error.
+#: Moments of fewer elements stay float32: codes would save too little to be worth the error.
 MIN_QUANTISED = 4096
 
 
 def format_of(shape: tuple[int, ...], state_dtype: Format) -> Format:
-    """What a moment of this shape is stored as, if `state_dtype` is asked for."""
+    """The format of a moment of this shape, if `state_dtype` is requested."""
     small = math.prod(shape) < MIN_QUANTISED
     return "float32" if state_dtype in BLOCK and small else state_dtype
 

@@ -12,17 +12,17 @@ from torch import Tensor
 from zoopt.optimizer import Group
 
 ProjType = Literal["std", "reverse_std", "right", "left", "full"]
-#: Projectors whose bases can span more than a gradient does.
+#: Projectors whose bases can span more than the gradient does.
 SPANNING = ("columns", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """A gradient G (m, n) and the subspaces that it is projected on.
+    """A gradient G (m, n) and the subspaces onto which it is projected.
 
     Right: R = G Q with Q (n, r). Left: R = G^T P with P (m, r), the transpose of GaLore's P^T G.
-    Both: R = P^T G Q. So R is (channels, r) with the rank contiguous whatever the side, and a
-    channel (what APOLLO and Fira scale as one) is a row of R.
+    Both: R = P^T G Q. So R is (channels, r), with the rank contiguous for either side, and a
+    channel, to which APOLLO and Fira give one scale, is a row of R.
     """
 
     m: int
@@ -48,9 +48,8 @@ def geometry(param: Tensor, group: Group) -> Geometry | None:
     """How the parameter, or each matrix of a stack, is projected: from its shape alone; None if it
     is not.
 
-    Tensors of more than two dimensions are matrices of shape (shape[0], product of the rest). A
-    rank above the matrix's own is cut to it. `density` is the rank as a fraction of the side that
-    is projected.
+    Tensors of more than two dimensions are matrices of shape (shape[0], product of the rest). The
+    rank is at most the matrix's own. `density` is the rank as a fraction of the projected side.
     """
     if param.dim() < 2 or not _is_projected(group):
         return None
@@ -60,8 +59,8 @@ def geometry(param: Tensor, group: Group) -> Geometry | None:
 
 
 def matrices_of(param: Tensor, group: Group) -> int:
-    """How many matrices are stacked along the parameter's first axis, each with a subspace and
-    state of its own: the group's `matrices`, of what is projected."""
+    """How many matrices are stacked along the parameter's first axis, each with its own subspace
+    and state: the group's `matrices` if the parameter is projected."""
     count: int = group.get("matrices", 1)
     return count if param.dim() > 1 and _is_projected(group) else 1
 
@@ -105,14 +104,15 @@ def _geometry(
 
 
 def _is_projected(group: Group) -> bool:
-    """Not where `rank` or `density` is None, and not where all of a matrix is its density."""
+    """Whether matrices of the group are projected: not with a `rank` or `density` of None, nor with
+    a density that covers the whole matrix."""
     if "density" in group:
         return group["density"] not in (None, 1)
     return group.get("rank") is not None
 
 
 def matrix(tensor: Tensor) -> Tensor:
-    """The tensor as (shape[0], product of the rest), a view where its memory allows it."""
+    """The tensor as (shape[0], product of the rest), a view if its memory allows that."""
     if tensor.dim() == 2:
         return tensor
     return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))

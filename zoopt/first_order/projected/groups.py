@@ -1,4 +1,4 @@
-"""Param groups of projected optimizers: what a group means, and what it must hold."""
+"""Param groups of projected optimizers: their meaning, and their checks."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params
 
-#: No convolution's kernel is as wide.
+#: Wider than the kernel of any convolution.
 _WIDE = 32
 
 
 class ProjectedGroups(FirstOrderOptimizer):
     """The groups of optimizers some of whose parameters are projected."""
 
-    #: Group keys of other classes and of the authors' code, and what is said here in their place.
+    #: Group keys of other classes and of the authors' code, and the equivalent here.
     _remedies: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
         if isinstance(params, Iterator):
             params = list(params)
-        # As the authors of GaLore write groups: what has no rank is not projected.
+        # GaLore's authors write groups in this way: those without a rank are not projected.
         if isinstance(params, list | tuple) and any(
             isinstance(group, dict) and group.get("rank") is not None for group in params
         ):
@@ -62,8 +62,8 @@ class ProjectedGroups(FirstOrderOptimizer):
             raise
 
     def _say_full_rank(self, group: Group) -> None:
-        """Warn of a large matrix whose rank is not cut by its projection, and of a parameter that
-        looks like a stack of matrices and is projected as one."""
+        """Warn of a large matrix whose projection has its full rank, and of a parameter that looks
+        like a stack of matrices and is projected as one matrix."""
         for i, param in enumerate(group["params"] if group.get("rank") is not None else ()):
             geo = geometry(param, group)
             if geo is not None and looks_stacked(param) and group.get("matrices", 1) == 1:
@@ -107,8 +107,8 @@ def looks_stacked(param: Tensor) -> bool:
 
 
 def _split_by_name(param_group: dict[str, Any], defaults: Mapping[str, Any]) -> list[Group]:
-    """The group, or where it is named, and its rank is the optimizer's, the embeddings and output
-    layers apart from it, as a group of rank None."""
+    """The group; if it has names and the optimizer's rank, without its embeddings and output
+    layers, which become a second group of rank None."""
     if "rank" in param_group or defaults.get("rank") is None or "params" not in param_group:
         return [param_group]
     given = param_group["params"]

@@ -15,16 +15,15 @@ from zoopt.nn.modules import Target, is_conv1d, matrices, tied_parameters
 from zoopt.optimizer import Group
 from zoopt.warn import warn
 
-#: Parameters that are an embedding's or an output layer's by their names: a module on the way to
-#: them has "embed" in its name, or the last one is called as in GPT-2, T5, LLaMA, timm or
-#: transformers' classifiers.
+#: Names of embeddings' and output layers' parameters: a module on their path has "embed" in its
+#: name, or the last one has a name used in GPT-2, T5, LLaMA, timm or transformers' classifiers.
 PLAIN_NAMES = re.compile(
     r"(.*\.)?([^.]*embed[^.]*\..*|(wte|wpe|shared|lm_head|head|output|classifier|score)\.[^.]*)",
     re.IGNORECASE,
 )
 
 
-#: Elements of a matrix whose state is worth a warning.
+#: The size, in elements, from which a matrix's state is worth a warning.
 LARGE = 1 << 16
 
 
@@ -44,13 +43,13 @@ def param_groups(
 ) -> list[Group]:
     """Param groups: weights of linear maps to project, and all the others, plain.
 
-    Those of linear layers, and matrices in bare parameters: a layer's fused experts (E, m, n), and
-    the three of `nn.MultiheadAttention.in_proj_weight`. A group of such stacks has the key
-    `matrices`, and each matrix has a subspace and a state of its own.
+    Projected are the weights of linear layers, and matrices in bare parameters: a layer's fused
+    experts (E, m, n), and the three of `nn.MultiheadAttention.in_proj_weight`. A group of such
+    stacks has the key `matrices`, and each matrix has its own subspace and state.
 
-    Embeddings, norms, biases, output heads and tied weights are in plain groups, whose `rank=None`
-    gives them the rule itself, AdamW say. Parameters carry their names, so that their noise does
-    not depend on their order. Frozen parameters are in no group.
+    Embeddings, norms, biases, output heads and tied weights are in plain groups with `rank=None`,
+    for which the rule itself is used, for example AdamW. Parameters carry their names, so that
+    their noise does not depend on their order. Frozen parameters are in no group.
 
     Args:
         model: any module.
@@ -65,17 +64,17 @@ def param_groups(
         no_decay: which parameters have `weight_decay=0.0`: True for all of fewer than two
             dimensions (biases and norms), or shell patterns of parameters' names
             (`["*.bias", "*norm*"]`). Default False, none.
-        group_options: any further hyperparameters of the projected groups, `scale=0.25` say.
+        group_options: any further hyperparameters of the projected groups, such as `scale=0.25`.
 
     Returns:
         The groups, for any optimizer of `zoopt.lowrank`; a group without parameters is left out.
 
     Raises:
-        TypeError, ValueError: a rank or target of another kind; nothing that matches it, or nothing
-            that does and requires a gradient; a group with parameters that are not the model's.
+        TypeError, ValueError: a rank or target of another kind; a target that nothing trainable
+            matches; a group with parameters that are not the model's.
 
-    Warns of large matrices that `"linear"` does not find and that are no embeddings, convolutions
-    or output layers: they keep AdamW's state.
+    Warns of large matrices that `"linear"` does not find, other than embeddings, convolutions and
+    output layers: they keep AdamW's state.
 
     Example:
         >>> groups = zoopt.lowrank.param_groups(model, rank=128, no_decay=True)
@@ -113,7 +112,7 @@ def param_groups(
 
 
 def _say_left_out(model: nn.Module, groups: Iterable[Group]) -> None:
-    """Warn of the large matrices that are not projected, and for no reason that a model shows."""
+    """Warn of large matrices that are not projected although nothing in the model explains it."""
     meant = tied_parameters(model)
     for prefix, module in model.named_modules():
         if isinstance(module, nn.Embedding | _ConvNd | nn.Linear) or is_conv1d(module):

@@ -1,8 +1,9 @@
 """Projections of a gradient whose rows are sharded over processes.
 
-The bases are whole everywhere: one process makes them from the whole gradient, and sends them out.
-With Q on the right a part of R = G Q is that of G's rows, and so are the moments. With P on the
-left R = G^T P is a sum over the parts, the same everywhere, and so are the moments.
+Every process has the whole bases: one computes them from the whole gradient and sends them to the
+others. With Q on the right, each process has the rows of R = G Q and of the moments that belong to
+its rows of G. With P on the left, R = G^T P is a sum over all processes, so R and the moments are
+whole and equal everywhere.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ State = dict[str, Tensor]
 def refresh_together(
     site: Site, state: State, names: Iterable[str], refresh: Callable[[Tensor], None]
 ) -> None:
-    """Make the bases anew, in one of the processes that share the parameter, for all of them.
+    """Make new bases in one of the processes that share the parameter, and send them to the others.
 
     Args:
-        names: of the state that `refresh` makes of the whole gradient, (m, n).
+        names: of the state that `refresh` computes from the whole gradient, (m, n).
     """
     assert site.param.grad is not None
     gradient = matrix(whole(site.param.grad))
@@ -36,7 +37,7 @@ def refresh_together(
 
 
 def rows_of(bases: dict[str, Tensor], param: Tensor, geo: Geometry) -> dict[str, Tensor]:
-    """The bases, with those rows of P (m, r) that belong to the part of the gradient here."""
+    """The bases, where P (m, r) is cut to the rows of this process's part of the gradient."""
     first, count = first_row(param), local(param).shape[0]
     left = {"left": "basis", "both": "basis_left"}.get(geo.side)
     return {
@@ -46,5 +47,5 @@ def rows_of(bases: dict[str, Tensor], param: Tensor, geo: Geometry) -> dict[str,
 
 
 def first_row(param: Tensor) -> int:
-    """The number of the first row that lies here."""
+    """The number of this process's first row."""
     return offset(param) // max(math.prod(param.shape[1:]), 1)

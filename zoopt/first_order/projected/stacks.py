@@ -1,8 +1,8 @@
-"""Parameters that are stacks of matrices, a layer's experts say: each matrix is stepped by itself.
+"""Parameters that are stacks of matrices, such as a layer's experts: each matrix is stepped alone.
 
 A stack (E, m, n), or (E m, n) as torch's attention keeps its three projections, has its state along
-a first axis of E. In a step each matrix stands as a parameter of its own, named "<name>[e]", whose
-weights, gradient and state are views of the stack's. So a stack is stepped as E parameters are.
+a first axis of E. In a step each matrix is a parameter of its own, named "<name>[e]", whose
+weights, gradient and state are views of the stack's. So a stack is stepped like E parameters.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class StackedMatrices(ProjectedGroups):
     def _apart(self, sites: Sequence[Site], every: bool = False) -> Iterator[Sequence[Site]]:
         """The sites, with each stack's matrices that have a gradient, or `every` one, as sites.
 
-        A matrix whose gradient is 0 all over (an expert that no token has reached) has none: it
-        stays as it is, as a parameter without a gradient does.
+        A matrix whose gradient is 0 everywhere (an expert that no token has reached) counts as one
+        without a gradient, and is not changed.
         """
         parts: list[Site] = []
         groups: dict[int, Group] = {}
@@ -69,7 +69,7 @@ class StackedMatrices(ProjectedGroups):
         return matrices_of(site.param, site.group) > 1
 
     def _parts(self, site: Site, count: int, group: Group, every: bool) -> Iterator[Site]:
-        """The matrices of a stack, their state in the place of a parameter's."""
+        """The matrices of a stack, each with its own state in place of the parameter's."""
         state, gradient = self._state(site.param, site.group), site.param.grad
         weights = in_stack(site.param.detach(), count)
         gradients = None if gradient is None else in_stack(operand(gradient), count)
@@ -93,7 +93,7 @@ class StackedMatrices(ProjectedGroups):
         if count == 1:
             return self._reduce(site, gradient)
         gradients, reduced = in_stack(gradient, count), {}
-        # What no micro-batch has reached before begins with this one.
+        # A matrix that no earlier micro-batch has reached starts with this one.
         begun = set() if kept is None else set(reached(kept))
         with self._apart([site], every=True) as parts:
             for number in reached(gradients):
@@ -119,12 +119,12 @@ class StackedMatrices(ProjectedGroups):
 
 
 def alone(group: Group) -> Group:
-    """The group as one of matrices that are in no stack."""
+    """The group without `matrices`: that of single matrices."""
     return {**group, "matrices": 1}
 
 
 def reached(stack: Tensor) -> list[int]:
-    """The numbers of the matrices of a stack, (E, ...), that are not 0 all over."""
+    """The numbers of the matrices of a stack, (E, ...), that are not 0 everywhere."""
     if is_fake(stack):
         return list(range(stack.shape[0]))
     greatest = torch.linalg.vector_norm(stack.flatten(1), math.inf, dim=1)
