@@ -270,3 +270,106 @@ def test_refuses_stacks_that_do_not_divide() -> None:
         zoopt.GaLoreAdamW([{"params": [param], "matrices": 3, "rank": 2}])
     with pytest.raises(ValueError, match="matrices must be a positive int, got 0"):
         zoopt.GaLoreAdamW([{"params": [param], "matrices": 0, "rank": 2}])
+
+
+class Fused(nn.Module):
+    """Experts that read their weights one after the other, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(weights(torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.tanh(x @ self.up[number].T) for number in range(E)]).sum(0)
+
+
+class Layered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Fused()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layers[0](x)
+        return out
+
+
+CONVERTED: dict[str, Any] = {
+    "gradnorm": lambda model: zoopt.nn.convert_to_gradnorm(model, rank=4, seed=0),
+    "output": lambda model: zoopt.nn.convert_to_gradnorm(model, rank=4, norm="output", seed=0),
+    "sltrain": lambda model: zoopt.nn.convert_to_sltrain(model, rank=4, density=0.2, seed=0),
+    "indices": lambda model: zoopt.nn.convert_to_sltrain(
+        model, rank=4, density=0.2, support="indices", seed=0
+    ),
+}
+IDS = torch.arange(32).view(2, 16)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_converted_experts(name: str) -> None:
+    """Weights and gradients against autograd of the formula; W made once a pass; merge."""
+    model = CONVERTED[name](Layered())
+    experts: Any = model.layers[0]
+    x = torch.randn(7, N, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    stack, original = experts.parametrizations.up[0], experts.parametrizations.up.original
+    zero = original if original.requires_grad else stack.left
+    with torch.no_grad():
+        zero.copy_(torch.randn(zero.shape, generator=torch.Generator().manual_seed(1)))
+    made = []
+    make = stack._make
+    stack._make = lambda own: made.append(0) or make(own)
+    model(x).square().sum().backward()
+    assert made == [0]
+    trained = dict(stack.named_parameters()) | {"original": original}
+    leaves = {n: p.detach().clone().requires_grad_(p.requires_grad) for n, p in trained.items()}
+    if "left" in leaves:
+        v = leaves["original"] + leaves["left"] @ leaves["right"]
+        axis = 1 if stack.norm == "input" else 2
+        weight = v * (leaves["magnitude"] / v.norm(dim=axis)).unsqueeze(axis)
+    else:
+        weight = stack.scale * leaves["original"] @ leaves["right"]
+        sparse = torch.zeros_like(weight)
+        weight = weight + sparse.scatter(2, stack.columns(), leaves["values"])
+    torch.testing.assert_close(experts.up, weight, rtol=1e-13, atol=1e-13)
+    before = model(x)
+    merged: Any = zoopt.nn.merge(copy.deepcopy(model))
+    assert type(merged.layers[0]) is Fused
+    assert torch.equal(merged(x), before)
+    merged(x).square().sum().backward()
+    weight.backward(merged.layers[0].up.grad)
+    for own, leaf in leaves.items():
+        if leaf.requires_grad:
+            torch.testing.assert_close(trained[own].grad, leaf.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_what_converted_experts_keep(tmp_path: Any) -> None:
+    """The function of the model, its state dict, and the layers that were not asked for."""
+    model = mixtral()
+    start = model(input_ids=IDS).logits
+    zoopt.nn.convert_to_gradnorm(model, rank=2, seed=0)
+    torch.testing.assert_close(model(input_ids=IDS).logits, start, rtol=1e-4, atol=1e-5)
+    other = zoopt.nn.convert_to_gradnorm(mixtral(), rank=2, seed=5)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    groups = zoopt.first_order.gradnormlorp.param_groups(model, rank=2)
+    assert [group.get("matrices", 1) for group in groups] == [1, 4, 1]
+    optimizer = zoopt.GradNormLoRP(groups, lr=1e-2, seed=0)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_converted_projections_of_torchs_attention() -> None:
+    x = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))
+    model: Any = Attention()
+    before = model(x)
+    zoopt.nn.convert_to_gradnorm(model, ["*.in_proj_weight"], rank=2)
+    assert model.layers[0].parametrizations.in_proj_weight[0].left.shape == (3, 16, 2)
+    torch.testing.assert_close(model(x), before)
+    apart: Any = Attention(kdim=16, vdim=8)
+    zoopt.nn.convert_to_gradnorm(apart, ["*.v_proj_weight"], rank=2)
+    assert apart.layers[1].parametrizations.v_proj_weight[0].left.shape == (16, 2)

@@ -15,6 +15,7 @@ from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.dispatch import known
 from zoopt.nn import GradNormLinear, convert_to_gradnorm
+from zoopt.nn.stacks import GradNormStack
 from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.registry import Recipe, register
 
@@ -23,7 +24,8 @@ convert = convert_to_gradnorm
 
 
 def param_groups(model: nn.Module, *, rank: int, **group_options: Any) -> list[Group]:
-    """Two param groups: the factors I and J, to project, and all else that trains, plain.
+    """Param groups: the factors I and J, to project (those of experts apart, with `matrices`), and
+    all else that trains, plain.
 
     Args:
         model: a converted model.
@@ -34,19 +36,26 @@ def param_groups(model: nn.Module, *, rank: int, **group_options: Any) -> list[G
         TypeError, ValueError: a rank that is not a positive int, or a model that is not converted.
     """
     check_positive_int("rank", rank)
-    layers = [module for module in model.modules() if isinstance(module, GradNormLinear)]
-    if not layers:
+    # Of each factor, how many matrices it holds.
+    counts: dict[int, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, GradNormLinear | GradNormStack):
+            number = layer.matrices if isinstance(layer, GradNormStack) else 1
+            counts |= {id(layer.left): number, id(layer.right): number}
+    if not counts:
         raise ValueError(
             "model must have GradNormLinear layers, got none; convert it first by "
             "zoopt.nn.convert_to_gradnorm(model, rank=...)"
         )
-    factors = {id(factor) for layer in layers for factor in (layer.left, layer.right)}
     trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    return [
-        {"params": [pair for pair in trained if id(pair[1]) in factors], "rank": rank}
-        | group_options,
-        {"params": [pair for pair in trained if id(pair[1]) not in factors], "rank": None},
-    ]
+    groups: list[Group] = []
+    for number in sorted(set(counts.values())):
+        factors = [pair for pair in trained if counts.get(id(pair[1])) == number]
+        stack = {"matrices": number} if number > 1 else {}
+        if factors:
+            groups.append({"params": factors, "rank": rank, **stack, **group_options})
+    plain = [pair for pair in trained if id(pair[1]) not in counts]
+    return [*groups, {"params": plain, "rank": None}]
 
 
 def _prepared(model: nn.Module, rank: int) -> nn.Module:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from zoopt.checks import check_choice, check_positive_int
-from zoopt.dtypes import accumulator_dtype
+from zoopt.nn.initial import kaiming_uniform_
 from zoopt.nn.linear import (
     ReparametrisedLinear,
-    kaiming_uniform_,
     outer_dims,
     replace_layers,
     resolved_seed,
 )
-from zoopt.nn.modules import Target
-
-#: Of what the norm is taken: of each column of W (out, in), or of each row.
-Norm = Literal["input", "output"]
+from zoopt.nn.modules import Matrices, Target
+from zoopt.nn.norms import Norm, channel_norms
+from zoopt.nn.stacks import GradNormStack
 
 
 def normalised(
@@ -41,13 +39,6 @@ def normalised(
         v = torch.addmm(weight, left.to(weight.dtype), right.to(weight.dtype))
     c = channel_norms(v, norm)
     return v, c, magnitude.to(c.dtype) / c
-
-
-def channel_norms(v: Tensor, norm: Norm) -> Tensor:
-    """The norms of V's columns, (m, n) -> (n,), or rows, (m,), and the least number for zeros."""
-    wide = accumulator_dtype(v.dtype)
-    norms: Tensor = torch.linalg.vector_norm(v, dim=0 if norm == "input" else 1, dtype=wide)
-    return norms.clamp_min_(torch.finfo(wide).tiny)
 
 
 class _GradNorm(torch.autograd.Function):
@@ -185,6 +176,10 @@ def convert_to_gradnorm(
 ) -> nn.Module:
     """Put a `GradNormLinear` of its weight in the place of each targeted linear layer.
 
+    Matrices in bare parameters (fused experts) are reparametrised alike, each by itself. They are
+    made in each forward pass, and live until the backward pass has used them; activation
+    checkpointing shortens that to a layer's turn.
+
     The model computes what it computed, to rounding; the layers' own weights are frozen, what else
     is in the model keeps its requires_grad. `zoopt.nn.merge` is the way back.
 
@@ -209,4 +204,7 @@ def convert_to_gradnorm(
     def build(name: str, weight: Tensor, bias: nn.Parameter | None) -> GradNormLinear:
         return GradNormLinear(weight, bias, rank=rank, norm=norm, seed=seed, name=name)
 
-    return replace_layers(model, target, build)
+    def build_stack(name: str, own: Matrices) -> GradNormStack:
+        return GradNormStack(own, own.module, rank=rank, norm=norm, seed=seed, name=name)
+
+    return replace_layers(model, target, build, build_stack)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from zoopt.distributed.seed import SharedSeed
-from zoopt.kernels.noise.philox import halfwords
-from zoopt.nn.modules import Target, is_conv1d, linear_layers
-from zoopt.noise import stream
-
-#: Elements of a dense (rows, n) intermediate, or of noise, that exist at a time.
-CHUNK = 1 << 20
+from zoopt.nn.modules import Matrices, Target, is_conv1d, matrices
+from zoopt.nn.stacks import Stack, attach, merge_stacks
 
 
 class ReparametrisedLinear(nn.Module):
@@ -64,7 +59,8 @@ class ReparametrisedLinear(nn.Module):
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Put an nn.Linear in the place of each reparametrised layer, in place.
+    """Put an nn.Linear in the place of each reparametrised layer, in place, and a plain parameter
+    in that of reparametrised bare ones.
 
     Returns:
         The model; if it is itself such a layer, its nn.Linear.
@@ -74,6 +70,8 @@ def merge(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, ReparametrisedLinear):
             model.set_submodule(name, module.merge())
+        else:
+            merge_stacks(module)
     return model
 
 
@@ -81,15 +79,19 @@ def replace_layers(
     model: nn.Module,
     target: Target,
     build: Callable[[str, Tensor, nn.Parameter | None], ReparametrisedLinear],
+    build_stack: Callable[[str, Matrices], Stack],
 ) -> nn.Module:
-    """Put build(name, weight (out, in), bias) in the place of each targeted layer, in place.
+    """Put build(name, weight (out, in), bias) in the place of each targeted layer, in place, and
+    make bare parameters functions of build_stack(name, matrices).
 
     Raises:
         TypeError: a layer is of a subclass of nn.Linear or Conv1D, whose owner may read its
             weight directly. Nothing has changed then.
         ValueError: `target` matches nothing, or the model itself.
     """
-    layers = linear_layers(model, target)
+    found = matrices(model, target)
+    bare = {name: own for name, own in found.items() if not own.is_layers}
+    layers = {name.rpartition(".")[0]: own.module for name, own in found.items() if own.is_layers}
     for name, module in layers.items():
         if not name:
             raise ValueError(
@@ -107,25 +109,9 @@ def replace_layers(
         weight = stored.detach().t().contiguous() if is_conv1d(module) else stored.detach()
         built = build(name, weight, module.bias)  # type: ignore[arg-type]
         model.set_submodule(name, built.train(module.training))
+    for name, own in bare.items():
+        attach(own, name.rpartition(".")[2], build_stack(name, own))
     return model
-
-
-@torch.no_grad()
-def kaiming_uniform_(tensor: Tensor, fan_in: int, *, seed: int, name: str) -> None:
-    """Fill with U(+-1 / sqrt(fan_in)), as nn.Linear does.
-
-    Each element takes 16 random bits that depend on seed and name alone. Meta tensors are left as
-    they are.
-    """
-    if tensor.is_meta:
-        return
-    bound = 1.0 / math.sqrt(fan_in)
-    flat = tensor.view(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
-        index = torch.arange(start, start + part.numel(), device=tensor.device)
-        bits = halfwords(index, seed=seed, stream=stream(f"initial {name}"), draw=0)
-        part.copy_((bits.double() + 0.5) * (bound / 32768) - bound)
 
 
 def resolved_seed(seed: int | None) -> int:

@@ -45,6 +45,12 @@ class Matrices(NamedTuple):
     param: nn.Parameter
     number: int
 
+    @property
+    def is_layers(self) -> bool:
+        """Whether it is the weight of a linear layer."""
+        layer = isinstance(self.module, nn.Linear) or is_conv1d(self.module)
+        return layer and self.module.weight is self.param
+
 
 def bare_matrices(model: nn.Module) -> dict[str, Matrices]:
     """The weights of linear maps that are no linear layer's, by name, except tied ones.

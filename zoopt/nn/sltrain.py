@@ -11,15 +11,15 @@ from torch.nn import functional
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import check_unsigned
+from zoopt.nn.initial import CHUNK, kaiming_uniform_
 from zoopt.nn.linear import (
-    CHUNK,
     ReparametrisedLinear,
-    kaiming_uniform_,
     outer_dims,
     replace_layers,
     resolved_seed,
 )
-from zoopt.nn.modules import Target
+from zoopt.nn.modules import Matrices, Target
+from zoopt.nn.stacks import SLTrainStack
 from zoopt.nn.support import columns_per_row, support
 from zoopt.noise import stream
 
@@ -214,7 +214,9 @@ def convert_to_sltrain(
 ) -> nn.Module:
     """Put a new `SLTrainLinear` in the place of each targeted linear layer, to train from scratch.
 
-    The layers' weights are NOT kept: SLTrain is a method of pre-training. Biases are.
+    The layers' weights are NOT kept: SLTrain is a method of pre-training. Biases are. Matrices in
+    bare parameters (fused experts) are reparametrised alike, each by itself; they are made in each
+    forward pass, and live until the backward pass has used them.
 
     Args:
         model: changed in place.
@@ -251,4 +253,16 @@ def convert_to_sltrain(
             layer.bias = bias
         return layer
 
-    return replace_layers(model, target, build)
+    def build_stack(name: str, own: Matrices) -> SLTrainStack:
+        share = min(rank / 4, 32.0) if alpha is None else alpha
+        return SLTrainStack(
+            *(own, own.module),
+            rank=rank,
+            density=density,
+            alpha=share,
+            support=support,
+            seed=seed,
+            name=name,
+        )
+
+    return replace_layers(model, target, build, build_stack)

@@ -1,0 +1,21 @@
+"""The norms of a matrix's columns or rows, which GradNormLoRP divides by."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zoopt.dtypes import accumulator_dtype
+
+#: Of what the norm is taken: of each column of W (out, in), or of each row.
+Norm = Literal["input", "output"]
+
+
+def channel_norms(v: Tensor, norm: Norm) -> Tensor:
+    """The norms of V's columns, (..., m, n) -> (..., n), or rows, (..., m), and the least number
+    for zeros."""
+    wide = accumulator_dtype(v.dtype)
+    norms: Tensor = torch.linalg.vector_norm(v, dim=-2 if norm == "input" else -1, dtype=wide)
+    return norms.clamp_min_(torch.finfo(wide).tiny)
