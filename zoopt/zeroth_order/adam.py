@@ -60,7 +60,7 @@ def adam(
 def scalar(
     ghat: Mapping[int, float], v: float, *, t: int, b2: float, eps: float
 ) -> dict[int, float]:
-    """MEAZO, Adam with one second moment for all elements: what theta descends along,
+    """MEAZO, Adam with one second moment for all elements. theta descends along
 
         ghat / (sqrt(vhat) + eps),   v <- b2 v + (1 - b2) mean_j(g_j^2),   vhat = v / (1 - b2^t)
 
@@ -84,7 +84,7 @@ def scalar(
 class ZOAdam(SparseZerothOrder):
     r"""Adam (Kingma & Ba, 2015) on the estimate ghat = mean_j(g_j z_j), with decoupled decay.
 
-    `state="dense"`: torch's AdamW with ghat in the place of the gradient,
+    `state="dense"`: torch's AdamW with ghat instead of the gradient,
 
         m <- b1 m + (1 - b1) ghat,  v <- b2 v + (1 - b2) ghat^2
         theta <- (1 - lr weight_decay) theta - lr mhat / (sqrt(vhat) + eps)
@@ -106,14 +106,13 @@ class ZOAdam(SparseZerothOrder):
     Args:
         params, zo_eps, weight_decay, num_probes, estimator, distribution, perturbation, rounding,
             max_projected_grad, mask, density, blocks, block_order, maximize, seed: as for `MeZO`.
-        lr: learning rate; default 1e-5 (a hundredth of Adam's own: the estimate's noise makes each
-            step as long as Adam's, and nearly random in direction). Scalar: as for `MeZO`.
+        lr: learning rate; default 1e-5 (a hundredth of Adam's own: because of the estimate's noise,
+            a step is as long as Adam's but nearly random in direction). Scalar: as for `MeZO`.
         betas: decay of the moments; default by state, (0.9, 0.999), or (0.7, 0.9) for a window,
-            which can only hold averages that are as short as itself.
+            whose averages cannot be longer than the window.
         eps: added to the denominator; default 1e-8 (Adam).
         state: `"dense"`, `"window"` or `"scalar"`.
-        window: the h of `state="window"`; default 10. A step costs about h times the noise of one
-            direction.
+        window: the h of `state="window"`; default 10. A step generates the noise of h directions.
 
     Raises:
         TypeError, ValueError: as for `MeZO`; a window with `mask="magnitude"`.
@@ -271,7 +270,7 @@ class ZOAdam(SparseZerothOrder):
         return {}
 
     def _mean_square(self, group: Group, pending: PendingProbe) -> float:
-        """The group's v with the present step in it."""
+        """The group's v, including the present step."""
         grads = self._projected_grads(pending, group)
         beta2 = float(group["betas"][1])
         present = sum(g * g for g in grads) / len(grads)

@@ -39,7 +39,7 @@ def averaged(m: Tensor, ghat: Tensor, b: float) -> Tensor:
 
 
 def warmed(step: int, warmup: int, start: float, end: float) -> float:
-    """b of a step, from 0: a line from start to end, and end from step `warmup` on."""
+    """b of a step, from 0: linear from start to end over `warmup` steps."""
     return start + (end - start) * (min(1.0, step / warmup) if warmup else 1.0)
 
 
@@ -76,8 +76,9 @@ class ConMeZO(ZerothOrderOptimizer):
         theta <- (1 - lr weight_decay) theta - lr mean_j(g_j z_j)
         m     <- b m + (1 - b) mean_j(g_j z_j)
 
-    b rises from beta_start to beta over the first warmup_steps, so that m forgets its first, blind
-    directions quickly. A step costs 2 num_probes forward passes (one-sided: 1 + num_probes).
+    b rises from beta_start to beta over the first warmup_steps, so that m quickly forgets its
+    first, uninformed directions. A step costs 2 num_probes forward passes (one-sided: 1 +
+    num_probes).
 
     State, in bytes a parameter element: 4 (8 for float64): `momentum_buffer`.
 
@@ -137,7 +138,7 @@ class ConMeZO(ZerothOrderOptimizer):
             for _, group, param, _ in named_params(self.param_groups)
             if param.requires_grad
         ]
-        # Exactly rounded, hence the same in any order of the parameters.
+        # math.fsum is exactly rounded, so the order of the parameters does not matter.
         square = math.fsum(
             known(self._state(param, group)["momentum_buffer"].double().square().sum(), 1.0)
             for param, group in taking_part

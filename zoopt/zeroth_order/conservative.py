@@ -45,10 +45,10 @@ def conservative(
         theta <- decay argmin{L(theta), L(theta - u), L(theta + u)}       ties: the first of them
 
     Args:
-        L: the loss at a displacement from theta.
+        L: displacement from theta -> the loss there.
         u: s -> the displacement s u.
         base: L(theta), if the probe has measured it.
-        probed: losses and displacements eps z_j of the probe, to compare in the place of theta + u.
+        probed: losses and displacements eps z_j of the probe, to compare instead of theta + u.
 
     Returns:
         The displacement; none if no loss is finite.
@@ -68,11 +68,12 @@ class ZOConservativeSGD(SparseZerothOrder):
 
         candidates="three"    theta <- the best of theta, theta - u, theta + u
         candidates="reused"   theta <- the best of theta, theta - u and the probed
-                              theta + zo_eps z_j, whose losses are known already
+                              theta + zo_eps z_j, whose losses are already known
 
     and then theta <- (1 - lr weight_decay) theta. Ties go to the earlier candidate. "three" costs
-    3 forward passes beside the probe's (2 of them if the probe is one-sided, whose loss at theta
-    counts): 5 in all for one two-sided probe. "reused" costs 1 beside a one-sided probe's: 3.
+    3 forward passes besides the probe's (2 if the probe is one-sided, since it has measured the
+    loss at theta): 5 in all for one two-sided probe. "reused" costs 1 besides the 2 of a one-sided
+    probe: 3.
 
     The candidates are compared on the closure that the step is given, so the closure must evaluate
     the same function each time, and `probe` is refused: accumulate inside the closure.
@@ -149,7 +150,7 @@ class ZOConservativeSGD(SparseZerothOrder):
         return bool(group["perturbation"] != "inplace")
 
     def probe(self, closure: Closure) -> float:
-        """Refused: candidates can be compared on one closure only."""
+        """Refused: candidates can only be compared on a single closure."""
         raise RuntimeError(
             "ZOConservativeSGD compares candidates on the closure of its step, so it cannot add up "
             "probes of several; call step(closure) with one that loops over the micro-batches"

@@ -32,11 +32,11 @@ def forward_gradient(
     """L(theta) and s = <grad L(theta), z>, from one forward pass in dual numbers:
 
         L(theta + z e) = L(theta) + s e,   e^2 = 0
-        theta <- decay theta - lr mean_j(s_j z_j)          the step that is made of them
+        theta <- decay theta - lr mean_j(s_j z_j)          the step made of these
 
     Args:
         L: evaluates the loss, a tensor of one element.
-        z: parameter -> its direction, of its shape, made anew at each operator that reads it.
+        z: parameter -> its direction, of its shape, generated at each operator that reads it.
         perturbation: replaces what operators read of theta.
         evaluate: runs a closure under the step's random state.
     """
@@ -69,12 +69,12 @@ class ForwardGrad(MomentumSGD):
         s_j    = <grad L(theta), z_j>
         theta <- (1 - lr weight_decay) theta - lr mean_j(s_j z_j)           over num_probes
 
-    s_j is the tangent of the loss in one forward pass in dual numbers. Each parameter's tangent
-    z_j is made at the operator that reads the parameter, and dies with the operator: no tangent of
-    the whole model exists, and activations have one for as long as they live themselves. The
-    estimate has no bias from a finite zo_eps and no cancellation of two losses; a step costs
-    num_probes dual passes, three products where a forward pass has one (measured on a model of the
-    size of GPT-2 small: four forward passes in time).
+    s_j is the tangent of the loss in one forward pass in dual numbers. Each parameter's tangent z_j
+    is generated at the operator that reads the parameter, and freed after it: no tangent of the
+    whole model exists, and an activation's tangent lives as long as the activation. The estimate
+    has no bias from a finite zo_eps and no cancellation of two losses. A step costs num_probes dual
+    passes, with three products for each one of a forward pass (measured on a model of the size of
+    GPT-2 small: the time of four forward passes).
 
     State, in bytes a parameter element: 0; with `momentum` and no `momentum_window`, 4 (8 for
     float64); with `mask="magnitude"`, 4 a parameter.
@@ -119,7 +119,7 @@ class ForwardGrad(MomentumSGD):
         seed: int | None = None,
     ) -> None:
         defaults = hyperparameters(locals())
-        # A slope is measured in no zo_eps.
+        # Slopes are not divided by a zo_eps.
         defaults |= {"zo_eps": 1.0, "perturbation": "virtual", "window": ()}
         super().__init__(params, defaults, seed=seed)
 

@@ -1,4 +1,4 @@
-"""FZOO: many one-sided probes, and a step that their spread normalises."""
+"""FZOO: many one-sided probes, and a step normalised by the spread of their losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def normalised(deltas: Mapping[int, float]) -> dict[int, float]:
     """The coefficients of u_i in sum_i (L_i - L_0) u_i / (N std_i(L_i)); 0 where losses are equal.
 
     Args:
-        deltas: L_i - L_0, which spread as the L_i do; N of them.
+        deltas: L_i - L_0, N of them; their standard deviation is that of the L_i.
     """
     N = len(deltas)
     std = statistics.stdev(deltas.values()) if N > 1 else 0.0
@@ -36,8 +36,8 @@ class FZOO(MomentumSGD):
         L_i   = L(theta + zo_eps u_i),  L_0 = L(theta),  u_i Rademacher
         theta <- (1 - lr weight_decay) theta - lr sum_i (L_i - L_0) u_i / (N std_i(L_i))
 
-    std (with N - 1) estimates zo_eps times the gradient's norm, so that steps have about one
-    length whatever the loss's scale. If all losses of a step are equal, only the decay is
+    std (with N - 1) estimates zo_eps times the gradient's norm, so that steps have about the same
+    length for every scale of the loss. If all losses of a step are equal, only the decay is
     applied. A step costs N + 1 forward passes.
 
     State, in bytes a parameter element: 0; with `momentum` and no `momentum_window`, 4 (8 for

@@ -28,7 +28,7 @@ def smoothed(
 
     Args:
         H: the diagonal of the Hessian, (d,).
-        z: n directions, (d,) each, made one after the other; each is overwritten.
+        z: n directions, (d,) each, generated one after the other; each is overwritten.
         D: |L(theta + eps d_j) + L(theta - eps d_j) - 2 L(theta)|, n of them; d_j = z_j / sqrt(H).
         alpha: the share of the new estimate.
     """
@@ -81,8 +81,8 @@ class HiZOO(ZerothOrderOptimizer):
     Raises:
         TypeError, ValueError: as for `MeZO`.
 
-    Differs from the authors' code: theta descends along the directions that were probed, with the
-    H they were made with, and H is kept in float32.
+    Differs from the authors' code: theta descends along the directions that were probed, scaled by
+    the same H, and H is kept in float32.
 
     Example:
         >>> opt = zoopt.HiZOO(model.parameters(), lr=1e-6)

@@ -24,7 +24,7 @@ from zoopt.zeroth_order.evolution import EvolutionStrategy
 from zoopt.zeroth_order.forward_grad import ForwardGrad
 from zoopt.zeroth_order.mezo import MeZO
 
-#: Optimizers whose evaluations are not those of one probe of the loss around theta, and why.
+#: Optimizers that do not evaluate one probe of the loss around theta, and why.
 _REFUSED: dict[type[Optimizer], str] = {
     ZOConservativeSGD: "the points that it compares would count as evaluations of the probe",
     ForwardGrad: "its evaluations carry a derivative forward, and none can be taken back",
@@ -33,7 +33,7 @@ _REFUSED: dict[type[Optimizer], str] = {
 
 
 def _last_two_layers(model: nn.Module, rank: int) -> Hybrid:
-    """AdamW on the last two layers, MeZO on what is before and around them."""
+    """AdamW on the last two layers, MeZO on all other parameters."""
     layers = list(repeated_layers(model).values())[-2:]
     late = {id(param) for layer in layers for param in layer.parameters()}
     split: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
@@ -53,7 +53,7 @@ class Hybrid(Optimizer):
 
     The split of the "hybrid" in Zhang et al., 2024 (arXiv:2402.11592). With e and l the early and
     late parameters, and e_1 ... e_n the points at which the zeroth-order probe evaluates the loss
-    (e + zo_eps z and e - zo_eps z, say),
+    (for example e + zo_eps z and e - zo_eps z),
 
         e <- the zeroth-order update from L(e_1, l) ... L(e_n, l)
         l <- the first-order update from the gradient (1/n) sum_i grad_l L(e_i, l)
@@ -61,9 +61,9 @@ class Hybrid(Optimizer):
     Two-sided points come in pairs, so that the mean is even in zo_eps and misses grad_l L(e, l) by
     O(zo_eps^2); one-sided ones miss it by O(zo_eps). A step costs n forward passes, and n backward
     passes through the late layers. Early parameters require no gradient meanwhile, so that
-    activations are kept only from the first operator that reads a late parameter. They come on top
-    of what `zeroth_order` takes, and so do the gradients of the late parameters (in backward, one
-    parameter's more; while further micro-batches are probed, twice).
+    activations are kept only from the first operator that reads a late parameter. These, and the
+    gradients of the late parameters, add to the memory of `zeroth_order` (during backward one more
+    gradient; while further micro-batches are probed, all of them twice).
 
     Args:
         zeroth_order: a zoopt zeroth-order optimizer over the early parameters; not
@@ -71,11 +71,11 @@ class Hybrid(Optimizer):
         first_order: a torch optimizer over the late parameters (those of the last layers; a tied
             weight counts where it is read first), whose `step` needs no closure.
 
-    State: that of the two optimizers. param_groups are those of both, zeroth_order's first, for
-    schedulers to write to. The closure of `step` and `probe` returns the loss as a tensor and does
-    not call backward. The step's record is `zeroth_order.last_step`; the place to clip gradients is
+    State: that of the two optimizers. param_groups are those of both, zeroth_order's first, and
+    schedulers can write to them. The closure of `step` and `probe` returns the loss as a tensor and
+    does not call backward. The step's record is `zeroth_order.last_step`; clip gradients in
     `first_order.register_step_pre_hook`. Late gradients are freed after each step; early parameters
-    never have any. A parameter in neither half is to be frozen, or it collects gradients.
+    never have any. Freeze a parameter that is in neither half, or it collects gradients.
 
     Raises:
         TypeError: an optimizer of another kind.
@@ -86,8 +86,8 @@ class Hybrid(Optimizer):
     that is so for all of a step, neither half moves. If the closure raises, nothing has changed (in
     place, up to rounding).
 
-    The benchmark's published code has no such split. Here the late gradient comes from the
-    evaluations that are made in any case, not from one more at theta.
+    The benchmark's published code has no such split. Here the late gradient comes from the probe's
+    own evaluations, not from an additional one at theta.
 
     Example:
         >>> late = ("layers.22.", "layers.23.", "norm.", "head.")
@@ -103,7 +103,7 @@ class Hybrid(Optimizer):
         _check(zeroth_order, first_order)
         self.defaults: dict[str, Any] = {}
         self.zeroth_order, self.first_order = zeroth_order, first_order
-        super().__setstate__({})  # torch's constructor wants parameters of its own
+        super().__setstate__({})  # torch's constructor requires parameters
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("defaults", "zeroth_order", "first_order")}
@@ -127,7 +127,7 @@ class Hybrid(Optimizer):
         return {**self.zeroth_order.state, **self.first_order.state}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: which of the two a group is for cannot be known."""
+        """Refused, since it is not known which of the two optimizers the group is for."""
         raise RuntimeError(
             "Hybrid cannot know which half a param group is for: call add_param_group of its "
             "zeroth_order or its first_order"
@@ -137,15 +137,16 @@ class Hybrid(Optimizer):
     def probe(self, closure: Closure) -> float:
         """Evaluate the closure along this step's directions, and add up for both halves.
 
-        Call it once a micro-batch, with losses scaled as for backward passes, and then `step()`.
-        The closure evaluates the loss and returns it, a tensor of one element with its graph.
+        Call it once for each micro-batch, with losses scaled as for backward passes, and then
+        `step()`. The closure evaluates the loss and returns it, a tensor of one element with its
+        graph.
 
         Returns:
             The mean of the probe's losses.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for `zeroth_order`; the closure calls backward,
-                or returns what has no derivative by the late parameters.
+                or its loss has no derivative with respect to the late parameters.
         """
         return self._evaluated(closure, "probe", self.zeroth_order.probe)
 
@@ -168,7 +169,7 @@ class Hybrid(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; what `zeroth_order` has pending is dropped likewise."""
+        """As in torch; pending probes of `zeroth_order` are dropped too."""
         self.zeroth_order.zero_grad(set_to_none)
         self.first_order.zero_grad(set_to_none)
 
@@ -184,7 +185,7 @@ class Hybrid(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load both optimizers' states, and drop what is pending.
+        """Load both optimizers' states, and drop pending probes.
 
         Raises:
             ValueError: the dict belongs to other optimizers, or to parameters of other shapes.
@@ -212,7 +213,7 @@ class Hybrid(Optimizer):
             post_hook(self)
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the optimizer that loads it."""
+        """The entries that must be equal in a checkpoint and the optimizer that loads it."""
         late = [group["params"] for group in self.first_order.param_groups]
         classes = [type(self.zeroth_order).__name__, type(self.first_order).__name__]
         return {"classes": classes, "late_shapes": [[list(p.shape) for p in ps] for ps in late]}
@@ -255,7 +256,7 @@ class _Evaluation:
         return before
 
     def loss(self) -> float:
-        """The loss where the parameters are, its gradient being added."""
+        """The loss at the parameters' present values; adds its gradient."""
         self._calls += 1
         try:
             for param in self._early:
@@ -274,8 +275,8 @@ class _Evaluation:
         ready = isinstance(loss, Tensor) and loss.requires_grad
         ready &= all(grad is None for grad in self._exchange(self._sums))
         if ready:
-            # torch.autograd.backward would suspend a virtual perturbation, which the operators
-            # that a checkpointed layer runs again have to see.
+            # torch.autograd.backward would suspend a virtual perturbation, but a checkpointed
+            # layer runs its operators again and must see it.
             Variable._execution_engine.run_backward(
                 *((loss,), (torch.ones_like(loss),), False, False, ()),
                 allow_unreachable=True,

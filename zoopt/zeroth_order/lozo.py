@@ -1,4 +1,4 @@
-"""LOZO: zeroth-order descent along low-rank directions whose right factor rests."""
+"""LOZO: zeroth-order descent along low-rank directions with a right factor that rarely changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def averaged(N: Tensor, gU: Tensor, b: float) -> Tensor:
 
 
 def carried_over(N: Tensor, V_old: Tensor, V_new: Tensor) -> Tensor:
-    """N <- N V_old^T V_new / n, so that N V_new^T is near what N V_old^T was.
+    """N <- N V_old^T V_new / n, so that N V_new^T is close to N V_old^T.
 
     Args:
         N: (m, r).
@@ -40,7 +40,7 @@ class LazyPair(LowRank):
         self.right = self.basis(basis_draw)
 
     def basis(self, draw: int) -> Tensor:
-        """V of a draw: (n, r), behind that draw's U."""
+        """V of a draw: (n, r), from the numbers that follow that draw's U."""
         return self.normals(draw, self.rows * self.rank, (self.columns, self.rank))
 
     def left(self, coefficients: Coefficients) -> Tensor:

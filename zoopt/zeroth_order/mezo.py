@@ -38,7 +38,7 @@ def mezo(
 
     Args:
         steps: the last h steps, oldest first, each the pairs (j, g_j / n) of its n directions.
-        offset: theta stands at theta + sum_j offset[j] z_j, which the same pass takes back.
+        offset: theta is displaced by sum_j offset[j] z_j; the same pass removes that.
 
     Returns:
         j -> c_j, for theta <- decay theta + sum_j c_j z_j.
@@ -155,24 +155,24 @@ class MeZO(MomentumSGD):
         distribution: `"normal"` (paper) or `"rademacher"`.
         perturbation: `"inplace"` (paper): three passes over the weights a step, restored and
             updated in one. `"virtual"`: weights are never written; each operator reads a temporary
-            theta + zo_eps z, which dies with the operator (an LSTM, which takes all of its weights
-            at once, has temporaries of all of them). `"auto"`: in place for float32 and
-            float64; virtual for bfloat16 and float16, where +zo_eps, -2 zo_eps, +zo_eps would
-            change two fifths of the weights with nothing learned.
+            theta + zo_eps z, which is freed after it (an LSTM takes all of its weights at once, so
+            it has temporaries of all of them). `"auto"`: in place for float32 and float64; virtual
+            for bfloat16 and float16, where +zo_eps, -2 zo_eps, +zo_eps would change two fifths of
+            the weights with nothing learned.
         rounding: of the update; `"nearest"`, `"stochastic"`, or `"auto"`: stochastic for bfloat16
             and float16, where rounding to nearest loses most of a small update.
         max_projected_grad: clip each g to this magnitude; default None (paper).
         mask: which elements move. None: all (paper). `"random"`: each with probability `density`,
-            anew for each direction; never stored. `"magnitude"`: those with |theta| at or below
-            the parameter's `density` quantile when the run began (Sparse MeZO, arXiv:2402.15751);
-            in place, a bool a parameter element lives for the duration of a step. A dict of
+            drawn again for each direction; never stored. `"magnitude"`: those with |theta| at or
+            below the parameter's `density` quantile when the run began (Sparse MeZO,
+            arXiv:2402.15751); in place, a step needs a temporary bool for each element. A dict of
             flat int64 indices by parameter name (without names, by position in the group): those;
-            parameters that it does not name rest, and state has the indices' shape.
+            other parameters rest, and state has the indices' shape.
         density: the fraction of elements that move, with `"random"` (a multiple of 2^-16) and
             `"magnitude"`; default 1.
         blocks: block-wise descent: a step perturbs and updates one block, and the others cost
-            nothing. `"groups"`: each param group is a block; a list of name patterns as in the
-            shell (`"model.layers.0.*"`): the first one that matches is a parameter's block.
+            nothing. `"groups"`: each param group is a block; a list of shell patterns of names
+            (`"model.layers.0.*"`): the first one that matches decides a parameter's block.
         block_order: `"cyclic"`, `"random"` (from the seed), or `"all"` at once; default cyclic.
         maximize: ascend instead of descend.
         seed: 64 bits; default, that of torch (`torch.initial_seed()`, which is read, not changed);
@@ -192,11 +192,11 @@ class MeZO(MomentumSGD):
 
     The result depends on the seed, the closure and the parameters' names (or order), not on
     chunking, on the number of threads or on torch's generators; all of a step's evaluations see
-    the same torch RNG state, which afterwards stands where one evaluation would have left it.
+    the same torch RNG state, which is afterwards as after a single evaluation.
 
-    Differs from the authors' code: directions do not come from torch's generator, all equal shapes
-    have different ones, restoring and updating are one pass (one rounding), gradient accumulation
-    works (`probe`), and the model's training mode is the user's own.
+    Differs from the authors' code: directions do not come from torch's generator, parameters of
+    equal shape have different ones, restoring and updating are one pass (one rounding), gradient
+    accumulation works (`probe`), and the model's training mode is the user's own.
 
     Example:
         >>> opt = zoopt.MeZO(model.parameters(), lr=1e-6)

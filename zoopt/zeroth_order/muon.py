@@ -31,7 +31,7 @@ class LeftSubspace(LowRank):
         self.basis = basis
 
     def draw_basis(self, draw: int) -> None:
-        """Fill P from the draw's sequence, behind that draw's u."""
+        """Fill P from the numbers of the draw that follow its u."""
         start = self.rank * self.columns
         self.basis.copy_(self.haar(draw, start, (self.rows, self.rank)))
 
@@ -71,8 +71,8 @@ class ZOMuon(LowRankZerothOrder):
         theta <- (1 - lr weight_decay) theta - lr P msign(ghat)                 matrices
         theta <- (1 - lr weight_decay) theta - lr mean_i(g_i z_i) / ||mean_i(g_i z_i)||   others
 
-    msign(A) = (A A^T)^(-1/2) A has all singular values 1; a vector's is the vector over its norm,
-    so the same lr moves vectors as it moves matrices. A step costs 1 + num_probes forward passes
+    msign(A) = (A A^T)^(-1/2) A has all singular values 1. For a vector that is division by its
+    norm, so the same lr suits vectors and matrices. A step costs 1 + num_probes forward passes
     (two-sided: 2 num_probes); perturbed virtually, a matrix's part is added to its operator's
     output, without a pass over the weights.
 
@@ -92,7 +92,7 @@ class ZOMuon(LowRankZerothOrder):
         TypeError, ValueError: as for `MeZO`.
 
     Differs from the authors' code, which draws another P for each probe and moves vectors at a
-    fixed learning rate of their own. For such a rate, put them in a param group.
+    separate, fixed learning rate. For such a rate, put vectors in a param group of their own.
 
     Example:
         >>> opt = zoopt.ZOMuon(model.parameters(), lr=1e-2)

@@ -41,16 +41,17 @@ class ZOSignSGD(SparseZerothOrder):
         form="elementwise"   theta <- (1 - lr weight_decay) theta - lr sign(mean_j g_j z_j)
         form="projected"     theta <- (1 - lr weight_decay) theta - lr mean_j sign(g_j) z_j
 
-    The first is the paper's: every element moves by lr. The second is what the code of the
-    zeroth-order benchmark (Zhang et al., 2024) does: the projected gradient's size is dropped, the
-    direction stays.
+    The first is the paper's: every element moves by lr. The second is that of the code of the
+    zeroth-order benchmark (Zhang et al., 2024): it drops the size of the projected gradient and
+    keeps the direction.
 
     State, in bytes a parameter element: 0; with `mask="magnitude"`, 4 a parameter.
 
     Args:
         params, zo_eps, weight_decay, num_probes, estimator, distribution, perturbation, rounding,
             max_projected_grad, mask, density, blocks, block_order, maximize, seed: as for `MeZO`.
-        lr: learning rate, by which each element moves a step; default 1e-6 (as for `MeZO`).
+        lr: learning rate, the distance that each element moves in a step; default 1e-6 (as for
+            `MeZO`).
         form: `"elementwise"` or `"projected"`.
 
     Raises:

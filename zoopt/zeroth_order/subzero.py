@@ -53,7 +53,7 @@ class Subspace(LowRank):
         self.right_basis = right_basis
 
     def draw_bases(self, draw: int) -> None:
-        """Fill U and V from the draw's sequence, behind that draw's R."""
+        """Fill U and V from the numbers of the draw that follow its R."""
         start = self.rank * self.rank
         self.left_basis.copy_(self.haar(draw, start, (self.rows, self.rank)))
         start += self.rows * self.rank
@@ -74,8 +74,8 @@ class SubZero(LowRankZerothOrder):
         Z_j = sqrt(m n) / r U R_j V^T,   R_j (r, r) normal and new in every probe,
 
     U (m, r) and V (n, r) uniformly distributed with orthonormal columns, new every
-    basis_update_gap steps; ||Z_j|| is that of independent normals, and E over all three of
-    Z <G, Z> is G. Others move along normals.
+    basis_update_gap steps; ||Z_j|| is that of independent normals, and the expectation of
+    Z <G, Z> over all three is G. Other parameters move along normals.
 
         theta <- (1 - lr weight_decay) theta - lr mean_j(g_j Z_j)
 
@@ -95,7 +95,7 @@ class SubZero(LowRankZerothOrder):
         TypeError, ValueError: as for `MeZO`.
 
     Differs from the authors' code: QR's signs are corrected, without which the bases are not
-    uniformly distributed, and no reshaping is used: all shapes have bases of their own.
+    uniformly distributed, and nothing is reshaped: matrices of every shape have their own bases.
 
     Example:
         >>> opt = zoopt.SubZero(model.parameters(), lr=1e-6, rank=24)

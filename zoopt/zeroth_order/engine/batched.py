@@ -1,12 +1,12 @@
-"""Many members of a population in one forward pass, each example with its own member's parameters.
+"""Many members of a population in one forward pass: each example sees its member's parameters.
 
 The leading dimension of every activation is members x examples. For y = x W^T and a member i whose
-W stands off by s_i A_d B_d^T,
+W is displaced by s_i A_d B_d^T,
 
     y[i] = x[i] W^T + s_i (x[i] B_d) A_d^T
 
-which is one product with W for all, and two batched ones with thin matrices; a bias is one column
-more of those. Neighbours that share a draw, as antithetic pairs do, share its A and B.
+which is one product with W for all, and two batched ones with thin matrices; a bias is one more
+column of these. Neighbours with the same draw, such as antithetic pairs, share its A and B.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _NORMS: dict[Callable[..., Any], tuple[str, ...]] = {
     functional.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     functional.rms_norm: ("input", "normalized_shape", "weight", "eps"),
 }
-#: So many columns are added in as many passes over a CPU's float32: up to six times as fast as
-#: MKL's product with them.
+#: Up to this many columns are added one by one in float32 on a CPU, which is up to six times as
+#: fast as MKL's product.
 _FEW_COLUMNS = 2
 
 
 class Members(Interception):
-    """Lets operators read parameters as each example's own member has them.
+    """Lets operators read, for each example, the parameters of its own member.
 
     Args:
         sites: the parameters.
         batch: the members.
-        poisoned: put NaN in the place of the first member's displacement, and raise if it reaches
-            another member's examples.
+        poisoned: replace the first member's displacement by NaN, and raise if that reaches another
+            member's examples.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Members(Interception):
         self._directions = MemberDirections(sites, batch, poisoned=poisoned)
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the function gives each example by its own member's parameters."""
+        """The function's result, for each example with its own member's parameters."""
         for rule in (self._product, self._lookup, self._norm, self._arithmetic):
             result = rule(func, args, kwargs)
             if result is not None:
@@ -92,7 +92,7 @@ class Members(Interception):
         if own_weight:
             left, right = self._directions.factors(weight)
             inner, outer = (right, left) if func is functional.linear else (left, right)
-            # Both operands in rows, which is several times as fast as a tall thin matrix.
+            # Both operands row-major: several times as fast as with a tall thin matrix.
             rows = x.reshape(groups, -1, x.shape[-1]).transpose(1, 2)
             thin.append(self._scaled(torch.bmm(inner.to(x.dtype), rows), weight))
             wide.append(outer)
@@ -105,13 +105,13 @@ class Members(Interception):
     def _lookup(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """Rows of a matrix that an embedding gathers."""
+        """The rows of a matrix that an embedding gathers."""
         lookup = self._embedding(func, args, kwargs)
         if lookup is None:
             return None
         weight, ids = lookup
         if ids.dim() > 1 and len(ids) == 1:
-            # Positions, say, which are the same for all examples.
+            # Indices without a batch, such as positions, are the same for all examples.
             ids = ids.expand(self._batch.rows, *ids.shape[1:])
         self._check(func, ids, 1)
         left, right = self._directions.factors(weight)
@@ -157,7 +157,7 @@ class Members(Interception):
         return y.reshape(len(x), *y.shape[2:])
 
     def _values(self, vector: Tensor) -> Tensor:
-        """A vector's values for the rows of each member, or for all if it is no parameter."""
+        """A vector's values for each member's rows, or for all if it is not a parameter."""
         return self._directions.own(vector).unsqueeze(1) if self._is_registered(vector) else vector
 
     def _scaled(self, thin: Tensor, param: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ def evaluate_batch(
 
 
 def _fitnesses(result: Any, members: int) -> list[float]:
-    """What the closure returned, as a list."""
+    """The closure's result as a list."""
     values = result.flatten().tolist() if isinstance(result, Tensor) else result
     if not isinstance(values, list | tuple) or len(values) != members:
         got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else repr(result)

@@ -1,6 +1,6 @@
-"""Block-wise descent: a step probes and updates one block of the parameters, the others rest.
+"""Block-wise descent: a step probes and updates one block of the parameters; the others rest.
 
-Which block is due follows from the seed and the number of the step, so it needs no state.
+The seed and the number of the step determine which block is due, so there is no state.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from zoopt.checks import check_choice
 from zoopt.kernels.noise.philox import words
 from zoopt.noise import stream
 
-#: None: all parameters at every step. "groups": each param group is a block. Otherwise, name
-#: patterns as in the shell (`"model.layers.0.*"`), each a block.
+#: None: all parameters at every step. "groups": each param group is a block. Otherwise,
+#: shell patterns of names (`"model.layers.0.*"`), each a block.
 Blocks = None | Literal["groups"] | Sequence[str]
 BlockOrder = Literal["cyclic", "random", "all"]
 
@@ -24,7 +24,7 @@ _ORDER_STREAM = stream("zoopt block order")
 
 
 def check_blocks(blocks: Any, order: Any) -> None:
-    """Raise unless the options are what `Blocks` and `BlockOrder` say."""
+    """Raise unless the options are valid `Blocks` and `BlockOrder`."""
     check_choice("block_order", order, ("cyclic", "random", "all"))
     if blocks is None or blocks == "groups":
         return
@@ -37,10 +37,10 @@ def check_blocks(blocks: Any, order: Any) -> None:
 
 
 def block_of(blocks: Blocks, group_index: int, name: str | int) -> int:
-    """The number of the block that a parameter belongs to: the first pattern that matches.
+    """The number of a parameter's block: that of the first pattern that matches.
 
     Raises:
-        ValueError: patterns, and no name or none that matches.
+        ValueError: with patterns, a parameter without a name, or one that none matches.
     """
     if blocks is None:
         return 0

@@ -1,4 +1,4 @@
-"""The groups of a zeroth-order run: which parameters take part, along what, with which state."""
+"""The groups of a zeroth-order run: which parameters take part, their directions and state."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from zoopt.zeroth_order.engine.probe import (
 
 @dataclasses.dataclass(frozen=True)
 class ProbeNames:
-    """What a class calls the group keys of its probes.
+    """The names of a class's group keys for its probes.
 
     Attributes:
         scale: how far from theta the loss is evaluated.
         count: in how many directions.
-        run: those that are the same in every group, beside `count` and what every class has.
+        run: keys that are the same in every group, besides `count` and those of every class.
     """
 
     scale: str = "zo_eps"
@@ -48,17 +48,17 @@ class ProbeNames:
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """The keys that describe the run, hence are the same in every group."""
+        """The keys that describe the run, and so are the same in every group."""
         everyone = ("seed", "step", "draw", "noise_version", "estimator", "blocks", "block_order")
         return (*everyone, self.count, *self.run)
 
 
-#: More directions a step are a mistake, of which memory would be gone before anyone noticed.
+#: A limit on directions a step: more are a mistake, which would use up the memory.
 _MOST_DIRECTIONS = 1 << 20
 
 
 class ZerothOrderGroups(DeclaredStateOptimizer):
-    """Parameters, their directions and their state; and what can be asked of a group."""
+    """Parameters, their directions and their state, and the checks of a group."""
 
     _names = ProbeNames()
 
@@ -76,10 +76,10 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         return tuple(range(run["draw"], run["draw"] + run[self._names.count]))
 
     def _survey(self) -> None:
-        """Read what directions depend on beyond their own parameter."""
+        """Read the values of other parameters on which directions depend."""
 
     def _sites(self, block: int | None = None) -> Iterator[Site]:
-        """The parameters that take part now (of one block, or of all), with their directions."""
+        """The parameters of this step (of one block, or of all), with their directions."""
         run = self.param_groups[0]
         blocks = run.get("blocks")
         for group_index, group, param, name in named_params(self.param_groups):
@@ -99,7 +99,8 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
 
     @OwnArithmetic()
     def _ready_all(self) -> list[Tensor]:
-        """Make the state of all parameters, empty for some; returns those that had none."""
+        """Make the state of all parameters (some have none); return those that had not been
+        made."""
         new = []
         for _, group, param, name in named_params(self.param_groups):
             if param.requires_grad and param not in self.state:
@@ -110,8 +111,8 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         return new
 
     def _ready_state(self, param: Tensor, group: Group, number: int) -> None:
-        """Make what is missing of the parameter's state: where memory ends, it ends before the
-        evaluations."""
+        """Make the missing state of a parameter, before the evaluations, so that a lack of memory
+        shows before anything has changed."""
         missing = self.declared_state(param, group).keys() - self.state.get(param, {}).keys()
         if not missing:
             return
@@ -125,7 +126,7 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
             raise
 
     def _initialise(self, param: Tensor, group: Group, number: int) -> None:
-        """Give new state its first values, where those are not zeros; `number` is the stream."""
+        """Set the first values of new state that are not zeros; `number` is the stream."""
 
     def _virtual(self, param: Tensor, group: Group) -> bool:
         """Whether the parameter is perturbed virtually."""
@@ -135,7 +136,7 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
     def _direction(
         self, param: Tensor, group: Group, number: int, *, virtual: bool
     ) -> Direction | None:
-        """What the parameter is perturbed along, or None if it does not take part.
+        """The parameter's direction, or None if it does not take part.
 
         Args:
             param, group: the parameter and its group.
@@ -145,7 +146,7 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         return Noise(NoiseKey(group["seed"], number, distribution=group["distribution"]))
 
     def _block_due(self) -> int | None:
-        """The block that this step is about, or None for all parameters."""
+        """The block of this step, or None for all parameters."""
         run = self.param_groups[0]
         blocks = run.get("blocks")
         if blocks is None:
@@ -165,7 +166,7 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
                 )
 
     def _check_group(self, group: Group) -> None:
-        """Raise unless the group's hyperparameters and parameters can be worked with."""
+        """Raise unless the group's hyperparameters and parameters are valid."""
         super()._check_group(group)
         check_nonnegative_int("step", group["step"], 1 << 53)
         check_nonnegative_int("draw", group["draw"], 1 << 32)
@@ -174,7 +175,7 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
             check_param(param)
 
     def _check_options(self, group: Group) -> None:
-        """Raise unless the group's hyperparameters can be worked with."""
+        """Raise unless the group's hyperparameters are valid."""
         check_number("lr", group["lr"], low=0.0)
         check_number(self._names.scale, group[self._names.scale], low=0.0, open_low=True)
         check_number("weight_decay", group["weight_decay"], low=0.0)

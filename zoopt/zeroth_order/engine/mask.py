@@ -1,6 +1,6 @@
 """Sparse directions: which elements of a parameter move.
 
-`"random"` masks come from the noise itself (`NoiseKey.density`), a new one a draw, never stored.
+`"random"` masks come from the noise itself (`NoiseKey.density`), new for each draw, never stored.
 The two kinds here are masks by magnitude and explicit indices.
 """
 
@@ -28,8 +28,8 @@ class SmallMagnitudes(Elementwise):
     Args:
         key: the parameter's noise.
         threshold: a tensor of one element.
-        mask: a flat bool tensor if the parameter is going to be perturbed in place, where the
-            magnitudes that decide cannot be read any more; None to read them off theta.
+        mask: a flat bool tensor if the parameter will be perturbed in place, since theta's
+            magnitudes cannot be read then; None to read them from theta.
     """
 
     def __init__(self, key: NoiseKey, threshold: Tensor, mask: Tensor | None) -> None:
@@ -85,10 +85,10 @@ def magnitude_threshold(param: Tensor, density: float) -> Tensor:
 def aligned_indices(
     mask: Mapping[Any, Tensor], names: list[Any], params: list[Tensor]
 ) -> list[Tensor | None]:
-    """The mapping's indices in the order of the parameters, None where it has none.
+    """The mapping's indices in the order of the parameters; None for parameters without any.
 
     Raises:
-        TypeError, ValueError: a key that names no parameter of the group, or indices that are not
+        TypeError, ValueError: a key that is no parameter's name, or indices that are not
             distinct integers within the parameter.
     """
     for key, indices in mask.items():
@@ -102,7 +102,7 @@ def aligned_indices(
 
 
 def check_aligned(mask: list[Any], params: list[Tensor]) -> None:
-    """Raise unless the list is what `aligned_indices` returns for these parameters."""
+    """Raise unless the list has the form that `aligned_indices` returns for these parameters."""
     if len(mask) != len(params):
         raise ValueError(
             f"mask must be a dict of flat indices by parameter name, or have an entry for each of "

@@ -1,4 +1,4 @@
-"""Members of a population side by side in one batch, and the directions that are theirs."""
+"""Members of a population side by side in one batch, and their directions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from zoopt.zeroth_order.engine.direction import Elementwise
 from zoopt.zeroth_order.engine.low_rank import LowRank, OuterProduct
 from zoopt.zeroth_order.engine.perturbation import Site
 
-#: Directions stay until the evaluation ends while they take no more bytes than this: a tied weight
-#: is read twice, and in generation every token needs all of them.
+#: Directions of up to this many bytes are kept until the evaluation ends: a tied weight is read
+#: twice, and in text generation every token needs all of them.
 _KEPT_BYTES = 1 << 28
 
 
@@ -23,13 +23,13 @@ class MemberBatch:
     """Members side by side in a batch.
 
     Args:
-        places: each member's draw, and the sign with which it goes along it.
+        places: each member's draw, and the sign of its displacement along it.
         examples: how many examples each has.
 
     Attributes:
         members, examples, rows: how many there are; rows = members x examples.
-        draws: one for each two neighbours if all pairs of neighbours share theirs, else one each.
-        signs: one a member.
+        draws: one for each pair of neighbours if all such pairs share theirs, else one each.
+        signs: one for each member.
     """
 
     def __init__(self, places: Sequence[tuple[int, float]], examples: int) -> None:
@@ -47,7 +47,7 @@ class MemberDirections:
     Args:
         sites: the parameters; those of two or more dimensions have an `OuterProduct`.
         batch: the members.
-        poisoned: put NaN in the place of the first member's displacement.
+        poisoned: replace the first member's displacement by NaN.
     """
 
     def __init__(self, sites: Sequence[Site], batch: MemberBatch, *, poisoned: bool) -> None:
@@ -86,7 +86,7 @@ class MemberDirections:
         return (param.detach().flatten() + step.flatten(0, 1)).to(param.dtype)
 
     def scales(self, param: Tensor, dtype: torch.dtype) -> Tensor:
-        """What multiplies the directions: (members,)."""
+        """The factors of the directions: (members,)."""
         scale = self._sites[id(param)].zo_eps
         key = (scale, dtype, param.device)
         if key not in self._scales:
@@ -107,7 +107,8 @@ class MemberDirections:
             if dispatch.launches(normals):
                 apply_(row, [1.0], key=key, draws=[draw])
             else:
-                # The kernel itself: checks of arguments would cost as much as short sequences do.
+                # The kernel itself, since checks of arguments would take as long as a short
+                # sequence.
                 backend.weighted_sum(row, row, None, [1.0], [draw], 1.0, None, key)
         return normals.to(accumulator_dtype(param.dtype))
 

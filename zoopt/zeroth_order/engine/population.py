@@ -1,4 +1,4 @@
-"""Populations: their members' fitnesses, and what these weigh in the update."""
+"""Populations: their members' fitnesses, and the weights that these give in the update."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class GenerationRecord(StepRecord):
         step: number of the step, from 1.
         draws: the directions; an antithetic pair has one.
         projected_grads: per direction, its coefficient in (1/N) sum_i rhat_i z_i.
-        losses: per micro-batch and member, the fitness as it was returned.
+        losses: per micro-batch and member, the returned fitness.
         skipped: how many members were left out because their fitness was not finite.
         fitness: per member, the sum of its fitnesses over micro-batches.
         shaped: per member, rhat.
@@ -42,7 +42,7 @@ class Population(PendingProbe):
     shaped: tuple[float, ...] = ()
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
-        """Add one micro-batch; a member with a fitness that is not finite stays out for good."""
+        """Add one micro-batch; a member whose fitness was not finite in any of them is left out."""
         for i, outcome in enumerate(outcomes):
             self.deltas[i] += outcome.delta
             self.finite[i] = math.isfinite(self.deltas[i])
@@ -55,14 +55,14 @@ class Population(PendingProbe):
         return len(self.draws)
 
     def place(self, member: int) -> tuple[int, float]:
-        """The member's draw, and the sign with which it goes along it."""
+        """The member's draw, and the sign of its displacement along it."""
         return self.draws[member], self.signs[member]
 
     def chosen(self, members: Iterable[int] | None) -> list[int]:
-        """The numbers of the members that are asked for; None is all of them.
+        """The requested members' numbers; None is all of them.
 
         Raises:
-            TypeError, ValueError: one that is no member's, or that comes twice.
+            TypeError, ValueError: a number that no member has, or one that occurs twice.
         """
         if members is None:
             return list(range(self.size))
@@ -88,7 +88,7 @@ class Population(PendingProbe):
         return total
 
     def record(self, step: int) -> GenerationRecord:
-        """What the generation has measured."""
+        """The measurements of the generation."""
         coefficients = self.coefficients()
         return GenerationRecord(
             step=step,
@@ -102,11 +102,11 @@ class Population(PendingProbe):
 
 
 def shaped(fitness: Sequence[float], shaping: Shaping) -> tuple[float, ...]:
-    """A weight a member: they add up to 0, and negating all fitnesses negates them.
+    """A weight for each member: they sum to 0, and negating all fitnesses negates them.
 
     Args:
-        fitness: one number a member. Those that are not finite weigh 0, and the others are shaped
-            as if they were alone.
+        fitness: one number for each member. Members whose fitness is not finite weigh 0, and the
+            others are shaped without them.
         shaping: `"zscore"`: less the mean, over the standard deviation (with N); `"rank"`: ranks,
             equal ones sharing theirs, spread over [-1/2, 1/2]; `"pair-sign"`: in each pair of
             members 2k and 2k + 1, 1 for the better one and -1 for the other, 0 for both if they
@@ -125,7 +125,7 @@ def shaped(fitness: Sequence[float], shaping: Shaping) -> tuple[float, ...]:
 
 
 def _zscores(fitness: list[float]) -> list[float]:
-    # Over the largest, so that no square overflows.
+    # Divided by the largest, so that no square overflows.
     largest = max(map(abs, fitness))
     values = [value / largest for value in fitness]
     mean = math.fsum(values) / len(values)

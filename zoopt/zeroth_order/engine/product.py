@@ -1,4 +1,4 @@
-"""Products with a matrix that stands off by a low-rank displacement, which is never added to it.
+"""Products with a matrix under a low-rank displacement, which is never added to the matrix.
 
 x (W + L R^T)^T = x W^T + (x R) L^T        torch.nn.functional.linear: L (m, k), R (n, k)
 x (W + L R^T)   = x W + (x L) R^T          torch.matmul, torch.mm, torch.addmm
@@ -29,7 +29,7 @@ def displaced_product(
         func, args, kwargs: the call.
         is_parameter: whether a value is a parameter that is to be displaced.
         factors: parameter -> L and R, or None if its displacement is no product.
-        replace: any other argument -> the value that it is to have.
+        replace: any other argument -> the value to use instead.
     """
     operands = operands_of(func, args, kwargs)
     if operands is None:
@@ -65,7 +65,7 @@ def operands_of(
 
 def _plus_product(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     """y + (x inner) outer^T: y (..., m), x (..., n), inner (n, k), outer (m, k); y is reused."""
-    # Both operands in rows: several times as fast as the columns of a tall thin matrix.
+    # Both operands row-major: several times as fast as with a tall thin matrix.
     thin = torch.nn.functional.linear(x, inner.to(x.dtype).T.contiguous())  # (..., k)
     if y.dtype != thin.dtype or torch.is_autocast_enabled(y.device.type):
         return y + torch.matmul(thin, outer.to(thin.dtype).T)

@@ -40,7 +40,7 @@ class SparseZerothOrder(ZerothOrderOptimizer):
     """
 
     def _adopt(self, group: Group) -> None:
-        """Indices by name go into the order of the parameters."""
+        """Replace indices by name by a list in the order of the parameters."""
         if isinstance(group["mask"], Mapping):
             names = group.get("param_names") or list(range(len(group["params"])))
             group["mask"] = aligned_indices(group["mask"], names, group["params"])
@@ -80,8 +80,8 @@ class SparseZerothOrder(ZerothOrderOptimizer):
 
         Args:
             rule: the gradient estimate of a chunk (flat, in the accumulator's dtype) and the
-                chunk's place among what moves -> what theta receives. State that it changes goes
-                to `progress.hold`.
+                chunk's place among the moving elements -> the update. New values of state go to
+                `progress.hold`.
         """
         group, direction = site.group, site.direction
         assert isinstance(direction, Elementwise)
@@ -115,7 +115,7 @@ class SparseZerothOrder(ZerothOrderOptimizer):
         return TensorSpec(shape, accumulator_dtype(param.dtype))
 
     def _indices(self, param: Tensor, group: Group) -> Tensor | None:
-        """The parameter's explicit indices under a group, which may be a saved one."""
+        """The parameter's explicit indices in a group, which may be a saved one."""
         for own in self.param_groups:
             for indices, candidate in zip(group["mask"], own["params"], strict=False):
                 if candidate is param:

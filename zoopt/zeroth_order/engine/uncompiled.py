@@ -1,4 +1,4 @@
-"""Compiled functions run as the Python that they were made of, where parameters can be replaced."""
+"""Runs compiled functions as plain Python, in which parameters can be replaced."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def uncompiled() -> Iterator[None]:
 
 @functools.cache
 def _lost_references() -> int:
-    """How many references to None a stance drops that it does not own: three in torch 2.6.
+    """How many references to None a stance wrongly drops: three in torch 2.6.
 
-    After some ten thousand steps Python 3.11 and earlier would abort, as None is freed.
+    After about ten thousand steps, Python 3.11 and earlier would free None and abort.
     """
     stances, before = 100, sys.getrefcount(None)
     for _ in range(stances):

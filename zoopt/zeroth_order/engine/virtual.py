@@ -1,9 +1,9 @@
 """Virtual perturbation: parameters read as theta + a z, while theta itself is never written.
 
 While the mode is active, each registered parameter that an operator reads is replaced by a
-temporary theta + a z (in theta's dtype), which dies with the operator. Reads of metadata pass
-through; an embedding perturbs the rows it gathers; a product with a matrix whose displacement is
-itself a product of thin factors makes no temporary at all.
+temporary theta + a z (in theta's dtype), which is freed after the operator. Reads of metadata pass
+through; an embedding perturbs only the rows that it gathers; a product with a matrix under a
+low-rank displacement makes no temporary at all.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from zoopt.zeroth_order.engine.product import displaced_product
 
-#: Attributes whose values are made of the tensor's elements; all others are metadata.
+#: Attributes that depend on the tensor's elements; all others are metadata.
 _ELEMENT_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 
-#: Functions that read nothing of their tensor but its metadata, or that keep no values.
+#: Functions that only read their tensor's metadata, or whose result has no values of it.
 _METADATA = frozenset(
     {
         *("size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "is_set_to"),
@@ -53,13 +53,13 @@ class Interception(TorchFunctionMode):
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()
-        # By identity for the duration of one evaluation; the list keeps the ids valid.
+        # Looked up by identity during one evaluation; the list keeps the ids valid.
         self._parameters = list(parameters)
         self._ids = {id(parameter) for parameter in self._parameters}
         self.read = False
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a function returns that reads registered parameters."""
+        """The result of a function that reads registered parameters."""
         raise NotImplementedError
 
     def __torch_function__(
@@ -69,7 +69,7 @@ class Interception(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run `func`, by `_run` if elements of registered parameters are among its arguments."""
+        """Run `func`, by `_run` if it reads elements of registered parameters."""
         kwargs = kwargs or {}
         if not self._mentioned(args) and not self._mentioned(kwargs.values()):
             return func(*args, **kwargs)

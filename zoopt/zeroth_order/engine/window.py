@@ -1,4 +1,4 @@
-"""Windows of past steps: the directions that a moving average is rebuilt from."""
+"""Windows of past steps: the directions from which a moving average is rebuilt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Window = tuple[tuple[int | None, tuple[tuple[int, float], ...]], ...]
 
 
 def check_window(name: str, group: Group) -> None:
-    """Raise unless the window's length is None or a positive int that goes with the mask."""
+    """Raise unless the window's length is None, or a positive int that the mask allows."""
     if group[name] is None:
         return
     check_positive_int(name, group[name])
@@ -26,7 +26,7 @@ def check_window(name: str, group: Group) -> None:
 
 
 def check_past(name: str, value: Any) -> None:
-    """Raise unless the value is past steps, as `Window` has them."""
+    """Raise unless the value has the form of `Window`."""
     steps = value if isinstance(value, tuple | list) else [None]
     for step in steps:
         if not (
@@ -62,7 +62,7 @@ def window_steps(
 def extended(
     window: Window, block: int | None, weights: Mapping[int, float], length: int
 ) -> Window:
-    """The window with the present step in it, no more than `length` steps of its block."""
+    """The window with the present step added, cut to `length` steps of its block."""
     steps = [*window, (block, tuple(weights.items()))]
     own = [i for i, (visited, _) in enumerate(steps) if visited == block]
     dropped = set(own[: max(0, len(own) - length)])
