@@ -1,4 +1,4 @@
-"""What torch.distributed.checkpoint does to an optimizer, and steps that are none."""
+"""Recognises calls by torch.distributed.checkpoint, some of which are not real steps."""
 
 from __future__ import annotations
 
@@ -9,45 +9,46 @@ from types import CodeType
 import torch
 
 _MODULE = "torch.distributed.checkpoint.state_dict"
-#: Callers between a step and who asked for it: decorators, hooks, schedulers and wrappers.
+#: How many callers may lie in between: decorators, hooks, schedulers and wrappers.
 _DEPTH = 40
 
 
 def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the running step only asks for state to save, or to load a checkpoint into.
+    """Whether the running step is only made to create state, to save or load a checkpoint.
 
     torch.distributed.checkpoint makes an optimizer's state by a step at rate 0 with gradients of 0.
-    A training loop can come to such a step too, which counts. So the caller tells them apart.
+    A training loop can make such a step too, and then it counts. The caller decides which it is.
     """
     return not optimizer.state and called_by_checkpoint()
 
 
 def called_by_checkpoint() -> bool:
-    """Whether torch.distributed.checkpoint is making an optimizer's state, further up the stack."""
+    """Whether torch.distributed.checkpoint, further up the stack, is making an optimizer's
+    state."""
     return _called_by("_init_optim_state")
 
 
 def called_by_load() -> bool:
-    """Whether torch.distributed.checkpoint is loading an optimizer's state, further up the stack.
+    """Whether torch.distributed.checkpoint, further up the stack, is loading an optimizer's state.
 
-    Of a flattened checkpoint it reads what the optimizer's state has names for.
+    From a flattened checkpoint it reads only entries that the optimizer's state has names for.
     """
     return _called_by("_load_optim_state_dict")
 
 
 def called_by_get() -> bool:
-    """Whether torch.distributed.checkpoint asks for an optimizer's state, further up the stack.
+    """Whether torch.distributed.checkpoint, further up the stack, asks for an optimizer's state.
 
-    To save it, or to have names and places for what is read from files.
+    It does so to save the state, or to know where to put what it reads from files.
     """
     return _called_by("_get_optim_state_dict")
 
 
 def _called_by(function: str) -> bool:
-    # Who calls it has imported this module, which takes its time.
+    # Importing it is slow, and any caller of it has imported it already.
     module = sys.modules.get(_MODULE)
     found = getattr(module, function, None)
-    # Inside its decorators, whose code they share with other functions.
+    # The function inside its decorators, whose code other functions share.
     code: CodeType | None = getattr(inspect.unwrap(found) if found else None, "__code__", None)
     if code is None:
         return False

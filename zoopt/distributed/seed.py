@@ -2,8 +2,8 @@
 
 Replicas whose noise comes from different seeds drift apart while their losses look normal. The
 processes of a group therefore compare seeds, through the group's store: a process publishes its
-own and reads the others', and waits for no one who has nothing to say. An optimizer that is made in
-one process only never waits.
+own and reads those that others have published. An optimizer that is made in one process only never
+waits.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class SharedSeed:
 
     Args:
         seed: 64 bits; None is rank 0's `torch.initial_seed()`.
-        owner: what the seed is for. Each process numbers those of an owner in the order in which
-            they are made, and equal numbers must have equal seeds.
+        owner: the purpose of the seed. Each process numbers the seeds of an owner in the order in
+            which they are made, and equal numbers must have equal seeds.
 
     Attributes:
         value: the seed.
 
     Raises:
-        ValueError: no int in [0, 2^64), or another process has made the same with another seed.
-        RuntimeError: seed is None, and rank 0 has made nothing of the kind until the group's
-            timeout.
+        ValueError: not an int in [0, 2^64), or another process has a different seed for the same
+            number.
+        RuntimeError: seed is None, and rank 0 has not published one before the group's timeout.
     """
 
     def __init__(self, seed: int | None, owner: str) -> None:
@@ -56,14 +56,14 @@ class SharedSeed:
         self._begin(follow=seed is None)
 
     def check(self, seed: int) -> None:
-        """Raise unless all processes go on with this seed; free while it is the one agreed on.
+        """Raise unless all processes continue with this seed; free while it is the agreed one.
 
-        Where it is another one, loaded from a checkpoint say, every process that made the optimizer
+        If it is another one, for example from a checkpoint, every process that made the optimizer
         must have it, and they wait for each other here.
 
         Raises:
-            RuntimeError: another process goes on with another seed, or does not say which until
-                the group's timeout.
+            RuntimeError: another process has another seed, or publishes none before the group's
+                timeout.
         """
         if not self._agreed:
             self.value = seed
@@ -91,7 +91,7 @@ class SharedSeed:
         self._agreed = True
 
     def _change(self, seed: int) -> None:
-        """Let every process that has made this one say its seed."""
+        """Compare the new seed with those of all processes that have made this one."""
         store = _store()
         if store is None:
             self.value = seed
@@ -111,7 +111,7 @@ class SharedSeed:
 
 
 def _store() -> Store | None:
-    """The default group's store; None where this process is alone."""
+    """The default group's store; None if this process is alone."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return None
     if dist.get_backend() == "fake":

@@ -1,7 +1,7 @@
-"""Sharded parameters, FSDP2's: which part of a tensor lies here, and where in the whole it begins.
+"""Parameters sharded by FSDP2: this process's part of a tensor, and its position in the whole.
 
-An update that treats elements alike runs on the local part as on any tensor. Its noise is that of
-the elements' places in the whole, so that sharding changes no bit.
+An elementwise update runs on the local part as on any tensor. Its noise depends on the elements'
+positions in the whole, so sharding changes no bit.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 def is_sharded(tensor: Any) -> bool:
     """Whether the tensor is a DTensor."""
-    # Who has one has imported this module, which takes its time.
+    # Importing it is slow, and a program with a DTensor has imported it already.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of the tensor that lies here, in the same memory; a plain tensor is its own."""
+    """This process's part of the tensor, in the same memory; a plain tensor is its own part."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -34,7 +34,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_like(value: Tensor, param: Tensor) -> Tensor:
-    """The part of a value that lies where the parameter's part does, contiguous."""
+    """The part of a value that corresponds to this process's part of the parameter, contiguous."""
     if is_sharded(value) and is_sharded(param):
         placements = _dtensor(param).placements
         if _dtensor(value).placements != placements:
@@ -43,7 +43,7 @@ def local_like(value: Tensor, param: Tensor) -> Tensor:
 
 
 def sharded_as(value: Tensor, param: Tensor) -> Tensor:
-    """A value with as many rows as the sharded parameter, sharded as those are.
+    """A value with as many rows as the sharded parameter, sharded like it.
 
     A plain value is the whole tensor, the same in every process.
     """
@@ -64,7 +64,7 @@ def sharded_as(value: Tensor, param: Tensor) -> Tensor:
 
 
 def sharded_zeros(shape: tuple[int, ...], dtype: torch.dtype, param: Tensor) -> Tensor:
-    """Zeros with as many rows as the sharded parameter, sharded as those are."""
+    """Zeros with as many rows as the sharded parameter, sharded like it."""
     from torch.distributed.tensor import zeros
 
     whole = _dtensor(param)
@@ -88,7 +88,7 @@ def offset(param: Tensor) -> int:
 
 
 def anywhere(flag: bool, param: Tensor) -> bool:
-    """Whether the flag is set in any of the processes that the parameter is sharded over."""
+    """Whether the flag is set in any process that has a part of the parameter."""
     if not is_sharded(param):
         return flag
     number = torch.tensor(int(flag), device=local(param).device)
@@ -97,7 +97,7 @@ def anywhere(flag: bool, param: Tensor) -> bool:
 
 
 def greatest_(values: Tensor, param: Tensor) -> None:
-    """The greatest of each value over the processes that the parameter is sharded over."""
+    """The maximum of each value over the processes that have a part of the parameter."""
     mesh = _dtensor(param).device_mesh
     for i in range(mesh.ndim):
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, mesh.get_group(i))
@@ -112,20 +112,21 @@ def sum_(values: Tensor, param: Tensor) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, here."""
+    """The whole of a sharded tensor, gathered in this process."""
     full: Tensor = _dtensor(tensor).full_tensor()
     return full
 
 
 def is_owner(param: Tensor, number: int) -> bool:
-    """Whether this is the process, of those that share the parameter, that the number falls to."""
+    """Whether this is the process, among those that share the parameter, to which `number`
+    belongs."""
     mesh = _dtensor(param).device_mesh
     coordinate = mesh.get_coordinate() or ()
     return all(own == number % mesh.size(i) for i, own in enumerate(coordinate))
 
 
 def broadcast_(values: Tensor, param: Tensor, number: int) -> None:
-    """The owner's values in the place of everyone's."""
+    """Replace the values in all processes by the owner's."""
     mesh = _dtensor(param).device_mesh
     for i in range(mesh.ndim):
         group = mesh.get_group(i)
@@ -139,7 +140,7 @@ def check_placement(param: Tensor, name: str | int) -> None:
     from torch.distributed.tensor import Replicate, Shard
 
     for placement in _dtensor(param).placements:
-        # Not a subclass, whose shards interleave.
+        # Not a subclass, since the shards of one interleave.
         if type(placement) is Shard and placement.dim:
             raise ValueError(
                 f"a sharded parameter must be sharded along dimension 0, got dimension "

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is made of fewer numbers, for training in less memory."""
+"""Linear layers whose weight is a function of fewer numbers, for training in less memory."""
 
 from zoopt.nn.gradnorm import GradNormLinear, convert_to_gradnorm
 from zoopt.nn.linear import ReparametrisedLinear, merge

@@ -1,4 +1,4 @@
-"""Random supports of a matrix: a fixed number of columns in each row, remade from the seed."""
+"""Random supports of a matrix: a fixed number of columns in each row, regenerated from the seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def columns_per_row(n: int, density: float) -> int:
-    """How many of a row's n columns a support of that density has: at least 1."""
+    """How many of a row's n columns are in a support of that density: at least 1."""
     return max(1, round(density * n))
 
 
@@ -21,11 +21,11 @@ def support(
 ) -> Tensor:
     """The columns of a random support, ascending and distinct in each row: int64, (m, count).
 
-    The n columns are cut into `count` runs as equal as can be, and one column is taken of each: of
-    run j of row i, number (a_i j + b_i mod 2^32) * width_j div 2^32, where a_i and b_i are words 0
-    and 1 of Philox's block i. So an element is chosen with probability 1 / width_j. Rows are
-    independent, and the runs of one row are pairwise independent. It costs one block of noise a
-    row.
+    The n columns are cut into `count` runs of nearly equal width, and one column is taken from
+    each: in run j of row i, number (a_i j + b_i mod 2^32) * width_j div 2^32, where a_i and b_i are
+    words 0 and 1 of Philox's block i. So an element is chosen with probability 1 / width_j. Rows
+    are independent, and the runs of one row are pairwise independent. It costs one block of noise
+    for each row.
     """
     row = torch.arange(m, device=device)
     # The planner runs this on tensors without values. Philox's rounds would take a tenth of its

@@ -1,4 +1,4 @@
-"""A zeroth-order run as a file of scalars: recorded, replayed bit for bit, gone on with."""
+"""A zeroth-order run as a file of scalars: recorded, replayed bit for bit, resumed."""
 
 from zoopt.trajectory.format import TrajectoryError
 from zoopt.trajectory.recorder import Recorder

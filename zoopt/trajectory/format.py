@@ -1,16 +1,16 @@
-"""The file of a run: a header, and a record for each thing that the optimizer was asked to do.
+"""The file of a run: a header, and a record for each request to the optimizer.
 
     file    = MAGIC, length u32, header (zlib of JSON), crc32 u32, record ...
     record  = tag u8, count varint, check u8, [lr f64 a group], payload, chain u32
 
 Numbers are little-endian. `tag` has the kind in its low three bits, then whether the losses are
 float64 (else float32, where these hold them exactly) and whether learning rates follow. `count` is
-the number of losses or of bytes. `check` is a checksum of tag and count alone, so that a damaged
-length is told from a record that was cut off. `chain` is the crc32 of the record, begun from the
-record before: a flipped bit, a record that is missing, twice there or in another place breaks it.
+the number of losses or of bytes. `check` is a checksum of tag and count alone, to distinguish a
+damaged length from a record that was cut off. `chain` is the crc32 of the record, starting from
+that of the record before: flipped bits and missing, duplicate or misplaced records break it.
 
 The last record of a process that was killed can be incomplete: it is left out, and reported.
-Everything else that does not fit is damage, and an error.
+Any other inconsistency is an error.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ STEPS = (Kind.STEP, Kind.APPLY)
 
 
 class TrajectoryError(ValueError):
-    """A file that is no trajectory, or a damaged one, or one of something else."""
+    """A file that is no trajectory, is damaged, or belongs to another model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Event:
 
     Attributes:
         kind: what was asked for.
-        losses: what the closure returned, in order.
+        losses: the closure's results, in order.
         rates: the learning rate of each group, if one has changed; empty if not.
         change: what was changed, see `zoopt.trajectory.recorder`.
     """
@@ -98,7 +98,7 @@ def encode(event: Event, chain: int) -> tuple[bytes, int]:
 
 
 def _narrowed(value: float) -> float:
-    """The value as a float32, infinite where it is too large for one."""
+    """The value as a float32; infinity if it is too large."""
     try:
         narrowed: float = struct.unpack("<f", struct.pack("<f", value))[0]
     except OverflowError:
@@ -116,13 +116,13 @@ def _varint(value: int) -> bytes:
 
 @dataclasses.dataclass
 class Contents:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         header: see `zoopt.trajectory.header`.
-        events: the records that are whole.
+        events: the complete records.
         size: bytes up to the end of the last of them.
-        torn: bytes behind it, of a record that was cut off.
+        torn: bytes after it, of a record that was cut off.
         last_step: where the record of the last step ends, and the chain there.
     """
 
@@ -142,7 +142,7 @@ def read(path: str | Path) -> Contents:
     """Read a file and check all of it.
 
     Raises:
-        TrajectoryError: it is no trajectory, of a version that is not known, or damaged.
+        TrajectoryError: it is no trajectory, of an unknown version, or damaged.
         OSError: it cannot be read.
     """
     data = Path(path).read_bytes()
@@ -233,7 +233,7 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def steps_of(events: Sequence[Event]) -> Iterator[list[Event]]:
-    """The events of each step: what led to it, and itself. What no step follows is left out."""
+    """The events of each step: those that led to it, and the step. Later events are left out."""
     waiting: list[Event] = []
     for event in events:
         waiting.append(event)

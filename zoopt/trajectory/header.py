@@ -1,4 +1,4 @@
-"""What a trajectory says of its run: optimizer, parameters, and the weights it began from."""
+"""The header of a trajectory: the optimizer, the parameters, and a hash of the base weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zoopt.trajectory.format import FORMAT, TrajectoryError
 from zoopt.version import __version__
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 
-#: Of a group, what is not a hyperparameter.
+#: Group keys that are not hyperparameters.
 _OTHERS = ("params", "param_names")
 #: Bytes that are hashed at a time.
 _CHUNK = 1 << 24
@@ -77,7 +77,7 @@ def rebuild(header: dict[str, Any], model: Any) -> ZerothOrderOptimizer:
     """The optimizer of a header, over a model's parameters, as it was when the run began.
 
     Raises:
-        TrajectoryError: the model has other parameters, or this version of zoopt cannot go on.
+        TrajectoryError: the model has other parameters, or this version of zoopt cannot continue.
     """
     if header["noise_version"] != NOISE_VERSION:
         raise TrajectoryError(
@@ -115,7 +115,7 @@ def rebuild(header: dict[str, Any], model: Any) -> ZerothOrderOptimizer:
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A hash of the tensors' bytes, a chunk at a time: SHA-256, some 2 GB/s on present cores."""
+    """A hash of the tensors' bytes, a chunk at a time: SHA-256, about 2 GB/s on present cores."""
     digest = hashlib.sha256()
     for tensor in tensors:
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -125,7 +125,8 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """A group's value in JSON's types; tuples and tensors are told from lists."""
+    """A group's value in JSON's types; tuples and tensors are marked, to distinguish them from
+    lists."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         if value.dim() == 0:
@@ -143,7 +144,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The value that `to_json` was given."""
+    """The inverse of `to_json`."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if isinstance(value, dict):

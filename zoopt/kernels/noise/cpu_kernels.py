@@ -1,8 +1,8 @@
-"""The operations on the CPU, compiled: tile by tile over a team of threads' spans of elements.
+"""The operations on the CPU, compiled: tile by tile, over the spans of a team of threads.
 
-Each one works on elements (or rows) span[0] ... span[1] - 1, and has an entry (arguments, team)
-that spreads the spans over the threads. `rounding` is the draw whose bits round, or negative for
-rounding to nearest; `threshold` is the mask's, or None at density 1.
+Each one works on elements (or rows) span[0] ... span[1] - 1, and has an entry point (arguments,
+team) that distributes the spans over the threads. `rounding` is the draw whose bits round, or
+negative for rounding to nearest; `threshold` is the mask's, or None at density 1.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -54,9 +54,9 @@ def _weighted_sum(
     rounding,
     span,
 ):
-    """reference.weighted_sum; numba compiles a kernel of its own for an addend that is None."""
+    """reference.weighted_sum; numba compiles a separate kernel for an addend of None."""
     tile, z, words, random = scratch(threshold)
-    # One sign an element costs so little that passes through a tile would double it.
+    # Signs are so cheap to generate that passing through a tile would double the time.
     plain_signs = kind == BFLOAT16 and per_word == SIGNS_PER_WORD and len(draws) == 1
     plain_signs = plain_signs and decay == f32(1.0) and rounding < 0
     plain_signs = plain_signs and addend is None and threshold is None

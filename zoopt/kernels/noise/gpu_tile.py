@@ -1,8 +1,8 @@
-"""What the GPU kernels do in registers: generate a block of noise, round a block of results.
+"""Parts of the GPU kernels, in registers: generate a block of noise, round a block of results.
 
 BACKEND is "cuda", "hip" or "interpreter" (numpy underneath). Two instructions have exact
-equivalents where they are missing: in the interpreter a fused multiply-add goes through float64,
-and outside CUDA, which rounds to bfloat16 in one instruction, its integer bits are rounded.
+substitutes where they are missing: in the interpreter a fused multiply-add goes through float64,
+and rounding to bfloat16, one instruction in CUDA, is done on the integer bits elsewhere.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -36,7 +36,7 @@ def _fma(a, b, c, BACKEND: tl.constexpr):
 
 @triton.jit
 def _u32(x):
-    """The unsigned reading of an int32 argument."""
+    """An int32 argument read as unsigned."""
     return x.to(tl.uint32, bitcast=True)
 
 
@@ -78,7 +78,7 @@ def _words(
 
 @triton.jit
 def _quantile(half, BACKEND: tl.constexpr):
-    """The normal of 16 bits, read as a signed integer (int32)."""
+    """The normal for 16 bits, which are read as a signed integer (int32)."""
     x = half.to(tl.float32) + 0.5
     q = _fma(x, x, _Q_SHIFT, BACKEND).to(tl.int32, bitcast=True)
     u = _fma(q.to(tl.float32), _U_SCALE, _U_SHIFT, BACKEND)
@@ -111,7 +111,7 @@ def halfwords_at(index, stream, draw, k0, k1, PURPOSE: tl.constexpr):
 
 @triton.jit
 def kept(index, stream, draw, k0, k1, threshold, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of BLOCK elements a direction moves: (BLOCK,), or a scalar that nothing reads."""
+    """Which of BLOCK elements a direction moves: (BLOCK,), or an unused scalar without a mask."""
     if MASKED:
         return halfwords(index, stream, draw, k0, k1, _MASK, BLOCK).to(tl.int32) < threshold
     else:
@@ -120,7 +120,7 @@ def kept(index, stream, draw, k0, k1, threshold, MASKED: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def added(x, step, keep, MASKED: tl.constexpr):
-    """x + step, or x's own bits where the step is not kept."""
+    """x + step, or the bits of x where the step is not kept."""
     if MASKED:
         return tl.where(keep, x + step, x)
     else:
@@ -157,9 +157,9 @@ def direction(
 
 @triton.jit
 def nearest(x, dtype: tl.constexpr, BACKEND: tl.constexpr):
-    """x, float32, in a dtype, to nearest."""
+    """x, float32, rounded to nearest in a dtype."""
     if BACKEND != "cuda" and dtype == tl.bfloat16:
-        # A NaN stays one: those that come from bfloat16 or from arithmetic do not carry over.
+        # A NaN stays one: the payloads of NaNs from bfloat16 or arithmetic cannot carry over.
         pattern = x.to(tl.uint32, bitcast=True)
         near = (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16
         return near.to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -169,7 +169,7 @@ def nearest(x, dtype: tl.constexpr, BACKEND: tl.constexpr):
 
 @triton.jit
 def stochastic(x, bits, dtype: tl.constexpr):
-    """x, float32, in bfloat16 or float16, by the random bits, uint32 below 65536."""
+    """x, float32, rounded to bfloat16 or float16 by random bits, uint32 below 65536."""
     pattern = x.to(tl.uint32, bitcast=True)
     if dtype == tl.bfloat16:
         finite = (pattern & 0x7F800000) != 0x7F800000

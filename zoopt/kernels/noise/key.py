@@ -1,4 +1,4 @@
-"""Which noise: the names of a tensor's directions."""
+"""Keys: they name the noise of a tensor."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class NoiseKey:
         stream: 32 bits, the tensor's.
         offset: position of the first element in the whole, unsharded tensor.
         distribution: `"normal"` or `"rademacher"`.
-        density: the fraction of elements that a direction moves, each draw's own at random; in
-            [2^-17, 1] and rounded to a multiple of 2^-16 (up to 2^-16 at least).
+        density: the fraction of elements that a direction moves, chosen at random in each draw; in
+            [2^-17, 1], rounded to a multiple of 2^-16 (and to 2^-16 at least).
 
     Raises:
         TypeError, ValueError: an argument out of range.
@@ -43,7 +43,7 @@ class NoiseKey:
         if not 0 <= self.offset < MAX_INDEX:
             raise ValueError(f"offset must be an int in [0, 2^59), got {self.offset!r}")
         if self.distribution == "normal" and self.density == 1.0:
-            return  # The common case: first-order optimizers make a key a parameter a step.
+            return  # the common case: first-order optimizers make one in every update
         if self.distribution not in get_args(Distribution):
             raise ValueError(
                 f"distribution must be one of {', '.join(map(repr, get_args(Distribution)))}, "
@@ -64,7 +64,7 @@ class NoiseKey:
         return None if self.density == 1.0 else int(self.density * DENSITY_STEPS)
 
     def shifted(self, elements: int) -> NoiseKey:
-        """The key of the slice that begins `elements` further on."""
+        """The key of the slice that begins `elements` later."""
         if not elements:
             return self
         return dataclasses.replace(self, offset=self.offset + elements)

@@ -25,7 +25,7 @@ Every other implementation must return the bits that this file returns.
    The 65,536 values have mean 0, variance 1 to 2e-8, excess kurtosis -9e-4, and reach 4.35;
    their distribution function is nowhere further than 8e-5 from Phi.
 5. *Masks.* At a density below 1, z is 0 wherever the 16 bits of the purpose "mask" are not below
-   density * 2^16. A zero of a mask is not added at all: what it is added to keeps its bits.
+   density * 2^16. Where the mask is 0 nothing is added, so the sum keeps its bits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch import Tensor
 
 NOISE_VERSION = 1
 
-#: Uses of the noise, kept apart by the top byte of the counter's second word.
+#: Uses of the noise, distinguished by the top byte of the counter's second word.
 PURPOSE_DIRECTION = 0
 PURPOSE_ROUNDING = 1
 PURPOSE_MASK = 2
@@ -137,8 +137,8 @@ def halfwords(
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """A fused multiply-add on float32 (n,): the product is exact in float64.
 
-    Rounding the sum to float64 and then to float32 could differ from one rounding; on none of
-    the 65,536 arguments that occur here does it (a test compares with the C library's fmaf).
+    Rounding the sum to float64 and then to float32 could differ from a single rounding, but does
+    not for any of the 65,536 arguments that occur here (a test compares with the C library's fmaf).
     """
     b = b.double() if isinstance(b, Tensor) else b
     c = c.double() if isinstance(c, Tensor) else c

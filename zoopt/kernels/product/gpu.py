@@ -1,5 +1,5 @@
-"""theta plus a low-rank product on the GPU: BLAS where it rounds as it should, and Triton where
-terms of the gradient or random bits go with the product: one read and one write of theta."""
+"""theta plus a low-rank product on the GPU: by BLAS if it rounds as required; by Triton, in one
+read and one write of theta, if terms of the gradient or random bits are added with the product."""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
@@ -15,7 +15,7 @@ from zoopt.kernels.product.reference import blas_rounds
 
 #: Rows and columns of a program's tile with a product, and the columns of a factor at a time.
 TILE, K = (64, 64), 16
-#: The same where theta has 16 bits, and nothing but a product is added.
+#: The same if theta has 16 bits and only a product is added.
 NARROW_TILE, NARROW_K = (128, 64), 32
 #: Elements of a program's tile without one.
 PLAIN = 2048
@@ -41,8 +41,8 @@ def add_product(
     m, n = theta.shape
     backend = backend_name()
     alone = channel_scale is None and sign_of is None
-    # Rounding factors to theta's 16 bits is 2^-8 or less of a step, not of theta. The interpreter
-    # computes with numpy, which has no bfloat16.
+    # Rounding factors to theta's 16 bits changes 2^-8 or less of a step, not of theta. The
+    # interpreter computes with numpy, which has no bfloat16.
     narrow = theta.dtype in (torch.bfloat16, torch.float16) and backend != "interpreter"
     if narrow and left is not None and right is not None:
         left, right = left.to(theta.dtype), right.to(theta.dtype)

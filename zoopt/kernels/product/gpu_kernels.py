@@ -107,8 +107,8 @@ def product_kernel(
 ):
     """reference_product.add_product; terms whose tensors are None are not compiled.
 
-    The gradient has strides gradient_row and gradient_column; the channels' scale is of each row,
-    of each column, or of all.
+    The gradient has strides gradient_row and gradient_column. The channels' scale has a number for
+    each row, for each column, or one for all.
     """
     across = tl.cdiv(n, COLUMNS)
     tile = tl.program_id(0)
@@ -120,7 +120,7 @@ def product_kernel(
     x = decay * tl.load(theta + at, mask=inside, other=0.0).to(tl.float32)
     place = rows[:, None] * gradient_row + columns[None, :] * gradient_column
     if sign_left is not None:
-        # The gradient is read anew below: held until then, its tile would not fit in registers.
+        # The gradient is read again below: kept until then, its tile would not fit in registers.
         up = _product(
             sign_left, sign_right, rows, columns, m, n, SIGN_RANK, False, ROWS, COLUMNS, K
         )

@@ -1,4 +1,4 @@
-"""theta plus a low-rank product, and what of the gradient goes beside it: one pass over theta."""
+"""theta plus a low-rank product and terms of the gradient, in one pass over theta."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def add_product_(
         left, right: (m, r) and (n, r), in the accumulator's dtype or in theta's. Where matrices
             of theta's 16 bits are multiplied as they are (bfloat16 on some processors, both on a
             GPU), they are rounded to it.
-        alpha: multiplies their product.
-        decay: multiplies theta, 1 - lr weight_decay say.
+        alpha: the product's factor.
+        decay: theta's factor, for example 1 - lr weight_decay.
         gradient: (m, n), any of theta's dtypes.
         channel_scale: (m, 1) or (1, n) or (1, 1), in the accumulator's dtype.
         sign_of: (m, r) and (n, r), the part of the gradient whose complement's signs are added.
-        sign_step: what they are multiplied by.
+        sign_step: the signs' factor.
         key: the noise of theta, whose bits round it.
         rounding_draw: 32 bits; the draw whose bits round theta stochastically. Default: to nearest.
-        impl: as for `perturb`. Sums of r products are made in the implementation's own order, so
-            that results agree to rounding, not in all bits.
+        impl: as for `perturb`. Each implementation sums r products in its own order, so results
+            agree up to rounding, not in all bits.
 
     Returns:
         theta.
@@ -102,7 +102,7 @@ def add_product_(
     alpha, decay, sign_step = scalars([alpha, decay, sign_step], theta.dtype)
     backend = dispatch.choose(theta, impl, "product")
     with contiguous(theta) as target, _precise(theta):
-        # The product may be added a part at a time: nothing that is read may change meanwhile.
+        # The product may be added in parts, so no operand may change in between.
         backend.add_product(
             target,
             None if left is None else apart(left, target),
@@ -137,7 +137,7 @@ def squares(gradient: Tensor, axis: int, *, impl: str | None = None) -> Tensor:
 
 
 def _precise(theta: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """No autocast: products are of the dtypes that the operation has, in whatever mode it runs."""
+    """Without autocast: products keep the dtypes of their operands in every mode."""
     device = theta.device.type
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
