@@ -42,7 +42,7 @@ def normalised(
 
 
 class _GradNorm(torch.autograd.Function):
-    """x (..., n) -> x W^T + bias. V is made anew in backward, and dL/dW never."""
+    """x (..., n) -> x W^T + bias. V is computed again in backward, and dL/dW never."""
 
     @staticmethod
     def forward(
@@ -64,7 +64,8 @@ class _GradNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # With G = dL/dW, s_j = sum_i G_ij V_ij of each column and e = d s / c^2: dL/dV = G d - V e
-        # (by rows alike). Every product with G is one with the output's gradient and x, both thin.
+        # (rows in the same way). Every product with G is one with the output's gradient and x, both
+        # thin.
         x, weight, left, right, magnitude = ctx.saved_tensors
         dtype = x.dtype
         tokens, grad = outer_dims(x), outer_dims(grads[0])  # (t, n), (t, m)
@@ -98,10 +99,10 @@ class _GradNorm(torch.autograd.Function):
 class GradNormLinear(ReparametrisedLinear):
     r"""A linear layer with W = M (W0 + I J) / ||W0 + I J||_c (Huang et al., 2024).
 
-    arXiv:2412.19616. ||.||_c: the norm of each column of W (out, in), hence one magnitude for each
-    input, which is what the paper means. With `norm="output"` it is that of each row, one for each
+    arXiv:2412.19616. ||.||_c: the norm of each column of W (out, in), so there is one magnitude for
+    each input, as in the paper. With `norm="output"` it is that of each row, one for each
     output, as in peft's DoRA. W0 (out, in) is frozen; I (out, rank), J (rank, in), M (in,) or
-    (out,) and the bias train. At the start I = 0 and M = ||W0||_c, hence W = W0 to rounding.
+    (out,) and the bias train. At the start I = 0 and M = ||W0||_c, so W = W0 up to rounding.
 
     No tensor of W's size outlives a forward or a backward pass: W is made, used and freed in each.
 
@@ -119,8 +120,8 @@ class GradNormLinear(ReparametrisedLinear):
         TypeError, ValueError: a rank that is not a positive int, another norm.
         RuntimeError: in forward, W0 requires a gradient.
 
-    Differs from DoRA, whose code takes the norm as a constant in backward: here its gradient is
-    whole.
+    Differs from DoRA, whose code treats the norm as a constant in backward; here the gradient is
+    exact.
     """
 
     def __init__(
@@ -174,14 +175,14 @@ def convert_to_gradnorm(
     norm: Norm = "input",
     seed: int | None = None,
 ) -> nn.Module:
-    """Put a `GradNormLinear` of its weight in the place of each targeted linear layer.
+    """Replace each targeted linear layer by a `GradNormLinear` of its weight.
 
-    Matrices in bare parameters (fused experts) are reparametrised alike, each by itself. They are
-    made in each forward pass, and live until the backward pass has used them; activation
-    checkpointing shortens that to a layer's turn.
+    Matrices in bare parameters (fused experts) are reparametrised too, each by itself. They are
+    computed in each forward pass and kept until the backward pass has used them; with activation
+    checkpointing, only while their layer is computed.
 
-    The model computes what it computed, to rounding; the layers' own weights are frozen, what else
-    is in the model keeps its requires_grad. `zoopt.nn.merge` is the way back.
+    The model's outputs stay the same up to rounding. The layers' own weights are frozen, and all
+    other parameters keep their requires_grad. `zoopt.nn.merge` undoes it.
 
     Args:
         model: changed in place.

@@ -18,8 +18,8 @@ CHUNK = 1 << 20
 def kaiming_uniform_(tensor: Tensor, fan_in: int, *, seed: int, name: str) -> None:
     """Fill with U(+-1 / sqrt(fan_in)), as nn.Linear does.
 
-    Each element takes 16 random bits that depend on seed and name alone. Meta tensors are left as
-    they are.
+    Each element uses 16 random bits that depend on seed and name alone. Meta tensors are not
+    changed.
     """
     if tensor.is_meta:
         return

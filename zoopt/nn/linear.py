@@ -1,4 +1,4 @@
-"""What reparametrised linear layers share: autocast, merging, replacing a model's layers."""
+"""Shared by reparametrised linear layers: autocast, merging, replacing a model's layers."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class ReparametrisedLinear(nn.Module):
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Put an nn.Linear in the place of each reparametrised layer, in place, and a plain parameter
-    in that of reparametrised bare ones.
+    """Replace each reparametrised layer by an nn.Linear, and each reparametrised bare parameter by
+    a plain one.
 
     Returns:
         The model; if it is itself such a layer, its nn.Linear.
@@ -81,8 +81,8 @@ def replace_layers(
     build: Callable[[str, Tensor, nn.Parameter | None], ReparametrisedLinear],
     build_stack: Callable[[str, Matrices], Stack],
 ) -> nn.Module:
-    """Put build(name, weight (out, in), bias) in the place of each targeted layer, in place, and
-    make bare parameters functions of build_stack(name, matrices).
+    """Replace each targeted layer by build(name, weight (out, in), bias), and make each targeted
+    bare parameter a function of build_stack(name, matrices).
 
     Raises:
         TypeError: a layer is of a subclass of nn.Linear or Conv1D, whose owner may read its

@@ -1,4 +1,4 @@
-"""Which linear layers of a model a method is for."""
+"""Selects the linear layers of a model to which a method is applied."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 #: "linear", another regular expression, shell patterns, or a predicate of a layer's name and
-#: module. Patterns match whole module names, "model.layers.0.mlp.up_proj" say.
+#: module. Patterns match whole module names, such as "model.layers.0.mlp.up_proj".
 Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
@@ -36,7 +36,7 @@ class Matrices(NamedTuple):
     """A parameter that holds weights of linear maps.
 
     Attributes:
-        module: the linear layer, or whatever module has the parameter of its own.
+        module: the linear layer, or the module that owns the parameter.
         param: (m, n), or `number` of such matrices stacked along the first axis.
         number: how many.
     """
@@ -53,11 +53,11 @@ class Matrices(NamedTuple):
 
 
 def bare_matrices(model: nn.Module) -> dict[str, Matrices]:
-    """The weights of linear maps that are no linear layer's, by name, except tied ones.
+    """The weights of linear maps that belong to no linear layer, by name, except tied ones.
 
-    A parameter with three axes is a stack (E, m, n): a layer's experts. Kernels of convolutions,
-    and what looks like one matrix in a batch of one, (1, m, n), are not. torch's attention keeps
-    its three projections as one (3 d, d), or as (d, k) each.
+    A parameter with three axes is a stack (E, m, n): a layer's experts. Kernels of convolutions are
+    none, nor are parameters of shape (1, m, n), which may be anything in a batch of one. torch's
+    attention keeps its three projections as one (3 d, d), or as (d, k) each.
     """
     found: dict[str, Matrices] = {}
     tied = tied_parameters(model)
@@ -80,8 +80,8 @@ def matrices(model: nn.Module, target: Target = "linear") -> dict[str, Matrices]
     bare ones.
 
     Args:
-        target: as for `linear_layers`. Patterns and predicates meet linear layers by their name and
-            module, bare parameters by the parameter's name and the module that has it.
+        target: as for `linear_layers`. Patterns and predicates get the name and module of a linear
+            layer, or the name of a bare parameter and the module that owns it.
 
     Returns:
         The parameters by name; at least one.
@@ -107,8 +107,8 @@ def linear_layers(model: nn.Module, target: Target = "linear") -> dict[str, nn.M
 
     Args:
         target: `"linear"` is every linear layer inside an nn.ModuleList, which is where models
-            keep their repeated layers: attention and MLPs, and not heads, poolers or projections
-            of embeddings. In a model that has none there, every linear layer but the one that
+            keep their repeated layers: attention and MLPs, and not heads, poolers or projections of
+            embeddings. In a model that has none there: every linear layer except the one that
             `get_output_embeddings()` returns. Any other string is a regular expression for whole
             module names; a sequence holds shell patterns (`"*.q_proj"`); a callable is given name
             and module.

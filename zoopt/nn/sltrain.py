@@ -42,7 +42,7 @@ def low_rank_plus_sparse(
 
 
 class _SparsePlusLowRank(torch.autograd.Function):
-    """x (..., n) -> x W^T + bias. W is made anew in backward, and dL/dW in runs of rows."""
+    """x (..., n) -> x W^T + bias. W is computed again in backward, and dL/dW in runs of rows."""
 
     @staticmethod
     def forward(
@@ -73,7 +73,7 @@ class _SparsePlusLowRank(torch.autograd.Function):
         right_grad = (grad @ left.to(x.dtype)).t() @ tokens
         values_grad = torch.empty_like(values)
         rows = max(1, CHUNK // tokens.shape[1])
-        # Without values only memory is counted: two chunks take what all of them do.
+        # Without values only memory is counted, and two chunks use as much as all.
         end = min(2 * rows, values.shape[0]) if is_fake(grad) else values.shape[0]
         for start in range(0, end, rows):
             run = slice(start, start + rows)
@@ -98,8 +98,8 @@ class SLTrainLinear(ReparametrisedLinear):
 
     Elements: rank (in + out) + density in out, instead of in out. `support="indices"` keeps an
     int32 column for each value, 4 density in out bytes; `support="regenerated"` keeps none and
-    remakes them from the seed in each pass. Both have the same support. W and the gradient's rows
-    are temporary in forward and backward.
+    regenerates them from the seed in each pass. Both have the same support. W and the gradient's
+    rows are temporary in forward and backward.
 
     Args:
         in_features, out_features, bias, device, dtype: as for nn.Linear.
@@ -116,8 +116,8 @@ class SLTrainLinear(ReparametrisedLinear):
     Raises:
         TypeError, ValueError: an argument out of range.
 
-    Differs from the paper: its support is uniform over the matrix, here over each row with a fixed
-    count, so that the values have a shape of their own. The authors' code keeps int64 indices.
+    Differs from the paper: its support is uniform over the matrix; here each row has a fixed count,
+    so that the values form a matrix. The authors' code keeps int64 indices.
     """
 
     support_columns: Tensor | None
@@ -188,7 +188,7 @@ class SLTrainLinear(ReparametrisedLinear):
         )
 
     def get_extra_state(self) -> Tensor:
-        """What names the support: int64, (3,), the seed's halves and the stream."""
+        """The key of the support: int64, (3,), the seed's halves and the stream."""
         return torch.tensor([self.seed & 0xFFFFFFFF, self.seed >> 32, self.stream])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -212,11 +212,11 @@ def convert_to_sltrain(
     support: SupportMode = "regenerated",
     seed: int | None = None,
 ) -> nn.Module:
-    """Put a new `SLTrainLinear` in the place of each targeted linear layer, to train from scratch.
+    """Replace each targeted linear layer by a new `SLTrainLinear`, to train from scratch.
 
     The layers' weights are NOT kept: SLTrain is a method of pre-training. Biases are. Matrices in
-    bare parameters (fused experts) are reparametrised alike, each by itself; they are made in each
-    forward pass, and live until the backward pass has used them.
+    bare parameters (fused experts) are reparametrised too, each by itself; they are computed in
+    each forward pass and kept until the backward pass has used them.
 
     Args:
         model: changed in place.

@@ -1,7 +1,7 @@
 """Reparametrised matrices in bare parameters: a layer's experts, torch's attention.
 
-Who owns such a parameter reads it as an attribute, so no layer can stand in its place. torch's
-parametrizations make the attribute a function of other parameters.
+The module that owns such a parameter reads it as an attribute, so no layer can replace it. Instead,
+torch's parametrizations make the attribute a function of other parameters.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from zoopt.noise import stream
 class Stack(nn.Module):
     """W, of the bare parameter's shape, as a function of other parameters.
 
-    In a forward pass of the module that owns the parameter W is made once, however often it is
-    read, and what autograd keeps of it lives until the backward pass has used it.
+    In a forward pass of the module that owns the parameter, W is computed once, however often it is
+    read. The tensors that autograd saves live until the backward pass has used them.
     """
 
     def __init__(self, matrices: Matrices, owner: nn.Module) -> None:
@@ -44,11 +44,12 @@ class Stack(nn.Module):
         return self.matrices, size, self.shape[-1]
 
     def own_shape(self, *shape: int) -> tuple[int, ...]:
-        """The shape of a parameter that has (E, *shape): without E where there is one matrix."""
+        """(E, *shape), or shape alone if there is one matrix."""
         return shape if self.matrices == 1 else (self.matrices, *shape)
 
     def forward(self, original: Tensor) -> Tensor:
-        """W, of the parameter that is kept under its name and of this module's own."""
+        """W, from the parameter that is kept under its name and from this module's own
+        parameters."""
         if self._made is not None:
             return self._made
         made = self._make(original).view(self.shape)
@@ -67,7 +68,7 @@ class Stack(nn.Module):
         self._inside, self._made = False, None
 
     def detach_hooks(self) -> None:
-        """Let the owner's forward pass be its own again."""
+        """Remove the hooks from the owner's forward pass."""
         for hook in self._hooks:
             hook.remove()
 
@@ -78,7 +79,7 @@ def three(tensor: Tensor, matrices: int) -> Tensor:
 
 
 class _GradNorm(torch.autograd.Function):
-    """W0, I, J, M -> W, all (E, ...). Of W's size it keeps W0 alone."""
+    """W0, I, J, M -> W, all (E, ...). The only saved tensor of W's size is W0."""
 
     @staticmethod
     def forward(
@@ -121,9 +122,9 @@ def _columns(weight: Tensor, left: Tensor, right: Tensor, norm: Norm) -> tuple[T
 
 
 class GradNormStack(Stack):
-    """`GradNormLinear` of each matrix of a bare parameter, which is W0 and frozen.
+    """A `GradNormLinear` for each matrix of a bare parameter, which is W0 and frozen.
 
-    I (E, m, rank), J (E, rank, n) and M (E, n) or (E, m) train; without E where the parameter is
+    I (E, m, rank), J (E, rank, n) and M (E, n) or (E, m) train; without E if the parameter is
     one matrix.
     """
 
@@ -187,9 +188,9 @@ class _LowRankPlusSparse(torch.autograd.Function):
 
 
 class SLTrainStack(Stack):
-    """`SLTrainLinear` of each matrix of a bare parameter, in whose place B (E, m, rank) is.
+    """An `SLTrainLinear` for each matrix of a bare parameter, which B (E, m, rank) replaces.
 
-    A (E, rank, n) and the values (E, m, c) are this module's; without E where the parameter is one
+    A (E, rank, n) and the values (E, m, c) are this module's; without E if the parameter is one
     matrix.
     """
 
@@ -241,11 +242,11 @@ class SLTrainStack(Stack):
         return _LowRankPlusSparse.apply(*parts, self)  # type: ignore[no-any-return,no-untyped-call]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """B at the start: 0, whatever the weight was."""
+        """B at the start: 0, for any weight."""
         return weight.new_zeros(self.own_shape(self.stacked[1], self.rank))
 
     def get_extra_state(self) -> Tensor:
-        """What names the support: int64, (3,), the seed's halves and the stream."""
+        """The key of the support: int64, (3,), the seed's halves and the stream."""
         return torch.tensor([self.seed & 0xFFFFFFFF, self.seed >> 32, self.stream])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -262,7 +263,7 @@ def attach(matrices: Matrices, own: str, stack: Stack) -> None:
 
 
 def stacks_of(module: nn.Module) -> dict[str, Stack]:
-    """The stacks that the module's own parameters are functions of, by the parameters' names."""
+    """The stacks of the module's own parameters, by the parameters' names."""
     lists = getattr(module, "parametrizations", None)
     if lists is None:
         return {}
@@ -271,7 +272,7 @@ def stacks_of(module: nn.Module) -> dict[str, Stack]:
 
 @torch.no_grad()
 def merge_stacks(module: nn.Module) -> None:
-    """Put a plain parameter in the place of each of the module's stacks."""
+    """Replace each of the module's stacks by a plain parameter."""
     for name, stack in stacks_of(module).items():
         weight = getattr(module, name).detach().clone()
         stack.detach_hooks()

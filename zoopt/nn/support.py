@@ -29,7 +29,7 @@ def support(
     """
     row = torch.arange(m, device=device)
     # The planner runs this on tensors without values. Philox's rounds would take a tenth of its
-    # time there, and their memory is small beside what follows.
+    # time, and need little memory compared with the rest.
     fake = is_fake(row)
     rows = row.new_empty(m, 4) if fake else words(row, seed=seed, stream=stream, draw=0)  # (m, 4)
     number = torch.arange(count, device=device)
