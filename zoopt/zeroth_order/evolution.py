@@ -38,6 +38,28 @@ from zoopt.zeroth_order.engine.probe import Evaluation, Outcome, PendingProbe, m
 from zoopt.zeroth_order.engine.progress import Progress
 
 
+def evolution(
+    f: Sequence[float], z: Sequence[tuple[int, float]], shaping: Shaping
+) -> tuple[tuple[float, ...], dict[int, float]]:
+    """An evolution strategy's step, from the fitnesses of its members theta + sigma z_i:
+
+        rhat   = shaped f
+        theta <- decay theta + lr / N sum_i rhat_i z_i
+
+    Args:
+        f: N fitnesses.
+        z: each member's draw and sign: z_i = sign z(draw).
+
+    Returns:
+        rhat, and draw -> its coefficient in (1/N) sum_i rhat_i z_i.
+    """
+    rhat = shaped(f, shaping)
+    step = dict.fromkeys((draw for draw, _ in z), 0.0)
+    for (draw, sign), weight in zip(z, rhat, strict=True):
+        step[draw] += sign * weight / len(f)
+    return rhat, step
+
+
 @register("evolution-strategy", "zeroth-order")
 class EvolutionStrategy(ZerothOrderOptimizer):
     r"""A population around theta, and a step towards its fitter members (Salimans et al., 2017).
@@ -265,7 +287,8 @@ class EvolutionStrategy(ZerothOrderOptimizer):
 
     def _take(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
         assert isinstance(pending, Population)
-        pending.shaped = shaped(pending.deltas, self.param_groups[0]["shaping"])
+        z, shaping = list(map(pending.place, range(pending.size))), self.param_groups[0]["shaping"]
+        pending.shaped, pending.coefficients = evolution(pending.deltas, z, shaping)
         super()._take(pending, perturbation)
 
     def _warn_of_skipped(self, pending: PendingProbe) -> None:
@@ -279,7 +302,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
     def _weights(self, group: Group, pending: PendingProbe) -> dict[int, float]:
         assert isinstance(pending, Population)
         sign = -1.0 if group["maximize"] else 1.0
-        return {draw: sign * c for draw, c in pending.coefficients().items()}
+        return {draw: sign * c for draw, c in pending.coefficients.items()}
 
     def _update(
         self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress

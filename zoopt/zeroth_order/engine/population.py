@@ -36,10 +36,16 @@ class GenerationRecord(StepRecord):
 
 @dataclasses.dataclass
 class Population(PendingProbe):
-    """A generation: draws and signs have an entry a member, and deltas are fitnesses."""
+    """A generation: draws and signs have an entry for each member, and deltas are fitnesses.
+
+    Attributes:
+        shaped: each member's rhat, once the step is taken.
+        coefficients: draw -> its coefficient in (1/N) sum_i rhat_i z_i, likewise.
+    """
 
     signs: tuple[float, ...] = ()
     shaped: tuple[float, ...] = ()
+    coefficients: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
         """Add one micro-batch; a member whose fitness was not finite in any of them is left out."""
@@ -80,20 +86,12 @@ class Population(PendingProbe):
             )
         return chosen
 
-    def coefficients(self) -> dict[int, float]:
-        """draw -> its coefficient in (1/N) sum_i rhat_i z_i."""
-        total = dict.fromkeys(self.draws, 0.0)
-        for draw, sign, weight in zip(self.draws, self.signs, self.shaped, strict=True):
-            total[draw] += sign * weight / self.size
-        return total
-
     def record(self, step: int) -> GenerationRecord:
         """The measurements of the generation."""
-        coefficients = self.coefficients()
         return GenerationRecord(
             step=step,
-            draws=tuple(coefficients),
-            projected_grads=tuple(coefficients.values()),
+            draws=tuple(self.coefficients),
+            projected_grads=tuple(self.coefficients.values()),
             losses=tuple(self.losses),
             skipped=self.skipped,
             fitness=tuple(self.deltas),
