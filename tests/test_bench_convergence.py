@@ -14,13 +14,13 @@ import tokenizers
 import torch
 import transformers
 
-from bench import comparison
 from bench.convergence import command
 from bench.convergence import plan as planner
 from bench.convergence import run as runner
 from bench.convergence.methods import METHODS, TABLE, Method
 from bench.convergence.run import Run
 from bench.convergence.task import PROMPT, WORDS, Settings, Task, load_classifier
+from bench.runs import finite, pack, store
 
 AVAILABLE = [method for method in TABLE if method.available]
 GOOD, BAD = ("bright", "warm", "clever"), ("dull", "slow", "clumsy")
@@ -201,7 +201,7 @@ def test_another_configuration_is_not_taken_for_this_one(
     settings: Settings, task: Task, tmp_path: Path
 ) -> None:
     run = Run("mezo", 1e-3, 0, 10)
-    comparison.store(runner.execute(run, settings, task), tmp_path / run.file)
+    store(runner.execute(run, settings, task), tmp_path / run.file)
     assert command.open_store(tmp_path, settings)(run) is not None
     other = dataclasses.replace(settings, batch_size=8)
     assert command.open_store(tmp_path, other)(run) is None
@@ -292,7 +292,7 @@ def test_edges_and_divergence_reach_the_record(settings: Settings, task: Task) -
         if run not in done:
             done[run] = json.loads(
                 json.dumps(
-                    comparison.finite(runner.execute(run, settings, task)),
+                    finite(runner.execute(run, settings, task)),
                     allow_nan=False,
                 )
             )
@@ -348,18 +348,18 @@ def test_packed_runs_are_read(settings: Settings, task: Task, tmp_path: Path) ->
     folder, run = tmp_path / "runs", Run("mezo", 1e-3, 0, 10)
     folder.mkdir()
     result = runner.execute(run, settings, task)
-    comparison.store(result, folder / run.file)
+    store(result, folder / run.file)
     loose = command.open_store(folder, settings)(run)
-    assert comparison.pack(folder) == 1
+    assert pack(folder) == 1
     assert not list(folder.iterdir())
     assert command.open_store(folder, settings)(run) == loose
     # Another configuration's run of the same name replaces it, and what is broken is no run.
     other = dataclasses.replace(settings, batch_size=8)
     assert command.open_store(folder, other)(run) is None
-    comparison.store(runner.execute(run, other, task), folder / run.file)
+    store(runner.execute(run, other, task), folder / run.file)
     (folder / "broken.json").write_text("{")
     assert command.open_store(folder, settings)(run) == loose
-    assert comparison.pack(folder) == 1
+    assert pack(folder) == 1
     assert command.open_store(folder, other)(run) is not None
     assert command.open_store(folder, settings)(run) is None
 
@@ -370,4 +370,4 @@ def test_the_committed_summary_is_that_of_the_committed_runs() -> None:
     records = planner.summarise(
         [METHODS[r["method"]] for r in summary["records"]], Settings(), store
     )
-    assert json.loads(json.dumps(comparison.finite(records))) == summary["records"]
+    assert json.loads(json.dumps(finite(records))) == summary["records"]

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import zoopt.lowrank
-from bench import comparison
 from bench.pretrain import command, data
 from bench.pretrain import plan as planner
 from bench.pretrain import report as reporter
@@ -21,6 +20,7 @@ from bench.pretrain import run as runner
 from bench.pretrain.methods import METHODS, TABLE, Method, find, state_bytes
 from bench.pretrain.run import Run
 from bench.pretrain.task import MODELS, Model, Settings, Task, matrices
+from bench.runs import finite
 
 TINY = Model(width=16, layers=1, heads=2, mlp_width=24, steps=8, grid_steps=4, seeds=2)
 NOUNS, VERBS = ("the king", "a river", "the engine", "an author"), ("was", "saw", "made")
@@ -261,7 +261,7 @@ def test_a_class_that_is_missing_is_named(
 
 def test_a_run_that_diverges_ends_and_is_told(settings: Settings, task: Task) -> None:
     run = Run("tiny", "adamw", 1e30, 0, 8)
-    result = comparison.finite(runner.execute(run, settings, task))
+    result = finite(runner.execute(run, settings, task))
     assert len(result["losses"]) < 8
     assert result["losses"][-1] is None
     assert planner.grid_score(result) == math.inf
@@ -384,4 +384,4 @@ def test_the_committed_summary_is_that_of_the_committed_runs(
     store = command.open_store(command.RESULTS / "runs", own)
     methods = [METHODS[record["method"]] for record in summary["records"]]
     records = planner.summarise(methods, own, store)
-    assert json.loads(json.dumps(comparison.finite(records))) == summary["records"]
+    assert json.loads(json.dumps(finite(records))) == summary["records"]

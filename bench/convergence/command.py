@@ -33,13 +33,13 @@ from pathlib import Path
 import torch
 
 from bench import ROOT, comparison
-from bench.comparison import Store
 from bench.convergence import plan as planner
 from bench.convergence import report as reporter
 from bench.convergence import run as runner
 from bench.convergence.methods import METHODS, TABLE, Method
 from bench.convergence.run import Run
 from bench.convergence.task import Settings, Task
+from bench.runs import Store, finite, pack, store
 from zoopt.bench import common
 
 RESULTS = ROOT / "bench" / "results" / "convergence"
@@ -62,7 +62,7 @@ def prepare(settings: Settings) -> None:
 def work(run: Run, settings: Settings, folder: Path) -> Run:
     """Do one run in a worker and leave its file."""
     assert _task is not None
-    comparison.store(runner.execute(run, settings, _task), folder / run.file)
+    store(runner.execute(run, settings, _task), folder / run.file)
     return run
 
 
@@ -112,7 +112,7 @@ def report(methods: Sequence[Method], settings: Settings, options: argparse.Name
         records=records,
     )
     common.say(reporter.text(content), options.json)
-    common.write_json(options.json, comparison.finite(content))
+    common.write_json(options.json, finite(content))
     reporter.draw(content, options.plot)
     common.say(f"written: {options.plot}", options.json)
 
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{done} runs in {time.perf_counter() - began:.0f} s\n")
     report(methods, settings, options)
     if options.pack:
-        print(f"packed: {comparison.pack(options.runs)} runs")
+        print(f"packed: {pack(options.runs)} runs")
     for name, reason in failed.items():
         print(f"bench.convergence: error: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0

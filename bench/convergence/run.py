@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from bench import comparison
 from bench.convergence.methods import METHODS
 from bench.convergence.task import PROMPT, WORDS, Settings, Task
+from bench.runs import config_hash
 from zoopt.bench import common
 from zoopt.noise import NOISE_VERSION
 
@@ -98,7 +98,7 @@ def execute(run: Run, settings: Settings, task: Task) -> dict[str, Any]:
         if done in looks:
             validation.append({"forwards": done * cost, **task.validate()})
     return {
-        "config_hash": comparison.config_hash(config),
+        "config_hash": config_hash(config),
         "config": config,
         "machine": common.machine(torch.device("cpu")),
         "sizes": task.sizes(),

@@ -36,7 +36,6 @@ from pathlib import Path
 import torch
 
 from bench import ROOT, comparison
-from bench.comparison import Store
 from bench.pretrain import plan as planner
 from bench.pretrain import report as reporter
 from bench.pretrain import run as runner
@@ -44,6 +43,7 @@ from bench.pretrain.data import AssetError, fetch
 from bench.pretrain.methods import METHODS, REFERENCE, TABLE, Method
 from bench.pretrain.run import Run
 from bench.pretrain.task import MODELS, Settings, Task
+from bench.runs import Store, finite, pack, store
 from zoopt.bench import common
 
 RESULTS = ROOT / "bench" / "results" / "pretrain"
@@ -61,7 +61,7 @@ def prepare(settings: Settings) -> None:
 def work(run: Run, settings: Settings, folder: Path) -> Run:
     """Do one run in a worker and leave its file."""
     assert _task is not None
-    comparison.store(runner.execute(run, settings, _task), folder / run.file)
+    store(runner.execute(run, settings, _task), folder / run.file)
     return run
 
 
@@ -114,7 +114,7 @@ def report(methods: Sequence[Method], settings: Settings, options: argparse.Name
         records=records,
     )
     common.say(reporter.text(content), options.json)
-    common.write_json(options.json, comparison.finite(content))
+    common.write_json(options.json, finite(content))
     reporter.draw(content, options.plot)
     common.say(f"written: {options.plot}", options.json)
 
@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{done} runs in {time.perf_counter() - began:.0f} s\n")
     report(methods, settings, options)
     if options.pack:
-        print(f"packed: {comparison.pack(options.runs)} runs")
+        print(f"packed: {pack(options.runs)} runs")
     for name, reason in failed.items():
         print(f"bench.pretrain: error: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from bench import comparison
 from bench.pretrain.methods import METHODS, state_bytes
 from bench.pretrain.task import Settings, Task, matrices
+from bench.runs import config_hash
 from zoopt.doctor.machine import identity
 from zoopt.noise import NOISE_VERSION
 
@@ -87,7 +87,7 @@ def execute(run: Run, settings: Settings, task: Task) -> dict[str, Any]:
     projected = list(matrices(model).values())
     declared = getattr(optimizer, "declared_state_bytes", None)
     return {
-        "config_hash": comparison.config_hash(config),
+        "config_hash": config_hash(config),
         "config": config,
         "machine": identity(torch.device("cpu")),
         "losses": losses,
