@@ -60,11 +60,14 @@ class Recorded:
         launches: in order.
         copies: tensors made from Python numbers, each of which goes to the device by a copy.
         waits: values of tensors that Python read (`.item()`, `bool(tensor)`), each of which waits.
+        others: torch's own operations that compute something, each of which is a launch or more;
+            but for those on numbers, int64 (), which lie on the CPU in real runs too.
     """
 
     launches: list[Launch] = dataclasses.field(default_factory=list)
     copies: int = 0
     waits: int = 0
+    others: list[str] = dataclasses.field(default_factory=list)
 
     def of(self, kernel: str) -> list[Launch]:
         """The launches of one kernel."""
@@ -160,8 +163,14 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+#: What makes or names memory and computes nothing.
+_MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh"}
+_MEMORY |= {"_local_scalar_dense", "_unsafe_view", "set_", "resize_"}
+_MEMORY |= {"_record_function_enter_new", "_record_function_exit"}
+
+
 class _Meter(TorchDispatchMode):
-    """Counts copies to the device and waits for it."""
+    """Counts copies to the device, waits for it, and torch's own operations."""
 
     def __init__(self, recorded: Recorded) -> None:
         super().__init__()
@@ -170,6 +179,18 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default):
             self.recorded.copies += 1
+        elif _counter(args[:1]):
+            pass
         elif func is torch.ops.aten._local_scalar_dense.default:
             self.recorded.waits += 1
+        elif not (func.is_view or func._opname in _MEMORY):
+            self.recorded.others.append(func._opname)
         return func(*args, **(kwargs or {}))
+
+
+def _counter(args: Any) -> bool:
+    """Whether the first argument is a counter, which lies on the CPU."""
+    return any(
+        isinstance(value, Tensor) and value.dtype == torch.int64 and not value.dim()
+        for value in args
+    )

@@ -18,6 +18,8 @@ from zoopt import kernels
 from zoopt.bench.kernels_first_order import BYTES, NUMBERS, RANK, moment
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.batch import Batch
+from zoopt.kernels.descent.op import curve_, descend_, small_elements, turn_
+from zoopt.kernels.descent.rule import Rule, Shape
 from zoopt.kernels.noise.key import NoiseKey
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,6 +27,16 @@ DISTRIBUTIONS = ("normal", "rademacher", "masked normal", "masked rademacher")
 #: Directions of a call.
 _DRAWS = {"apply": 1, "apply_4": 4, "apply_10": 10, "momentum": 1, "momentum_10": 10, "add": 1}
 _ROUNDED = (*_DRAWS, "adam_window")
+#: Updates by shape and rule, and the bytes that they read and write beside theta.
+_DESCENTS = {
+    "descend_adam": (Shape(), Rule("adam", (0.9, 0.1, 0.99, 0.01, 0.5, -0.1, 1e-8)), 16),
+    "descend_sign": (Shape(), Rule("sign", (-0.1,)), 0),
+    "descend_kept": (Shape("kept"), Rule("momentum", (0.9, -0.1)), 9),
+    "descend_scaled": (Shape("scaled"), Rule(), 4),
+    "descend_cone": (Shape("cone", 0.1, 0.1), Rule(), 4),
+}
+#: Changes of float32 state.
+_STATES = ("curve", "turn")
 #: A matrix of whole vectors and blocks, small.
 _SHAPE = (128, 256)
 
@@ -57,6 +69,8 @@ class Variant:
             return 2 * moments * BYTES[self.format] + item + beside
         beside = {"momentum": 8, "momentum_10": 8, "add": 4, "sm3": item, "sm3_momentum": item + 8}
         beside |= {"product_gradient": item, "scaled": item}
+        beside |= {name: bytes_ for name, (_, _, bytes_) in _DESCENTS.items()}
+        beside |= {"small": 1 - item}
         return 2 * item + beside.get(self.kernel, 0)
 
     def launch(self, target: str) -> Launch:
@@ -98,14 +112,35 @@ class Variant:
             args = ([0.1], [1.0], [0.1], [0.1], [True])
             options |= {"eps": 1e-8, "step_size": -0.1, "draws": [3]}
             return functools.partial(kernels.adam_window_, batch, *args, **options)
+        if self.kernel in _DESCENTS:
+            return self._descent(batch, options)
+        if self.kernel == "curve":
+            return functools.partial(curve_, batch, [0.1], draws=[3], base=0.9)
+        if self.kernel == "turn":
+            numbers = {"radial": 0.1, "keep": 0.9, "grow": 0.1}
+            return functools.partial(turn_, batch, [0.1], draws=[3], **numbers)
+        if self.kernel == "small":
+            masks = [torch.zeros(_SHAPE, dtype=torch.bool) for _ in tensors]
+            limits = list(torch.zeros(4, 2).select(1, 0)[:2])
+            return functools.partial(small_elements, batch, limits, masks)
         options["draws"] = range(_DRAWS[self.kernel])
-        numbers = [0.1] * _DRAWS[self.kernel]
+        coefficients = [0.1] * _DRAWS[self.kernel]
         if self.kernel == "add":
-            return functools.partial(kernels.add_, batch, wide, numbers, **options)
+            return functools.partial(kernels.add_, batch, wide, coefficients, **options)
         if self.kernel.startswith("momentum"):
             options |= {"momentum": 0.9, "step_size": -0.1}
-            return functools.partial(kernels.momentum_, batch, wide, numbers, numbers, **options)
-        return functools.partial(kernels.apply_, batch, numbers, **options)
+            sums = (coefficients, coefficients)
+            return functools.partial(kernels.momentum_, batch, wide, *sums, **options)
+        return functools.partial(kernels.apply_, batch, coefficients, **options)
+
+    def _descent(self, batch: Batch, options: dict[str, Any]) -> Callable[[], Any]:
+        shape, rule, _ = _DESCENTS[self.kernel]
+        names = ["first", "second"][: rule.states] + ["beside"] * (shape.kind != "plain")
+        state = {name: [torch.zeros(_SHAPE) for _ in batch.tensors] for name in names}
+        if shape.kind == "kept":
+            state["beside"] = [values.bool() for values in state["beside"]]
+        options |= {"draws": [3], "shape": shape, "rule": rule}
+        return functools.partial(descend_, batch, [0.1], [0.1], **state, **options)
 
     @property
     def _rounding(self) -> dict[str, Any]:
@@ -172,6 +207,10 @@ def variants() -> Iterator[Variant]:
             for kernel in _ROUNDED:
                 for rounding in _roundings(dtype):
                     yield Variant(kernel, dtype, distribution, rounding=rounding)
+        for kernel in _DESCENTS:
+            for rounding in _roundings(dtype):
+                yield Variant(kernel, dtype, "normal", rounding=rounding)
+        yield Variant("small", dtype, "normal")
         for kernel in ("sm3", "sm3_momentum", "product", "product_gradient", "scaled"):
             for rounding in _roundings(dtype):
                 # To nearest a product alone is BLAS's.
@@ -181,6 +220,8 @@ def variants() -> Iterator[Variant]:
             for rounding in ("nearest", "stochastic"):
                 if dtype != "fp32" or form != "float32" or rounding == "nearest":
                     yield Variant("adamw", dtype, format=form, rounding=rounding)
+    for kernel in _STATES:
+        yield Variant(kernel, "fp32", "normal")
     for form in get_args(Format):
         for kernel in ("adam", "adam_norms"):
             yield Variant(kernel, "fp32", format=form, rounding="stochastic")

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 import zoopt
 import zoopt.kernels
-from bench.sass import report
+from bench.sass import _nvidia, report
 from bench.stub_gpu import TARGETS, launches, stub_gpu
 from bench.variants import Variant, variants
 from zoopt import kernels
@@ -37,7 +37,9 @@ ALL = list(variants())
 COMPILED = [
     variant
     for variant in ALL
-    if variant.dtype == "bf16" or variant.distribution in ("-", "masked normal", "rademacher")
+    if variant.dtype == "bf16"
+    or variant.distribution in ("-", "masked normal", "rademacher")
+    or variant.kernel in ("curve", "turn")
 ]
 WIDEST = [
     variant
@@ -100,6 +102,20 @@ CEILINGS = {
     ("apply", "bf16", "normal", "nearest"): (42, 96),
     ("apply", "bf16", "normal", "stochastic"): (52, 112),
 }
+
+
+def test_one_tensor_out_of_step_leaves_the_others_their_vectors() -> None:
+    """A slice of a sharded tensor, say, whose noise begins in the middle of a block: before, all
+    of its batch went element by element."""
+    tensors = [torch.zeros(8192, dtype=torch.bfloat16) for _ in range(2)]
+    batch = Batch(tensors, [NoiseKey(1, 2), NoiseKey(1, 3, offset=5)])
+    with stub_gpu():
+        call = lambda: kernels.apply_(batch, [0.1], draws=[3], rounding="stochastic")  # noqa: E731
+        [launch] = launches(call, compiled=True).launches
+    opcodes, _, spills, widths = _nvidia(launch.compiled)
+    # Of 4096 elements a thread of 128 reads and writes 32.
+    assert (widths.count(128), spills) == (8, 0)
+    assert len(opcodes) < 3000
 
 
 def test_every_variant_launches() -> None:

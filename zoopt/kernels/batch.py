@@ -9,9 +9,17 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from zoopt.dtypes import DTYPES
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.operands import check_like, check_tensor, check_unshared, contiguous, dense
+from zoopt.kernels.operands import (
+    check_like,
+    check_tensor,
+    check_unshared,
+    check_values,
+    contiguous,
+    dense,
+)
 
 
 class Batch:
@@ -24,16 +32,26 @@ class Batch:
     Args:
         tensors: dense, float32, bfloat16, float16 or float64, any shapes; no two share memory.
         keys: one a tensor; seed, distribution and density are the same in all.
+        indices: one a tensor, where an operation is to work on some elements only: distinct flat
+            indices of the tensor, int64 (k,), contiguous, on its device. The i-th of them has the
+            noise's i-th number, and what lies beside the tensor has k elements.
 
     Raises:
         TypeError: something that is no plain dense tensor (a wrapper subclass, say).
-        ValueError: no tensors, several dtypes or devices, shared memory, keys that do not match.
+        ValueError: no tensors, several dtypes or devices, shared memory, keys or indices that do
+            not match.
     """
 
-    __slots__ = ("_checked", "_row_major", "keys", "tensors")
+    __slots__ = ("_checked", "_row_major", "indices", "keys", "tensors")
 
-    def __init__(self, tensors: Iterable[Tensor], keys: Iterable[NoiseKey]) -> None:
+    def __init__(
+        self,
+        tensors: Iterable[Tensor],
+        keys: Iterable[NoiseKey],
+        indices: Iterable[Tensor] | None = None,
+    ) -> None:
         self.tensors, self.keys = tuple(tensors), tuple(keys)
+        self.indices = None if indices is None else tuple(indices)
         self._checked: list[tuple[int, int, bool, torch.dtype, torch.device]] | None = None
         self._row_major = False
         if not self.tensors or len(self.tensors) != len(self.keys):
@@ -53,6 +71,8 @@ class Batch:
                     f"got {own} and {key}"
                 )
         self.check()
+        if self.indices is not None:
+            self._check_indices(self.indices)
 
     @property
     def key(self) -> NoiseKey:
@@ -71,8 +91,13 @@ class Batch:
 
     @property
     def numel(self) -> int:
-        """The elements of all tensors."""
-        return sum(tensor.numel() for tensor in self.tensors)
+        """The elements that are worked on, of all tensors."""
+        return sum(self.counts)
+
+    @property
+    def counts(self) -> list[int]:
+        """The elements that are worked on, of each tensor."""
+        return [each.numel() for each in self.indices or self.tensors]
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -110,16 +135,32 @@ class Batch:
                     f"{self.device} and {tensor.dtype} on {tensor.device}; make a batch for each"
                 )
 
+    def _check_indices(self, indices: Sequence[Tensor]) -> None:
+        if len(indices) != len(self.tensors):
+            raise ValueError(
+                f"indices must have one tensor for each of the batch's {len(self.tensors)}, got "
+                f"{len(indices)}"
+            )
+        for own in indices:
+            if own.dtype != torch.int64 or own.dim() != 1 or own.device != self.device:
+                raise ValueError(
+                    f"indices must be int64 tensors of one dimension on {self.device}, got "
+                    f"{own.dtype}, {tuple(own.shape)} on {own.device}"
+                )
+            if not own.is_contiguous():
+                raise ValueError("indices must be contiguous; pass indices.contiguous()")
+
     def check_beside(self, name: str, others: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Raise unless each of the others can be read beside its tensor: contiguous, of its shape
-        and device, and of that dtype."""
+        """Raise unless each of the others can be read beside what is worked on of its tensor:
+        contiguous, of its shape and device, and of that dtype."""
         if len(others) != len(self.tensors):
             raise ValueError(
                 f"{name} must have one tensor for each of the batch's {len(self.tensors)}, "
                 f"got {len(others)}"
             )
-        for other, theta in zip(others, self.tensors, strict=True):
-            check_tensor(name, other)
+        check = check_tensor if dtype in DTYPES else check_values
+        for other, theta in zip(others, self.indices or self.tensors, strict=True):
+            check(name, other)
             check_like(name, other, theta, dtype)
             if not other.is_contiguous():
                 raise ValueError(f"{name} must be contiguous; pass {name}.contiguous()")
@@ -128,7 +169,7 @@ class Batch:
         """The batch's values in row-major memory: itself, or with copies."""
         if self._row_major:
             return self
-        return Batch([dense(tensor) for tensor in self.tensors], self.keys)
+        return Batch([dense(tensor) for tensor in self.tensors], self.keys, self.indices)
 
     @contextlib.contextmanager
     def contiguous(self) -> Iterator[Batch]:
@@ -138,7 +179,16 @@ class Batch:
             return
         with contextlib.ExitStack() as stack:
             values = [stack.enter_context(contiguous(tensor)) for tensor in self.tensors]
-            yield Batch(values, self.keys)
+            yield Batch(values, self.keys, self.indices)
+
+
+def packed(counts: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """New flat tensors of so many elements, behind one another in one buffer, each at a multiple of
+    16 bytes. The buffer lives as long as one of them."""
+    step = max(1, 16 // dtype.itemsize)
+    sizes = [-(-count // step) * step for count in counts]
+    parts = torch.split(torch.empty(sum(sizes), dtype=dtype, device=device), sizes)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
 def as_batch(theta: Tensor | Batch, key: NoiseKey | None) -> Batch:

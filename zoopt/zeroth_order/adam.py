@@ -16,6 +16,7 @@ from zoopt.checks import (
 )
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels import adam_window_
+from zoopt.kernels.descent.rule import Rule
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import STEP, Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
@@ -206,22 +207,20 @@ class ZOAdam(SparseZerothOrder):
         group = site.group
         state = self._state(site.param, group)
         exp_avg, exp_avg_sq = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-        step, (beta1, beta2) = int(state["step"]) + 1, group["betas"]
+        step, lr, eps = int(state["step"]) + 1, float(group["lr"]), float(group["eps"])
+        b1, b2 = map(float, group["betas"])
 
         def rule(gradient: Tensor, chunk: slice) -> Tensor:
-            first, second, update = adam(
-                gradient,
-                exp_avg[chunk],
-                exp_avg_sq[chunk],
-                t=step,
-                lr=float(group["lr"]),
-                betas=(float(beta1), float(beta2)),
-                eps=float(group["eps"]),
-            )
+            moments = exp_avg[chunk], exp_avg_sq[chunk]
+            first, second, update = adam(gradient, *moments, t=step, lr=lr, betas=(b1, b2), eps=eps)
             progress.hold((exp_avg[chunk], first), (exp_avg_sq[chunk], second))
             return update
 
-        self._update_elements(site, pending, offset, progress, rule)
+        in_registers = Rule(
+            "adam", (b1, 1.0 - b1, b2, 1.0 - b2, 1.0 - b2**step, -lr / (1.0 - b1**step), eps)
+        )
+        moments = {"first": exp_avg, "second": exp_avg_sq}
+        self._update_elements(site, pending, offset, progress, rule, in_registers, moments)
         for _ in whole(state["step"], progress.next):
             state["step"] += 1
 
@@ -240,25 +239,23 @@ class ZOAdam(SparseZerothOrder):
         # Directions that were evaluated and left out still stand in the offset: a step of weight 0.
         absent = [draw for draw in offset if draw not in draws]
         none = [0.0] * len(absent)
-        numbers: tuple[Any, ...] = (
-            [-decay * offset.get(draw, 0.0) for draw in absent + draws],
-            none + [weight for step in steps for _, weight in step],
-            none + [first[i] for i, step in enumerate(steps) for _ in step],
-            none + [second[i] for i, step in enumerate(steps) for _ in step],
-            [False] * len(absent) + last,
-        )
         options: dict[str, Any] = {
+            "coefficients": [-decay * offset.get(draw, 0.0) for draw in absent + draws],
+            "gradients": none + [weight for step in steps for _, weight in step],
+            "first": none + [first[i] for i, step in enumerate(steps) for _ in step],
+            "second": none + [second[i] for i, step in enumerate(steps) for _ in step],
+            "closes": [False] * len(absent) + last,
             "eps": float(group["eps"]),
             "step_size": -float(group["lr"]),
             "draws": absent + draws,
             "decay": decay,
             "rounding": site.rounding,
         }
-        if direction.queued("adam_window", site.param, progress, *numbers, **options):
+        if direction.queued("adam_window", site.param, progress, **options):
             return
         with direction.elements(site.param, progress) as elements:
             for _ in whole(elements, progress):
-                adam_window_(elements, *numbers, key=direction.key, **options)
+                adam_window_(elements, key=direction.key, **options)
 
     def _closing(self, group: Group, pending: PendingProbe) -> dict[str, Any]:
         if group["state"] == "window":

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from zoopt.checks import check_nonnegative_int, check_number
 from zoopt.dtypes import RoundingMode, accumulator_dtype
+from zoopt.kernels import dispatch
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.descent.op import energies
+from zoopt.kernels.descent.rule import Shape
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -60,10 +66,25 @@ class Cone(Elementwise):
 
     def combine(self, theta: Tensor, coefficients: Coefficients, start: int) -> Tensor:
         """As in `Elementwise`."""
-        lateral = {draw: self.lateral * c for draw, c in coefficients.items()}
-        total = super().combine(theta, lateral, start)
-        radial = self.radial * sum(coefficients.values())
-        return total.add_(self.momentum[start : start + theta.numel()] * radial)
+        total = super().combine(theta, self.sums(coefficients), start)
+        return total.add_(
+            self.momentum[start : start + theta.numel()] * self.along_momentum(coefficients)
+        )
+
+    def sums(self, coefficients: Coefficients) -> dict[int, float]:
+        """As in `Elementwise`."""
+        return {draw: self.lateral * c for draw, c in coefficients.items()}
+
+    def along_momentum(self, coefficients: Coefficients) -> float:
+        """What multiplies m in sum_d coefficients[d] z(d)."""
+        return self.radial * sum(coefficients.values())
+
+    def shaping(
+        self, coefficients: Coefficients, gradient: Coefficients
+    ) -> tuple[Shape, Tensor | None]:
+        """As in `Elementwise`."""
+        radials = self.along_momentum(coefficients), self.along_momentum(gradient)
+        return Shape("cone", *radials), self.momentum
 
 
 @register("conmezo", "zeroth-order")
@@ -140,8 +161,7 @@ class ConMeZO(ZerothOrderOptimizer):
         ]
         # math.fsum is exactly rounded, so the order of the parameters does not matter.
         square = math.fsum(
-            known(self._state(param, group)["momentum_buffer"].double().square().sum(), 1.0)
-            for param, group in taking_part
+            _squares([self._state(param, group)["momentum_buffer"] for param, group in taking_part])
         )
         self._norm, self._numel = math.sqrt(square), sum(p.numel() for p, _ in taking_part)
 
@@ -161,7 +181,33 @@ class ConMeZO(ZerothOrderOptimizer):
         assert isinstance(direction, Cone)
         start, end = float(group["beta_start"]), float(group["beta"])
         beta = warmed(group["step"], group["warmup_steps"], start, end)
+        sums = direction.sums(weights)
+        if direction.queued(
+            "turn",
+            direction.momentum,
+            progress.next,
+            draws=list(sums),
+            coefficients=list(sums.values()),
+            radial=direction.along_momentum(weights),
+            keep=beta,
+            grow=1.0 - beta,
+        ):
+            return
         for chunk in chunks(direction.momentum, progress.next):
             momentum = direction.momentum[chunk]
             estimate = direction.combine(momentum, weights, chunk.start)
             momentum.copy_(averaged(momentum, estimate, beta))
+
+
+def _squares(buffers: Sequence[Tensor]) -> list[float]:
+    """The sum of squares of each; where operations are launches one for all of a device."""
+    found: list[float] = []
+    together: dict[torch.device, list[Tensor]] = {}
+    for buffer in buffers:
+        if dispatch.launches(buffer):
+            together.setdefault(buffer.device, []).append(buffer)
+        else:
+            found.append(known(buffer.double().square().sum(), 1.0))
+    for own in together.values():
+        found += energies(Batch(own, [NoiseKey(0, 0)] * len(own))).tolist()
+    return found

@@ -32,7 +32,7 @@ Candidates = Literal["three", "reused"]
 
 
 def conservative(
-    L: Callable[[Displacement], float],
+    L: Callable[[Sequence[Displacement]], Sequence[float]],
     u: Callable[[float], Displacement],
     base: float | None,
     probed: Sequence[tuple[float, Displacement]] | None,
@@ -45,7 +45,7 @@ def conservative(
         theta <- decay argmin{L(theta), L(theta - u), L(theta + u)}       ties: the first of them
 
     Args:
-        L: displacement from theta -> the loss there.
+        L: displacements from theta -> the losses there.
         u: s -> the displacement s u.
         base: L(theta), if the probe has measured it.
         probed: losses and displacements eps z_j of the probe, to compare instead of theta + u.
@@ -53,8 +53,10 @@ def conservative(
     Returns:
         The displacement; none if no loss is finite.
     """
-    points = [(L(_stay) if base is None else base, _stay), (L(u(-1.0)), u(-1.0))]
-    points += [(L(u(1.0)), u(1.0))] if probed is None else probed
+    places: list[Displacement] = [] if base is not None else [_stay]
+    places += [u(-1.0)] if probed is not None else [u(-1.0), u(1.0)]
+    points: list[tuple[float, Displacement]] = [] if base is None else [(base, _stay)]
+    points += [*zip(L(places), places, strict=True), *(probed or ())]
     finite = [point for point in points if math.isfinite(point[0])]
     best = max if maximize else min
     return best(finite, key=_loss)[1] if finite else _stay
@@ -165,7 +167,7 @@ class ZOConservativeSGD(SparseZerothOrder):
         if run["candidates"] == "reused":
             probed = [(pending.losses[j][0], along(pending.draws[j], 1.0)) for j in pending.kept]
         self._chosen = conservative(
-            evaluation.at,
+            lambda places: evaluation.read([evaluation.queue(place) for place in places]),
             functools.partial(self._step_along, pending),
             pending.losses[0][1] if run["estimator"] == "one-sided" else None,
             probed,

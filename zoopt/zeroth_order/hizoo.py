@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoopt.checks import check_number
 from zoopt.dtypes import RoundingMode, accumulator_dtype
+from zoopt.kernels.descent.rule import Shape
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
@@ -33,10 +34,15 @@ def smoothed(
         alpha: the share of the new estimate.
     """
     growth = H.new_full(H.shape, 1.0 - alpha)
-    scale = alpha / (2.0 * eps**2 * len(D))
-    for z_j, D_j in zip(z, D, strict=True):
-        growth.add_(z_j.square_().mul_(scale * D_j))
+    for z_j, a_j in zip(z, growths(D, alpha, eps), strict=True):
+        growth.add_(z_j.square_().mul_(a_j))
     return growth.mul_(H)
+
+
+def growths(D: Sequence[float], alpha: float, eps: float) -> list[float]:
+    """What multiplies each z_j^2: alpha c_j / n."""
+    scale = alpha / (2.0 * eps**2 * len(D))
+    return [scale * D_j for D_j in D]
 
 
 class Preconditioned(Elementwise):
@@ -55,6 +61,12 @@ class Preconditioned(Elementwise):
         """As in `Elementwise`."""
         noise = super().combine(theta, coefficients, start)
         return noise.div_(self.hessian[start : start + theta.numel()].sqrt())
+
+    def shaping(
+        self, coefficients: Coefficients, gradient: Coefficients
+    ) -> tuple[Shape, Tensor | None]:
+        """As in `Elementwise`."""
+        return Shape("scaled"), self.hessian
 
 
 @register("hizoo", "zeroth-order")
@@ -147,6 +159,15 @@ class HiZOO(ZerothOrderOptimizer):
         assert isinstance(direction, Preconditioned)
         noise, alpha = Noise(direction.key), float(site.group["hessian_smooth"])
         differences = [abs(pending.curvatures[j]) for j in pending.kept]
+        if noise.queued(
+            "curve",
+            direction.hessian,
+            progress,
+            draws=[pending.draws[j] for j in pending.kept],
+            coefficients=growths(differences, alpha, site.zo_eps),
+            base=1.0 - alpha,
+        ):
+            return
         for chunk in chunks(direction.hessian, progress):
             hessian = direction.hessian[chunk]
             z = (noise.combine(hessian, {pending.draws[j]: 1.0}, chunk.start) for j in pending.kept)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from zoopt.dtypes import RoundingMode, accumulator_dtype
+from zoopt.kernels import dispatch
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.descent.op import energies
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -13,7 +20,7 @@ from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise, withdrawn
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
+from zoopt.zeroth_order.engine.perturbation import Perturbation, PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 
@@ -141,6 +148,35 @@ class ZOMuon(LowRankZerothOrder):
     ) -> None:
         self._matrix_direction(param, group, NoiseKey(group["seed"], number)).draw_basis(new)
 
+    def _tasks(
+        self, pending: PendingProbe, perturbation: Perturbation | None, *rest: Any
+    ) -> list[Callable[[], None]]:
+        vectors = [site for site in pending.sites if not isinstance(site.direction, LeftSubspace)]
+        self._norms = self._estimate_norms(vectors, pending) if pending.kept else {}
+        return super()._tasks(pending, perturbation, *rest)
+
+    def _estimate_norms(self, sites: Sequence[Site], pending: PendingProbe) -> dict[Tensor, float]:
+        """||mean_i(g_i z_i)|| of each parameter; where operations are launches one for all that are
+        alike."""
+        norms: dict[Tensor, float] = {}
+        together: dict[Any, list[Site]] = {}
+        for site in sites:
+            param, weights = site.param, self._weights(site.group, pending)
+            if dispatch.launches(param):
+                alike = (param.dtype, param.device, tuple(weights.items()))
+                together.setdefault(alike, []).append(site)
+                continue
+            assert isinstance(site.direction, Noise)
+            estimate = site.direction.combine(param.detach().flatten(), weights, 0)
+            norms[param] = known(estimate.double().square().sum().sqrt(), 1.0)
+        for (*_, weights), own in together.items():
+            draws, coefficients = zip(*weights, strict=True)
+            keys = [site.direction.key for site in own if isinstance(site.direction, Noise)]
+            batch = Batch([site.param for site in own], keys)
+            squares = energies(batch, coefficients, draws=draws).tolist()
+            norms |= {s.param: math.sqrt(e) for s, e in zip(own, squares, strict=True)}
+        return norms
+
     def _update(
         self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
@@ -163,9 +199,7 @@ class ZOMuon(LowRankZerothOrder):
                 progress=progress,
             )
         else:
-            assert isinstance(direction, Noise)
-            estimate = direction.combine(site.param.detach().flatten(), weights, 0)
-            norm = known(estimate.double().square().sum().sqrt(), 1.0)
+            norm = self._norms[site.param]
             scale = 1.0 / norm if norm else 0.0
             self._descend(
                 site, pending, offset, {d: scale * w for d, w in weights.items()}, progress

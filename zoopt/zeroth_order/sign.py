@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoopt.checks import check_choice
 from zoopt.dtypes import RoundingMode
+from zoopt.kernels.descent.rule import Rule
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.registry import register
@@ -102,4 +103,4 @@ class ZOSignSGD(SparseZerothOrder):
         def rule(gradient: Tensor, chunk: slice) -> Tensor:
             return elementwise(gradient, lr)
 
-        self._update_elements(site, pending, offset, progress, rule)
+        self._update_elements(site, pending, offset, progress, rule, Rule("sign", (-lr,)))

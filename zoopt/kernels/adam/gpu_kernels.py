@@ -12,7 +12,7 @@ import triton.language as tl
 
 from zoopt.kernels.adam.gpu_moments import read_moment, write_moment
 from zoopt.kernels.noise import philox
-from zoopt.kernels.noise.gpu_kernels import _load, _memory, _place, _store
+from zoopt.kernels.noise.gpu_blocks import _load, _memory, _place, _store
 from zoopt.kernels.noise.gpu_tile import halfwords, halfwords_at, nearest, stochastic
 
 _ROUNDING = tl.constexpr(philox.PURPOSE_ROUNDING)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from zoopt.kernels.adam import moments
-from zoopt.kernels.noise.gpu_kernels import _store
+from zoopt.kernels.noise.gpu_blocks import _store
 from zoopt.kernels.noise.gpu_tile import nearest, stochastic
 
 _BLOCK8, _BLOCK4 = tl.constexpr(moments.BLOCK["int8"]), tl.constexpr(moments.BLOCK["int4"])

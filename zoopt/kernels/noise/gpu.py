@@ -54,7 +54,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 class Table(NamedTuple):
-    """Which program of a launch serves which tensor of a batch (see `gpu_kernels`)."""
+    """Which program of a launch serves which tensor of a batch (see `gpu_blocks`)."""
 
     places: Tensor
     hints: Tensor
@@ -79,8 +79,15 @@ def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
 
 @functools.lru_cache(maxsize=1024)
 def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """Addresses on the device, int64; the same ones are copied there once."""
-    return to_device(addresses, torch.int64, device)
+    """Addresses on the device, int64. Those of parts of one buffer are copied there once: another
+    buffer of such parts is so many bytes further on."""
+    base = addresses[0]
+    return _distances(tuple([address - base for address in addresses]), device) + base
+
+
+@functools.lru_cache(maxsize=1024)
+def _distances(distances: tuple[int, ...], device: torch.device) -> Tensor:
+    return to_device(distances, torch.int64, device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -107,7 +114,40 @@ def _table(
     )
 
 
-def _launch(
+def place_of(batch: Batch, blocks: Mapping[bool, int]) -> tuple[dict[str, Any], int]:
+    """Where a batch's blocks lie, as a kernel's arguments, and how many there are."""
+    alignment = _ALIGNMENT[batch.key.distribution]
+    block = blocks[batch.key.threshold is not None]
+    if len(batch) == 1:
+        [numel], [key] = batch.counts, batch.keys
+        place: dict[str, Any] = {
+            "places": None,
+            "hints": None,
+            "shift": 0,
+            "numel": numel,
+            "offset": key.offset,
+            "number": _int32(key.stream),
+        }
+        return place, triton.cdiv(numel + key.offset % alignment, block) if numel else 0
+    rows = tuple(
+        [
+            (numel, key.offset, key.stream)
+            for numel, key in zip(batch.counts, batch.keys, strict=True)
+        ]
+    )
+    table = _table(rows, block, alignment, batch.device)
+    place = {
+        "places": table.places,
+        "hints": table.hints,
+        "shift": table.shift,
+        "numel": 0,
+        "offset": 0,
+        "number": 0,
+    }
+    return place, table.programs
+
+
+def launch(
     kernel: Any,
     batch: Batch,
     memories: Mapping[str, Sequence[Tensor] | None],
@@ -116,48 +156,16 @@ def _launch(
 ) -> None:
     """Launch a kernel once on all tensors of a batch; `memories` are its theta, out and so on."""
     key, backend = batch.key, backend_name()
-    alignment = _ALIGNMENT[key.distribution]
-    alone, block = len(batch) == 1, blocks[key.threshold is not None]
-    vectors = True
+    alignment, alone = _ALIGNMENT[key.distribution], len(batch) == 1
+    place, programs = place_of(batch, blocks)
+    if not programs:
+        return
     arguments: dict[str, Any] = {}
-    if alone:
-        [theta], [own_key] = batch.tensors, batch.keys
-        place: dict[str, Any] = {
-            "places": None,
-            "hints": None,
-            "shift": 0,
-            "numel": theta.numel(),
-            "offset": own_key.offset,
-            "number": _int32(own_key.stream),
-        }
-        programs = triton.cdiv(theta.numel() + own_key.offset % alignment, block)
-        if not theta.numel():
-            return
-        for name, tensors in memories.items():
+    for name, tensors in {**memories, "indices": batch.indices}.items():
+        if tensors is None or alone:
             arguments[name] = None if tensors is None else tensors[0]
-    else:
-        rows = tuple(
-            (tensor.numel(), own.offset, own.stream)
-            for tensor, own in zip(batch.tensors, batch.keys, strict=True)
-        )
-        table = _table(rows, block, alignment, batch.device)
-        place = {
-            "places": table.places,
-            "hints": table.hints,
-            "shift": table.shift,
-            "numel": 0,
-            "offset": 0,
-            "number": 0,
-        }
-        programs = table.programs
-        if not programs:
-            return
-        for name, tensors in memories.items():
-            if tensors is None:
-                arguments[name] = None
-                continue
+        else:
             addresses = tuple([address(tensor, tensor.dtype) for tensor in tensors])
-            vectors = vectors and not any(address % 16 for address in addresses)
             arguments[name] = _addresses(addresses, batch.device)
     with torch.cuda.device_of(batch.tensors[0]):
         kernel[(programs,)](
@@ -171,10 +179,10 @@ def _launch(
             NORMAL=key.distribution == "normal",
             MASKED=key.threshold is not None,
             TABLE=not alone,
-            VECTORS=vectors,
+            INDEXED=batch.indices is not None,
             ALIGNED=not any(own_key.offset % alignment for own_key in batch.keys),
             BACKEND=backend,
-            BLOCK=block,
+            BLOCK=blocks[key.threshold is not None],
             num_warps=NUM_WARPS[backend],
             enable_fp_fusion=False,
             **_REGISTERS.get((backend, key.threshold is not None), {}),
@@ -203,17 +211,20 @@ def _in_memory(numbers: Sequence[float], device: torch.device) -> Tensor:
     return out
 
 
-def _terms(device: torch.device, draws: Sequence[int], *columns: Sequence[float]) -> dict[str, Any]:
+def terms_of(batch: Batch, draws: Sequence[int], *columns: Sequence[float]) -> dict[str, Any]:
     """Directions as a kernel's arguments: a few by value, more in memory."""
     numbers = _numbers(draws, *columns)
     if not draws:
         return {"terms": None, "UNROLLED": 0, "count": 0}
     if len(draws) <= UNROLLED:
         return {"terms": numbers, "UNROLLED": len(draws), "count": 0}
-    return {"terms": _in_memory(numbers, device), "UNROLLED": 0, "count": len(draws)}
+    with torch.cuda.device_of(batch.tensors[0]):
+        terms = _in_memory(numbers, batch.device)
+    return {"terms": terms, "UNROLLED": 0, "count": len(draws)}
 
 
-def _rounds(rounding_draw: int | None) -> dict[str, Any]:
+def rounds(rounding_draw: int | None) -> dict[str, Any]:
+    """How theta is rounded, as a kernel's arguments."""
     return {
         "rounding_draw": _int32(rounding_draw or 0),
         "STOCHASTIC": rounding_draw is not None,
@@ -231,10 +242,8 @@ def weighted_sum(
 ) -> None:
     """See reference.weighted_sum."""
     memories = {"theta": batch.tensors, "out": outs, "addend": addends}
-    with torch.cuda.device_of(batch.tensors[0]):
-        terms = _terms(batch.device, draws, coefficients)
-    rounds = _rounds(rounding_draw)
-    _launch(sum_kernel, batch, memories, BLOCK, decay=decay, DECAYS=decay != 1.0, **terms, **rounds)
+    options = {**terms_of(batch, draws, coefficients), **rounds(rounding_draw)}
+    launch(sum_kernel, batch, memories, BLOCK, decay=decay, DECAYS=decay != 1.0, **options)
 
 
 def momentum_sum(
@@ -250,10 +259,9 @@ def momentum_sum(
 ) -> None:
     """See reference.momentum_sum."""
     memories = {"theta": batch.tensors, "buffer": buffers}
-    with torch.cuda.device_of(batch.tensors[0]):
-        terms = _terms(batch.device, draws, coefficients, gradients)
+    options = {**terms_of(batch, draws, coefficients, gradients), **rounds(rounding_draw)}
     numbers = {"decay": decay, "momentum": momentum, "step_size": step_size}
-    _launch(momentum_kernel, batch, memories, BLOCK, **numbers, **terms, **_rounds(rounding_draw))
+    launch(momentum_kernel, batch, memories, BLOCK, **numbers, **options)
 
 
 def adam_window(
@@ -275,8 +283,8 @@ def adam_window(
         terms = _in_memory(_numbers(draws, *columns), batch.device)
     numbers = {"count": len(draws), "decay": decay, "step_size": step_size, "eps": eps}
     memories = {"theta": batch.tensors}
-    _launch(
-        window_kernel, batch, memories, ADAM_BLOCK, terms=terms, **numbers, **_rounds(rounding_draw)
+    launch(
+        window_kernel, batch, memories, ADAM_BLOCK, terms=terms, **numbers, **rounds(rounding_draw)
     )
 
 

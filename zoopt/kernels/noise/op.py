@@ -71,8 +71,8 @@ def perturb(
 
     Raises:
         TypeError: not a tensor, or of an unsupported dtype or layout, or a wrapper of one.
-        ValueError: an argument out of range, an `out` that does not match, an `impl` that is not
-            available.
+        ValueError: an argument out of range, an `out` that does not match (a batch of some
+            elements is perturbed in place only), an `impl` that is not available.
 
     A tensor that is not contiguous is worked on through a contiguous copy.
     """
@@ -90,12 +90,15 @@ def perturb(
             raise ValueError(
                 f"out must have a tensor for each of the batch's {len(batch)}, got {len(outs)}"
             )
+    in_place = all(target is own for own, target in zip(batch.tensors, outs, strict=True))
+    if batch.indices is not None and not in_place:
+        raise ValueError("out must be the batch's own tensors where it has indices")
     for own, target in zip(batch.tensors, outs, strict=True):
         if target is not own:
             check_tensor("out", target)
             check_like("out", target, own, batch.dtype)
     terms = (scalars([alpha], batch.dtype), [draw], 1.0, None)
-    if all(target is own for own, target in zip(batch.tensors, outs, strict=True)):
+    if in_place:
         with batch.contiguous() as dense:
             run(backend, "weighted_sum", dense, (dense.tensors, None), *terms)
     else:
@@ -122,10 +125,19 @@ def run(
     if getattr(backend, "BATCHES", False):
         function(batch, *beside, *numbers)
         return
-    for i, (theta, key) in enumerate(zip(batch.tensors, batch.keys, strict=True)):
-        if theta.numel():
-            others = [None if own is None else own[i].detach().view(-1) for own in beside]
-            function(theta.detach().view(-1), *others, *numbers, key)
+    for i, (tensor, key) in enumerate(zip(batch.tensors, batch.keys, strict=True)):
+        if not batch.counts[i]:
+            continue
+        theta = flat = tensor.detach().view(-1)
+        if batch.indices is not None:
+            theta = flat[batch.indices[i]]
+        others = [
+            theta if own is batch.tensors else None if own is None else own[i].detach().view(-1)
+            for own in beside
+        ]
+        function(theta, *others, *numbers, key)
+        if batch.indices is not None:
+            flat[batch.indices[i]] = theta
 
 
 def perturb_rows(

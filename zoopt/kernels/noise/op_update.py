@@ -53,8 +53,8 @@ def apply_(
             stochastic rounding without a draw, or a theta whose elements share memory.
     """
     batch: Batch = as_batch(theta, key)
-    _check_directions(draws, coefficients=coefficients)
-    rounded_by = _rounding_draw(rounding, rounding_draw, draws, batch.dtype)
+    check_directions(draws, coefficients=coefficients)
+    rounded_by = rounding_of(rounding, rounding_draw, draws, batch.dtype)
     backend = dispatch.choose(batch.tensors[0], impl)
     [decay] = scalars([decay], batch.dtype)
     terms = (scalars(coefficients, batch.dtype), list(draws), decay, rounded_by)
@@ -94,8 +94,8 @@ def add_(
     """
     batch: Batch = as_batch(theta, key)
     updates = _beside("update", update, theta, batch)
-    _check_directions(draws, coefficients=coefficients)
-    rounded_by = _rounding_draw(rounding, rounding_draw, draws, batch.dtype)
+    check_directions(draws, coefficients=coefficients)
+    rounded_by = rounding_of(rounding, rounding_draw, draws, batch.dtype)
     backend = dispatch.choose(batch.tensors[0], impl)
     [decay] = scalars([decay], batch.dtype)
     terms = (scalars(coefficients, batch.dtype), list(draws), decay, rounded_by)
@@ -140,8 +140,8 @@ def momentum_(
     """
     batch: Batch = as_batch(theta, key)
     buffers = _beside("buffer", buffer, theta, batch)
-    _check_directions(draws, coefficients=coefficients, gradients=gradients)
-    rounded_by = _rounding_draw(rounding, None, draws, batch.dtype)
+    check_directions(draws, coefficients=coefficients, gradients=gradients)
+    rounded_by = rounding_of(rounding, None, draws, batch.dtype)
     backend = dispatch.choose(batch.tensors[0], impl)
     terms = (
         scalars(coefficients, batch.dtype),
@@ -204,15 +204,15 @@ def adam_window_(
         TypeError, ValueError: as for `apply_`, or a number out of range.
     """
     batch: Batch = as_batch(theta, key)
-    _check_directions(draws, coefficients=coefficients, gradients=gradients)
-    _check_directions(draws, first=first, second=second, closes=closes)
+    check_directions(draws, coefficients=coefficients, gradients=gradients)
+    check_directions(draws, first=first, second=second, closes=closes)
     if any(weight < 0 for weight, closed in zip(second, closes, strict=True) if closed):
         raise ValueError(f"second must be at least 0 where closes, got {list(second)}")
     numbers: list[float] = scalars([decay, step_size, eps], batch.dtype)
     if not numbers[-1] > 0:
         wide = accumulator_dtype(batch.dtype)
         raise ValueError(f"eps must be positive in {wide}, got {eps!r}; use 1e-8")
-    rounded_by = _rounding_draw(rounding, None, draws, batch.dtype)
+    rounded_by = rounding_of(rounding, None, draws, batch.dtype)
     backend = dispatch.choose(batch.tensors[0], impl)
     terms = (
         *(scalars(values, batch.dtype) for values in (coefficients, gradients, first, second)),
@@ -235,7 +235,7 @@ def _beside(
     return tuple(others)
 
 
-def _check_directions(draws: Sequence[int], **per_direction: Sequence[float]) -> None:
+def check_directions(draws: Sequence[int], **per_direction: Sequence[float]) -> None:
     """Raise unless each sequence has one entry a draw, and the draws 32 bits."""
     for name, values in per_direction.items():
         if len(values) != len(draws):
@@ -246,7 +246,7 @@ def _check_directions(draws: Sequence[int], **per_direction: Sequence[float]) ->
         check_unsigned("draw", draw, 32)
 
 
-def _rounding_draw(
+def rounding_of(
     rounding: str, explicit: int | None, draws: Sequence[int], dtype: torch.dtype
 ) -> int | None:
     """The draw whose bits round, or None where rounding is to nearest or not needed."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoopt.kernels.noise.gpu_kernels import _memory
+from zoopt.kernels.noise.gpu_blocks import _memory
 from zoopt.kernels.noise.gpu_tile import rounded
 
 #: Numbers of a tensor in a table.

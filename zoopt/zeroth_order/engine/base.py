@@ -20,9 +20,7 @@ from zoopt.distributed.checkpoint import (
 from zoopt.parameters import named_params
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
-from zoopt.zeroth_order.engine.perturbation import (
-    Perturbation,
-)
+from zoopt.zeroth_order.engine.perturbation import Perturbation, Site
 from zoopt.zeroth_order.engine.probe import (
     Evaluation,
     Outcome,
@@ -297,7 +295,11 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
                 f"no parameter of the optimizer{where} requires a gradient, so there is nothing to "
                 f"perturb; unfreeze one with .requires_grad_()"
             )
+        self._prepare(sites)
         return PendingProbe(sites, draws, block)
+
+    def _prepare(self, sites: Sequence[Site]) -> None:
+        """Make what directions need and is made of all parameters at once."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As for every zoopt optimizer; drops probes that are pending.

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from zoopt.dtypes import Rounding, accumulator_dtype
-from zoopt.kernels import add_, apply_, momentum_, perturb, perturb_rows
+from zoopt.kernels import add_, apply_, dispatch, momentum_, perturb, perturb_rows
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.descent.op import descend_
+from zoopt.kernels.descent.rule import Rule, Shape
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.zeroth_order.engine.progress import Progress
@@ -93,8 +96,26 @@ class Elementwise(Direction):
         key: the parameter's noise.
     """
 
+    #: The parameter's elements that move, flat, if those are not all.
+    indices: Tensor | None = None
+
     def __init__(self, key: NoiseKey) -> None:
         self.key = key
+
+    def shaping(
+        self, coefficients: Coefficients, gradient: Coefficients
+    ) -> tuple[Shape, Tensor | None]:
+        """What makes displacements of sums of directions, as kernels know it, and what that reads
+        beside the parameter.
+
+        Args:
+            coefficients, gradient: of what the parameter receives, and of the estimate.
+        """
+        raise NotImplementedError
+
+    def sums(self, coefficients: Coefficients) -> Coefficients:
+        """The coefficients of the noise itself."""
+        return coefficients
 
     def shape(self, param: Tensor) -> tuple[int, ...]:
         """The shape of what moves: the parameter's own, unless few of its elements do."""
@@ -158,6 +179,70 @@ class Elementwise(Direction):
             key=self.key.shifted(start),
         )
 
+    def queued(
+        self, operation: str, param: Tensor, progress: Progress | None, **options: Any
+    ) -> bool:
+        """Whether a pass is made later, together with others (see `Passes.put`)."""
+        if progress is None or progress.passes is None:
+            return False
+        return progress.passes.put(
+            operation, param, self.key, progress, indices=self.indices, **options
+        )
+
+    def descends(
+        self,
+        param: Tensor,
+        coefficients: Coefficients,
+        gradient: Coefficients,
+        progress: Progress | None,
+        *,
+        rule: Rule,
+        state: Mapping[str, Tensor],
+        **options: Any,
+    ) -> bool:
+        """Whether an update is made later, together with others (see `descend_`).
+
+        Args:
+            coefficients, gradient: of what the parameter receives, and of the estimate.
+            rule, state: what the update makes of the estimate; flat or of the parameter's shape.
+            options: decay, rounding and rounding_draw.
+        """
+        if progress is None or progress.passes is None or not dispatch.launches(param):
+            return False
+        numbers, beside = self._terms(param, coefficients, gradient)
+        for name, tensor in state.items():
+            beside[name] = tensor.view(self.shape(param))
+        options = {**numbers, "rule": rule, **options}
+        return self.queued("descend", param, progress, beside=beside, **options)
+
+    def _terms(
+        self, param: Tensor, coefficients: Coefficients, gradient: Coefficients
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Both sums as `descend_` takes them, and what it reads beside the parameter."""
+        shape, read = self.shaping(coefficients, gradient)
+        coefficients, gradient = self.sums(coefficients), self.sums(gradient)
+        draws = sorted(coefficients.keys() | gradient.keys())
+        beside = {}
+        if read is not None:
+            beside["beside"] = read if shape.kind == "small" else read.view(self.shape(param))
+        return {
+            "coefficients": [coefficients.get(draw, 0.0) for draw in draws],
+            "gradients": [gradient.get(draw, 0.0) for draw in draws],
+            "draws": draws,
+            "shape": shape,
+        }, beside
+
+    def perturbed(self, param: Tensor, coefficients: Coefficients) -> Tensor:
+        """As in `Direction`; one launch, where that is what operations are."""
+        if self.indices is not None or not dispatch.launches(param):
+            return super().perturbed(param, coefficients)
+        copy = torch.empty_like(param, memory_format=torch.contiguous_format)
+        numbers, beside = self._terms(param, coefficients, {})
+        batch = Batch((param.detach(),), (self.key,))
+        others: dict[str, Any] = {name: (tensor,) for name, tensor in beside.items()}
+        descend_(batch, out=(copy,), rule=Rule(), **numbers, **others)
+        return copy
+
     def add_(
         self,
         param: Tensor,
@@ -169,6 +254,13 @@ class Elementwise(Direction):
     ) -> None:
         """As in `Direction`, chunk by chunk."""
         last = max(coefficients, default=None)
+        rounds: dict[str, Any] = {
+            "decay": decay,
+            "rounding": "nearest" if last is None else rounding,
+            "rounding_draw": last,
+        }
+        if self.descends(param, coefficients, {}, progress, rule=Rule(), state={}, **rounds):
+            return
         with self.elements(param, progress) as elements:
             for chunk in chunks(elements, progress):
                 theta = elements[chunk]
@@ -177,9 +269,7 @@ class Elementwise(Direction):
                     {},
                     self.combine(theta, coefficients, chunk.start),
                     chunk.start,
-                    decay=decay,
-                    rounding="nearest" if last is None else rounding,
-                    rounding_draw=last,
+                    **rounds,
                 )
 
     def momentum_(
@@ -201,6 +291,16 @@ class Elementwise(Direction):
         param  <- round(decay param + sum_d coefficients[d] z(d) + step_size buffer)
         """
         flat = buffer.view(-1)
+        rounds: dict[str, Any] = {
+            "decay": decay,
+            "rounding": rounding,
+            "rounding_draw": max(gradient),
+        }
+        rule = Rule("momentum", (momentum, step_size))
+        if self.descends(
+            param, coefficients, gradient, progress, rule=rule, state={"first": buffer}, **rounds
+        ):
+            return
         with self.elements(param, progress) as elements:
             for chunk in chunks(elements, progress):
                 theta = elements[chunk]
@@ -212,9 +312,7 @@ class Elementwise(Direction):
                     coefficients,
                     grown * step_size,
                     chunk.start,
-                    decay=decay,
-                    rounding=rounding,
-                    rounding_draw=max(gradient),
+                    **rounds,
                 )
 
     def tangent(self, param: Tensor, draw: int) -> Tensor:
@@ -229,15 +327,11 @@ class Elementwise(Direction):
 class Noise(Elementwise):
     """Independent elements: each operation is one pass of a fused kernel."""
 
-    def queued(
-        self, operation: str, param: Tensor, progress: Progress | None, *numbers: Any, **own: Any
-    ) -> bool:
-        """Whether a pass is made later, together with others (see `Passes.put`)."""
-        if progress is None or progress.passes is None:
-            return False
-        if type(self).elements is not Elementwise.elements:
-            return False  # It moves some of the parameter's elements.
-        return progress.passes.put(operation, param, self.key, progress, *numbers, **own)
+    def shaping(
+        self, coefficients: Coefficients, gradient: Coefficients
+    ) -> tuple[Shape, Tensor | None]:
+        """As in `Elementwise`: none."""
+        return Shape(), None
 
     def add_(
         self,
@@ -256,7 +350,7 @@ class Noise(Elementwise):
             "decay": decay,
             "rounding": rounding if draws else "nearest",
         }
-        if self.queued("apply", param, progress, numbers, **options):
+        if self.queued("apply", param, progress, coefficients=numbers, **options):
             return
         with self.elements(param, progress) as elements:
             if progress is None or progress.begin(0, elements):
@@ -288,12 +382,12 @@ class Noise(Elementwise):
             "decay": decay,
             "rounding": rounding,
         }
-        numbers = (own, gradients)
-        if self.queued("momentum", param, progress, *numbers, beside=(buffer,), **options):
+        options |= {"coefficients": own, "gradients": gradients}
+        if self.queued("momentum", param, progress, beside={"buffer": buffer}, **options):
             return
         with self.elements(param, progress) as elements:
             for _ in whole(elements, progress):
-                momentum_(elements, buffer.view(-1), *numbers, key=self.key, **options)
+                momentum_(elements, buffer.view(-1), key=self.key, **options)
 
     def perturbed(self, param: Tensor, coefficients: Coefficients) -> Tensor:
         """As in `Direction`, in one pass if there is one draw."""

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from zoopt.kernels import dispatch
+from zoopt.kernels.batch import Batch, packed
+from zoopt.kernels.descent.op import small_elements
+from zoopt.kernels.descent.rule import Shape
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise
 from zoopt.zeroth_order.engine.progress import Progress
@@ -44,6 +48,34 @@ class SmallMagnitudes(Elementwise):
             return total.mul_(theta.abs() <= self.threshold)
         return total.mul_(self.mask[start : start + theta.numel()])
 
+    def shaping(
+        self, coefficients: Coefficients, gradient: Coefficients
+    ) -> tuple[Shape, Tensor | None]:
+        """As in `Elementwise`."""
+        if self.mask is None:
+            return Shape("small"), self.threshold
+        return Shape("kept"), self.mask
+
+
+def choose_small(moving: Sequence[tuple[Tensor, SmallMagnitudes]]) -> None:
+    """Let directions know which elements of their parameters are small, where those will not lie
+    at theta when it is asked for: one launch for parameters that are alike."""
+    together: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, SmallMagnitudes]]] = {}
+    for param, direction in moving:
+        if dispatch.launches(param) and param.is_contiguous():
+            together.setdefault((param.dtype, param.device), []).append((param, direction))
+        else:
+            direction.mask = (param.detach().abs() <= direction.threshold).flatten()
+    for (_, device), alike in together.items():
+        params = [param for param, _ in alike]
+        masks = packed([param.numel() for param in params], torch.bool, device)
+        batch = Batch(params, [direction.key for _, direction in alike])
+        limits = [direction.threshold for _, direction in alike]
+        shaped = [mask.view(param.shape) for mask, param in zip(masks, params, strict=True)]
+        small_elements(batch, limits, shaped)
+        for mask, (_, direction) in zip(masks, alike, strict=True):
+            direction.mask = mask
+
 
 class Indexed(Noise):
     """Noise on explicit elements: the i-th index moves by the noise's i-th number.
@@ -55,7 +87,7 @@ class Indexed(Noise):
 
     def __init__(self, key: NoiseKey, indices: Tensor) -> None:
         super().__init__(key)
-        self.indices = indices
+        self.indices: Tensor = indices
 
     def shape(self, param: Tensor) -> tuple[int, ...]:
         """(number of indices,)."""

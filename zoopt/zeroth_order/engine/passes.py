@@ -6,13 +6,14 @@ kernels are queued here, and made as batches when all have been asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from zoopt.kernels import adam_window_, apply_, dispatch, momentum_
 from zoopt.kernels.batch import Batch
+from zoopt.kernels.descent.op import curve_, descend_, turn_
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.zeroth_order.engine.progress import Progress
 
@@ -20,27 +21,36 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "apply": apply_,
     "momentum": momentum_,
     "adam_window": adam_window_,
+    "descend": descend_,
+    "curve": curve_,
+    "turn": turn_,
 }
 
 
 class _Alike:
     """Parameters for which one operation with the same numbers is asked."""
 
-    def __init__(
-        self, operation: Callable[..., Any], numbers: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
-        self.operation, self.numbers, self.options = operation, numbers, options
+    def __init__(self, operation: Callable[..., Any], options: dict[str, Any]) -> None:
+        self.operation, self.options = operation, options
         self.thetas: list[Tensor] = []
         self.keys: list[NoiseKey] = []
-        self.beside: list[tuple[Tensor, ...]] = []
+        self.indices: list[Tensor] = []
+        self.beside: dict[str, list[Tensor]] = {}
         self.progress: list[Progress] = []
+
+    def make(self) -> None:
+        """Make the operation on all of them."""
+        batch = Batch(self.thetas, self.keys, self.indices or None)
+        self.operation(batch, **self.beside, **self.options)
+        for progress in self.progress:
+            progress.finish()
 
 
 class Passes:
     """A queue of kernels, each over a parameter, that change nothing until `make`."""
 
     def __init__(self) -> None:
-        self._queue: dict[Hashable, _Alike] = {}
+        self._queue: dict[tuple[int, Hashable], _Alike] = {}
 
     def put(
         self,
@@ -48,17 +58,18 @@ class Passes:
         theta: Tensor,
         key: NoiseKey,
         progress: Progress,
-        *numbers: Sequence[float],
-        beside: tuple[Tensor, ...] = (),
+        *,
+        indices: Tensor | None = None,
+        beside: Mapping[str, Tensor] | None = None,
         **options: Any,
     ) -> bool:
         """Queue an operation on a parameter, unless it is to be made now, alone.
 
         Args:
-            operation: `"apply"`, `"momentum"` or `"adam_window"`.
+            operation: a key of `_OPERATIONS`.
             progress: that of the pass, which is over when the queue has been made.
-            numbers: a sequence an argument, one number a direction.
-            beside: tensors of theta's size that the operation works on.
+            indices: the elements that the operation works on, if those are not all.
+            beside: tensors of the size of what it works on, by the operation's names for them.
             options: its other arguments.
 
         Returns:
@@ -68,29 +79,29 @@ class Passes:
             return False
         if progress.done:
             return True
-        numbers = tuple(map(tuple, numbers))
+        beside = beside or {}
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-        kind = (theta.dtype, theta.device, key.seed, key.distribution, key.density)
-        name = (operation, numbers, tuple(sorted(options.items())), kind)
+        noise = (key.seed, key.distribution, key.density)
+        kind = (theta.dtype, theta.device, *noise, indices is None, tuple(beside))
+        name = (progress.stage, (operation, tuple(sorted(options.items())), kind))
         if name not in self._queue:
-            self._queue[name] = _Alike(_OPERATIONS[operation], numbers, options)
+            self._queue[name] = _Alike(_OPERATIONS[operation], options)
         alike = self._queue[name]
         alike.thetas.append(theta)
         alike.keys.append(key)
-        alike.beside.append(beside)
+        if indices is not None:
+            alike.indices.append(indices)
+        for own, tensor in beside.items():
+            alike.beside.setdefault(own, []).append(tensor)
         alike.progress.append(progress)
         return True
 
     def make(self) -> None:
-        """Make what is queued: one batch for all that are alike."""
-        for kind in list(self._queue):
-            alike = self._queue[kind]
-            batch = Batch(alike.thetas, alike.keys)
-            beside = zip(*alike.beside, strict=True) if alike.beside[0] else ()
-            alike.operation(batch, *beside, *alike.numbers, **alike.options)
-            for progress in alike.progress:
-                progress.finish()
-            del self._queue[kind]
+        """Make what is queued: one batch for all that are alike, what follows after what it
+        follows."""
+        for name in sorted(self._queue, key=lambda name: name[0]):
+            self._queue[name].make()
+            del self._queue[name]
 
     def clear(self) -> None:
         """Forget what is queued."""

@@ -42,10 +42,12 @@ class Progress:
 
     Args:
         passes: where kernels may be queued, to be made together with others.
+        stage: those of a later stage are made after all of an earlier one.
     """
 
-    def __init__(self, passes: Passes | None = None) -> None:
+    def __init__(self, passes: Passes | None = None, stage: int = 0) -> None:
         self.passes = passes
+        self.stage = stage
         self._done = 0
         self._mark: tuple[int, bytes] | None = None
         self._state: list[tuple[Tensor, Tensor]] = []
@@ -70,7 +72,7 @@ class Progress:
     def next(self) -> Progress:
         """The progress of a second pass, which follows this one."""
         if self._next is None:
-            self._next = Progress()
+            self._next = Progress(self.passes, self.stage + 1)
         return self._next
 
     def begin(self, number: int, piece: Tensor) -> bool:

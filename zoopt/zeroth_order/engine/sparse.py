@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoopt.checks import check_choice, check_number
 from zoopt.dtypes import accumulator_dtype
+from zoopt.kernels.descent.rule import Rule
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, TensorSpec
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
@@ -25,6 +27,7 @@ from zoopt.zeroth_order.engine.mask import (
     SmallMagnitudes,
     aligned_indices,
     check_aligned,
+    choose_small,
     magnitude_threshold,
 )
 from zoopt.zeroth_order.engine.perturbation import Site
@@ -38,6 +41,9 @@ class SparseZerothOrder(ZerothOrderOptimizer):
     Group keys: `mask` (None, "random", "magnitude", or indices in the order of the parameters)
     and `density`.
     """
+
+    #: Indices that are not int64 on their parameter's device, and copies that are.
+    _copies: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def _adopt(self, group: Group) -> None:
         """Replace indices by name by a list in the order of the parameters."""
@@ -61,12 +67,30 @@ class SparseZerothOrder(ZerothOrderOptimizer):
         )
         if isinstance(group["mask"], list):
             indices = self._indices(param, group)
-            return None if indices is None else Indexed(key, indices.to(param.device).long())
+            return None if indices is None else Indexed(key, self._brought(indices, param))
         if group["mask"] == "magnitude":
-            threshold = self._state(param, group)["threshold"]
-            mask = None if virtual else (param.detach().abs() <= threshold).flatten()
-            return SmallMagnitudes(key, threshold, mask)
+            return SmallMagnitudes(key, self._state(param, group)["threshold"], None)
         return Noise(key)
+
+    def _brought(self, indices: Tensor, param: Tensor) -> Tensor:
+        """The indices as int64 on the parameter's device; copied there once."""
+        if indices.dtype == torch.int64 and indices.device == param.device:
+            return indices.contiguous()
+        self._copies = self._copies or {}
+        known, placed = self._copies.get(id(indices), (None, None))
+        if known is not indices or placed is None or placed.device != param.device:
+            placed = indices.to(param.device).long()
+            # The indices themselves are kept, so that nothing else can have their id.
+            self._copies[id(indices)] = indices, placed
+        return placed
+
+    def _prepare(self, sites: Sequence[Site]) -> None:
+        moving = [
+            (site.param, site.direction)
+            for site in sites
+            if isinstance(site.direction, SmallMagnitudes) and not site.virtual
+        ]
+        choose_small(moving)
 
     def _update_elements(
         self,
@@ -75,18 +99,32 @@ class SparseZerothOrder(ZerothOrderOptimizer):
         offset: Coefficients,
         progress: Progress,
         rule: Callable[[Tensor, slice], Tensor],
+        in_registers: Rule,
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """theta <- decay (theta - offset) + rule(estimate), chunk by chunk, rounded once.
+        """theta <- decay (theta - offset) + rule(estimate), rounded once: chunk by chunk, or where
+        operations are launches in one with other parameters.
 
         Args:
             rule: the gradient estimate of a chunk (flat, in the accumulator's dtype) and the
-                chunk's place among the moving elements -> the update. New values of state go to
-                `progress.hold`.
+                chunk's place among what moves -> what theta receives. State that it changes goes
+                to `progress.hold`.
+            in_registers: the same rule, as kernels know it.
+            state: what that changes, by its names for it.
         """
         group, direction = site.group, site.direction
         assert isinstance(direction, Elementwise)
         decay, weights = self._decay(group, pending), self._weights(group, pending)
         back = withdrawn(offset, decay)
+        rounds: dict[str, Any] = {
+            "decay": decay,
+            "rounding": site.rounding,
+            "rounding_draw": pending.draws[-1],
+        }
+        if direction.descends(
+            site.param, back, weights, progress, rule=in_registers, state=state or {}, **rounds
+        ):
+            return
         with direction.elements(site.param, progress) as elements:
             for chunk in chunks(elements, progress):
                 theta = elements[chunk]
@@ -95,9 +133,7 @@ class SparseZerothOrder(ZerothOrderOptimizer):
                     back,
                     rule(direction.combine(theta, weights, chunk.start), chunk),
                     chunk.start,
-                    decay=decay,
-                    rounding=site.rounding,
-                    rounding_draw=pending.draws[-1],
+                    **rounds,
                 )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:

@@ -1,0 +1,100 @@
+"""Zeroth-order steps on a stub of a GPU: what they ask of it, whatever the model's size."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zoopt
+from bench.stub_gpu import Recorded, launches, stub_gpu
+from tests.optimizer_table import ROWS, Row
+from zoopt.kernels.descent.op import energies
+from zoopt.zeroth_order import conmezo, muon
+
+#: Passes over the weights beyond one for each evaluation off theta and one for the update.
+EXTRA = {
+    "HiZOO": 1,  # the Hessian
+    "ConMeZO": 3,  # the momentum, and its norm
+    "MeZO magnitude mask": 1,  # which elements are small
+}
+#: Reads of the device's numbers beyond that of the losses: the candidates', the momentum's norm.
+WAITS = {"ConMeZO": 1, "ZOConservativeSGD three": 1, "ZOConservativeSGD reused": 1}
+INPLACE = [row for row in ROWS if "inplace" in row.perturbations]
+PRODUCTS = (zoopt.LOZO, zoopt.SubZero, zoopt.ZOMuon)
+ELEMENTWISE = [
+    row for row in INPLACE if row.cls not in PRODUCTS and row.options.get("rank") is None
+]
+
+
+def model(layers: int) -> nn.Sequential:
+    """Matrices and vectors of several sizes."""
+    return nn.Sequential(*[nn.Linear(20, 20 + 4 * (i % 3)) for i in range(layers)])
+
+
+def evaluations(row: Row) -> int:
+    """How many evaluations of a step are off theta."""
+    options = row.options
+    if "population_size" in options:
+        return int(options["population_size"])
+    one_sided = options.get("estimator") == "one-sided" or row.cls is zoopt.FZOO
+    one_sided |= row.cls is zoopt.ZOMuon or options.get("candidates") == "reused"
+    probes = options.get("num_probes", {zoopt.FZOO: 8, zoopt.ZOMuon: 4}.get(row.cls, 1))
+    return int(probes * (1 if one_sided else 2))
+
+
+def step(row: Row, mode: str, net: nn.Module) -> Recorded:
+    """What the third step asks of the device, beside the closure."""
+    options: dict[str, Any] = {"perturbation": mode}
+    if "mask" in row.options and isinstance(row.options["mask"], dict):
+        options["mask"] = {name: torch.tensor([3, 0, 1]) for name, _ in net.named_parameters()}
+    optimizer = row.build(net, **options)
+    losses = itertools.cycle(torch.linspace(1.0, 2.0, 7).double().unbind())
+    first = next(losses)
+    repeated = itertools.chain([first, first], losses)
+
+    def closure() -> torch.Tensor:
+        return next(repeated)
+
+    for _ in range(2):
+        optimizer.step(closure)
+    return launches(lambda: optimizer.step(closure))
+
+
+@pytest.fixture(autouse=True)
+def _norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs, so norms are made up: updates are alike only where numbers are equal."""
+
+    def made_up(*args: Any, **options: Any) -> torch.Tensor:
+        return energies(*args, **options).fill_(1.0)
+
+    monkeypatch.setattr(conmezo, "energies", made_up)
+    monkeypatch.setattr(muon, "energies", made_up)
+
+
+@pytest.mark.parametrize("row", ELEMENTWISE, ids=str)
+def test_a_step_in_place(row: Row) -> None:
+    """A launch a move, one for the update, and a few that are declared; what more directions than
+    a few bring to memory is written there by launches too."""
+    found = []
+    for layers in (3, 7):
+        with stub_gpu():
+            recorded = step(row, "inplace", model(layers))
+        passes = [each for each in recorded.launches if each.kernel != "numbers_kernel"]
+        moves = evaluations(row)
+        if row.cls is zoopt.ZOConservativeSGD:
+            # Both candidates, or the one, and theta between them.
+            moves += 1 if row.options.get("candidates") == "reused" else 3
+        assert len(passes) <= moves + 1 + EXTRA.get(str(row), 0)
+        assert len(passes) > evaluations(row)
+        assert recorded.copies == 0
+        assert recorded.waits == 1 + WAITS.get(str(row), 0)
+        # Where a buffer lies elsewhere than in the last step, its addresses are made by one more.
+        others = [name for name in recorded.others if name != "add"]
+        found.append(([each.kernel for each in recorded.launches], others))
+    assert found[0] == found[1]
+    # A copy of each loss, and the differences between all of them.
+    assert len(found[0][1]) <= moves + 4

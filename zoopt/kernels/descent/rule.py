@@ -1,0 +1,49 @@
+"""What an update makes of directions: their shape, and the rule that uses the estimate."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+ShapeKind = Literal["plain", "small", "kept", "scaled", "cone"]
+RuleKind = Literal["none", "momentum", "sign", "adam"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """How a sum s = sum_j a_j z_j becomes a displacement, element by element:
+
+        plain    s
+        small    s where |theta| <= beside, one float32 a tensor; elsewhere 0
+        kept     s where beside, bools; elsewhere 0
+        scaled   s / sqrt(beside), float32
+        cone     s + radial beside, float32
+
+    Attributes:
+        radial: the cone's number for what theta receives.
+        estimate: the cone's number for the estimate.
+    """
+
+    kind: ShapeKind = "plain"
+    radial: float = 0.0
+    estimate: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What theta receives for an estimate g; `numbers` are the rule's, in order:
+
+    none       nothing
+    momentum   first <- a first + g;  b first                                       (a, b)
+    sign       a sign(g)                                                            (a,)
+    adam       first <- b1 first + c1 g,  second <- b2 second + c2 g^2
+               a first / (sqrt(second / c) + eps)               (b1, c1, b2, c2, c, a, eps)
+    """
+
+    kind: RuleKind = "none"
+    numbers: tuple[float, ...] = ()
+
+    @property
+    def states(self) -> int:
+        """How many float32 tensors beside theta the rule keeps."""
+        return {"none": 0, "momentum": 1, "sign": 0, "adam": 2}[self.kind]
