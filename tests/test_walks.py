@@ -43,7 +43,7 @@ SIDE_ROOMS = {
         "kernels/noise/philox.py",
         "noise.py",
     ),
-    "Bookkeeping: which parameters take part, state, seeds, interruptions": (
+    "Bookkeeping: which parameters and elements take part, state, seeds, interruptions": (
         "distributed/checkpoint.py",
         "distributed/seed.py",
         "distributed/sharding.py",
@@ -51,6 +51,7 @@ SIDE_ROOMS = {
         "optimizer.py",
         "zeroth_order/engine/blocks.py",
         "zeroth_order/engine/groups.py",
+        "zeroth_order/engine/mask.py",
         "zeroth_order/engine/progress.py",
         "zeroth_order/engine/sparse.py",
         "zeroth_order/engine/window.py",
