@@ -66,8 +66,8 @@ def scalar(
         ghat / (sqrt(vhat) + eps),   v <- b2 v + (1 - b2) mean_j(g_j^2),   vhat = v / (1 - b2^t)
 
     Args:
-        ghat: j -> coefficient of z_j in the estimate; so is what is returned.
-        v: with the present step in it.
+        ghat: j -> coefficient of z_j in the estimate; the result has the same form.
+        v: including the present step.
         t: number of the step, from 1.
     """
     rms = (v / (1.0 - b2**t)) ** 0.5
@@ -236,7 +236,7 @@ class ZOAdam(SparseZerothOrder):
         first, second = (_window_weights(float(beta), len(steps)) for beta in group["betas"])
         draws = [draw for step in steps for draw, _ in step]
         last = [i == len(step) - 1 for step in steps for i in range(len(step))]
-        # Directions that were evaluated and left out still stand in the offset: a step of weight 0.
+        # Directions that were evaluated but left out are still in the offset: a step of weight 0.
         absent = [draw for draw in offset if draw not in draws]
         none = [0.0] * len(absent)
         options: dict[str, Any] = {

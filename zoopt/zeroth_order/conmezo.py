@@ -108,7 +108,7 @@ class ConMeZO(ZerothOrderOptimizer):
             max_projected_grad, maximize, seed: as for `MeZO`.
         cone_angle: t in radians, in (0, pi/2]; default 1.35 (paper). pi/2 is MeZO.
         beta: decay of m; default 0.95 (paper).
-        beta_start: what b starts from; default 0.1 (paper).
+        beta_start: the first b; default 0.1 (paper).
         warmup_steps: steps until b is beta; default 1000. 0 for none.
 
     Raises:
@@ -200,7 +200,7 @@ class ConMeZO(ZerothOrderOptimizer):
 
 
 def _squares(buffers: Sequence[Tensor]) -> list[float]:
-    """The sum of squares of each; where operations are launches one for all of a device."""
+    """The sum of squares of each; where operations are launches, one launch for all on a device."""
     found: list[float] = []
     together: dict[torch.device, list[Tensor]] = {}
     for buffer in buffers:

@@ -40,7 +40,7 @@ def smoothed(
 
 
 def growths(D: Sequence[float], alpha: float, eps: float) -> list[float]:
-    """What multiplies each z_j^2: alpha c_j / n."""
+    """The factors of each z_j^2: alpha c_j / n."""
     scale = alpha / (2.0 * eps**2 * len(D))
     return [scale * D_j for D_j in D]
 

@@ -59,7 +59,7 @@ def msign(matrix: Tensor) -> Tensor:
     """
     wide = matrix.double()
     values, vectors = torch.linalg.eigh(wide @ wide.T)  # (r,), (r, r)
-    # The Gram matrix squares the singular values: below this they are rounding.
+    # The Gram matrix squares the singular values: smaller ones are rounding errors.
     rank = values > values[-1] * 1e-14
     inverse_root = torch.where(rank, values.clamp(min=1e-300).rsqrt(), 0.0)
     sign: Tensor = (vectors * inverse_root) @ (vectors.T @ wide)
@@ -156,8 +156,8 @@ class ZOMuon(LowRankZerothOrder):
         return super()._tasks(pending, perturbation, *rest)
 
     def _estimate_norms(self, sites: Sequence[Site], pending: PendingProbe) -> dict[Tensor, float]:
-        """||mean_i(g_i z_i)|| of each parameter; where operations are launches one for all that are
-        alike."""
+        """||mean_i(g_i z_i)|| of each parameter; where operations are launches, one launch for
+        all that are alike."""
         norms: dict[Tensor, float] = {}
         together: dict[Any, list[Site]] = {}
         for site in sites:

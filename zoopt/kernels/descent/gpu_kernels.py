@@ -1,6 +1,6 @@
 """The operations on the GPU, compiled: one program a block of elements of one of a batch's tensors.
 
-Tables, directions and numbers come as to noise's kernels.
+Tables, directions and numbers are passed as to noise's kernels.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"

@@ -1,6 +1,7 @@
 """Updates that are more than a sum of directions, each one pass over a batch of tensors.
 
-The optimizers' own loops make them chunk by chunk where operations are no launches.
+They are for devices on which an operation is a launch. Elsewhere the optimizers' own loops make
+these updates chunk by chunk.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ def descend_(
 ) -> Batch:
     """out <- round(decay theta + D(sum_j coefficients[j] z_j) + U(D(sum_j gradients[j] z_j))),
 
-    with D the shape of a displacement and U the rule that an update follows, which changes the
-    state `first` and `second` (see `Shape` and `Rule`).
+    with D the shape of a displacement (see `Shape`) and U the rule of the update, which changes
+    the state `first` and `second` (see `Rule`).
 
     Args:
-        theta: the batch. With a shape that is not plain its keys have density 1.
-        coefficients, gradients: one number a direction.
+        theta: the batch. Its keys have density 1 unless the shape is plain.
+        coefficients, gradients: one number for each direction.
         draws: the directions' numbers, 32 bits each.
         first, second: the rule's state, for each tensor one of its shape, in the accumulator's
             dtype.
-        beside: what the shape reads, for each tensor one: of its shape, in the accumulator's dtype
-            or (`"kept"`) of bools; or (`"small"`) one number.
+        beside: the shape's operand, one for each tensor: of the tensor's shape, in the
+            accumulator's dtype or (`"kept"`) bool; or (`"small"`) one number.
         decay, rounding, rounding_draw, impl: as for `apply_`.
         out: where the result goes, default theta itself: contiguous, one for each tensor.
 
@@ -166,8 +167,8 @@ def energies(
     draws: Sequence[int] = (),
     impl: str | None = None,
 ) -> Tensor:
-    """The sum of squares of each tensor; with coefficients, of sum_j coefficients[j] z_j in its
-    place: float64, one a tensor, in the implementation's own order."""
+    """The sum of squares of each tensor, or with coefficients of sum_j coefficients[j] z_j:
+    float64, one for each tensor, in the implementation's own order."""
     theta.check()
     if coefficients is not None:
         check_directions(draws, coefficients=coefficients)

@@ -16,7 +16,7 @@ from zoopt.kernels.descent.rule import Rule, Shape
 from zoopt.kernels.noise import reference as noise
 from zoopt.kernels.noise.key import NoiseKey
 
-#: `weighted_sum` of an implementation of noise.
+#: The type of `weighted_sum`, of any implementation of the noise.
 Sums = Callable[..., None]
 
 
@@ -71,7 +71,7 @@ def shaped(total: Tensor, theta: Tensor, beside: Tensor | None, kind: str, radia
 
 
 def ruled(estimate: Tensor, first: Tensor | None, second: Tensor | None, rule: Rule) -> Tensor:
-    """What theta receives, see `Rule`; the state is changed in place."""
+    """The update of theta, see `Rule`; changes the state in place."""
     numbers = rule.numbers
     if rule.kind == "sign":
         return estimate.sign().mul_(numbers[0])
@@ -88,8 +88,8 @@ def ruled(estimate: Tensor, first: Tensor | None, second: Tensor | None, rule: R
 
 
 def exact_root(x: Tensor) -> Tensor:
-    """sqrt(x). torch's of float32 is off by one here and there; that of float64, rounded, is not:
-    the root of a float32 is 4 of its units or more from every tie."""
+    """sqrt(x). torch's root in float32 is sometimes off by one unit. The root in float64, rounded,
+    is exact: the root of a float32 is at least 4 float64 units away from every tie."""
     return x.double().sqrt().to(x.dtype)
 
 
@@ -161,5 +161,5 @@ def chunks(tensor: Tensor) -> Iterator[slice]:
 
 
 def _part(tensor: Tensor | None, part: slice) -> Tensor | None:
-    """The stretch that lies beside a chunk; a limit is of all."""
+    """The part of `beside` for a chunk; a limit holds for all chunks."""
     return tensor if tensor is None or tensor.numel() == 1 else tensor[part]

@@ -1,4 +1,4 @@
-"""What an update makes of directions: their shape, and the rule that uses the estimate."""
+"""How an update uses directions: the shape of a displacement, and the rule for the estimate."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Shape:
         cone     s + radial beside, float32
 
     Attributes:
-        radial: the cone's number for what theta receives.
-        estimate: the cone's number for the estimate.
+        radial: the cone's factor of `beside` in theta's displacement.
+        estimate: its factor in the estimate.
     """
 
     kind: ShapeKind = "plain"
@@ -31,7 +31,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What theta receives for an estimate g; `numbers` are the rule's, in order:
+    """The update of theta for an estimate g; `numbers` are the rule's, in order:
 
     none       nothing
     momentum   first <- a first + g;  b first                                       (a, b)
@@ -45,5 +45,5 @@ class Rule:
 
     @property
     def states(self) -> int:
-        """How many float32 tensors beside theta the rule keeps."""
+        """How many float32 tensors the rule keeps besides theta."""
         return {"none": 0, "momentum": 1, "sign": 0, "adam": 2}[self.kind]

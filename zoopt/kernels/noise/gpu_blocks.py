@@ -1,14 +1,14 @@
-"""Which block of which tensor a GPU program serves, and how it reads and writes it.
+"""The block of a tensor on which a GPU program works, and how it reads and writes it.
 
-A batch comes as a table (TABLE): `places` has a row a tensor, int64 (count + 1, 4): the tensor's
-first block, its elements, the position of its first element, its stream; the last row ends the
-blocks. `hints` says in which tensor every 2^shift-th block lies. Tensors are then columns of
-addresses, int64. A tensor alone comes as itself, with `numel`, `offset` and `number` by value.
+A batch is passed as a table (TABLE): `places`, int64 (count + 1, 4), has a row for each tensor: its
+first block, its number of elements, the position of its first element, and its stream. The last row
+ends the blocks. `hints` gives the tensor of every 2^shift-th block. Tensors are then columns of
+addresses, int64. A single tensor is passed as itself, with `numel`, `offset` and `number` by value.
 
-Positions count from the start of the Philox block that holds the tensor's first element; the
-elements of that block which precede it are `skipped`, none of any tensor where ALIGNED. A block is
-whole, and moves 128 bits at a time, if all of it lies inside its tensor and in memory as it does in
-the noise.
+Positions count from the start of the Philox block that holds the tensor's first element; `skipped`
+is the number of elements of that block before it, which is 0 for all tensors if ALIGNED. A block is
+whole, and is loaded and stored 128 bits at a time, if it lies inside its tensor and is aligned in
+memory as it is in the noise.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -35,7 +35,7 @@ def _place(places, hints, shift, numel, offset, number, TABLE: tl.constexpr):
 
 @triton.jit
 def _memory(memory, tensor, DTYPE: tl.constexpr, TABLE: tl.constexpr, VECTORS: tl.constexpr):
-    """Where the tensor lies; its address is a multiple of 16 if VECTORS."""
+    """The tensor's address, a multiple of 16 if VECTORS."""
     if TABLE:
         pointer = tl.load(memory + tensor).to(tl.pointer_type(DTYPE))
         if VECTORS:
@@ -47,7 +47,7 @@ def _memory(memory, tensor, DTYPE: tl.constexpr, TABLE: tl.constexpr, VECTORS: t
 
 @triton.jit
 def _load(pointer, inside, whole, BLOCK: tl.constexpr):
-    """A block, float32 (BLOCK,): without a mask where it is whole."""
+    """A block, float32 (BLOCK,), loaded without a mask if it is whole."""
     i = tl.arange(0, BLOCK)
     if whole:  # noqa: SIM108
         x = tl.load(pointer + i)
@@ -70,7 +70,7 @@ def block_of(
     block, numel, offset, NORMAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Where a block begins in the tensor, which of its elements lie inside, (BLOCK,), and whether
-    it is whole. Within a block positions have 32 bits, so that addresses share their 64-bit base.
+    it is whole. Positions within a block have 32 bits, so that addresses share a 64-bit base.
     """
     i = tl.arange(0, BLOCK)
     if ALIGNED:
@@ -87,8 +87,8 @@ def block_of(
 
 @triton.jit
 def memory_of(memory, tensor, TABLE: tl.constexpr):
-    """The tensor's address, and whether it is a multiple of 16; a tensor alone is its own address,
-    and Triton knows by itself."""
+    """The tensor's address, and whether it is a multiple of 16. A single tensor is its own address,
+    and Triton knows its alignment."""
     if TABLE:
         address = tl.load(memory + tensor)
         return address, (address & 15) == 0
@@ -98,7 +98,8 @@ def memory_of(memory, tensor, TABLE: tl.constexpr):
 
 @triton.jit
 def _pointer(memory, EVEN: tl.constexpr, DTYPE: tl.constexpr, TABLE: tl.constexpr):
-    """Where `memory_of` points to; a multiple of 16 if EVEN, which only a cast can carry."""
+    """The pointer from `memory_of`. If EVEN it is a multiple of 16, which only a cast can
+    express."""
     if TABLE:
         pointer = memory.to(tl.pointer_type(DTYPE))
         if EVEN:
@@ -110,8 +111,8 @@ def _pointer(memory, EVEN: tl.constexpr, DTYPE: tl.constexpr, TABLE: tl.constexp
 
 @triton.jit
 def spots_of(indices, tensor, start, inside, TABLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Where a block's elements lie in their tensor, int64 (BLOCK,), if it is worked on at indices
-    only; otherwise nothing that is read."""
+    """Where a block's elements lie in their tensor, int64 (BLOCK,), if the operation works on
+    indices; otherwise unused."""
     if indices is None:
         return tl.zeros([1], tl.int64)
     else:
@@ -135,7 +136,7 @@ def read(
     INDEXED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of what `memory_of` found, float32 (BLOCK,): at its spots where INDEXED."""
+    """A block at the address from `memory_of`, float32 (BLOCK,); at its spots if INDEXED."""
     i = tl.arange(0, BLOCK)
     if INDEXED:
         x = tl.load(_pointer(memory, False, DTYPE, TABLE) + spots, mask=inside)
@@ -161,7 +162,7 @@ def write(
     INDEXED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write a block, (BLOCK,), where `read` has it from."""
+    """Write a block, (BLOCK,), where `read` reads it."""
     i = tl.arange(0, BLOCK)
     if INDEXED:
         tl.store(_pointer(memory, False, DTYPE, TABLE) + spots, x, mask=inside)
@@ -174,6 +175,6 @@ def write(
 
 @triton.jit
 def draw_of(high, low):
-    """The draw of two halves, which are floats below 65536: int32."""
+    """A draw from its two halves, floats below 65536: int32."""
     high, low = tl.full([], high, tl.float32), tl.full([], low, tl.float32)
     return (high.to(tl.int32) << 16) | low.to(tl.int32)

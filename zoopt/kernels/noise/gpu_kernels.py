@@ -1,14 +1,14 @@
 """The operations on the GPU, compiled: one program a block of elements of one of a batch's tensors.
 
-Where a block lies is in `gpu_blocks`; where `indices` are not None it is the tensor's elements at
-them, in order.
+For the place of a block see `gpu_blocks`. If there are `indices`, the elements are those at the
+indices, in order.
 
-Directions come in WIDTH numbers each: the draw's two halves, and its coefficients. Up to a few are
-passed by value and unrolled (UNROLLED of them); `terms` of more is memory, `count` of them. Numbers
-are floats, as Triton compiles anew for integers in a tuple that 16 divides.
+A direction is WIDTH numbers: the draw's two halves, and its coefficients. A few directions are
+passed by value and unrolled (UNROLLED of them); with more, `terms` is memory with `count` of them.
+Numbers are floats, since Triton compiles again for integers in a tuple that 16 divides.
 
-`threshold` is the mask's where MASKED; elsewhere nothing of a mask is compiled. No parameter is
-called `stream`, or anything else that Triton's launcher keeps for itself.
+`threshold` is the mask's if MASKED; otherwise no mask is compiled. No parameter is called `stream`,
+or has another name that Triton's launcher reserves.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -34,7 +34,7 @@ _RUN_TIME += ["threshold", "rounding_draw", "count", "draw", "d"]
 
 @triton.jit
 def numbers_kernel(out, numbers, COUNT: tl.constexpr):
-    """out (COUNT,) <- numbers that the launch brings by value, so that nothing is copied."""
+    """out (COUNT,) <- numbers that the launch passes by value, so that nothing is copied."""
     for j in tl.static_range(COUNT):
         tl.store(out + j, numbers[j])
 
@@ -205,8 +205,9 @@ def window_kernel(
     BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """reference.adam_window, the moments in registers. terms are memory, 7 numbers a direction: the
-    draw's halves, coefficient, gradient, weights in m and in v, and whether it closes a step."""
+    """reference.adam_window, the moments in registers. terms are memory, 7 numbers for each
+    direction: the draw's halves, coefficient, gradient, weights in m and in v, and whether it
+    closes a step."""
     tensor, block, numel, offset, number = _place(
         places, hints, shift, numel, offset, number, TABLE
     )

@@ -58,8 +58,8 @@ class SmallMagnitudes(Elementwise):
 
 
 def choose_small(moving: Sequence[tuple[Tensor, SmallMagnitudes]]) -> None:
-    """Let directions know which elements of their parameters are small, where those will not lie
-    at theta when it is asked for: one launch for parameters that are alike."""
+    """Tell directions which elements of their parameters are small, if the parameters will be
+    displaced when that is needed: one launch for parameters that are alike."""
     together: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, SmallMagnitudes]]] = {}
     for param, direction in moving:
         if dispatch.launches(param) and param.is_contiguous():

@@ -1,7 +1,7 @@
 """Passes over many parameters that are made together: on a GPU one launch for all that are alike.
 
-Updates and moves are written for one parameter. On a device whose operations are launches, their
-kernels are queued here, and made as batches when all have been asked for.
+Updates and moves are written for one parameter. On a device on which an operation is a launch, they
+are queued here, and made as batches once all have been requested.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 class _Alike:
-    """Parameters for which one operation with the same numbers is asked."""
+    """Parameters for which the same operation, with the same numbers, is requested."""
 
     def __init__(self, operation: Callable[..., Any], options: dict[str, Any]) -> None:
         self.operation, self.options = operation, options
@@ -39,7 +39,7 @@ class _Alike:
         self.progress: list[Progress] = []
 
     def make(self) -> None:
-        """Make the operation on all of them."""
+        """Do the operation on all of them."""
         batch = Batch(self.thetas, self.keys, self.indices or None)
         self.operation(batch, **self.beside, **self.options)
         for progress in self.progress:
@@ -47,7 +47,7 @@ class _Alike:
 
 
 class Passes:
-    """A queue of kernels, each over a parameter, that change nothing until `make`."""
+    """A queue of operations, each on one parameter, that change nothing until `make`."""
 
     def __init__(self) -> None:
         self._queue: dict[tuple[int, Hashable], _Alike] = {}
@@ -63,17 +63,17 @@ class Passes:
         beside: Mapping[str, Tensor] | None = None,
         **options: Any,
     ) -> bool:
-        """Queue an operation on a parameter, unless it is to be made now, alone.
+        """Queue an operation on a parameter, unless it has to be done now, by itself.
 
         Args:
             operation: a key of `_OPERATIONS`.
-            progress: that of the pass, which is over when the queue has been made.
-            indices: the elements that the operation works on, if those are not all.
-            beside: tensors of the size of what it works on, by the operation's names for them.
+            progress: that of the pass, which ends when the queue is made.
+            indices: the elements on which the operation works; None for all.
+            beside: other tensors with as many elements, by the operation's names for them.
             options: its other arguments.
 
         Returns:
-            Whether it is queued, or has been made before.
+            Whether it is queued, or has already been done.
         """
         if not (dispatch.launches(theta) and theta.is_contiguous()):
             return False
@@ -97,8 +97,8 @@ class Passes:
         return True
 
     def make(self) -> None:
-        """Make what is queued: one batch for all that are alike, what follows after what it
-        follows."""
+        """Do what is queued, one batch for all that are alike; operations on one parameter stay in
+        order."""
         for name in sorted(self._queue, key=lambda name: name[0]):
             self._queue[name].make()
             del self._queue[name]
