@@ -9,6 +9,8 @@ waits.
 from __future__ import annotations
 
 import collections
+import contextlib
+import contextvars
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -22,11 +24,27 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 _numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
+_alone = contextvars.ContextVar("_alone", default=False)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let what is made and stepped here be this process's own: no seed is compared."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def default_seed() -> int:
     """torch's initial seed, in 64 bits; it is read, not changed."""
     return torch.initial_seed() & 0xFFFFFFFFFFFFFFFF
+
+
+def several_ranks() -> bool:
+    """Whether this process is one of a job of several, of which it is to know."""
+    return _store() is not None
 
 
 class SharedSeed:
@@ -112,7 +130,9 @@ class SharedSeed:
 
 def _store() -> Store | None:
     """The default group's store; None if this process is alone."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+    if _alone.get() or not dist.is_available() or not dist.is_initialized():
+        return None
+    if dist.get_world_size() < 2:
         return None
     if dist.get_backend() == "fake":
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Recorder:
 
     Args:
         optimizer: of a method whose steps follow from losses alone.
-        path, file: the file, open and locked.
+        path, file: the file, open and locked; None: another rank writes it.
         chain: what the checksum of the next record begins from.
         sync_every: seconds after which what was written is forced to the disk; 0: at each step.
 
@@ -42,17 +43,17 @@ class Recorder:
         self,
         optimizer: ZerothOrderOptimizer,
         path: Path,
-        file: int,
+        file: int | None,
         chain: int,
         sync_every: float,
     ) -> None:
         self.path, self.sync_every = path, sync_every
         self._optimizer = optimizer
-        self._file: int | None = file
+        self._file = file
         self._chain, self._synced = chain, time.monotonic()
         #: What the closure has returned since the last record, and how often it was called.
         self._losses: list[Any] = []
-        self._calls = 0
+        self._calls, self._together = 0, False
         #: A record that the disk has not taken yet, and why no further one can be written.
         self._unwritten: Event | None = None
         self._ended: str | None = None
@@ -117,13 +118,23 @@ class Recorder:
 
     def listen(self, closure: Closure) -> Closure:
         """The closure, with what it returns kept for the record."""
-        self._losses, self._calls = [], 0
+        self._losses, self._calls, self._together = [], 0, False
 
         def heard() -> Any:
             self._calls += 1
             result = closure()
             self._losses.append(result)
             return result
+
+        return heard
+
+    def listen_together(self) -> Callable[[Sequence[float]], None]:
+        """A function that is told the losses which several ranks have agreed on."""
+        self._losses, self._calls, self._together = [], 0, True
+
+        def heard(losses: Sequence[float]) -> None:
+            self._losses += losses
+            self._calls += len(losses)
 
         return heard
 
@@ -146,9 +157,9 @@ class Recorder:
             moved: whether parameters were perturbed in place. They are back, up to the rounding of
                 the passes, which a replay repeats.
         """
-        if not moved or not self._calls:
+        if not moved or not (self._calls or self._together):
             return
-        if self._calls == len(self._losses):
+        if self._together or self._calls == len(self._losses):
             self._ended = (
                 "an error came in the middle of passes over the weights, which cannot be repeated "
                 "to the bit; it holds the run up to there"

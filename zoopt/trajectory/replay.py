@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from zoopt.distributed.seed import alone
 from zoopt.parameters import named_params
 from zoopt.trajectory.format import Contents, Event, Kind, TrajectoryError, read, steps_of
 from zoopt.trajectory.header import fingerprint, from_json, rebuild
@@ -16,6 +17,7 @@ from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.closure import RecordedLosses
 
 
+@alone()
 def replay(
     model: Any,
     path: str | Path,

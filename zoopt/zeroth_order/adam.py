@@ -14,6 +14,7 @@ from zoopt.checks import (
     check_number,
     check_positive_int,
 )
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels import adam_window_
 from zoopt.kernels.descent.rule import Rule
@@ -106,7 +107,8 @@ class ZOAdam(SparseZerothOrder):
 
     Args:
         params, zo_eps, weight_decay, num_probes, estimator, distribution, perturbation, rounding,
-            max_projected_grad, mask, density, blocks, block_order, maximize, seed: as for `MeZO`.
+            max_projected_grad, mask, density, blocks, block_order, maximize, seed, process_group,
+            parallel: as for `MeZO`.
         lr: learning rate; default 1e-5 (a hundredth of Adam's own: because of the estimate's noise,
             a step is as long as Adam's but nearly random in direction). Scalar: as for `MeZO`.
         betas: decay of the moments; default by state, (0.9, 0.999), or (0.7, 0.9) for a window,
@@ -150,13 +152,17 @@ class ZOAdam(SparseZerothOrder):
         block_order: BlockOrder = "cyclic",
         maximize: bool = False,
         seed: int | None = None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
     ) -> None:
         defaults = hyperparameters(locals())
         check_choice("state", state, get_args(AdamState))
         if betas is None:
             defaults["betas"] = (0.7, 0.9) if state == "window" else (0.9, 0.999)
         defaults |= {"past": (), "updates": 0, "exp_avg_sq": 0.0}
-        super().__init__(params, defaults, seed=seed)
+        super().__init__(
+            params, defaults, seed=seed, process_group=process_group, parallel=parallel
+        )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """Dense: `exp_avg` and `exp_avg_sq` in the accumulator's dtype, and `step`."""

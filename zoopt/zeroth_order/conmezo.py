@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_nonnegative_int, check_number
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels import dispatch
 from zoopt.kernels.batch import Batch
@@ -105,7 +106,7 @@ class ConMeZO(ZerothOrderOptimizer):
 
     Args:
         params, lr, zo_eps, weight_decay, num_probes, estimator, perturbation, rounding,
-            max_projected_grad, maximize, seed: as for `MeZO`.
+            max_projected_grad, maximize, seed, process_group, parallel: as for `MeZO`.
         cone_angle: t in radians, in (0, pi/2]; default 1.35 (paper). pi/2 is MeZO.
         beta: decay of m; default 0.95 (paper).
         beta_start: the first b; default 0.1 (paper).
@@ -139,8 +140,16 @@ class ConMeZO(ZerothOrderOptimizer):
         max_projected_grad: float | None = None,
         maximize: bool = False,
         seed: int | None = None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
     ) -> None:
-        super().__init__(params, hyperparameters(locals()), seed=seed)
+        super().__init__(
+            params,
+            hyperparameters(locals()),
+            seed=seed,
+            process_group=process_group,
+            parallel=parallel,
+        )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """`momentum_buffer`, in the accumulator's dtype."""

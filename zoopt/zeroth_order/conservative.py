@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from zoopt.checks import check_choice
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
@@ -84,7 +85,8 @@ class ZOConservativeSGD(SparseZerothOrder):
 
     Args:
         params, lr, zo_eps, weight_decay, num_probes, distribution, rounding, max_projected_grad,
-            mask, density, blocks, block_order, maximize, seed: as for `MeZO`.
+            mask, density, blocks, block_order, maximize, seed, process_group,
+            parallel: as for `MeZO`.
         candidates: `"three"` or `"reused"`.
         estimator: `"two-sided"` or `"one-sided"`; default by candidates, `"reused"` is one-sided.
         perturbation: as for `MeZO`, but `"auto"` is virtual for all dtypes: a step that is not
@@ -124,11 +126,15 @@ class ZOConservativeSGD(SparseZerothOrder):
         block_order: BlockOrder = "cyclic",
         maximize: bool = False,
         seed: int | None = None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
     ) -> None:
         defaults = hyperparameters(locals())
         if estimator is None:
             defaults["estimator"] = "one-sided" if candidates == "reused" else "two-sided"
-        super().__init__(params, defaults, seed=seed)
+        super().__init__(
+            params, defaults, seed=seed, process_group=process_group, parallel=parallel
+        )
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)
@@ -151,7 +157,7 @@ class ZOConservativeSGD(SparseZerothOrder):
     def _virtual(self, param: Tensor, group: Group) -> bool:
         return bool(group["perturbation"] != "inplace")
 
-    def probe(self, closure: Closure) -> float:
+    def probe(self, closure: Closure, *, weight: float = 1.0) -> float:
         """Refused: candidates can only be compared on a single closure."""
         raise RuntimeError(
             "ZOConservativeSGD compares candidates on the closure of its step, so it cannot add up "

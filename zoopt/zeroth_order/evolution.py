@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zoopt.ambient import opaque
 from zoopt.checks import check_bool, check_choice, check_positive_int
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -86,7 +87,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
     State, in bytes: 0. The run's position (seed, step, draw) is in the param groups.
 
     Args:
-        params, weight_decay, blocks, block_order, seed: as for `MeZO`.
+        params, weight_decay, blocks, block_order, seed, process_group, parallel: as for `MeZO`.
         lr: learning rate alpha; default 5e-4 (Qiu et al., arXiv:2509.24372).
         sigma: perturbation scale; default 1e-3 (Qiu et al.).
         population_size: N, at least 2; default 30 (Qiu et al.).
@@ -146,8 +147,16 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         block_order: BlockOrder = "cyclic",
         maximize: bool = True,
         seed: int | None = None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
     ) -> None:
-        super().__init__(params, hyperparameters(locals()), seed=seed)
+        super().__init__(
+            params,
+            hyperparameters(locals()),
+            seed=seed,
+            process_group=process_group,
+            parallel=parallel,
+        )
 
     @opaque
     def evaluate(self, evaluate: Closure, members: Iterable[int] | None = None) -> dict[int, float]:
@@ -167,7 +176,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         population = self._population()
         chosen = population.chosen(members)
         perturbation = Perturbation(population.sites)
-        evaluation = self._evaluation(evaluate, perturbation)
+        evaluation = self._own_evaluation(evaluate, perturbation)
         evaluation.verify = False
         try:
             fitness = evaluation.losses_along(*map(population.place, chosen))

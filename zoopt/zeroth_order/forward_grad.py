@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoopt.ambient import OwnArithmetic
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
@@ -81,7 +82,8 @@ class ForwardGrad(MomentumSGD):
 
     Args:
         params, lr, momentum, momentum_window, weight_decay, num_probes, distribution, rounding,
-            max_projected_grad, mask, density, blocks, block_order, maximize, seed: as for `MeZO`
+            max_projected_grad, mask, density, blocks, block_order, maximize, seed, process_group,
+            parallel: as for `MeZO`
             (the projected gradient is s_j).
 
     The closure must return the loss as a tensor, computed from the parameters by operators that
@@ -117,20 +119,30 @@ class ForwardGrad(MomentumSGD):
         block_order: BlockOrder = "cyclic",
         maximize: bool = False,
         seed: int | None = None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
     ) -> None:
         defaults = hyperparameters(locals())
         # Slopes are not divided by a zo_eps.
         defaults |= {"zo_eps": 1.0, "perturbation": "virtual", "window": ()}
-        super().__init__(params, defaults, seed=seed)
+        super().__init__(
+            params, defaults, seed=seed, process_group=process_group, parallel=parallel
+        )
 
     def _virtual(self, param: Tensor, group: Group) -> bool:
         return True
 
     def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Outcome]:
-        return [self._slope(evaluation, pending, draw) for draw in pending.draws]
+        draws = pending.draws
+        slopes = evaluation.each(
+            len(draws), 2, lambda j: self._slope(evaluation, pending, draws[j])
+        )
+        return [Outcome((loss,), slope) for slope, loss in slopes]
 
-    def _slope(self, evaluation: Evaluation, pending: PendingProbe, draw: int) -> Outcome:
-        """The loss and its derivative along z(draw)."""
+    def _slope(
+        self, evaluation: Evaluation, pending: PendingProbe, draw: int
+    ) -> tuple[float, Loss]:
+        """The derivative of the loss along z(draw), and the loss."""
         directions = {site.param: site.direction for site in pending.sites}
 
         def z(param: Tensor) -> Tensor:
@@ -139,8 +151,7 @@ class ForwardGrad(MomentumSGD):
         queued, s = forward_gradient(
             evaluation.closure, z, evaluation.perturbation, evaluation.rng.evaluate
         )
-        [loss] = evaluation.read([queued])
-        return Outcome((loss,), s)
+        return s, queued
 
 
 def _dual(primal: Tensor, tangent: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, hyperparameters
@@ -45,7 +46,7 @@ class FZOO(MomentumSGD):
 
     Args:
         params, weight_decay, momentum, momentum_window, perturbation, rounding, mask, density,
-            blocks, block_order, maximize, seed: as for `MeZO`.
+            blocks, block_order, maximize, seed, process_group, parallel: as for `MeZO`.
         lr: learning rate; default 5e-5 (paper).
         zo_eps: perturbation scale; default 1e-4 (paper).
         num_probes: the N, at least 2; default 8 (paper).
@@ -81,9 +82,13 @@ class FZOO(MomentumSGD):
         block_order: BlockOrder = "cyclic",
         maximize: bool = False,
         seed: int | None = None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
     ) -> None:
         defaults = {**hyperparameters(locals()), "estimator": "one-sided", "window": ()}
-        super().__init__(params, defaults, seed=seed)
+        super().__init__(
+            params, defaults, seed=seed, process_group=process_group, parallel=parallel
+        )
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from zoopt.checks import check_number
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.descent.rule import Shape
 from zoopt.kernels.noise.key import Distribution, NoiseKey
@@ -87,7 +88,8 @@ class HiZOO(ZerothOrderOptimizer):
 
     Args:
         params, lr, zo_eps, weight_decay, num_probes, distribution, perturbation, rounding,
-            max_projected_grad, blocks, block_order, maximize, seed: as for `MeZO`.
+            max_projected_grad, blocks, block_order, maximize, seed, process_group,
+            parallel: as for `MeZO`.
         hessian_smooth: alpha; default 1e-8 (paper; 1e-6 for small models).
 
     Raises:
@@ -118,8 +120,16 @@ class HiZOO(ZerothOrderOptimizer):
         block_order: BlockOrder = "cyclic",
         maximize: bool = False,
         seed: int | None = None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
     ) -> None:
-        super().__init__(params, hyperparameters(locals()), seed=seed)
+        super().__init__(
+            params,
+            hyperparameters(locals()),
+            seed=seed,
+            process_group=process_group,
+            parallel=parallel,
+        )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """`hessian`, in the accumulator's dtype."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from zoopt.checks import check_number
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -79,7 +80,7 @@ class LOZO(LowRankZerothOrder):
 
     Args:
         params, lr, zo_eps, weight_decay, num_probes, estimator, rounding, max_projected_grad,
-            blocks, block_order, maximize, seed: as for `MeZO`.
+            blocks, block_order, maximize, seed, process_group, parallel: as for `MeZO`.
         rank: r; default 2 (paper: 1 or 2 for OPT, 4 for RoBERTa).
         basis_update_gap: steps between new V; default 50 (paper: 50 or 100).
         momentum: b; default 0 (paper's LOZO-M: 0.7).
@@ -115,8 +116,16 @@ class LOZO(LowRankZerothOrder):
         block_order: BlockOrder = "cyclic",
         maximize: bool = False,
         seed: int | None = None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
     ) -> None:
-        super().__init__(params, hyperparameters(locals()), seed=seed)
+        super().__init__(
+            params,
+            hyperparameters(locals()),
+            seed=seed,
+            process_group=process_group,
+            parallel=parallel,
+        )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """With momentum: `momentum_buffer`, (m, r) for a matrix, in the accumulator's dtype."""

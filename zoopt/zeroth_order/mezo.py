@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zoopt.checks import check_number
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -177,6 +178,13 @@ class MeZO(MomentumSGD):
         maximize: ascend instead of descend.
         seed: 64 bits; default, that of torch (`torch.initial_seed()`, which is read, not changed);
             in a process group rank 0's, and processes whose seeds differ are refused.
+        process_group: the ranks that take steps together, `torch.distributed.group.WORLD` say, or
+            a DeviceMesh of one dimension, or of two that are named "data" and "probes". They
+            exchange numbers alone, and have equal weights to the bit. Default None: this process
+            steps alone.
+        parallel: `"data"`: each rank has its own micro-batch, evaluated along the same directions;
+            the loss is the mean of the ranks' losses by `step(closure, weight=...)`. `"probes"`:
+            all ranks have the same micro-batch, and the evaluations are divided over them.
 
     lr, zo_eps, weight_decay, momentum, max_projected_grad, distribution, perturbation, rounding,
     mask and density can differ between param groups. With different zo_eps, each group's g is
@@ -225,8 +233,16 @@ class MeZO(MomentumSGD):
         block_order: BlockOrder = "cyclic",
         maximize: bool = False,
         seed: int | None = None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
     ) -> None:
-        super().__init__(params, {**hyperparameters(locals()), "window": ()}, seed=seed)
+        super().__init__(
+            params,
+            {**hyperparameters(locals()), "window": ()},
+            seed=seed,
+            process_group=process_group,
+            parallel=parallel,
+        )
 
 
 def _length(group: Group) -> int:

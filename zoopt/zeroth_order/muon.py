@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels import dispatch
 from zoopt.kernels.batch import Batch
@@ -87,7 +88,7 @@ class ZOMuon(LowRankZerothOrder):
 
     Args:
         params, zo_eps, weight_decay, rounding, max_projected_grad, blocks, block_order, maximize,
-            seed: as for `MeZO`.
+            seed, process_group, parallel: as for `MeZO`.
         lr: learning rate, the spectral norm of a step; default 1e-2 (paper).
         rank: r; default 64 (paper).
         basis_update_gap: steps between new P; default 100 (paper).
@@ -124,8 +125,16 @@ class ZOMuon(LowRankZerothOrder):
         block_order: BlockOrder = "cyclic",
         maximize: bool = False,
         seed: int | None = None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
     ) -> None:
-        super().__init__(params, hyperparameters(locals()), seed=seed)
+        super().__init__(
+            params,
+            hyperparameters(locals()),
+            seed=seed,
+            process_group=process_group,
+            parallel=parallel,
+        )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """`basis` (m, r) of a matrix, in the accumulator's dtype."""

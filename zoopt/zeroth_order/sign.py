@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_choice
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.descent.rule import Rule
 from zoopt.kernels.noise.key import Distribution
@@ -50,7 +51,8 @@ class ZOSignSGD(SparseZerothOrder):
 
     Args:
         params, zo_eps, weight_decay, num_probes, estimator, distribution, perturbation, rounding,
-            max_projected_grad, mask, density, blocks, block_order, maximize, seed: as for `MeZO`.
+            max_projected_grad, mask, density, blocks, block_order, maximize, seed, process_group,
+            parallel: as for `MeZO`.
         lr: learning rate, the distance that each element moves in a step; default 1e-6 (as for
             `MeZO`).
         form: `"elementwise"` or `"projected"`.
@@ -83,8 +85,16 @@ class ZOSignSGD(SparseZerothOrder):
         block_order: BlockOrder = "cyclic",
         maximize: bool = False,
         seed: int | None = None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
     ) -> None:
-        super().__init__(params, hyperparameters(locals()), seed=seed)
+        super().__init__(
+            params,
+            hyperparameters(locals()),
+            seed=seed,
+            process_group=process_group,
+            parallel=parallel,
+        )
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)

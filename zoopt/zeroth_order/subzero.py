@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -86,7 +87,7 @@ class SubZero(LowRankZerothOrder):
 
     Args:
         params, lr, zo_eps, weight_decay, num_probes, estimator, rounding, max_projected_grad,
-            blocks, block_order, maximize, seed: as for `MeZO`.
+            blocks, block_order, maximize, seed, process_group, parallel: as for `MeZO`.
         rank: r; default 24 (paper: 8 to 128).
         basis_update_gap: steps between new U and V; default 1000 (paper: 500 to 2000).
         perturbation: as for `MeZO`, but `"auto"` is virtual for all dtypes.
@@ -120,8 +121,16 @@ class SubZero(LowRankZerothOrder):
         block_order: BlockOrder = "cyclic",
         maximize: bool = False,
         seed: int | None = None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
     ) -> None:
-        super().__init__(params, hyperparameters(locals()), seed=seed)
+        super().__init__(
+            params,
+            hyperparameters(locals()),
+            seed=seed,
+            process_group=process_group,
+            parallel=parallel,
+        )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """`basis_u` (m, r) and `basis_v` (n, r) of a matrix, in the accumulator's dtype."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from zoopt.ambient import OwnArithmetic, opaque
+from zoopt.checks import check_number
 from zoopt.distributed.checkpoint import (
     asks_for_state,
     called_by_checkpoint,
@@ -20,6 +21,7 @@ from zoopt.distributed.checkpoint import (
 from zoopt.parameters import named_params
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
+from zoopt.zeroth_order.engine.job import ZerothOrderJob
 from zoopt.zeroth_order.engine.perturbation import Perturbation, Site
 from zoopt.zeroth_order.engine.probe import (
     Evaluation,
@@ -29,13 +31,13 @@ from zoopt.zeroth_order.engine.probe import (
     one_sided,
     two_sided,
 )
-from zoopt.zeroth_order.engine.updates import RunRecorder, ZerothOrderUpdates
+from zoopt.zeroth_order.engine.updates import RunRecorder
 
 #: How many differences of 16-bit losses are judged, the run's first.
 _JUDGED = 4
 
 
-class ZerothOrderOptimizer(ZerothOrderUpdates):
+class ZerothOrderOptimizer(ZerothOrderJob):
     """Probes the loss along directions that are regenerated from the seed.
 
     A subclass implements `_update`, which receives each parameter's site and the directions'
@@ -56,7 +58,7 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
     _judged = _coarse = 0
 
     @opaque
-    def probe(self, closure: Closure) -> float:
+    def probe(self, closure: Closure, *, weight: float = 1.0) -> float:
         """Evaluate the closure along this step's directions, and leave the parameters alone.
 
         Call it once a micro-batch: the directions stay the same until `step`, and losses add up.
@@ -68,9 +70,11 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
                 under the same random state, and must compute the same function each time: the
                 run's first probe calls it once more, and warns if it does not. What it cannot see
                 is a closure that begins to draw new data later.
+            weight: in a process group with data of their own, what this rank's losses count for:
+                how many tokens or examples it has, say. The others' are combined with it.
 
         Returns:
-            The mean of the probe's losses.
+            The mean of the probe's losses (of all ranks').
 
         Raises:
             TypeError, ValueError: the closure is none, or returns something else.
@@ -80,11 +84,12 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
         gradients = torch.is_grad_enabled()
         self._settle()
         check_closure(closure, "probe")
+        check_number("weight", weight, low=0.0)
         self._note_changes()
         pending = self._pending_copy()
         perturbation = Perturbation(pending.sites)
         try:
-            loss = self._measure(self._evaluation(closure, perturbation), pending)
+            loss = self._measure(self._evaluation(closure, perturbation, pending, weight), pending)
             perturbation.restore()
         except BaseException:
             # A signal may have come while a context was being left.
@@ -98,12 +103,15 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
             self.recorder.probed()
         return loss
 
-    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Closure | None = None, *, weight: float = 1.0
+    ) -> float | None:
         """Take one step: from the closure, or from the probes that are pending.
 
         Args:
             closure: as for `probe`. With one, the step probes it (in addition to what is pending)
                 and updates; the restoring pass and the update are one.
+            weight: as for `probe`.
 
         Returns:
             The mean of the closure's losses (without a closure: of all the pending ones), or None
@@ -127,14 +135,16 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
                 return None
             pending = self._pending
             self._note_changes()
+            self._confirm(pending)
             self._take(pending, None)
             return mean_loss(pending.losses)
         check_closure(closure, "step")
+        check_number("weight", weight, low=0.0)
         self._note_changes()
         pending = self._pending_copy()
         perturbation = Perturbation(pending.sites)
         try:
-            evaluation = self._evaluation(closure, perturbation)
+            evaluation = self._evaluation(closure, perturbation, pending, weight)
             loss = self._measure(evaluation, pending)
             self._refine(evaluation, pending)
             self._take(pending, perturbation)
@@ -164,6 +174,7 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
         """Record the run from its first step on: a file from which the weights can be remade.
 
         A step takes some 15 bytes: what the closure returned. `zoopt.replay` takes the steps again.
+        In a process group its first rank writes what all have agreed on, and the others nothing.
 
         Args:
             path: a new file.
@@ -180,6 +191,8 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
         """
         from zoopt.trajectory.recorder import Recorder
 
+        if self._exchange is not None and not self._exchange.first:
+            return Recorder(self, Path(path), None, 0, sync_every)
         self.recorder = Recorder.new(self, model, path, sync_every=sync_every)
         return self.recorder
 
@@ -196,12 +209,6 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
     def _pending_copy(self) -> PendingProbe:
         """The step's directions, and a copy of what has been measured along them."""
         return self._new_pending() if self._pending is None else self._pending.copy()
-
-    def _evaluation(self, closure: Closure, perturbation: Perturbation) -> Evaluation:
-        params = [param for group in self.param_groups for param in group["params"]]
-        if self.recorder is not None:
-            closure = self.recorder.listen(closure)
-        return Evaluation(closure, perturbation, params, verify=self._verifies)
 
     def _measure(self, evaluation: Evaluation, pending: PendingProbe) -> float:
         """Add the losses along the directions; parameters perturbed in place are left where the
@@ -262,11 +269,6 @@ class ZerothOrderOptimizer(ZerothOrderUpdates):
         if self._unfinished is not None:
             self._unfinished()
             self._unfinished = None
-
-    @property
-    def _verifies(self) -> bool:
-        """Whether the next evaluation is the run's first, which is repeated to be compared."""
-        return self._pending is None and not self.param_groups[0]["step"]
 
     def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Outcome]:
         """Measure the loss along the pending directions, a outcome each."""

@@ -173,8 +173,8 @@ class LowRankZerothOrder(ZerothOrderOptimizer):
 
     _names = ProbeNames(run=("basis_draw", "basis_update_gap"))
 
-    def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
-        super().__init__(params, {**defaults, "distribution": "normal", "basis_draw": 0}, seed=seed)
+    def __init__(self, params: Params, defaults: dict[str, Any], **run: Any) -> None:
+        super().__init__(params, {**defaults, "distribution": "normal", "basis_draw": 0}, **run)
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)

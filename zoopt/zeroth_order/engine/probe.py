@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, TypeVar
 
 from torch import Tensor
@@ -183,7 +183,7 @@ class Evaluation:
     def _compare(self, loss: float, again: float) -> None:
         """Warn unless two evaluations at one point agree, up to the order of a device's sums."""
         self.verify = False
-        if abs(loss - again) > _SAME * max(abs(loss), abs(again)):
+        if not agree(loss, again):
             warn(
                 f"the closure must compute the same function each time, got {loss!r} and then "
                 f"{again!r} at the same parameters: the estimate will be mostly noise; draw the "
@@ -193,6 +193,18 @@ class Evaluation:
     def losses_along(self, *places: tuple[int, float]) -> list[float]:
         """The losses at theta + scale zo_eps z(draw) for each (draw, scale), in order."""
         return self.read([self.queue(along(draw, scale)) for draw, scale in places])
+
+    def each(
+        self, count: int, width: int, evaluate: Callable[[int], Sequence[Loss]]
+    ) -> list[list[float]]:
+        """What `evaluate` returns for each number below `count`, `width` numbers, as floats."""
+        values = self.read([value for number in range(count) for value in evaluate(number)])
+        return [values[i : i + width] for i in range(0, len(values), width)]
+
+
+def agree(loss: float, other: float) -> bool:
+    """Whether two losses differ by rounding at most."""
+    return not abs(loss - other) > _SAME * max(abs(loss), abs(other))
 
 
 def two_sided(evaluation: Evaluation, draws: Sequence[int]) -> list[Outcome]:

@@ -34,6 +34,9 @@ class RunRecorder(Protocol):
     def listen(self, closure: Closure) -> Closure:
         """The closure to evaluate in its place."""
 
+    def listen_together(self) -> Callable[[Sequence[float]], None]:
+        """What to tell the losses that all ranks have, in the place of the closure's own."""
+
     def probed(self) -> None:
         """Losses have been added up."""
 

@@ -1,0 +1,92 @@
+"""Scenarios that run in several processes at once: each is a function, and its failures are files.
+
+One process imports torch, and the others are its forks; each runs all scenarios in turn.
+"""
+
+from __future__ import annotations
+
+import datetime
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Scenario = Callable[[Path], None]
+
+
+def run(scenarios: Sequence[Scenario], processes: int, folder: Path, patience: float = 60) -> None:
+    """Run them in processes that wait `patience` seconds for each other."""
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([scenarios[0].__module__])
+    torch.multiprocessing.start_processes(
+        _work,
+        (processes, scenarios, folder, patience),
+        nprocs=processes,
+        start_method="forkserver",
+    )
+
+
+def failure(scenario: Scenario, processes: int, folder: Path) -> str | None:
+    """What went wrong in one of the processes."""
+    files = sorted(folder.glob(f"{scenario.__name__}{processes}.*"))
+    return files[0].read_text(encoding="utf-8") if files else None
+
+
+def connect(rank: int, processes: int, store: Path, patience: float) -> None:
+    """Join a group of processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(store), processes),
+        rank=rank,
+        world_size=processes,
+        timeout=datetime.timedelta(seconds=patience),
+    )
+    torch.use_deterministic_algorithms(True)
+
+
+def _work(
+    rank: int, processes: int, scenarios: Sequence[Scenario], folder: Path, patience: float
+) -> None:
+    for scenario in scenarios:
+        # A group for each: one process's failure ends it, and the others go on with the next.
+        connect(rank, processes, folder / f"{scenario.__name__}{processes}", patience)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                warnings.filterwarnings("ignore", ".*takes its steps alone")
+                warnings.filterwarnings("ignore", ".*torch.jit.script. is deprecated")
+                scenario(folder)
+            dist.barrier()
+        except BaseException:
+            path = folder / f"{scenario.__name__}{processes}.{rank}"
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+        dist.destroy_process_group()
+
+
+def everywhere(value: Any) -> list[Any]:
+    """Each rank's value."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def bits(tensors: Sequence[Tensor] | nn.Module) -> bytes:
+    """The tensors' bytes, in a row."""
+    params = list(tensors.parameters()) if isinstance(tensors, nn.Module) else tensors
+    flat = [t.detach().contiguous().view(-1).view(torch.uint8) for t in params]
+    return torch.cat(flat).numpy().tobytes()
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """What the call is refused with; "" if it is not."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

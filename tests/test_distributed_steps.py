@@ -1,0 +1,468 @@
+"""Zeroth-order steps that several processes take together: the bits of one, or an error in all."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import zoopt
+from tests.optimizer_table import CASES, ROWS, closure_of, mlp, regression
+from tests.processes import Scenario, bits, connect, everywhere, failure, refusal, run
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+STEPS = 3
+
+
+def world() -> Any:
+    return dist.group.WORLD
+
+
+def assert_equal_everywhere(model: nn.Module, what: str) -> None:
+    first, *others = everywhere(bits(model))
+    assert all(other == first for other in others), what
+
+
+def together(parallel: str, process_group: Any = None) -> None:
+    """Every method, in place and virtually: the weights, state and record of one process."""
+    for row, mode in CASES:
+        single, model = mlp(), mlp()
+        options = {"perturbation": mode}
+        alone = row.build(single, **options)
+        group = process_group or world()
+        shared = row.build(model, process_group=group, parallel=parallel, **options)
+        for _ in range(STEPS):
+            expected = alone.step(closure_of(single))
+            assert shared.step(closure_of(model)) == expected, (row.name, mode)
+        assert bits(model) == bits(single), (row.name, mode)
+        assert shared.last_step == alone.last_step, (row.name, mode)
+        for p, q in zip(model.parameters(), single.parameters(), strict=True):
+            for key, value in alone.state[q].items():
+                assert torch.equal(shared.state[p][key], value), (row.name, mode, key)
+
+
+def ranks_with_equal_data_are_one_process(folder: Path) -> None:
+    """The mean of two equal losses is the loss."""
+    together("data")
+
+
+def divided_probes_are_those_of_one_process(folder: Path) -> None:
+    together("probes")
+
+
+def a_mesh_of_equal_data_and_divided_probes_is_one_process(folder: Path) -> None:
+    together("data", init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probes")))
+
+
+def part_of(model: nn.Module, part: slice) -> Callable[[], torch.Tensor]:
+    x, y = (values[part] for values in regression(torch.float64))
+    return lambda: (model(x) - y).pow(2).mean()
+
+
+def parts_of_a_batch_make_the_whole(folder: Path) -> None:
+    """In float64, 64 terms in another order: 1e-15 a loss, over 2 zo_eps = 2e-3."""
+    mesh, group = None, world()
+    if dist.get_world_size() == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probes"))
+        group = mesh
+    first = (mesh.get_local_rank("data") if mesh is not None else dist.get_rank()) == 0
+    own, weight = (slice(0, 40), 40) if first else (slice(40, 64), 24)
+    for row in ROWS:
+        single, model = mlp(torch.float64), mlp(torch.float64)
+        alone, shared = row.build(single), row.build(model, process_group=group)
+        for _ in range(STEPS):
+            loss = shared.step(part_of(model, own), weight=weight)
+            assert loss == pytest.approx(alone.step(part_of(single, slice(64))), rel=1e-12)
+        assert_equal_everywhere(model, row.name)
+        for p, q in zip(model.parameters(), single.parameters(), strict=True):
+            # 3 steps of lr g z, lr at most 1e-2 and |z| < 8.
+            torch.testing.assert_close(p, q, rtol=0.0, atol=1e-12, msg=row.name)
+
+
+def micro_batches_add_up(folder: Path) -> None:
+    parts = [(slice(0, 16), 16), (slice(16, 40), 24), (slice(40, 56), 16), (slice(56, 64), 8)]
+    single, model = mlp(torch.float64), mlp(torch.float64)
+    options: dict[str, Any] = {"lr": 1e-2, "num_probes": 2, "seed": 7}
+    alone = zoopt.MeZO(single.named_parameters(), **options)
+    shared = zoopt.MeZO(model.named_parameters(), process_group=world(), **options)
+    rank = dist.get_rank()
+    for _ in range(STEPS):
+        for i in (0, 2):
+            own, weight = parts[i + rank]
+            shared.probe(part_of(model, own), weight=weight)
+            alone.probe(part_of(single, slice(parts[i][0].start, parts[i + 1][0].stop)))
+        assert shared.step() == pytest.approx(alone.step(), rel=1e-12)
+    assert_equal_everywhere(model, "micro-batches")
+    for p, q in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0.0, atol=1e-10)
+
+
+def nothing(loss: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A loss of NaN."""
+    return lambda: loss() * math.nan
+
+
+def a_rank_without_weight_counts_for_nothing(folder: Path) -> None:
+    single, model = mlp(), mlp()
+    alone = zoopt.MeZO(single.parameters(), seed=7, perturbation="virtual")
+    shared = zoopt.MeZO(model.parameters(), seed=7, perturbation="virtual", process_group=world())
+    alone.step(closure_of(single))
+    idle = dist.get_rank() == 1
+    loss = closure_of(model)
+    shared.step(nothing(loss) if idle else loss, weight=0.0 if idle else 8.0)
+    assert bits(model) == bits(single)
+    before = bits(model)
+    message = refusal(lambda: shared.step(closure_of(model), weight=0.0))
+    assert "weight must be positive in a rank at least" in message
+    assert bits(model) == before
+    assert "weight must be a finite number >= 0, got -1" in refusal(
+        lambda: shared.step(closure_of(model), weight=-1.0)
+    )
+
+
+def random_numbers_stay_alike(folder: Path) -> None:
+    """Ranks that divide probes see the same dropout, also one that has nothing to evaluate."""
+    single, model = (nn.Sequential(mlp(), nn.Dropout(0.5)) for _ in range(2))
+    x, _ = regression()
+    for parallel, options in (
+        ("probes", {"estimator": "one-sided", "num_probes": 1}),
+        ("probes", {"num_probes": 3}),
+    ):
+        torch.manual_seed(3)
+        alone = zoopt.MeZO(single.parameters(), seed=7, **options)  # type: ignore[arg-type]
+        for _ in range(STEPS):
+            alone.step(lambda: single(x).square().mean())
+        torch.manual_seed(3)
+        shared = zoopt.MeZO(
+            model.parameters(),
+            seed=7,
+            process_group=world(),
+            parallel=parallel,  # type: ignore[arg-type]
+            **options,  # type: ignore[arg-type]
+        )
+        for _ in range(STEPS):
+            shared.step(lambda: model(x).square().mean())
+        assert bits(model) == bits(single)
+        assert len(set(everywhere(torch.get_rng_state().numpy().tobytes()))) == 1
+
+
+def other_random_numbers_are_warned_of(folder: Path) -> None:
+    model = nn.Sequential(mlp(), nn.Dropout(0.5))
+    torch.manual_seed(dist.get_rank())
+    optimizer = zoopt.MeZO(model.parameters(), seed=7, process_group=world(), parallel="probes")
+    x, _ = regression()
+    with pytest.warns(UserWarning, match="must compute the same function in all ranks"):
+        optimizer.step(lambda: model(x).square().mean())
+    assert_equal_everywhere(model, "dropout")
+
+
+def a_loss_of_nan_in_one_rank_is_skipped_in_all(folder: Path) -> None:
+    for parallel in ("data", "probes"):
+        for mode in ("virtual", "inplace"):
+            model = mlp()
+            optimizer = zoopt.MeZO(
+                *(model.parameters(), 0.1),
+                num_probes=2,
+                seed=7,
+                perturbation=mode,  # type: ignore[arg-type]
+                process_group=world(),
+                parallel=parallel,  # type: ignore[arg-type]
+            )
+            optimizer.step(closure_of(model))
+            before, loss = bits(model), closure_of(model)
+            bad = nothing(loss) if dist.get_rank() == 1 else loss
+            with pytest.warns(UserWarning, match="skipped . of 2 probes"):
+                optimizer.step(bad)
+            # Divided, the other rank's direction is left.
+            assert optimizer.skipped_probes == (2 if parallel == "data" else 1)
+            if parallel == "data" and mode == "virtual":
+                assert bits(model) == before
+            assert_equal_everywhere(model, mode)
+
+
+def failing(model: nn.Module) -> Callable[[], torch.Tensor]:
+    """A loss whose second evaluation raises in rank 1."""
+    calls, loss = iter(range(99)), closure_of(model)
+
+    def closure() -> torch.Tensor:
+        if next(calls) == 1 and dist.get_rank() == 1:
+            raise MemoryError("no room")
+        return loss()
+
+    return closure
+
+
+def an_error_in_one_rank_is_one_in_all(folder: Path) -> None:
+    """Weights are as before, and alike to the bit; the next step is taken."""
+    for parallel in ("data", "probes"):
+        for mode in ("virtual", "inplace"):
+            model = mlp()
+            optimizer = zoopt.MeZO(
+                *(model.parameters(), 0.1),
+                num_probes=3,
+                seed=7,
+                perturbation=mode,  # type: ignore[arg-type]
+                process_group=world(),
+                parallel=parallel,  # type: ignore[arg-type]
+            )
+            optimizer.step(closure_of(model))
+            before = [p.detach().clone() for p in model.parameters()]
+            message = refusal(functools.partial(optimizer.step, failing(model)))
+            expected = "MemoryError: no room"
+            if dist.get_rank() == 0:
+                expected = "RuntimeError: rank 1's closure has raised an error"
+            assert message.startswith(expected), message
+            for p, q in zip(model.parameters(), before, strict=True):
+                if mode == "virtual":
+                    assert torch.equal(p, q)
+                # Seven moves by up to 2 zo_eps |z| < 1e-2, each rounded.
+                torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-7)
+            assert optimizer.param_groups[0]["step"] == 1
+            assert_equal_everywhere(model, mode)
+            optimizer.step(closure_of(model))
+            assert_equal_everywhere(model, mode)
+
+
+def other_ranks(change: Callable[[Any, nn.Module], Any], steps: int = 1) -> str:
+    """What a step is refused with once rank 1 has changed something."""
+    model = mlp()
+    optimizer = zoopt.MeZO(model.named_parameters(), seed=7, process_group=world(), lr=1e-3)
+    optimizer.check_every = 4
+    for _ in range(steps):
+        optimizer.step(closure_of(model))
+    if dist.get_rank() == 1:
+        change(optimizer, model)
+    message = ""
+    while not message and optimizer.param_groups[0]["step"] < 5:
+        message = refusal(lambda: optimizer.step(closure_of(model)))
+    assert len(set(everywhere(message))) == 1, "not the same error in all ranks"
+    return message
+
+
+def ranks_that_differ_say_in_what(folder: Path) -> None:
+    def weight(optimizer: Any, model: Any) -> None:
+        with torch.no_grad():
+            model[2].bias[3] += 2.0**-20
+
+    def swap(optimizer: Any, model: Any) -> None:
+        with torch.no_grad():
+            model[0].weight[[0, 1]] = model[0].weight[[1, 0]]
+
+    where = "the weights must be the same in all ranks, got others for {} in rank 1 than in rank 0"
+    for steps in (0, 1):
+        for change, name in ((weight, "'2.bias'"), (swap, "'0.weight'")):
+            message = other_ranks(change, steps)
+            assert where.format(name) in message, message
+
+    def rate(optimizer: Any, model: Any) -> None:
+        optimizer.param_groups[0]["lr"] = 2e-3
+
+    message = other_ranks(rate)
+    assert "lr must be the same in all ranks, or they drift apart, got 0.001 in rank 0" in message
+
+    def probes(optimizer: Any, model: Any) -> None:
+        optimizer.param_groups[0]["num_probes"] = 5
+
+    assert "num_probes must be the same in all ranks" in other_ranks(probes)
+
+    def count(optimizer: Any, model: Any) -> None:
+        optimizer.param_groups[0] |= {"step": 2}
+
+    assert "step must be the same in all ranks" in other_ranks(count)
+
+
+def other_models_and_other_counts_are_refused(folder: Path) -> None:
+    own = nn.Linear(3, 2 + dist.get_rank())
+    optimizer = zoopt.MeZO(own.named_parameters(), seed=7, process_group=world())
+    message = refusal(lambda: optimizer.step(lambda: own.weight.square().sum()))
+    assert "all ranks must train the same parameters, got 'weight' (float32 (2, 3))" in message
+    assert "(float32 (3, 3)) in rank 1" in message
+    # One rank probes a second micro-batch, the other takes the step.
+    model = mlp()
+    optimizer = zoopt.MeZO(
+        *(model.parameters(), 0.1), seed=7, perturbation="virtual", process_group=world()
+    )
+    optimizer.probe(closure_of(model))
+    if dist.get_rank() == 0:
+        message = refusal(lambda: optimizer.probe(closure_of(model)))
+    else:
+        message = refusal(optimizer.step)
+    assert message.startswith("RuntimeError: call must be the same in all ranks"), message
+    assert optimizer.param_groups[0]["step"] == 0
+    optimizer.zero_grad()
+    optimizer.step(closure_of(model))
+    assert_equal_everywhere(model, "after an error")
+
+
+def a_rank_alone_is_told_so_once(folder: Path) -> None:
+    model = mlp()
+    optimizer = zoopt.FZOO(model.parameters(), seed=7)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.step(closure_of(model))
+    [warning] = caught
+    assert "FZOO takes its steps alone in a job of several processes" in str(warning.message)
+    optimizer.join(world())
+    optimizer.probe(closure_of(model))
+    with pytest.raises(RuntimeError, match="join must not be called while probes are pending"):
+        optimizer.join(None)
+
+
+def what_is_no_group_is_refused(folder: Path) -> None:
+    params = list(mlp().parameters())
+    build: Any = zoopt.MeZO
+    assert "process_group must be a process group or a DeviceMesh, got str" in refusal(
+        lambda: build(params, process_group="gloo")
+    )
+    assert "parallel must be one of 'data', 'probes', got 'model'" in refusal(
+        lambda: build(params, process_group=world(), parallel="model")
+    )
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("a", "b"))
+    assert "two that are named 'data' and 'probes', got 2 named ('a', 'b')" in refusal(
+        lambda: build(params, process_group=mesh)
+    )
+    alone = dist.new_group([0])
+    if dist.get_rank() == 1:
+        assert "process_group must be one that this process is in" in refusal(
+            lambda: build(params, process_group=alone)
+        )
+    line = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = mlp()
+    build(model.parameters(), seed=7, process_group=line).step(closure_of(model))
+    assert_equal_everywhere(model, "a line")
+
+
+def a_population_by_hand_is_nobodys_exchange(folder: Path) -> None:
+    single, model = mlp(), mlp()
+    options: dict[str, Any] = {"population_size": 6, "seed": 7, "perturbation": "virtual"}
+    alone = zoopt.EvolutionStrategy(single.parameters(), **options)
+    shared = zoopt.EvolutionStrategy(model.parameters(), process_group=world(), **options)
+    alone.step(closure_of(single))
+    mine = shared.evaluate(closure_of(model), members=range(dist.get_rank(), 6, 2))
+    parts = everywhere(mine)
+    shared.update({**parts[0], **parts[1]})
+    assert shared.last_step == alone.last_step
+
+
+def a_rank_comes_back_from_the_record(folder: Path) -> None:
+    """Rank 0 records; rank 1 loses all and replays the file."""
+    for mode in ("inplace", "virtual"):
+        path = folder / f"{mode}.zoopt"
+        model = mlp()
+        options: dict[str, Any] = {"perturbation": mode, "num_probes": 2, "seed": 7, "lr": 1e-2}
+        optimizer = zoopt.MeZO(model.named_parameters(), process_group=world(), **options)
+        recorder = optimizer.record(path, model)
+        rank = dist.get_rank()
+        part = slice(32 * rank, 32 * rank + 32)
+
+        def loss(model: nn.Module, part: slice = part) -> Callable[[], torch.Tensor]:
+            x, y = (values[part] for values in regression())
+            return lambda: (model(x) - y).pow(2).mean()
+
+        for _ in range(2):
+            optimizer.step(loss(model))
+        optimizer.probe(loss(model))
+        optimizer.probe(loss(model))
+        optimizer.step()
+        dist.barrier()
+        if rank == 1:
+            model = mlp()
+            optimizer = zoopt.replay(model, path)  # type: ignore[assignment]
+            optimizer.join(world())
+        assert_equal_everywhere(model, mode)
+        optimizer.step(loss(model))
+        assert_equal_everywhere(model, mode)
+        recorder.close()
+        dist.barrier()
+        again = mlp()
+        zoopt.replay(again, path)
+        assert bits(again) == bits(model)
+
+
+SCENARIOS: dict[int, list[Scenario]] = {
+    2: [
+        ranks_with_equal_data_are_one_process,
+        divided_probes_are_those_of_one_process,
+        parts_of_a_batch_make_the_whole,
+        micro_batches_add_up,
+        a_rank_without_weight_counts_for_nothing,
+        random_numbers_stay_alike,
+        other_random_numbers_are_warned_of,
+        a_loss_of_nan_in_one_rank_is_skipped_in_all,
+        an_error_in_one_rank_is_one_in_all,
+        ranks_that_differ_say_in_what,
+        other_models_and_other_counts_are_refused,
+        a_rank_alone_is_told_so_once,
+        what_is_no_group_is_refused,
+        a_population_by_hand_is_nobodys_exchange,
+        a_rank_comes_back_from_the_record,
+    ],
+    4: [
+        a_mesh_of_equal_data_and_divided_probes_is_one_process,
+        parts_of_a_batch_make_the_whole,
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the scenarios' failures, after all of them have run."""
+    folder = tmp_path_factory.mktemp("steps")
+    for processes, scenarios in SCENARIOS.items():
+        run(scenarios, processes, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("processes", "scenario"),
+    [(processes, scenario) for processes, each in SCENARIOS.items() for scenario in each],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_together(processes: int, scenario: Scenario, ran: Path) -> None:
+    message = failure(scenario, processes, ran)
+    assert message is None, message
+
+
+def dies(rank: int, folder: Path) -> None:
+    """Rank 1 is gone in the middle of a step."""
+    connect(rank, 2, folder / "store", 20)
+    for mode in ("virtual", "inplace"):
+        model = mlp()
+        optimizer = zoopt.MeZO(
+            *(model.parameters(), 0.1),
+            seed=7,
+            perturbation=mode,  # type: ignore[arg-type]
+            process_group=world(),
+        )
+        optimizer.step(closure_of(model))
+        before = [p.detach().clone() for p in model.parameters()]
+        if rank == 1 and mode == "inplace":
+            optimizer.step(lambda: os._exit(0))
+        if mode == "inplace":
+            message = refusal(functools.partial(optimizer.step, closure_of(model)))
+            assert message.startswith("RuntimeError: rank 0 could not exchange numbers"), message
+            for p, q in zip(model.parameters(), before, strict=True):
+                torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-7)
+            assert optimizer.param_groups[0]["step"] == 1
+            message = refusal(functools.partial(optimizer.step, closure_of(model)))
+            assert message.startswith("RuntimeError: rank 0 could not exchange numbers"), message
+            (folder / "done").write_text("yes", encoding="utf-8")
+            os._exit(0)
+
+
+def test_a_rank_that_dies_in_a_step_is_an_error_in_the_others(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(dies, (tmp_path,), nprocs=2, start_method="forkserver")
+    assert (tmp_path / "done").exists()

@@ -1,0 +1,230 @@
+"""What the ranks of a job tell each other in a step: numbers that a closure has returned.
+
+    data     each rank has its own micro-batch, and all evaluate at the same points:
+             L = sum_r w_r L_r / sum_r w_r, one all-reduce
+    probes   the evaluations of a step are divided over ranks that have the same micro-batch:
+             one all-gather
+
+With each goes a digest of where the rank stands in its run, so that ranks which have come apart
+notice it in the same exchange, before anything is decided from it. Every rank has the same numbers
+afterwards, to the bit: they decide from nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+
+from zoopt.checks import check_choice
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    #: The ranks that train together: a group, or a mesh of one dimension, or of two dimensions that
+    #: are named "data" and "probes".
+    Job = ProcessGroup | DeviceMesh | None
+else:
+    Job = Any
+
+#: What the ranks of a group share.
+Parallel = Literal["data", "probes"]
+
+#: Sums of squares of so many bits are exact in float64 for more ranks than there are.
+_DIGEST_BITS = 19
+#: Vectors are as long as a multiple of this, so that ranks which ask for another number of
+#: evaluations still exchange vectors of one length, and can say what is wrong.
+_PADDED = 16
+
+
+def digest_of(*values: Any) -> int:
+    """A short hash of values that have the same `repr` in every process."""
+    return zlib.crc32(repr(values).encode()) & ((1 << _DIGEST_BITS) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreed:
+    """What all ranks know after an exchange.
+
+    Attributes:
+        values: of all evaluations, in order.
+        repeated: what each rank that divides them has found at the first point.
+        check: whether a rank asks for replicas to be compared.
+        apart: whether ranks stand at different places of the run.
+        failed: how many ranks' closures have raised, and if it is one, its number.
+        weightless: whether no rank's loss counts.
+    """
+
+    values: list[float]
+    repeated: list[float]
+    check: bool
+    apart: bool
+    failed: tuple[int, int]
+    weightless: bool
+
+
+class Exchange:
+    """The ranks that take steps together.
+
+    Args:
+        process_group: see `Job`; not None.
+        parallel: what the ranks of a group, or of a mesh of one dimension, share.
+
+    Raises:
+        TypeError, ValueError: not what `Job` says, or this process is not one of the group.
+
+    Attributes:
+        data, probes: the groups of this rank, or None where there is none.
+        rank: this process's number in the whole job.
+        first: whether this is the rank of the group that speaks for all.
+    """
+
+    def __init__(self, process_group: Any, parallel: Parallel) -> None:
+        check_choice("parallel", parallel, get_args(Parallel))
+        groups = _groups(process_group, parallel)
+        self.data: ProcessGroup | None = groups.get("data")
+        self.probes: ProcessGroup | None = groups.get("probes")
+        self.rank = dist.get_rank()
+        self.first = not any(dist.get_rank(group) for group in groups.values())
+
+    def share(self, count: int, rank: int | None = None) -> range:
+        """Which of `count` evaluations fall to this rank, or to one of those that divide them."""
+        if self.probes is None:
+            return range(count)
+        size = dist.get_world_size(self.probes)
+        own = dist.get_rank(self.probes) if rank is None else rank
+        return range(own * count // size, (own + 1) * count // size)
+
+    def combine(
+        self,
+        values: Sequence[float],
+        *,
+        count: int,
+        width: int = 1,
+        weight: float = 1.0,
+        digest: int = 0,
+        failed: bool = False,
+        check: bool = False,
+        repeated: float | None = None,
+    ) -> Agreed:
+        """Bring all ranks' values together. Every rank of the job has to call it.
+
+        Args:
+            values: of this rank's share, `width` an evaluation.
+            count: how many evaluations there are in all.
+            weight: what this rank's values count for.
+            digest: where this rank stands.
+            failed: whether its closure has raised; its values are then not used.
+            check: whether it asks for replicas to be compared.
+            repeated: what it has found at the first point.
+
+        Raises:
+            RuntimeError: a rank has ended, or does not answer within the group's timeout.
+        """
+        own = [0.0] * (len(self.share(count)) * width) if failed else list(values)
+        again = [0.0 if repeated is None else repeated] if self.probes is not None else []
+        apart, weightless, failures = False, False, (int(failed), self.rank * failed)
+        if self.data is not None:
+            weighted = [weight * value if weight else 0.0 for value in (*own, *again)]
+            head = [weight, digest, digest**2, *failures, check]
+            total, *sums = self._sum([*map(float, head), *weighted])
+            ranks = dist.get_world_size(self.data)
+            apart = (sums[0], sums[1]) != (ranks * digest, ranks * digest**2)
+            failures, check = (int(sums[2]), int(sums[3])), sums[4] > 0
+            weightless = not total
+            means = [value / total if total else 0.0 for value in sums[5 : 5 + len(weighted)]]
+            own, again = means[: len(own)], means[len(own) :]
+        if self.probes is None:
+            return Agreed(own, [], check, apart, failures, weightless)
+        head = [digest, *failures, check, apart, weightless]
+        rows = self._gather([*map(float, head), *again, *own])
+        parts = [row[7 : 7 + len(self.share(count, rank)) * width] for rank, row in enumerate(rows)]
+        failing = [row for row in rows if row[1]]
+        return Agreed(
+            values=[value for part in parts for value in part],
+            repeated=[row[6] for row in rows],
+            check=any(row[3] for row in rows),
+            apart=any(row[4] or row[0] != digest for row in rows),
+            failed=(int(sum(row[1] for row in failing)), int(sum(row[2] for row in failing))),
+            weightless=any(row[5] for row in rows),
+        )
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks of the job, in an order that is the same in all of them."""
+        values = [value]
+        for group in (self.data, self.probes):
+            if group is not None:
+                parts: list[Any] = [None] * dist.get_world_size(group)
+                self._call(dist.all_gather_object, parts, values, group=group)
+                values = [each for part in parts for each in part]
+        return values
+
+    def _sum(self, values: list[float]) -> list[float]:
+        vector = self._vector(values, self.data)
+        self._call(dist.all_reduce, vector, group=self.data)
+        summed: list[float] = vector.tolist()
+        return summed
+
+    def _gather(self, values: list[float]) -> list[list[float]]:
+        vector = self._vector(values, self.probes)
+        rows = [torch.empty_like(vector) for _ in range(dist.get_world_size(self.probes))]
+        self._call(dist.all_gather, rows, vector, group=self.probes)
+        return [row.tolist() for row in rows]
+
+    def _vector(self, values: list[float], group: Any) -> torch.Tensor:
+        length = -(-len(values) // _PADDED) * _PADDED
+        padded = [*values, *[0.0] * (length - len(values))]
+        return torch.tensor(padded, dtype=torch.float64, device=_device(group))
+
+    def _call(self, collective: Any, *args: Any, group: Any) -> None:
+        try:
+            collective(*args, group=group)
+        except Exception as error:
+            raise RuntimeError(
+                f"rank {self.rank} could not exchange numbers with the other ranks of its step: "
+                f"one has ended, or has done something else until the group's timeout; see what "
+                f"that rank says, and start the job again from a checkpoint or a record"
+            ) from error
+
+
+def _device(group: Any) -> torch.device:
+    """Where the group's backend takes its operands."""
+    backend = str(dist.get_backend(group))
+    if "gloo" in backend or "mpi" in backend:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _groups(process_group: Any, parallel: Parallel) -> dict[str, ProcessGroup]:
+    """This rank's group, or groups, by what their ranks share."""
+    # Who has a mesh has imported this module, which takes its time.
+    meshes = sys.modules.get("torch.distributed.device_mesh")
+    if meshes is not None and isinstance(process_group, meshes.DeviceMesh):
+        names = process_group.mesh_dim_names
+        if process_group.ndim == 1:
+            return {parallel: process_group.get_group()}
+        if process_group.ndim != 2 or names is None or set(names) != set(get_args(Parallel)):
+            raise ValueError(
+                f"a mesh must have one dimension, or two that are named 'data' and 'probes', got "
+                f"{process_group.ndim} named {names}; pass mesh_dim_names=('data', 'probes') to "
+                f"init_device_mesh"
+            )
+        return {name: process_group.get_group(name) for name in names}
+    if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"process_group must be one that this process is in, got one without rank "
+            f"{dist.get_rank()}; make the optimizer in the group's processes only"
+        )
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a process group or a DeviceMesh, got "
+            f"{type(process_group).__name__}; pass torch.distributed.group.WORLD once the group "
+            f"has been initialised"
+        )
+    return {parallel: process_group}

@@ -1,0 +1,167 @@
+"""A zeroth-order optimizer as one of several ranks that take its steps together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from zoopt.checks import check_nonnegative_int
+from zoopt.distributed.exchange import Exchange, Job, Parallel, digest_of
+from zoopt.distributed.replicas import compare
+from zoopt.distributed.seed import several_ranks
+from zoopt.optimizer import Params
+from zoopt.parameters import named_params
+from zoopt.warn import warn
+from zoopt.zeroth_order.engine.closure import Closure
+from zoopt.zeroth_order.engine.perturbation import Perturbation
+from zoopt.zeroth_order.engine.probe import Evaluation, PendingProbe
+from zoopt.zeroth_order.engine.shared import SharedEvaluation, refuse
+from zoopt.zeroth_order.engine.updates import ZerothOrderUpdates
+
+#: Of a group, what is not compared between ranks.
+_APART = ("params", "param_names")
+
+
+class ZerothOrderJob(ZerothOrderUpdates):
+    """Steps that the ranks of a process group take together.
+
+    Attributes:
+        check_every: after how many steps the ranks compare the checksums of their weights, which
+            takes a pass over these; besides, at the first step that a process takes. 0: only then.
+    """
+
+    check_every: int = 100
+    # A copy, which torch makes without calling __init__, is one process's own.
+    _exchange: Exchange | None = None
+    _compared = False
+    _warned_alone = False
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        seed: int | None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
+    ) -> None:
+        exchange = Exchange(process_group, parallel) if process_group is not None else None
+        super().__init__(params, defaults, seed=seed)
+        self._exchange = exchange
+
+    def join(self, process_group: Job, parallel: Parallel = "data") -> None:
+        """Take the next steps together with other ranks, as if made with that process group.
+
+        For an optimizer that has none yet, because `zoopt.trajectory.resume` has made it, say.
+
+        Args:
+            process_group: as for `MeZO`; None: take them alone.
+            parallel: as for `MeZO`.
+
+        Raises:
+            RuntimeError: probes are pending, which were made otherwise.
+        """
+        if self._pending is not None:
+            raise RuntimeError(
+                "join must not be called while probes are pending; call step() or zero_grad() first"
+            )
+        self._exchange = Exchange(process_group, parallel) if process_group is not None else None
+        self._compared = False
+
+    def _evaluation(
+        self, closure: Closure, perturbation: Perturbation, pending: PendingProbe, weight: float
+    ) -> Evaluation:
+        """The evaluations of a step: this process's, or those of all ranks."""
+        exchange = self._exchange
+        if exchange is None:
+            self._warn_alone()
+            if self.recorder is not None:
+                closure = self.recorder.listen(closure)
+            return self._own_evaluation(closure, perturbation)
+        standing = self._standing(pending)
+        return SharedEvaluation(
+            closure,
+            perturbation,
+            self._params(),
+            verify=self._verifies,
+            exchange=exchange,
+            weight=float(weight),
+            digest=digest_of(*standing),
+            check=self._check_due(pending),
+            compare=functools.partial(self._compare, exchange, standing),
+            heard=None if self.recorder is None else self.recorder.listen_together(),
+        )
+
+    def _own_evaluation(self, closure: Closure, perturbation: Perturbation) -> Evaluation:
+        """Evaluations of this process alone."""
+        return Evaluation(closure, perturbation, self._params(), verify=self._verifies)
+
+    @property
+    def _verifies(self) -> bool:
+        """Whether the next evaluation is the run's first, which is repeated to be compared."""
+        return self._pending is None and not self.param_groups[0]["step"]
+
+    def _confirm(self, pending: PendingProbe) -> None:
+        """Raise in all ranks unless all take the step that has been probed."""
+        if self._exchange is None:
+            return
+        standing = self._standing(pending, "step() of what was probed")
+        agreed = self._exchange.combine([], count=0, digest=digest_of(*standing))
+        if agreed.apart:
+            self._compare(self._exchange, standing)
+        refuse(agreed)
+
+    def _check_seed(self) -> None:
+        # Ranks that take steps together compare it with what else must be the same.
+        if self._exchange is None:
+            super()._check_seed()
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _check_due(self, pending: PendingProbe) -> bool:
+        """Whether this step compares the ranks' weights."""
+        if pending.losses:
+            return False
+        every: int = self.check_every
+        check_nonnegative_int("check_every", every)
+        return not self._compared or (every > 0 and self.param_groups[0]["step"] % every == 0)
+
+    def _compare(self, exchange: Exchange, standing: list[tuple[str, Any]]) -> None:
+        """Raise in all ranks unless all stand at the same place, with the same weights."""
+        compare(exchange, standing, _names(self.param_groups))
+        self._compared = True
+
+    def _standing(
+        self, pending: PendingProbe, call: str = "an evaluation"
+    ) -> list[tuple[str, Any]]:
+        """What must be the same in all ranks, by name; of hyperparameters those that are plain."""
+        standing: list[tuple[str, Any]] = [("call", call), ("class", type(self).__name__)]
+        several = len(self.param_groups) > 1
+        for number, group in enumerate(self.param_groups):
+            where = f" of param group {number}" if several else ""
+            for key, value in group.items():
+                if isinstance(value, Tensor) and value.numel() == 1:
+                    value = value.item()
+                if key not in _APART and not isinstance(value, list | Tensor):
+                    standing.append((key + where, value))
+        return [*standing, ("probed micro-batches", len(pending.losses) // len(pending.draws))]
+
+    def _warn_alone(self) -> None:
+        """Say once that replicas will drift apart."""
+        if not self._warned_alone and several_ranks():
+            self._warned_alone = True
+            name = type(self).__name__
+            warn(
+                f"{name} takes its steps alone in a job of several processes: each has losses of "
+                f"its own, so that their weights drift apart; pass "
+                f"process_group=torch.distributed.group.WORLD to {name}"
+            )
+
+
+def _names(groups: Any) -> Iterable[tuple[str | int, Tensor]]:
+    for *_, param, name in named_params(groups):
+        yield name, param

@@ -1,0 +1,198 @@
+"""Evaluations that the ranks of a job make together.
+
+Each rank evaluates its part, and all have the losses of the whole, as if one process had evaluated
+them. So skipping, clipping, accepting and the update follow alike in all ranks, and a record of
+these losses is one of the run.
+
+Every rank makes every move of parameters that are perturbed in place, also to points that another
+rank evaluates and after an error: moves round, and weights must round alike everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from zoopt.distributed.exchange import Agreed, Exchange
+from zoopt.warn import warn
+from zoopt.zeroth_order.engine.closure import Closure, Loss, loss_values
+from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation, along
+from zoopt.zeroth_order.engine.probe import Evaluation, agree
+
+
+class SharedEvaluation(Evaluation):
+    """As `Evaluation`, of which this rank makes its part.
+
+    Args:
+        closure, perturbation, params, verify: as for `Evaluation`.
+        exchange: with which ranks.
+        weight: what this rank's losses count for, where ranks have micro-batches of their own.
+        digest: where this rank stands in the run.
+        check: whether replicas are due to be compared.
+        compare: compares them, in all ranks; raises if they differ.
+        heard: told what all ranks' losses make together, if somebody records them.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        perturbation: Perturbation,
+        params: Iterable[Tensor],
+        *,
+        verify: bool,
+        exchange: Exchange,
+        weight: float,
+        digest: int,
+        check: bool,
+        compare: Callable[[], None],
+        heard: Callable[[Sequence[float]], None] | None,
+    ) -> None:
+        super().__init__(closure, perturbation, params, verify=verify)
+        self._exchange, self._weight, self._digest = exchange, weight, digest
+        self._check, self._compare_replicas, self._heard = check, compare, heard
+
+    def at(self, displacement: Displacement) -> float:
+        """The loss at theta plus the displacement."""
+        return self._losses([displacement])[0]
+
+    def losses_along(self, *places: tuple[int, float]) -> list[float]:
+        """As in `Evaluation`."""
+        return self._losses([along(draw, scale) for draw, scale in places])
+
+    def each(
+        self, count: int, width: int, evaluate: Callable[[int], Sequence[Loss]]
+    ) -> list[list[float]]:
+        """As in `Evaluation`."""
+        found: list[Loss] = []
+        error: Exception | None = None
+        try:
+            for number in self._exchange.share(count):
+                found += evaluate(number)
+            values = loss_values(found)
+        except Exception as raised:
+            values, error = [], raised
+        agreed = self._agree(values, count=count, width=width, error=error)
+        return [agreed[i : i + width] for i in range(0, len(agreed), width)]
+
+    def _losses(self, displacements: Sequence[Displacement]) -> list[float]:
+        """The losses at theta plus each displacement."""
+        count = len(displacements)
+        share = self._exchange.share(count)
+        verify, self.verify = self.verify, False
+        divided = self._exchange.probes is not None
+        found: list[Loss] = []
+        again: list[Loss] = []
+        error: Exception | None = None
+        for number, displacement in enumerate(displacements):
+            own = number in share
+            # A rank without a share evaluates too, so that generators go on alike everywhere.
+            extra = number == 0 and (verify or not share)
+            times = 0 if error is not None else int(own) + int(extra)
+            try:
+                losses = self._visit(displacement, times)
+            except Exception as raised:
+                if error is not None:
+                    raise  # The moves themselves cannot be made.
+                error, losses = raised, []
+            if losses:
+                found += losses[:own]
+                again += losses[own:]
+        values, repeated = [], None
+        if error is None:
+            try:
+                numbers = loss_values([*found, *again])
+                values, extras = numbers[: len(found)], numbers[len(found) :]
+                repeated = extras[0] if extras else None
+            except Exception as raised:  # a device's own, which comes late
+                error = raised
+        if values:
+            self.spacing = self.rng.eps * abs(values[-1])
+        if verify and not divided and repeated is not None:
+            self._compare(values[0], repeated)
+        agreed = self._agree(
+            values, count=count, error=error, repeated=repeated if divided and verify else None
+        )
+        if self._heard is not None:
+            # A single process would have evaluated the first point twice.
+            self._heard([*agreed[:1], *agreed] if verify else agreed)
+        return agreed
+
+    def _visit(self, displacement: Displacement, times: int) -> list[Loss]:
+        """Move to a point, and evaluate the closure there so many times."""
+        self.perturbation.evaluated = times > 0
+        with self.perturbation.at(displacement):
+            losses = [self.rng.evaluate(self.closure) for _ in range(times)]
+            if times:
+                self._refuse_gradients()
+        return losses
+
+    def _agree(
+        self,
+        values: Sequence[float],
+        *,
+        count: int,
+        width: int = 1,
+        error: Exception | None,
+        repeated: float | None = None,
+    ) -> list[float]:
+        """All ranks' values, or an error in all of them."""
+        agreed = self._exchange.combine(
+            values,
+            count=count,
+            width=width,
+            weight=self._weight,
+            digest=self._digest,
+            failed=error is not None,
+            check=self._check,
+            repeated=repeated,
+        )
+        self._check = False
+        if error is not None:
+            raise error
+        if (agreed.apart or agreed.check) and not agreed.failed[0]:
+            self._compare_replicas()
+        refuse(agreed)
+        if repeated is not None:
+            self._compare_ranks(agreed.repeated)
+        return agreed.values
+
+    def _compare_ranks(self, losses: Sequence[float]) -> None:
+        """Warn unless the ranks that divide the evaluations have one loss at the first point."""
+        for rank, loss in enumerate(losses):
+            if not agree(losses[0], loss):
+                warn(
+                    f"the closure must compute the same function in all ranks that divide the "
+                    f"probes, got {losses[0]!r} in the first and {loss!r} in number {rank}: the "
+                    f"estimate will be mostly noise; give them the same batch, and call "
+                    f"torch.manual_seed alike in all of them"
+                )
+                return
+
+
+def refuse(agreed: Agreed) -> None:
+    """Raise what all ranks have to raise, if the exchange has shown it.
+
+    Raises:
+        RuntimeError: a rank's closure has raised, or the ranks stand at different places.
+        ValueError: all weights are 0.
+    """
+    ranks, number = agreed.failed
+    if ranks:
+        who = (
+            f"rank {number}'s closure has" if ranks == 1 else f"the closures of {ranks} ranks have"
+        )
+        raise RuntimeError(
+            f"{who} raised an error, so no rank takes this step, and all weights are as before it; "
+            f"see what that rank says"
+        )
+    if agreed.apart:
+        raise RuntimeError(
+            "all ranks must take the same step of the same run, got ranks that are at different "
+            "places; call step and probe equally often in all of them"
+        )
+    if agreed.weightless:
+        raise ValueError(
+            "weight must be positive in a rank at least, got 0 in all of them; leave the step out "
+            "in all ranks, or pass how many tokens or examples each has"
+        )
