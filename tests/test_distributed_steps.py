@@ -22,6 +22,8 @@ from tests.processes import Scenario, bits, connect, everywhere, failure, refusa
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 STEPS = 3
+#: One row a class.
+CLASSES = list({row.cls: row for row in ROWS}.values())
 
 
 def world() -> Any:
@@ -34,8 +36,9 @@ def assert_equal_everywhere(model: nn.Module, what: str) -> None:
 
 
 def together(parallel: str, process_group: Any = None) -> None:
-    """Every method, in place and virtually: the weights, state and record of one process."""
-    for row, mode in CASES:
+    """The weights, state and record of one process: of each method where nothing is divided."""
+    cases = CASES if parallel == "probes" else [(row, "auto") for row in CLASSES]
+    for row, mode in cases:
         single, model = mlp(), mlp()
         options = {"perturbation": mode}
         alone = row.build(single, **options)
@@ -77,7 +80,7 @@ def parts_of_a_batch_make_the_whole(folder: Path) -> None:
         group = mesh
     first = (mesh.get_local_rank("data") if mesh is not None else dist.get_rank()) == 0
     own, weight = (slice(0, 40), 40) if first else (slice(40, 64), 24)
-    for row in ROWS:
+    for row in CLASSES if mesh is not None else ROWS:
         single, model = mlp(torch.float64), mlp(torch.float64)
         alone, shared = row.build(single), row.build(model, process_group=group)
         for _ in range(STEPS):
