@@ -340,6 +340,11 @@ def what_is_no_group_is_refused(folder: Path) -> None:
         assert "process_group must be one that this process is in" in refusal(
             lambda: build(params, process_group=alone)
         )
+    early, late = nn.Linear(2, 2), nn.Linear(2, 2)
+    half = build(early.parameters(), seed=7, process_group=world())
+    assert "zeroth_order must have no process_group" in refusal(
+        lambda: zoopt.Hybrid(half, zoopt.AdamW(late.parameters()))
+    )
     line = init_device_mesh("cpu", (dist.get_world_size(),))
     model = mlp()
     build(model.parameters(), seed=7, process_group=line).step(closure_of(model))

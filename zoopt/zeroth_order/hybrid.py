@@ -319,6 +319,11 @@ def _check(zeroth_order: Any, first_order: Any) -> None:
             f"first_order must be an optimizer that steps from gradients without a closure, "
             f"torch.optim.AdamW say, got {type(first_order).__name__}"
         )
+    if zeroth_order._exchange is not None:
+        raise ValueError(
+            f"zeroth_order must have no process_group, got {name} with one: gradients of the late "
+            f"parameters are not exchanged; train with Hybrid in one process"
+        )
     early = {id(param) for group in zeroth_order.param_groups for param in group["params"]}
     for *_, param, param_name in named_params(first_order.param_groups):
         if id(param) in early:
