@@ -173,7 +173,7 @@ class ZOConservativeSGD(SparseZerothOrder):
         if run["candidates"] == "reused":
             probed = [(pending.losses[j][0], along(pending.draws[j], 1.0)) for j in pending.kept]
         self._chosen = conservative(
-            lambda places: evaluation.read([evaluation.queue(place) for place in places]),
+            evaluation.losses_at,
             functools.partial(self._step_along, pending),
             pending.losses[0][1] if run["estimator"] == "one-sided" else None,
             probed,

@@ -144,9 +144,9 @@ class Evaluation:
         self._without_grad = [param for param in params if param.grad is None]
         self._checked = False
 
-    def at(self, displacement: Displacement) -> float:
-        """The loss at theta plus the displacement."""
-        return self.read([self.queue(displacement)])[0]
+    def losses_at(self, displacements: Sequence[Displacement]) -> list[float]:
+        """The losses at theta plus each displacement, in order."""
+        return self.read([self.queue(displacement) for displacement in displacements])
 
     def read(self, losses: Sequence[Loss]) -> list[float]:
         """Losses as floats; a device that some are still on is waited for once."""
@@ -192,7 +192,7 @@ class Evaluation:
 
     def losses_along(self, *places: tuple[int, float]) -> list[float]:
         """The losses at theta + scale zo_eps z(draw) for each (draw, scale), in order."""
-        return self.read([self.queue(along(draw, scale)) for draw, scale in places])
+        return self.losses_at([along(draw, scale) for draw, scale in places])
 
     def each(
         self, count: int, width: int, evaluate: Callable[[int], Sequence[Loss]]

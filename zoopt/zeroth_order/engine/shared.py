@@ -17,7 +17,7 @@ from torch import Tensor
 from zoopt.distributed.exchange import Agreed, Exchange
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure, Loss, loss_values
-from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation, along
+from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation
 from zoopt.zeroth_order.engine.probe import Evaluation, agree
 
 
@@ -52,14 +52,6 @@ class SharedEvaluation(Evaluation):
         self._exchange, self._weight, self._digest = exchange, weight, digest
         self._check, self._compare_replicas, self._heard = check, compare, heard
 
-    def at(self, displacement: Displacement) -> float:
-        """The loss at theta plus the displacement."""
-        return self._losses([displacement])[0]
-
-    def losses_along(self, *places: tuple[int, float]) -> list[float]:
-        """As in `Evaluation`."""
-        return self._losses([along(draw, scale) for draw, scale in places])
-
     def each(
         self, count: int, width: int, evaluate: Callable[[int], Sequence[Loss]]
     ) -> list[list[float]]:
@@ -75,8 +67,8 @@ class SharedEvaluation(Evaluation):
         agreed = self._agree(values, count=count, width=width, error=error)
         return [agreed[i : i + width] for i in range(0, len(agreed), width)]
 
-    def _losses(self, displacements: Sequence[Displacement]) -> list[float]:
-        """The losses at theta plus each displacement."""
+    def losses_at(self, displacements: Sequence[Displacement]) -> list[float]:
+        """As in `Evaluation`."""
         count = len(displacements)
         share = self._exchange.share(count)
         verify, self.verify = self.verify, False
