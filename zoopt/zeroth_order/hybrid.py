@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.optim import LBFGS, Optimizer
 
 from zoopt.ambient import opaque
@@ -18,8 +15,9 @@ from zoopt.optimizer import Group, P, R
 from zoopt.parameters import named_params
 from zoopt.registry import Recipe, register
 from zoopt.zeroth_order.conservative import ZOConservativeSGD
+from zoopt.zeroth_order.engine.backward import LateGradients
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
-from zoopt.zeroth_order.engine.closure import Closure, check_closure, loss_value
+from zoopt.zeroth_order.engine.closure import Closure, check_closure
 from zoopt.zeroth_order.evolution import EvolutionStrategy
 from zoopt.zeroth_order.forward_grad import ForwardGrad
 from zoopt.zeroth_order.mezo import MeZO
@@ -224,7 +222,7 @@ class Hybrid(Optimizer):
         zeroth_order = self.zeroth_order
         before = zeroth_order._pending
         losses, skipped = (len(before.losses), before.skipped) if before else (0, 0)
-        evaluation = _Evaluation(
+        evaluation = LateGradients(
             closure, _params(zeroth_order), _params(self.first_order), zeroth_order._verifies
         )
         usable = False
@@ -235,69 +233,6 @@ class Hybrid(Optimizer):
         finally:
             evaluation.close(keep=usable)
         return loss
-
-
-class _Evaluation:
-    """The closure with a backward pass; until `close`, gradients add up here, not in `.grad`."""
-
-    def __init__(
-        self, closure: Closure, early: list[Tensor], late: list[Tensor], verify: bool
-    ) -> None:
-        self._closure, self._early, self._late, self._verify = closure, early, late, verify
-        self._calls = self._count = 0
-        self._nothing: list[Tensor | None] = [None] * len(late)
-        self._sums = self._nothing
-        self._before = self._exchange(self._nothing)
-
-    def _exchange(self, grads: list[Tensor | None]) -> list[Tensor | None]:
-        before = [param.grad for param in self._late]
-        for param, grad in zip(self._late, grads, strict=True):
-            param.grad = grad
-        return before
-
-    def loss(self) -> float:
-        """The loss at the parameters' present values; adds its gradient."""
-        self._calls += 1
-        try:
-            for param in self._early:
-                param.requires_grad_(False)
-            with torch.enable_grad():
-                loss = self._closure()
-            value = loss_value(loss)
-            if math.isfinite(value) and not (self._verify and self._calls == 2):
-                self._backward(loss)
-        finally:
-            for param in self._early:
-                param.requires_grad_(True)
-        return value
-
-    def _backward(self, loss: Any) -> None:
-        ready = isinstance(loss, Tensor) and loss.requires_grad
-        ready &= all(grad is None for grad in self._exchange(self._sums))
-        if ready:
-            # torch.autograd.backward would suspend a virtual perturbation, but a checkpointed
-            # layer runs its operators again and must see it.
-            Variable._execution_engine.run_backward(
-                *((loss,), (torch.ones_like(loss),), False, False, ()),
-                allow_unreachable=True,
-                accumulate_grad=True,
-            )
-        self._sums = self._exchange(self._nothing)
-        if not ready or all(grad is None for grad in self._sums):
-            raise RuntimeError(
-                "the closure must return the loss as a tensor that depends on first_order's "
-                "parameters differentiably, and not call backward; end it with `return loss`"
-            )
-        self._count += 1
-
-    def close(self, *, keep: bool) -> None:
-        """Set `.grad` to what it was, plus the mean over the evaluations if it is to be kept."""
-        grads = list(self._before)
-        for i, (before, total) in enumerate(zip(self._before, self._sums, strict=True)):
-            if keep and total is not None:
-                total.div_(self._count)
-                grads[i] = total if before is None else before.add_(total)
-        self._exchange(grads)
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:
