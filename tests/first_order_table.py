@@ -19,6 +19,7 @@ from tests.reference.galore_float64 import GaLore64
 from tests.reference.ldadam_float64 import LDAdam64
 from tests.reference.qgalore_float64 import QGaLore64
 from tests.reference.sm3_float64 import SM364
+from tests.reference.sparse_delta_float64 import SparseDelta64
 
 #: shape, bytes of an element -> bytes of state of one parameter.
 StateBytes = Callable[[tuple[int, ...], int], int]
@@ -237,6 +238,23 @@ def sm3(name: str, **options: Any) -> Row:
     return row(name, zoopt.SM3, SM364, kept, matrices=False, sparse=True, **options)
 
 
+def sparse_delta(name: str, **options: Any) -> Row:
+    """Of an active entry index, base, moments and age; candidates, or rows and columns."""
+
+    def kept(shape: tuple[int, ...], itemsize: int) -> int:
+        numel, number = math.prod(shape), wide(itemsize)
+        k = max(1, int(options["density"] * numel))
+        others = min(max(math.ceil(k / 3), round(0.4 * k)), numel - k)
+        more = others * (4 + 2 * number)
+        if options.get("growth") == "momentum":
+            m = shape[0] if len(shape) > 1 else 1
+            more = number * (m + numel // m) * (others > 0)
+        return 8 + k * (4 + itemsize + 2 * number + 2) + more
+
+    base = {"update_gap": 4, "window": 3, "drop_fraction": 0.4}
+    return row(name, zoopt.SparseDeltaAdamW, SparseDelta64, kept, **{**base, **options})
+
+
 def adafactor(name: str, **options: Any) -> Row:
     low_rank, rank = projected(options["rank"], options.get("proj_type", "std"), 0), options["rank"]
     average = options.get("beta1") is not None
@@ -320,6 +338,11 @@ ROWS = [
     sm3("momentum", lr=0.1, momentum=0.9, weight_decay=0.1),
     sm3("average", beta=0.9, eps=1e-3, rounding="nearest"),
     sm3("ascent", lr=0.1, maximize=True),
+    sparse_delta("", density=0.3),
+    sparse_delta("few", density=0.05, weight_decay=0.1, total_steps=10, falls=0.8),
+    sparse_delta("momentum", density=0.3, growth="momentum"),
+    sparse_delta("ascent", density=0.3, maximize=True),
+    sparse_delta("all", density=1.0),
     adafactor("", rank=8),
     adafactor("average", rank=8, beta1=0.9, weight_decay=0.1, beta2_decay=-0.5, projector="svd"),
     adafactor("relative", rank=8, relative_step=True, eps=(1e-6, 1e-2), d=2.0, lr=1e-1),

@@ -83,7 +83,7 @@ def test_is_listed_by_the_planner_and_the_benchmarks(row: registry.Row) -> None:
 
 
 def test_names_by_family() -> None:
-    assert zoopt.optimizers("compact") == ["adamw", "sm3"]
+    assert zoopt.optimizers("compact") == ["adamw", "sm3", "sparse-delta-adamw"]
     families = ("zeroth-order", "low-rank", "compact")
     assert zoopt.optimizers() == [name for f in families for name in zoopt.optimizers(f)]
     with pytest.raises(ValueError, match="family must be one of 'zeroth-order', 'low-rank', "):

@@ -1,0 +1,308 @@
+"""Linear layers of integer codes, of which the scales train: PEQA's, and QZO's."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zoopt.checks import check_choice, check_positive_int
+from zoopt.dtypes import accumulator_dtype
+from zoopt.kernels.dispatch import is_fake
+from zoopt.nn.initial import CHUNK
+from zoopt.nn.linear import ReparametrisedLinear, outer_dims, replace_layers
+from zoopt.nn.modules import Matrices, Target
+from zoopt.nn.packing import pack, unpack
+from zoopt.nn.stacks import Stack, stacks_of
+
+Form = Literal["linear", "log"]
+BITS = (3, 4, 8)
+
+
+def quantise(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes q, scales s and zero points z of each group of a row, with W close to s (q - z).
+
+    s = (max W - min W) / (2^bits - 1) and z = round(-min W / s), 0 being between min and max: a
+    weight is off by s at most, and by s / 2 but for the ends.
+
+    Args:
+        weight: (m, n).
+        group_size: of a row's weights that share s and z; the last group may be shorter.
+
+    Returns:
+        q uint8 (m, n), s (m, g) in the accumulator's dtype, z uint8 (m, g).
+    """
+    (m, n), wide = weight.shape, accumulator_dtype(weight.dtype)
+    groups, most = -(-n // group_size), (1 << bits) - 1
+    padded = weight.new_zeros(m, groups * group_size, dtype=wide)
+    padded[:, :n] = weight
+    grouped = padded.view(m, groups, group_size)
+    low, high = grouped.amin(-1).clamp_(max=0.0), grouped.amax(-1).clamp_(min=0.0)
+    scale = (high - low) / most
+    # A group of zeros: any scale stands for it.
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = (-low / scale).round_().clamp_(0, most)
+    codes = (grouped / scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, most)
+    return codes.view(m, -1)[:, :n].to(torch.uint8), scale, zero.to(torch.uint8)
+
+
+def integers(codes: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """q - z, (m, n), of codes (m, n) and zero points (m, g)."""
+    wide = zero.repeat_interleave(group_size, 1)[:, : codes.shape[1]]
+    return codes.to(dtype) - wide.to(dtype)
+
+
+def times_scale(values: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    """s times each group's values: (m, n) and (m, g) -> (m, n)."""
+    wide = scale.repeat_interleave(group_size, 1)[:, : values.shape[1]]
+    return values.mul_(wide.to(values.dtype))
+
+
+def group_sums(values: Tensor, group_size: int, groups: int) -> Tensor:
+    """The sums of each group of a row, (m, n) -> (m, g)."""
+    m, n = values.shape
+    padded = functional.pad(values, (0, groups * group_size - n))
+    return padded.view(m, groups, group_size).sum(-1)
+
+
+class _Quantised(torch.autograd.Function):
+    """x (..., n) -> x W^T + bias. W is made anew in backward, and dL/dW in runs of rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: QuantisedLinear, scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype
+        w = layer.weight_of(scale, x.dtype)
+        return functional.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        layer: QuantisedLinear = ctx.layer
+        tokens, grad = outer_dims(x), outer_dims(grads[0])  # (t, n), (t, m)
+        x_grad = scale_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = (grad @ layer.weight_of(scale, x.dtype)).view_as(x)
+        if ctx.needs_input_grad[2]:
+            scale_grad = torch.empty_like(scale)
+            rows = max(1, CHUNK // tokens.shape[1])
+            m = scale.shape[0]
+            # Without values only memory is counted: two chunks take what all of them do.
+            for start in range(0, min(2 * rows, m) if is_fake(grad) else m, rows):
+                run = slice(start, start + rows)
+                dense = (grad[:, run].t() @ tokens).to(scale.dtype)  # (rows, n)
+                dense.mul_(layer.integers(run, scale.dtype))
+                sums = group_sums(dense, layer.group_size, scale.shape[1])
+                # W = s (q - z), or e^t (q - z) with s = e^t.
+                scale_grad[run] = sums * scale[run].exp() if layer.form == "log" else sums
+        bias_grad = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
+        return x_grad, None, scale_grad, bias_grad
+
+
+class QuantisedLinear(ReparametrisedLinear):
+    r"""A linear layer of integer codes with W = s (q - z), s and z for each group of a row.
+
+    q has 8, 4 or 3 bits and is packed without gaps; q and the zero points z (uint8) are buffers and
+    never change. The scales s train (PEQA, Kim et al., 2023, arXiv:2305.14152):
+
+        dL/ds_g = sum_{j in g} dL/dW_j (q_j - z_j)
+
+    With `form="log"` the parameter is t = log s, W = e^t (q - z): scales stay positive however far a
+    step goes, and a perturbation of t is one in proportion to s (QZO).
+
+    Bytes: bits / 8 of a weight, and 5 of a group. W is temporary in forward and backward, and no
+    dL/dW of its size exists.
+
+    Args:
+        weight: (out, in), to be rounded to nearest.
+        bias: the layer's, as it is.
+        bits: 3, 4 (default) or 8.
+        group_size: weights of a row with one scale; default 64.
+        form: of the scales, "linear" (default) or "log".
+
+    Raises:
+        TypeError, ValueError: an argument out of range.
+    """
+
+    codes: Tensor
+    zero: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None = None,
+        *,
+        bits: int = 4,
+        group_size: int = 64,
+        form: Form = "linear",
+    ) -> None:
+        check_options(bits, group_size, form)
+        out_features, in_features = weight.shape
+        super().__init__(in_features, out_features)
+        self.bits, self.group_size, self.form, self.dtype = bits, group_size, form, weight.dtype
+        codes, scale, zero = quantise(weight.detach(), bits, group_size)
+        self.register_buffer("codes", pack(codes, bits))
+        self.register_buffer("zero", zero)
+        self.scale = nn.Parameter(scale.log() if form == "log" else scale)
+        self.register_parameter("bias", bias)
+
+    def integers(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """q - z of a run of rows."""
+        codes = unpack(self.codes[rows], self.in_features, self.bits)
+        return integers(codes, self.zero[rows], self.group_size, dtype)
+
+    def weight_of(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """W (out, in), of scales in the layer's form."""
+        scale = scale.exp() if self.form == "log" else scale
+        wide = times_scale(self.integers(slice(None), scale.dtype), scale, self.group_size)
+        return wide.to(dtype)
+
+    @torch.no_grad()
+    def materialise(self) -> Tensor:
+        """W, (out, in), in the dtype of the weight that has been quantised."""
+        return self.weight_of(self.scale, self.dtype)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        return _Quantised.apply(x, self, self.scale, self.bias)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantisedLinear:
+        """As nn.Module's; the scales stay in float32 or float64 where `fn` makes them narrower."""
+        before = self.scale.detach().clone()
+        super()._apply(fn, recurse)
+        self.dtype = self.scale.dtype
+        if accumulator_dtype(self.scale.dtype) != self.scale.dtype:
+            self.scale.data = before.to(self.scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """The sizes, bits and groups."""
+        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+
+
+class QuantisedStack(Stack):
+    """`QuantisedLinear` of each matrix of a bare parameter, in whose place its scales are."""
+
+    codes: Tensor
+    zero: Tensor
+
+    def __init__(
+        self, matrices: Matrices, owner: nn.Module, *, bits: int, group_size: int, form: Form
+    ) -> None:
+        super().__init__(matrices, owner)
+        self.bits, self.group_size, self.form = bits, group_size, form
+        weight, (count, m, n) = matrices.param.detach(), self.stacked
+        self.dtype = weight.dtype
+        codes, self._start, zero = quantise(weight.reshape(count * m, n), bits, group_size)
+        self.register_buffer("codes", pack(codes, bits))
+        self.register_buffer("zero", zero)
+
+    def integers(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """q - z of a run of rows of all matrices."""
+        codes = unpack(self.codes[rows], self.stacked[2], self.bits)
+        return integers(codes, self.zero[rows], self.group_size, dtype)
+
+    def _make(self, original: Tensor) -> Tensor:
+        return _Scaled.apply(original, self).view(self.stacked)  # type: ignore[no-any-return,no-untyped-call]
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The scales at the start, (E m, g)."""
+        scale = self._start.log() if self.form == "log" else self._start
+        return scale.to(weight.dtype)
+
+
+class _Scaled(torch.autograd.Function):
+    """s -> W = s (q - z), (E m, n)."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, layer: QuantisedStack) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.layer = layer
+        wide = scale.exp() if layer.form == "log" else scale
+        values = layer.integers(slice(None), wide.dtype)
+        return times_scale(values, wide, layer.group_size).to(layer.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        [scale], layer = ctx.saved_tensors, ctx.layer
+        dense = grads[0].to(scale.dtype) * layer.integers(slice(None), scale.dtype)
+        sums = group_sums(dense, layer.group_size, scale.shape[1])
+        return sums * scale.exp() if layer.form == "log" else sums, None
+
+
+def check_options(bits: int, group_size: int, form: str) -> None:
+    """Raise unless these are bits, a group and a form of scales."""
+    if type(bits) is not int or bits not in BITS:
+        raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits!r}")
+    check_positive_int("group_size", group_size)
+    check_choice("form", form, get_args(Form))
+
+
+def convert_to_quantised(
+    model: nn.Module,
+    target: Target = "linear",
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    form: Form = "linear",
+) -> nn.Module:
+    """Put a `QuantisedLinear` of its weight in the place of each targeted linear layer.
+
+    Matrices in bare parameters (fused experts) are quantised alike; in each forward pass they are
+    made whole.
+
+    Args:
+        model: changed in place.
+        target: which layers; as for `zoopt.lowrank.param_groups`.
+        bits, group_size, form: as for `QuantisedLinear`.
+
+    Returns:
+        The model. `zoopt.nn.merge` puts plain layers of the same weights in their place.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, nothing that matches, or a layer of a kind
+            that cannot be replaced. Nothing has changed then.
+
+    Example:
+        >>> zoopt.nn.convert_to_quantised(model, bits=4)
+        >>> opt = zoopt.AdamW(zoopt.nn.train_scales(model), lr=1e-5)
+    """
+    check_options(bits, group_size, form)
+    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "form": form}
+
+    def build(name: str, weight: Tensor, bias: nn.Parameter | None) -> QuantisedLinear:
+        return QuantisedLinear(weight, bias, **options)
+
+    def build_stack(name: str, own: Matrices) -> QuantisedStack:
+        return QuantisedStack(own, own.module, **options)
+
+    return replace_layers(model, target, build, build_stack)
+
+
+def train_scales(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Freeze all but the scales of quantised layers, and return these by name (PEQA).
+
+    For QZO quantise with `form="log"`, and give them to `zoopt.MeZO(..., max_projected_grad=100)`.
+
+    Raises:
+        ValueError: the model has no quantised layers.
+    """
+    scales = [module.scale for module in model.modules() if isinstance(module, QuantisedLinear)]
+    for module in model.modules():
+        for name, stack in stacks_of(module).items():
+            if isinstance(stack, QuantisedStack):
+                lists: Any = module.parametrizations
+                scales.append(lists[name].original)
+    if not scales:
+        raise ValueError(
+            "model must have quantised layers, got none; convert it first by "
+            "zoopt.nn.convert_to_quantised(model)"
+        )
+    model.requires_grad_(False)
+    for scale in scales:
+        scale.requires_grad_(True)
+    own = {id(scale) for scale in scales}
+    return [(name, param) for name, param in model.named_parameters() if id(param) in own]

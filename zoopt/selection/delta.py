@@ -1,0 +1,86 @@
+"""What a sparse run has changed, as a file of a few MB: taken, put onto its base, taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from zoopt.selection.spiel import SparseDeltaAdamW, State
+
+Delta = dict[str, dict[str, Tensor]]
+
+
+def _entries(optimizer: SparseDeltaAdamW) -> Iterator[tuple[str, Tensor, State]]:
+    for site in optimizer._sites():
+        state = optimizer.state.get(site.param)
+        if state and int(state["step"]):
+            yield str(site.name), site.param, state
+
+
+def sparse_delta(optimizer: SparseDeltaAdamW) -> Delta:
+    """What the run has changed: of each parameter, by name, the `index` of each entry that differs
+    from its base, in row-major order, its `value` and its `base`.
+
+    It loads with `torch.load(..., weights_only=True)`.
+
+    Raises:
+        ValueError: parameters without names.
+    """
+    found: Delta = {}
+    for name, param, state in _entries(optimizer):
+        if any("param_names" not in group for group in optimizer.param_groups):
+            raise ValueError(
+                "the optimizer's parameters must have names, got some without; pass "
+                "model.named_parameters()"
+            )
+        index, order = state["index"].sort()
+        value, base = param.detach().reshape(-1)[index.long()], state["base"][order]
+        changed = value != base
+        found[name] = {"index": index[changed], "value": value[changed], "base": base[changed]}
+    return found
+
+
+def apply_delta(model: nn.Module, delta: Delta) -> None:
+    """Put a delta onto its base: entries of the model get its values, bit for bit.
+
+    Raises:
+        ValueError: the model has other parameters, or is not the base: an entry is not what it was
+            before training. Nothing has changed then.
+    """
+    _replace(model, delta, "base", "value")
+
+
+def remove_delta(model: nn.Module, delta: Delta) -> None:
+    """Take a delta away: the inverse of `apply_delta`, bit for bit; raises as that does."""
+    _replace(model, delta, "value", "base")
+
+
+@torch.no_grad()
+def _replace(model: nn.Module, delta: Delta, old: str, new: str) -> None:
+    params = dict(model.named_parameters())
+    for name, own in delta.items():
+        if name not in params:
+            raise ValueError(
+                f"model must have the parameters of the delta, got none named {name!r}; load the "
+                f"model that it belongs to"
+            )
+        index = own["index"].long()
+        flat = params[name].detach().reshape(-1)
+        if index.numel() and int(index.max()) >= flat.numel():
+            raise ValueError(
+                f"model must have parameters of the delta's sizes, got {flat.numel()} elements of "
+                f"{name!r}, which has an entry {int(index.max())}"
+            )
+        if not torch.equal(flat[index.to(flat.device)], own[old].to(flat)):
+            raise ValueError(
+                f"model must hold what the delta {'was trained on' if old == 'base' else 'made'}, "
+                f"got other entries of {name!r}; load the model that it belongs to"
+            )
+    for name, own in delta.items():
+        param = params[name].detach()
+        flat = param.reshape(-1)
+        flat[own["index"].long().to(flat.device)] = own[new].to(flat)
+        if not param.is_contiguous():
+            param.copy_(flat.view(param.shape))
