@@ -138,7 +138,7 @@ def test_qzo(perturbation: Any) -> None:
         params = train_scales(net)
         return net, zoopt.MeZO(
             params,
-            lr=3e-3,
+            lr=1e-2,
             zo_eps=1e-3,
             max_projected_grad=100.0,
             perturbation=perturbation,
@@ -221,7 +221,7 @@ def test_experts(form: Any) -> None:
     convert_to_quantised(net, lambda name, module: True, bits=4, group_size=8, form=form)
     alone = [QuantisedLinear(matrix, bits=4, group_size=8, form=form) for matrix in dense]
     assert torch.equal(net[0].up, torch.stack([layer.materialise() for layer in alone]))
-    [(name, scale)] = train_scales(net)
+    [(_, scale)] = train_scales(net)
     x = normal(6, 20, seed=2)
     net(x).square().sum().backward()
     sum(torch.tanh(layer(x)) for layer in alone).square().sum().backward()

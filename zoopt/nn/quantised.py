@@ -111,8 +111,8 @@ class QuantisedLinear(ReparametrisedLinear):
 
         dL/ds_g = sum_{j in g} dL/dW_j (q_j - z_j)
 
-    With `form="log"` the parameter is t = log s, W = e^t (q - z): scales stay positive however far a
-    step goes, and a perturbation of t is one in proportion to s (QZO).
+    With `form="log"` the parameter is t = log s, W = e^t (q - z): scales stay positive however far
+    a step goes, and a perturbation of t is one in proportion to s (QZO).
 
     Bytes: bits / 8 of a weight, and 5 of a group. W is temporary in forward and backward, and no
     dL/dW of its size exists.
@@ -172,7 +172,7 @@ class QuantisedLinear(ReparametrisedLinear):
     def _apply(self, fn: Any, recurse: bool = True) -> QuantisedLinear:
         """As nn.Module's; the scales stay in float32 or float64 where `fn` makes them narrower."""
         before = self.scale.detach().clone()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = self.scale.dtype
         if accumulator_dtype(self.scale.dtype) != self.scale.dtype:
             self.scale.data = before.to(self.scale.device)

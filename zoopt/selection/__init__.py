@@ -1,7 +1,15 @@
 """Which parameters train."""
 
 from zoopt.selection.delta import apply_delta, remove_delta, sparse_delta
+from zoopt.selection.green_trainer import GreenTrainer
 from zoopt.selection.half_fine_tuning import HalfFineTuning
 from zoopt.selection.spiel import SparseDeltaAdamW
 
-__all__ = ["HalfFineTuning", "SparseDeltaAdamW", "apply_delta", "remove_delta", "sparse_delta"]
+__all__ = [
+    "GreenTrainer",
+    "HalfFineTuning",
+    "SparseDeltaAdamW",
+    "apply_delta",
+    "remove_delta",
+    "sparse_delta",
+]
