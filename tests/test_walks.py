@@ -56,6 +56,10 @@ SIDE_ROOMS = {
         "zeroth_order/engine/sparse.py",
         "zeroth_order/engine/window.py",
     ),
+    "Steps that several processes take together": (
+        "zeroth_order/engine/job.py",
+        "zeroth_order/engine/shared.py",
+    ),
     "The call of the closure, under a random state": ("zeroth_order/engine/closure.py",),
     "The choice of an implementation, and batches for it": (
         "kernels/batch.py",
