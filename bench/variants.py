@@ -107,6 +107,11 @@ class Variant:
             return functools.partial(kernels.perturb, batch, 1e-3, draw=3, out=tensors)
         if self.kernel == "perturb_out":
             return functools.partial(kernels.perturb, batch, 1e-3, draw=3)
+        if self.kernel.startswith("writes"):
+            rule: Any = "sign" if self.kernel == "writes_estimate" else "none"
+            draw = 3 if self.rounding == "stochastic" else None
+            terms: Any = ((3,), (0.1,), 1.0, draw, rule, (3,), (0.1,))
+            return functools.partial(kernels.write_each_, batch, [kernels.Write(*terms)])
         options: dict[str, Any] = {"decay": 0.9, "rounding": self.rounding}
         if self.kernel == "adam_window":
             args = ([0.1], [1.0], [0.1], [0.1], [True])
@@ -207,6 +212,9 @@ def variants() -> Iterator[Variant]:
             for kernel in _ROUNDED:
                 for rounding in _roundings(dtype):
                     yield Variant(kernel, dtype, distribution, rounding=rounding)
+            # One kernel for both roundings: each write says which is its own.
+            for kernel in ("writes", "writes_estimate"):
+                yield Variant(kernel, dtype, distribution, rounding=_roundings(dtype)[-1])
         for kernel in _DESCENTS:
             for rounding in _roundings(dtype):
                 yield Variant(kernel, dtype, "normal", rounding=rounding)

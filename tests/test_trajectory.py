@@ -20,8 +20,9 @@ import zoopt
 from tests.compare import same
 from tests.optimizer_table import CASES, Row, closure_of, mlp
 from zoopt.cli import main
-from zoopt.trajectory import TrajectoryError, replay, resume
+from zoopt.trajectory import TrajectoryError, replay, resume, script
 from zoopt.trajectory.format import Event, Kind, encode, encode_header, read
+from zoopt.zeroth_order.engine import direction
 
 RECORDABLE = [(row, mode) for row, mode in CASES if row.cls.recordable]  # type: ignore[attr-defined]
 
@@ -52,6 +53,44 @@ def test_a_replay_has_the_bits_of_the_run(
     assert same(base, model)
     assert again.last_step == optimizer.last_step
     assert str(again.state_dict()["state"]) == str(optimizer.state_dict()["state"])
+
+
+#: Steps that read nothing but losses, of parameters without state.
+SCRIPTED = {
+    *("plain", "probes", "one-sided", "rademacher", "decay", "window", "window one-sided"),
+    *("clipped", "ascent", "blocks", "blocks window", "random mask", "indices", "scalar"),
+    *("elementwise", "projected", "three", "reused"),
+}
+
+
+@pytest.mark.parametrize("row", {row.name: row for row, _ in RECORDABLE}.values(), ids=str)
+def test_many_steps_are_one_pass(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they can be; elsewhere each is made alone, as the run made it."""
+    base, _, _ = recorded(tmp_path / "run", row, "inplace", torch.float32)
+    passes: list[int] = []
+    made = script.write_each_
+
+    def counted(theta: Any, writes: Any, **options: Any) -> Any:
+        passes.append(len(writes))
+        return made(theta, writes, **options)
+
+    monkeypatch.setattr(script, "write_each_", counted)
+    can_be = row.name.partition(" ")[2] in SCRIPTED or row.name in ("FZOO", "ZOAdam window")
+    if can_be:
+        monkeypatch.delattr(direction, "apply_")  # by which each would be made alone
+    replay(base, tmp_path / "run")
+    assert bool(passes) is can_be
+    assert min(passes, default=2) >= 2  # of a block, where there are several
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_passes_of_few_steps_have_the_bits_of_one(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, model, _ = recorded(tmp_path / "run", *CASES[0], torch.float32, steps=8)
+    monkeypatch.setattr(sys.modules["zoopt.trajectory.replay"], "_STEPS", steps)
+    replay(base, tmp_path / "run")
+    assert same(base, model)
 
 
 def mezo(model: nn.Module, **options: Any) -> zoopt.MeZO:
@@ -476,3 +515,35 @@ def test_the_command_reads_checks_and_replays(
     (tmp_path / "run").write_bytes(damaged)
     assert main(["trajectory", "verify", path]) == 1
     assert "is damaged at byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["plain", "decay", "window", "blocks", "random mask", "indices"])
+def test_the_closed_form_is_the_run_but_for_rounding(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """In float32 a step in place rounds each weight, below 4, at most three times by 2^-23 / 2; in
+    bfloat16 once, stochastically, by less than 2^-6. The closed form rounds twice (and its sum of
+    8 terms, which are smaller)."""
+    [row] = [row for row, mode in CASES if row.name == f"MeZO {name}" and mode == "inplace"]
+    mode = "inplace" if dtype == torch.float32 else "virtual"
+    base, model, optimizer = recorded(tmp_path / "run", row, mode, dtype, steps=8)
+    assert max(p.abs().max() for p in model.parameters()) < 4
+    again = replay(base, tmp_path / "run", exact=False)
+    assert again.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    bound = (8 * 3 + 3) * 4 * 2.0**-24 if dtype == torch.float32 else 9 * 2.0**-6
+    for p, q in zip(base.parameters(), model.parameters(), strict=True):
+        assert (p.double() - q.double()).abs().max() <= bound
+    assert not same(base, mlp(dtype))
+
+
+def test_what_has_no_closed_form_is_told(tmp_path: Path) -> None:
+    for name in ("ZOSignSGD elementwise", "ZOAdam window", "ZOAdam dense", "MeZO momentum"):
+        row = next(row for row, _ in CASES if row.name == name)
+        path = tmp_path / name
+        base, _, _ = recorded(path, row, "inplace", torch.float32)
+        before = copy.deepcopy(base)
+        message = f"exact must be True for this run of {row.cls.__name__}, got False"
+        with pytest.raises(ValueError, match=message):
+            replay(base, path, exact=False)
+        assert same(base, before)

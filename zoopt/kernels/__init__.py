@@ -5,13 +5,15 @@ from zoopt.kernels.adam.op_average import average_
 from zoopt.kernels.dispatch import available_impls
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.kernels.noise.op import perturb, perturb_rows
-from zoopt.kernels.noise.op_update import adam_window_, add_, apply_, momentum_
+from zoopt.kernels.noise.op_update import adam_window_, add_, apply_, momentum_, write_each_
+from zoopt.kernels.noise.writes import Write
 from zoopt.kernels.product.op import add_product_, squares
 from zoopt.kernels.sm3.op import sm3_
 
 __all__ = [
     "Distribution",
     "NoiseKey",
+    "Write",
     "adam_",
     "adam_window_",
     "adamw_",
@@ -25,4 +27,5 @@ __all__ = [
     "perturb_rows",
     "sm3_",
     "squares",
+    "write_each_",
 ]

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from zoopt.distributed.seed import alone
+from zoopt.kernels import Write
 from zoopt.parameters import named_params
-from zoopt.trajectory.format import Contents, Event, Kind, TrajectoryError, read, steps_of
+from zoopt.trajectory.format import Contents, Event, TrajectoryError, read, steps_of
+from zoopt.trajectory.format import Kind as EventKind
 from zoopt.trajectory.header import fingerprint, from_json, rebuild
 from zoopt.trajectory.recorder import Recorder
+from zoopt.trajectory.script import Kind, NotScriptedError, Scripted
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.closure import RecordedLosses
+
+#: Steps that are one pass over the weights.
+_STEPS = 128
 
 
 @alone()
@@ -23,25 +29,37 @@ def replay(
     path: str | Path,
     *,
     until: int | None = None,
+    exact: bool = True,
     check_base: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ZerothOrderOptimizer:
     """Take a recorded run's steps on the weights that it began from.
 
     Every write of the run is made again, rounded as it was, so the weights and the optimizer's
-    state are those of the run after the last step, to the bit. The model is not evaluated. Each
-    step takes its passes over the weights: in place one for each evaluation and one for the
-    update, virtually the update's alone.
+    state are those of the run after the last step, to the bit. The model is not evaluated.
+
+    Where a step writes nothing but sums of directions, signs of them or moments made of a window
+    of them, and nothing is stored beside the weights, 128 steps are one pass over the weights:
+    `MeZO` and `FZOO` without momentum or with a window, `ZOAdam(state="window")` and `"scalar"`,
+    `ZOSignSGD`, `ZOConservativeSGD` and `EvolutionStrategy` without a rank, with any mask but
+    `"magnitude"`. Elsewhere each step takes its passes: in place one for each evaluation and one
+    for the update, virtually the update's alone.
 
     Args:
         model: a module, or anything with `named_parameters()`, which holds the base weights; they
             are trained in place.
         path: the file.
         until: how many steps to take; default all that are whole.
+        exact: make each write, rounded as it was. Without, the closed form
+
+                theta_T = prod_t(1 - lr_t weight_decay) theta_0 + sum_j c_j z_j
+
+            in one pass over the weights (one more for each change of a group between steps): equal
+            up to rounding, of which it has less. Steps that are signs or Adam's are no such sum.
         check_base: raise unless the weights are those the run began from, by their hash. Without,
             the run's updates are applied to other weights: a fine-tune moved to another release of
             its base.
-        progress: called after each step with its number and their count.
+        progress: called after each step with its number and their count; weights may follow later.
 
     Returns:
         The optimizer after these steps.
@@ -49,7 +67,7 @@ def replay(
     Raises:
         TrajectoryError: the file is damaged, of an unknown version, or of another model; or the
             weights are others. Nothing has changed then.
-        ValueError: until is more than there are steps.
+        ValueError: until is more than there are steps, or exact=False and no closed form.
     """
     contents = read(path)
     steps = list(steps_of(contents.events))
@@ -64,12 +82,78 @@ def replay(
         )
     _report_torn(contents, path)
     last = len(steps) if until is None else until
-    for number, events in enumerate(steps[:last], 1):
-        for event in events:
-            _again(optimizer, event)
-        if progress is not None:
-            progress(number, last)
+    _Steps(optimizer, exact=exact).take(steps[:last], progress)
     return optimizer
+
+
+class _Steps:
+    """Takes recorded steps: by a script, as many at a time as can be, or one by one."""
+
+    def __init__(self, optimizer: ZerothOrderOptimizer, *, exact: bool) -> None:
+        self._optimizer, self._exact = optimizer, exact
+        self._waiting: list[tuple[Kind, list[Write]]] = []
+        self._script()
+
+    def take(
+        self, steps: Sequence[list[Event]], progress: Callable[[int, int], None] | None
+    ) -> None:
+        """Take the steps, of which each is the events that led to it, and itself."""
+        for number, events in enumerate(steps, 1):
+            events = list(events)
+            while events[0].kind is EventKind.CHANGE:
+                self._settle()
+                _again(self._optimizer, events.pop(0))
+                self._script()
+            alone = any(event.kind is EventKind.CHANGE for event in events)
+            self._one(events, alone=alone)
+            if self._exact and number % _STEPS == 0:
+                self._settle()
+            if progress is not None:
+                progress(number, len(steps))
+        self._settle()
+        for kind, writes in self._waiting:
+            kind.make(writes)
+
+    def _one(self, events: list[Event], *, alone: bool) -> None:
+        """A step; `alone`: groups change while probes are pending."""
+        if self._scripted is None or alone:
+            if not self._exact:
+                self._refuse()
+            self._settle()
+            for event in events:
+                _again(self._optimizer, event)
+            self._script()
+            return
+        for event in events:
+            _again(self._scripted.stand_in, event)
+
+    def _script(self) -> None:
+        """Find what takes the steps without the weights, if anything can."""
+        try:
+            self._scripted: Scripted | None = Scripted(self._optimizer)
+        except NotScriptedError:
+            self._scripted = None
+
+    def _settle(self) -> None:
+        """Bring the optimizer to where its stand-in is, and its weights, unless they wait."""
+        if self._scripted is None:
+            return
+        try:
+            made = self._scripted.settled(exact=self._exact)
+        except NotScriptedError:
+            self._refuse()
+        if self._exact:
+            for kind, writes in made:
+                kind.make(writes)
+        else:
+            self._waiting += made
+
+    def _refuse(self) -> NoReturn:
+        name = type(self._optimizer).__name__
+        raise ValueError(
+            f"exact must be True for this run of {name}, got False: a closed form is a sum of "
+            f"directions that losses weigh, and its steps are none"
+        )
 
 
 def resume(
@@ -98,7 +182,7 @@ def _report_torn(contents: Contents, path: str | Path) -> None:
 
 def _again(optimizer: ZerothOrderOptimizer, event: Event) -> None:
     """Do what was recorded."""
-    if event.kind is Kind.CHANGE:
+    if event.kind is EventKind.CHANGE:
         for number, values in event.change.get("groups", {}).items():
             optimizer.param_groups[int(number)].update(
                 {key: from_json(value) for key, value in values.items()}
@@ -115,16 +199,16 @@ def _again(optimizer: ZerothOrderOptimizer, event: Event) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of losses that are not finite: the run has had these.
         try:
-            if event.kind in (Kind.STEP, Kind.FAILED):
+            if event.kind in (EventKind.STEP, EventKind.FAILED):
                 optimizer.step(losses)
-            elif event.kind is Kind.PROBE:
+            elif event.kind is EventKind.PROBE:
                 optimizer.probe(losses)
-            elif event.kind is Kind.APPLY:
+            elif event.kind is EventKind.APPLY:
                 optimizer.step()
             else:
                 optimizer.zero_grad()
         except EOFError as error:
-            if event.kind is not Kind.FAILED:
+            if event.kind is not EventKind.FAILED:
                 raise TrajectoryError(f"the file is not of this optimizer: {error}") from None
     if losses.rest:
         raise TrajectoryError(

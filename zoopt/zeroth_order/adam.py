@@ -129,6 +129,8 @@ class ZOAdam(SparseZerothOrder):
     #: g^2 and z^2 are multiplied.
     _largest_grad = 2.0**50
 
+    scripted = True
+
     def __init__(
         self,
         params: Params,

@@ -106,6 +106,8 @@ class ZOConservativeSGD(SparseZerothOrder):
 
     _chosen: Displacement | None = None
 
+    scripted = True
+
     def __init__(
         self,
         params: Params,

@@ -175,7 +175,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         check_closure(evaluate, "evaluate")
         population = self._population()
         chosen = population.chosen(members)
-        perturbation = Perturbation(population.sites)
+        perturbation = Perturbation(population.sites, self._queue)
         evaluation = self._own_evaluation(evaluate, perturbation)
         evaluation.verify = False
         try:

@@ -57,6 +57,8 @@ class MomentumSGD(SparseZerothOrder):
     steps' directions).
     """
 
+    scripted = True
+
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """`momentum_buffer` if it is stored, in the accumulator's dtype; a mask's `threshold`."""
         declared = super().declared_state(param, group)

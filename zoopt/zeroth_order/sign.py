@@ -65,6 +65,8 @@ class ZOSignSGD(SparseZerothOrder):
         >>> loss = opt.step(lambda: model(**batch).loss)
     """
 
+    scripted = True
+
     def __init__(
         self,
         params: Params,

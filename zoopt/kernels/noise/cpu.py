@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoopt.kernels.noise import cpu_kernels
+from zoopt.kernels.noise import cpu_kernels, cpu_writes
 from zoopt.kernels.noise.cpu_tile import NORMALS_PER_WORD, SIGNS_PER_WORD, TILE
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.noise.writes import Script
 from zoopt.kernels.operands import address
 from zoopt.kernels.runtime import threads as cpu_threads
 from zoopt.kernels.runtime.convert import BFLOAT16, FLOAT16, FLOAT32
@@ -168,6 +169,20 @@ def adam_window(
         f32(eps),
         *_noise(key),
         _rounding(rounding_draw),
+    )
+
+
+def write_each(theta: Tensor, script: Script, key: NoiseKey) -> None:
+    """See reference.write_each."""
+    _parallel(
+        cpu_writes.write_each,
+        theta.numel(),
+        TILE,
+        _memory(theta),
+        _KINDS[theta.dtype],
+        *script.arrays,
+        script.kept,
+        *_noise(key),
     )
 
 

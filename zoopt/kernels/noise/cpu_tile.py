@@ -232,6 +232,23 @@ def adam(acc, m, v, step_size, eps):
 
 
 @jit
+def average(ghat, m, v, first, second):
+    """m <- m + first ghat, v <- v + second (ghat ghat), ghat <- 0, all float32 (m,)."""
+    for j in range(len(ghat)):
+        m[j] = f32(m[j] + f32(first * ghat[j]))
+        v[j] = f32(v[j] + f32(second * f32(ghat[j] * ghat[j])))
+        ghat[j] = f32(0.0)
+
+
+@jit
+def add_sign(acc, ghat, step_size):
+    """acc <- acc + step_size sign(ghat), float32 (m,)."""
+    for j in range(len(acc)):
+        sign = f32(1.0) if ghat[j] > f32(0.0) else f32(-1.0) if ghat[j] < f32(0.0) else f32(0.0)
+        acc[j] = f32(acc[j] + f32(step_size * sign))
+
+
+@jit
 def load(tile, theta, out, kind, decay):
     """decay theta as float32 (m,): in the scratch tile, or in out itself if that is float32."""
     if kind == FLOAT32:

@@ -27,7 +27,9 @@ from zoopt.kernels.noise.gpu_kernels import (
     sum_kernel,
     window_kernel,
 )
+from zoopt.kernels.noise.gpu_writes import writes_kernel
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.noise.writes import Script
 from zoopt.kernels.operands import address
 
 #: An operation takes a whole batch.
@@ -286,6 +288,15 @@ def adam_window(
     launch(
         window_kernel, batch, memories, ADAM_BLOCK, terms=terms, **numbers, **rounds(rounding_draw)
     )
+
+
+def write_each(batch: Batch, script: Script) -> None:
+    """See reference.write_each."""
+    with torch.cuda.device_of(batch.tensors[0]):
+        terms = _in_memory(script.numbers, batch.device)
+    blocks = ADAM_BLOCK if script.estimates else BLOCK
+    numbers = {"terms": terms, "count": len(script.writes), "ESTIMATES": script.estimates}
+    launch(writes_kernel, batch, {"theta": batch.tensors}, blocks, **numbers)
 
 
 def gather_rows(

@@ -13,6 +13,7 @@ from zoopt.kernels import dispatch
 from zoopt.kernels.batch import Batch, as_batch
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 from zoopt.kernels.noise.op import run
+from zoopt.kernels.noise.writes import Script, Write
 
 #: A tensor (then with a `key`), or a batch.
 Batched = TypeVar("Batched", Tensor, Batch)
@@ -223,6 +224,41 @@ def adam_window_(
     )
     with batch.contiguous() as dense:
         run(backend, "adam_window", dense, (), *terms)
+    return theta
+
+
+def write_each_(
+    theta: Batched,
+    writes: Sequence[Write],
+    *,
+    key: NoiseKey | None = None,
+    impl: str | None = None,
+) -> Batched:
+    """Each of the writes in turn, each rounded, in one read and one write of theta's memory.
+
+    The bits are those of `apply_`, `adam_window_` and so on, one after the other. What is read and
+    written between them stays in registers or in the cache, and a direction that several writes
+    use is made once (on the CPU, if it is among the last 64; on a GPU, if it is the last one).
+
+    Args:
+        theta: a dense tensor or a batch, as for `apply_`.
+        writes: see `Write`.
+        key, impl: as for `apply_`.
+
+    Returns:
+        theta.
+
+    Raises:
+        TypeError, ValueError: as for `apply_`, or a write whose numbers do not fit.
+    """
+    batch: Batch = as_batch(theta, key)
+    for write in writes:
+        write.check()
+    backend = dispatch.choose(batch.tensors[0], impl)
+    if not writes:
+        return theta
+    with batch.contiguous() as dense:
+        run(backend, "write_each", dense, (), Script(writes, batch.dtype))
     return theta
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise import philox
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.noise.writes import Script, Write
 
 #: Elements a chunk: the largest temporaries are a few int64 tensors of this size.
 CHUNK = 1 << 13
@@ -184,11 +185,53 @@ def adam_window(
                 m = m + ghat * first[j]
                 v = v + ghat * ghat * second[j]
                 ghat = torch.zeros_like(ghat)
-        # torch's float32 square roots are off by one here and there. Those of float64, rounded, are
-        # exact even if off: the root of a float32 is 4 of its units or more from every tie.
-        root = v.double().sqrt().to(v.dtype)
-        acc = acc + m * step_size / (root + eps)
+        acc = acc + m * step_size / (_root(v) + eps)
         _store(theta, acc, part, key, rounding_draw)
+
+
+def _root(v: Tensor) -> Tensor:
+    """The square roots, correctly rounded.
+
+    torch's float32 ones are off by one here and there. Those of float64, rounded, are exact even if
+    off: the root of a float32 is 4 of its units or more from every tie.
+    """
+    return v.double().sqrt().to(v.dtype)
+
+
+def write_each(theta: Tensor, script: Script, key: NoiseKey) -> None:
+    """Each write of the script in turn, on theta (n,); see `Write`."""
+    for part in _chunks(theta.numel()):
+        made: dict[int, MaskedNoise] = {}
+        for write in script.writes:
+            draws = {*write.draws, *write.estimate_draws}
+            made = {draw: made[draw] for draw in made if draw in draws}
+            for draw in draws - made.keys():
+                made[draw] = MaskedNoise(
+                    part.start, part.stop - part.start, key, draw, theta.device
+                )
+            _write(theta, part, write, made, key)
+
+
+def _write(
+    theta: Tensor, part: slice, write: Write, directions: dict[int, MaskedNoise], key: NoiseKey
+) -> None:
+    """One write, on theta[part] (chunk,)."""
+    acc = theta[part].to(accumulator_dtype(theta.dtype)) * write.decay
+    for draw, coefficient in zip(write.draws, write.coefficients, strict=True):
+        acc = directions[draw].added(acc, coefficient)
+    if write.rule != "none":
+        ghat, m, v = (torch.zeros_like(acc) for _ in range(3))
+        for i, draw in enumerate(write.estimate_draws):
+            ghat = directions[draw].added(ghat, write.gradients[i])
+            if write.rule == "adam" and write.closes[i]:
+                m = m + ghat * write.first[i]
+                v = v + ghat * ghat * write.second[i]
+                ghat = torch.zeros_like(ghat)
+        if write.rule == "sign":
+            acc = acc + ghat.sign() * write.step_size
+        else:
+            acc = acc + m * write.step_size / (_root(v) + write.eps)
+    _store(theta, acc, part, key, write.rounding_draw)
 
 
 def gather_rows(

@@ -52,6 +52,9 @@ class ZerothOrderOptimizer(ZerothOrderJob):
 
     #: Whether a step follows from the numbers that a closure returns.
     recordable = True
+    #: Whether, of a parameter without state whose directions are the noise itself, all that is
+    #: written follows from losses too: weights are read for nothing else.
+    scripted = False
     #: The largest |g| that the update can bear in float32, times |z| < 8 and a learning rate.
     _largest_grad = 2.0**100
     #: How many differences of 16-bit losses have been judged, and how coarse they were.
@@ -87,7 +90,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         check_number("weight", weight, low=0.0)
         self._note_changes()
         pending = self._pending_copy()
-        perturbation = Perturbation(pending.sites)
+        perturbation = Perturbation(pending.sites, self._queue)
         try:
             loss = self._measure(self._evaluation(closure, perturbation, pending, weight), pending)
             perturbation.restore()
@@ -142,7 +145,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         check_number("weight", weight, low=0.0)
         self._note_changes()
         pending = self._pending_copy()
-        perturbation = Perturbation(pending.sites)
+        perturbation = Perturbation(pending.sites, self._queue)
         try:
             evaluation = self._evaluation(closure, perturbation, pending, weight)
             loss = self._measure(evaluation, pending)

@@ -110,9 +110,13 @@ class PinnedRNG:
     Afterwards the state is the one that a single evaluation would have left behind. Covers torch's
     generators, that of the CPU and that of each CUDA device in `devices`, and the global ones of
     Python's `random` and of numpy, from which data augmentation draws.
+
+    Args:
+        devices: where parameters are.
+        draws: whether what is evaluated can draw random numbers; if not, nothing is pinned.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    def __init__(self, devices: Iterable[torch.device], *, draws: bool = True) -> None:
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
             (torch.get_rng_state, torch.set_rng_state),
             (random.getstate, random.setstate),
@@ -124,6 +128,8 @@ class PinnedRNG:
         if "numpy" in sys.modules:
             numpy = sys.modules["numpy"]
             self._generators.append((numpy.random.get_state, numpy.random.set_state))
+        if not draws:
+            self._generators.clear()
         self._before = self._get()
         self._after: list[Any] | None = None
         #: The relative spacing of numbers like the last loss, where it was of 16 bits; otherwise 0.

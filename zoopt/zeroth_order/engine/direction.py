@@ -207,7 +207,7 @@ class Elementwise(Direction):
             rule, state: what the update makes of the estimate; flat or of the parameter's shape.
             options: decay, rounding and rounding_draw.
         """
-        if progress is None or progress.passes is None or not dispatch.launches(param):
+        if progress is None or progress.passes is None or not progress.passes.takes(param):
             return False
         numbers, beside = self._terms(param, coefficients, gradient)
         for name, tensor in state.items():

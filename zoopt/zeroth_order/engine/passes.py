@@ -96,6 +96,13 @@ class Passes:
         alike.progress.append(progress)
         return True
 
+    def takes(self, theta: Tensor) -> bool:
+        """Whether operations on the parameter are worth a place in the queue."""
+        return dispatch.launches(theta)
+
+    def made_apart(self) -> None:
+        """A piece of a pass is about to be written without the queue."""
+
     def make(self) -> None:
         """Do what is queued, one batch for all that are alike; operations on one parameter stay in
         order."""

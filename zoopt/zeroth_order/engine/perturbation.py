@@ -54,8 +54,9 @@ class Perturbation:
     passes a step instead of four); `restore` takes it away alone.
     """
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    def __init__(self, sites: Sequence[Site], queue: Callable[[], Passes] = Passes) -> None:
         self.sites = sites
+        self._queue = queue
         #: Whether operators read the parameters where they stand.
         self.evaluated = True
         self._virtual = {site.param: site for site in sites if site.virtual}
@@ -153,7 +154,7 @@ class Perturbation:
         If that breaks off, the next move goes on where this one was.
         """
         with uninterrupted():
-            passes = Passes()
+            passes = self._queue()
             flying = []
             for site in sites:
                 self._land(site)

@@ -138,7 +138,8 @@ class Evaluation:
         self.perturbation = perturbation
         perturbation.evaluated = not isinstance(closure, RecordedLosses)
         self.verify = verify
-        self.rng = PinnedRNG(site.param.device for site in perturbation.sites)
+        devices = (site.param.device for site in perturbation.sites)
+        self.rng = PinnedRNG(devices, draws=perturbation.evaluated)
         #: The spacing of numbers around the last loss, where it was of 16 bits; otherwise 0.
         self.spacing = 0.0
         self._without_grad = [param for param in params if param.grad is None]

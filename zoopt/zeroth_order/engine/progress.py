@@ -79,6 +79,8 @@ class Progress:
         """Whether the piece is to be written; pieces are numbered from 0, in order."""
         if number < self._done:
             return False
+        if self.passes is not None:
+            self.passes.made_apart()
         if self._mark is not None:  # the pass broke off here
             return self._mark == _sample(piece)
         self._mark = _sample(piece)

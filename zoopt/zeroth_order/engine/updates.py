@@ -65,6 +65,8 @@ class ZerothOrderUpdates(ZerothOrderGroups):
     _unfinished: Callable[[], None] | None = None
     #: Writes down what the run is made of, see `record`.
     recorder: RunRecorder | None = None
+    #: Makes the queue of a step's passes.
+    _queue: Callable[[], Passes] = Passes
 
     @OwnArithmetic()
     def _take(self, pending: PendingProbe, perturbation: Perturbation | None) -> None:
@@ -76,7 +78,7 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         """
         for group in self.param_groups:
             self._check_options(group)
-        passes = Passes()
+        passes = self._queue()
         updates = [(site, Progress(passes)) for site in pending.sites]
         commit = Commit(self._tasks(pending, perturbation, updates, passes))
         try:

@@ -1,0 +1,67 @@
+"""Many writes in one pass: the bits of the same writes made one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.writes import RULES, batch, one_by_one, script
+from zoopt import kernels
+from zoopt.kernels import NoiseKey, Write
+
+SIZES = (5000, 37, 2048, 1)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NOISES: list[dict[str, Any]] = [
+    {},
+    {"distribution": "rademacher"},
+    {"density": 0.25},
+    {"distribution": "rademacher", "density": 0.25},
+]
+
+
+def check(dtype: torch.dtype, noise: dict[str, Any], rules: tuple[str, ...], impl: str) -> None:
+    writes = script(23, stochastic=dtype in DTYPES[1:], rules=rules)
+    theta, expected = batch(dtype, SIZES, **noise), batch(dtype, SIZES, **noise)
+    kernels.write_each_(theta, writes, impl=impl)
+    for tensor, other, key in zip(theta.tensors, expected.tensors, theta.keys, strict=True):
+        one_by_one(other, key, writes)
+        assert torch.equal(tensor.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("noise", NOISES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_writes_have_the_bits_of_each_made_alone(dtype: torch.dtype, noise: dict[str, Any]) -> None:
+    check(dtype, noise, RULES, "numba")
+    check(dtype, noise, ("none",), "reference")
+
+
+def test_the_reference_has_all_rules() -> None:
+    check(torch.float32, {}, RULES, "reference")
+    check(torch.float64, {"density": 0.5}, RULES, "reference")
+
+
+def test_a_write_of_more_directions_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places are shared then, and directions made anew."""
+    many = Write(tuple(range(200)), tuple(1e-3 for _ in range(200)))
+    key = NoiseKey(1, 2)
+    theta, expected = torch.zeros(300), torch.zeros(300)
+    kernels.write_each_(theta, [many, many], key=key)
+    one_by_one(expected, key, [many, many])
+    assert torch.equal(theta, expected)
+
+
+def test_what_does_not_fit_is_told() -> None:
+    theta, key = torch.zeros(3), NoiseKey(1, 2)
+    for write, message in (
+        (Write((1,), ()), "coefficients and draws must have equal lengths, got 0 and 1"),
+        (Write((1 << 32,), (1.0,)), r"draw must be an int in \[0, 2\^32\), got 4294967296"),
+        (Write((), (), rule="adam", estimate_draws=(1,), gradients=(1.0,)), "first and"),
+        (Write((), (), rule="other"), "rule must be one of"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.write_each_(theta, [write], key=key)
+    assert not theta.any()
+    kernels.write_each_(theta, [], key=key)
+    assert not theta.any()

@@ -1,0 +1,203 @@
+"""Writes of theta that follow one after the other: what a run has done to it, as numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from zoopt.checks import check_choice
+from zoopt.dtypes import Rounding, accumulator_dtype, scalars
+from zoopt.kernels.noise.key import check_unsigned
+
+#: What is made of the estimate ghat; the numbers are those of the compiled kernels.
+Rule = Literal["none", "sign", "adam"]
+RULES: dict[str, int] = {"none": 0, "sign": 1, "adam": 2}
+#: Directions of a tile that are kept on the CPU until a later write uses them again.
+_MOST_KEPT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+    """theta <- round(decay theta + sum_j coefficients[j] z(draws[j]) + u).
+
+    u is 0, or made of an estimate ghat that begins as 0: term i, in order, adds
+
+        ghat <- ghat + gradients[i] z(estimate_draws[i])
+
+    `rule="sign"`: u = step_size sign(ghat). `rule="adam"`: where closes[i],
+
+        m <- m + first[i] ghat,    v <- v + second[i] (ghat ghat),    ghat <- 0
+
+    and u = (step_size m) / (sqrt(v) + eps), as in `adam_window_`.
+
+    Attributes:
+        draws, coefficients: a number a direction.
+        decay: multiplies theta.
+        rounding_draw: the draw whose bits round stochastically, or None to round to nearest.
+        rule: `"none"`, `"sign"` or `"adam"`.
+        estimate_draws, gradients, first, second, closes: a number a term; the last three of
+            `"adam"` alone.
+        step_size, eps: as in the formulas.
+    """
+
+    draws: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    decay: float = 1.0
+    rounding_draw: int | None = None
+    rule: Rule = "none"
+    estimate_draws: tuple[int, ...] = ()
+    gradients: tuple[float, ...] = ()
+    first: tuple[float, ...] = ()
+    second: tuple[float, ...] = ()
+    closes: tuple[bool, ...] = ()
+    step_size: float = 0.0
+    eps: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it has one direction, no estimate and no random bits."""
+        return len(self.draws) == 1 and self.rule == "none" and self.rounding_draw is None
+
+    def check(self) -> None:
+        """Raise unless lengths, draws and rule fit."""
+        check_choice("rule", self.rule, get_args(Rule))
+        _check_lengths("draws", self.draws, coefficients=self.coefficients)
+        _check_lengths("estimate_draws", self.estimate_draws, gradients=self.gradients)
+        if self.rule == "adam":
+            own = {"first": self.first, "second": self.second, "closes": self.closes}
+            _check_lengths("estimate_draws", self.estimate_draws, **own)
+        for draw in (*self.draws, *self.estimate_draws):
+            check_unsigned("draw", draw, 32)
+        if self.rounding_draw is not None:
+            check_unsigned("rounding_draw", self.rounding_draw, 32)
+
+    def rounded(self, dtype: torch.dtype) -> Write:
+        """The write with its numbers as every implementation sees them."""
+        decay, step_size, eps = scalars((self.decay, self.step_size, self.eps), dtype)
+        exact = dtype == accumulator_dtype(dtype)
+        return dataclasses.replace(
+            self,
+            coefficients=tuple(scalars(self.coefficients, dtype)),
+            gradients=tuple(scalars(self.gradients, dtype)),
+            first=tuple(scalars(self.first, dtype)),
+            second=tuple(scalars(self.second, dtype)),
+            decay=decay,
+            step_size=step_size,
+            eps=eps,
+            rounding_draw=None if exact else self.rounding_draw,
+        )
+
+
+def _check_lengths(name: str, draws: Sequence[int], **columns: Sequence[Any]) -> None:
+    for column, values in columns.items():
+        if len(values) != len(draws):
+            raise ValueError(
+                f"{column} and {name} must have equal lengths, got {len(values)} and {len(draws)}"
+            )
+
+
+def rounding_draw(rounding: Rounding, draws: Sequence[int]) -> int | None:
+    """The draw that `apply_` rounds by: the last one, or None to nearest."""
+    return draws[-1] if rounding == "stochastic" else None
+
+
+class Script:
+    """Writes in order, with their numbers rounded to the accumulator's dtype.
+
+    Args:
+        writes: checked.
+        dtype: theta's.
+    """
+
+    def __init__(self, writes: Sequence[Write], dtype: torch.dtype) -> None:
+        self.writes = [write.rounded(dtype) for write in writes]
+
+    @property
+    def estimates(self) -> bool:
+        """Whether any write has an estimate."""
+        return any(write.rule != "none" for write in self.writes)
+
+    @functools.cached_property
+    def kept(self) -> int:
+        """How many directions a tile keeps: those of the write with most, a power of two."""
+        most = max((len({*write.draws, *write.estimate_draws}) for write in self.writes), default=1)
+        return min(_MOST_KEPT, 1 << max(0, most - 1).bit_length())
+
+    @functools.cached_property
+    def arrays(self) -> tuple[np.ndarray[Any, Any], ...]:
+        """The numbers as columns.
+
+        A number a write: where its terms end (a 0 comes before), where its estimate's begin,
+        whether it and the next two have one direction, the same one, and nothing else; rounding
+        draw or -1, rule, decay, step_size, eps. A number a term: draw, coefficient or
+        gradient, first, second, whether it closes.
+        """
+        writes = self.writes
+        counts = [len(write.draws) + len(write.estimate_draws) for write in writes]
+        ends = np.cumsum([0, *counts], dtype=np.int64)
+        own = np.array([len(write.draws) for write in writes], np.int64)
+        rounds = [-1 if write.rounding_draw is None else write.rounding_draw for write in writes]
+
+        def column(dtype: Any, *names: str) -> np.ndarray[Any, Any]:
+            """A number a term: those of the write and of its estimate, or else zeros."""
+            values: list[Any] = []
+            for write in writes:
+                for name, draws in zip(names, (write.draws, write.estimate_draws), strict=True):
+                    values += (getattr(write, name) if name else ()) or (0,) * len(draws)
+            return np.array(values, dtype)
+
+        return (
+            ends,
+            ends[:-1] + own,
+            np.array(
+                [
+                    write.plain
+                    and [w.draws for w in writes[i + 1 : i + 3] if w.plain] == [write.draws] * 2
+                    for i, write in enumerate(writes)
+                ],
+                np.bool_,
+            ),
+            np.array(rounds, np.int64),
+            np.array([RULES[write.rule] for write in writes], np.int64),
+            *(
+                np.array([getattr(write, name) for write in writes], np.float32)
+                for name in ("decay", "step_size", "eps")
+            ),
+            column(np.uint32, "draws", "estimate_draws"),
+            column(np.float32, "coefficients", "gradients"),
+            column(np.float32, "", "first"),
+            column(np.float32, "", "second"),
+            column(np.bool_, "", "closes"),
+        )
+
+    @functools.cached_property
+    def numbers(self) -> tuple[float, ...]:
+        """The same in one row, as floats: each write's nine, then its terms'.
+
+        A write: decay, whether it rounds stochastically, its draw's halves, rule, step_size and
+        eps, terms, terms of its estimate. A term: its draw's halves, coefficient. One of an
+        estimate: its draw's halves, gradient, first, second, whether it closes.
+        """
+        row: list[float] = []
+        for write in self.writes:
+            draw = write.rounding_draw or 0
+            row += (write.decay, float(write.rounding_draw is not None), draw >> 16, draw & 0xFFFF)
+            row += (RULES[write.rule], write.step_size, write.eps)
+            row += (len(write.draws), len(write.estimate_draws))
+            for draw, coefficient in zip(write.draws, write.coefficients, strict=True):
+                row += (draw >> 16, draw & 0xFFFF, coefficient)
+            none = (0.0,) * len(write.estimate_draws)
+            columns = (
+                write.gradients,
+                write.first or none,
+                write.second or none,
+                write.closes or none,
+            )
+            for draw, *numbers in zip(write.estimate_draws, *columns, strict=True):
+                row += (draw >> 16, draw & 0xFFFF, *numbers)
+        return tuple(map(float, row))

@@ -1,0 +1,298 @@
+"""What a run writes, as numbers: its steps taken on one element in the place of alike parameters.
+
+Where an update reads nothing but losses, all parameters of one group, dtype and block are written
+the same way: by the same coefficients of each one's own directions. So the optimizer's own code
+takes the steps on a model of one element for each kind, with a queue in the place of the passes
+over the weights, and what is queued is made of the weights later, many steps at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoopt.kernels import Write, write_each_
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.descent.rule import Rule, Shape
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.noise import stream
+from zoopt.parameters import named_params
+from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
+from zoopt.zeroth_order.engine.blocks import block_of
+from zoopt.zeroth_order.engine.direction import Noise
+from zoopt.zeroth_order.engine.mask import Indexed
+from zoopt.zeroth_order.engine.passes import Passes
+from zoopt.zeroth_order.engine.progress import Progress, count_write
+
+#: Of a group, what is the parameters'.
+_THEIRS = ("params", "param_names", "mask")
+
+
+class NotScriptedError(Exception):
+    """A step makes something of the weights that is no sum of directions."""
+
+
+@dataclasses.dataclass
+class Kind:
+    """Parameters that are written alike, and the one that stands in for them.
+
+    Attributes:
+        stand_in: one element, which is never written.
+        params: the parameters, with their directions.
+        writes: what is to be made of each.
+    """
+
+    stand_in: Tensor
+    params: list[tuple[Tensor, Noise]] = dataclasses.field(default_factory=list)
+    writes: list[Write] = dataclasses.field(default_factory=list)
+
+    def make(self, writes: Sequence[Write]) -> None:
+        """Make writes of the weights."""
+        batches: dict[Any, list[tuple[Tensor, Noise]]] = {}
+        for param, direction in self.params if writes else ():
+            batches.setdefault(param.device, []).append((param, direction))
+            count_write(param)
+        for own in batches.values():
+            params, directions = zip(*own, strict=True)
+            keys = [direction.key for direction in directions]
+            indices = [direction.indices for direction in directions]
+            # Either all directions of a group have indices or none has.
+            write_each_(Batch(params, keys, None if indices[0] is None else indices), writes)
+
+    def closed(self) -> list[Write]:
+        """The writes as one, but for rounding: each weighs what later decays leave of it.
+
+        Raises:
+            NotScriptedError: one has an estimate, which is no sum.
+        """
+        left, total = 1.0, dict[int, float]()
+        for write in reversed(self.writes):
+            if write.rule != "none":
+                raise NotScriptedError
+            for draw, coefficient in zip(write.draws, write.coefficients, strict=True):
+                total[draw] = total.get(draw, 0.0) + left * coefficient
+            left *= write.decay
+        total = {draw: total[draw] for draw in sorted(total) if total[draw]}
+        if not total and left == 1.0:
+            return []
+        return [Write(tuple(total), tuple(total.values()), left)]
+
+
+class Script(Passes):
+    """A queue that keeps what is put there: for each stand-in, writes in order."""
+
+    def __init__(self, kinds: Sequence[Kind]) -> None:
+        super().__init__()
+        self._kinds = {id(kind.stand_in): kind for kind in kinds}
+
+    def takes(self, theta: Tensor) -> bool:
+        """All."""
+        return True
+
+    def put(
+        self,
+        operation: str,
+        theta: Tensor,
+        key: NoiseKey,
+        progress: Progress,
+        *,
+        indices: Tensor | None = None,
+        beside: Mapping[str, Tensor] | None = None,
+        **options: Any,
+    ) -> bool:
+        """Keep the operation as a `Write`."""
+        if beside or operation not in _WRITES:
+            raise NotScriptedError
+        if not progress.done:
+            self._kinds[id(theta)].writes.append(_WRITES[operation](**options))
+            progress.finish()
+        return True
+
+    def made_apart(self) -> None:
+        """Refuse what no queue can keep."""
+        raise NotScriptedError
+
+    def make(self) -> None:
+        """Nothing yet."""
+
+    def clear(self) -> None:
+        """Nothing: what was put is made, however often it was asked for."""
+
+
+def _rounded_by(rounding: str, draw: int) -> int | None:
+    return draw if rounding == "stochastic" else None
+
+
+def _apply(
+    *, coefficients: Sequence[float], draws: Sequence[int], decay: float, rounding: str
+) -> Write:
+    last = draws[-1] if draws else 0  # without draws it rounds to nearest
+    return Write(tuple(draws), tuple(coefficients), decay, _rounded_by(rounding, last))
+
+
+def _descend(
+    *,
+    coefficients: Sequence[float],
+    gradients: Sequence[float],
+    draws: Sequence[int],
+    shape: Shape,
+    rule: Rule,
+    decay: float,
+    rounding: str,
+    rounding_draw: int,
+) -> Write:
+    """Each sum has the draws that are its own: to add a zero would change the sign of one."""
+    if shape.kind != "plain" or rule.kind != "sign":
+        raise NotScriptedError
+    [step_size] = rule.numbers
+    own = {d: c for d, c in zip(draws, coefficients, strict=True) if c}
+    estimate = {d: g for d, g in zip(draws, gradients, strict=True) if g}
+    return Write(
+        tuple(own),
+        tuple(own.values()),
+        decay,
+        _rounded_by(rounding, rounding_draw),
+        "sign",
+        tuple(estimate),
+        tuple(estimate.values()),
+        step_size=step_size,
+    )
+
+
+def _adam_window(
+    *,
+    coefficients: Sequence[float],
+    gradients: Sequence[float],
+    first: Sequence[float],
+    second: Sequence[float],
+    closes: Sequence[bool],
+    draws: Sequence[int],
+    eps: float,
+    step_size: float,
+    decay: float,
+    rounding: str,
+) -> Write:
+    draws = tuple(draws)
+    return Write(
+        draws,
+        tuple(coefficients),
+        decay,
+        _rounded_by(rounding, draws[-1]),
+        "adam",
+        draws,
+        tuple(gradients),
+        tuple(first),
+        tuple(second),
+        tuple(map(bool, closes)),
+        step_size,
+        eps,
+    )
+
+
+_WRITES: dict[str, Callable[..., Write]] = {
+    "apply": _apply,
+    "descend": _descend,
+    "adam_window": _adam_window,
+}
+
+
+class Scripted:
+    """An optimizer's stand-in: it takes the steps, and the optimizer's weights follow later.
+
+    Args:
+        optimizer: whose steps are to be taken, with nothing pending.
+
+    Raises:
+        NotScriptedError: its parameters have state, or directions that are not the noise itself.
+
+    Attributes:
+        stand_in: an optimizer of its class over one element of each kind.
+        kinds: see `Kind`.
+    """
+
+    def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
+        if not optimizer.scripted:
+            raise NotScriptedError
+        self._optimizer = optimizer
+        kinds: dict[Any, Kind] = {}
+        groups: list[dict[str, Any]] = [{"params": [], "names": []} for _ in optimizer.param_groups]
+        for number, group, param, name in named_params(optimizer.param_groups):
+            if not param.numel():
+                continue
+            block = block_of(group.get("blocks"), number, name)
+            place = (number, block, param.dtype, param.requires_grad)
+            if place not in kinds:
+                own = torch.nn.Parameter(torch.zeros(1, dtype=param.dtype), param.requires_grad)
+                kinds[place] = Kind(own)
+                groups[number]["params"].append(own)
+                groups[number]["names"].append(name)
+            if param.requires_grad:
+                direction = self._direction(param, group, name)
+                if direction is not None:
+                    kinds[place].params.append((param, direction))
+        if not all(group["params"] for group in groups):
+            raise NotScriptedError
+        self.kinds = list(kinds.values())
+        self.stand_in = self._stand_in(groups)
+        script = Script(self.kinds)
+        self.stand_in._queue = lambda: script
+
+    def _direction(self, param: Tensor, group: Any, name: str | int) -> Noise | None:
+        """The parameter's direction, or None if it does not take part."""
+        optimizer = self._optimizer
+        if optimizer.declared_state(param, group):
+            raise NotScriptedError
+        virtual = optimizer._virtual(param, group)
+        direction = optimizer._direction(param, group, stream(name), virtual=virtual)
+        if direction is not None and type(direction) not in (Noise, Indexed):
+            raise NotScriptedError
+        assert direction is None or isinstance(direction, Noise)
+        return direction
+
+    def _stand_in(self, groups: list[dict[str, Any]]) -> ZerothOrderOptimizer:
+        named = [
+            list(zip(group["names"], group["params"], strict=True))
+            if "param_names" in own
+            else group["params"]
+            for group, own in zip(groups, self._optimizer.param_groups, strict=True)
+        ]
+        cls: Callable[..., ZerothOrderOptimizer] = type(self._optimizer)
+        stand_in = cls([{"params": params} for params in named])
+        for group, own in zip(stand_in.param_groups, self._optimizer.param_groups, strict=True):
+            group.update({key: value for key, value in own.items() if key not in _THEIRS})
+            if isinstance(own.get("mask"), str):
+                group["mask"] = own["mask"]
+        for name in _COUNTED:
+            setattr(stand_in, name, getattr(self._optimizer, name))
+        return stand_in
+
+    def settled(self, *, exact: bool) -> list[tuple[Kind, list[Write]]]:
+        """Bring the optimizer, but for its weights, to where the stand-in is, after a step.
+
+        Args:
+            exact: each write of the run, or all as one.
+
+        Returns:
+            What is to be made of the weights.
+
+        Raises:
+            NotScriptedError: the writes cannot be made as one.
+        """
+        made = [(kind, list(kind.writes) if exact else kind.closed()) for kind in self.kinds]
+        for kind in self.kinds:
+            kind.writes.clear()
+        for group, own in zip(
+            self.stand_in.param_groups, self._optimizer.param_groups, strict=True
+        ):
+            own.update({key: value for key, value in group.items() if key not in _THEIRS})
+        for name in _COUNTED:
+            setattr(self._optimizer, name, getattr(self.stand_in, name))
+        return made
+
+
+#: Of an optimizer, what a run changes besides its groups, its weights and their state.
+_COUNTED = ("last_step", "skipped_probes", "_judged", "_coarse")
