@@ -202,7 +202,6 @@ def write_each(theta: Tensor, script: Script, key: NoiseKey) -> None:
     """Each write of the script in turn, on theta (n,); see `Write`."""
     for part in _chunks(theta.numel()):
         made: dict[int, MaskedNoise] = {}
-        count = part.stop - part.start
         for write in script.writes:
             draws = {*write.draws, *write.estimate_draws}
             made = {draw: made[draw] for draw in made if draw in draws}
