@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -257,6 +258,32 @@ def test_a_compiled_caller_gets_the_bits_of_an_eager_one(row: Row) -> None:
 
 
 CLASSES = list({row.cls: row for row in reversed(ROWS)}.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("row", CLASSES, ids=str)
+def test_a_loss_of_16_bits_is_warned_of_once(row: Row, dtype: torch.dtype) -> None:
+    """Around 3 its spacing is 2e-3 at least, and a perturbation changes it by some 1e-6. A slope
+    is no difference of two losses."""
+    scale = "sigma" if row.cls is zoopt.EvolutionStrategy else "zo_eps"
+    options = {} if row.cls is zoopt.ForwardGrad else {scale: 1e-5}
+    ways: list[Any] = [lambda optimizer, closure: optimizer.step(closure)]
+    if row.cls is not zoopt.ZOConservativeSGD:
+        ways.append(lambda optimizer, closure: optimizer.probe(closure))
+    for way in ways:
+        model = mlp()
+        optimizer, loss = row.build(model, **options), closure_of(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                way(optimizer, lambda loss=loss: (3.0 + 0.01 * loss()).to(dtype))
+        if row.cls is zoopt.ForwardGrad:
+            assert not any("16 bits" in str(warning.message) for warning in caught)
+            continue
+        [warning] = caught
+        assert "has only 16 bits" in str(warning.message)
+        assert f"or raise {scale}" in str(warning.message)
+        assert warning.filename == __file__
 
 
 class WithNothing(nn.Module):

@@ -430,3 +430,44 @@ def test_a_discrete_fitness_is_learned(rank: int | None) -> None:
     for _ in range(80):
         optimizer.step(accuracy)
     assert accuracy() > 0.95
+
+
+def narrow(model: nn.Module, members: int | None = None) -> Callable[[], Any]:
+    """Fitnesses around 3 in bfloat16, whose spacing hides what a perturbation changes."""
+    x = torch.ones(members or 1, 6)
+
+    def fitness() -> Any:
+        values = 3.0 + 1e-4 * model(x).sum(1)
+        return (values if members else values.sum()).bfloat16()
+
+    return fitness
+
+
+PARTS: dict[str, Callable[[zoopt.EvolutionStrategy, nn.Module], Any]] = {
+    "evaluate": lambda opt, model: opt.evaluate(narrow(model)),
+    "batched": lambda opt, model: opt.evaluate_batched(narrow(model, 8)),
+    "one by one": lambda opt, model: opt.update(
+        {i: f for j in range(8) for i, f in opt.evaluate(narrow(model), [j]).items()}
+    ),
+    "tensor": lambda opt, model: opt.update(torch.full((8,), 3.0, dtype=torch.bfloat16)),
+    "tensors": lambda opt, model: opt.update(list(torch.full((8,), 3.0, dtype=torch.float16))),
+    "numpy": lambda opt, model: opt.update(list(np.full(8, 3.0, dtype=np.float16))),
+}
+
+
+@pytest.mark.parametrize("way", PARTS)
+def test_fitnesses_of_16_bits_are_warned_of_however_they_come(way: str) -> None:
+    model = mlp()
+    optimizer = zoopt.EvolutionStrategy(
+        model.named_parameters(), population_size=8, rank=1, sigma=1e-3, seed=1
+    )
+    with pytest.warns(UserWarning, match="compute the fitness in float32.*raise sigma") as caught:
+        PARTS[way](optimizer, model)
+    assert [warning.filename for warning in caught] == [__file__]
+    PARTS[way](optimizer, model)
+
+
+def test_fitnesses_of_16_bits_that_differ_are_not_warned_of() -> None:
+    optimizer = zoopt.EvolutionStrategy(mlp().parameters(), population_size=8, seed=1)
+    for values in (torch.arange(8.0).bfloat16(), torch.zeros(8, dtype=torch.bfloat16), [3.0] * 8):
+        optimizer.update(values)

@@ -83,8 +83,10 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 
 def closure_of(model: nn.Module, dtype: torch.dtype = torch.float64) -> Callable[[], Tensor]:
+    """The loss in float32 at least: of bfloat16 it would be mostly rounding."""
     x, y = data(dtype)
-    return lambda: (model(x) - y).square().mean()
+    wide = torch.promote_types(dtype, torch.float32)
+    return lambda: (model(x) - y).to(wide).square().mean()
 
 
 def bits(tensors: Any) -> list[Tensor]:
@@ -899,3 +901,15 @@ def test_a_damaged_checkpoint_changes_neither_half(half: str) -> None:
     optimizer.step()
     assert other.step() is None
     assert optimizer.zeroth_order.last_step.step == 3
+
+
+def test_a_loss_of_16_bits_is_warned_of_once() -> None:
+    """Half the graph is the closure's own: its dtype has to reach the probe."""
+    model = mlp(torch.float32)
+    optimizer = hybrid(model, zo_eps=1e-5)
+    loss = closure_of(model, torch.float32)
+    for call in (optimizer.step, optimizer.probe):
+        optimizer.zeroth_order._judged = optimizer.zeroth_order._coarse = 0
+        with pytest.warns(UserWarning, match="compute the loss in float32") as caught:
+            call(lambda: (3.0 + 0.01 * loss()).bfloat16())
+        assert len(caught) == 1

@@ -463,6 +463,20 @@ def test_a_failing_loss_leaves_trainer_and_weights_as_they_were(tmp_path: Path) 
     assert trainer.accelerator.backward.__func__ is accelerate.Accelerator.backward
 
 
+class Narrow(Means):
+    """Its loss is around 3, in bfloat16."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": (3.0 + 0.01 * self.squares(input_ids, labels).mean()).bfloat16()}
+
+
+def test_a_loss_of_16_bits_is_warned_of_once(tmp_path: Path) -> None:
+    trainer = build(Narrow(), tmp_path, (zoopt.MeZO, {**MEZO, "zo_eps": 1e-5}))
+    with pytest.warns(UserWarning, match="compute the loss in float32") as caught:
+        trainer.train()
+    assert len([each for each in caught if "16 bits" in str(each.message)]) == 1
+
+
 def test_refuses_to_let_the_loss_rise(tmp_path: Path) -> None:
     model = opt()
     before = bits(model)

@@ -32,6 +32,7 @@ from zoopt.zeroth_order.engine.population import (
     GenerationRecord,
     Population,
     Shaping,
+    fitness_eps,
     fitness_values,
     shaped,
 )
@@ -122,10 +123,12 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         >>> mean_reward = opt.step(lambda: reward(model))
     """
 
-    _names = ProbeNames("sigma", "population_size", ("shaping", "antithetic"))
+    _names = ProbeNames("sigma", "population_size", ("shaping", "antithetic"), "fitness")
 
     #: Batch sizes whose layout `evaluate_batched` has verified.
     _verified: frozenset[int] = frozenset()
+    #: The relative spacing of fitnesses that have been evaluated one by one.
+    _spacing = 0.0
 
     recordable = False
 
@@ -184,6 +187,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         except BaseException:
             self._undo(perturbation)
             raise
+        self._note_spacing(evaluation.rng.eps, fitness)
         return dict(zip(chosen, fitness, strict=True))
 
     @opaque
@@ -226,7 +230,8 @@ class EvolutionStrategy(ZerothOrderOptimizer):
             return {}
         batch = MemberBatch([population.place(i) for i in chosen], examples)
         verify = verify and batch.rows not in self._verified
-        values = evaluate_batch(evaluate, population.sites, batch, verify=verify)
+        values, eps = evaluate_batch(evaluate, population.sites, batch, verify=verify)
+        self._note_spacing(eps, values)
         if verify:
             self._verified |= {batch.rows}
         return dict(zip(chosen, values, strict=True))
@@ -251,10 +256,22 @@ class EvolutionStrategy(ZerothOrderOptimizer):
                 "call step() instead"
             )
         values = fitness_values(fitness, self.param_groups[0]["population_size"])
+        eps = max(self._spacing, fitness_eps(fitness))
         population = self._population()
         population.add([Outcome((value,), value) for value in values])
         self._take(population, None)
+        self._spacing = 0.0
+        self._warn_of_narrow(eps, [values])
         return mean_loss(population.losses)
+
+    def _note_spacing(self, eps: float, fitness: Sequence[float]) -> None:
+        """Judge fitnesses of 16 bits; a single one waits for the rest of the population."""
+        if len(fitness) < 2:
+            self._spacing = max(self._spacing, eps)
+        self._warn_of_narrow(eps, [fitness])
+
+    def _compared(self, outcomes: Sequence[Outcome]) -> Iterable[Sequence[float]]:
+        return [[outcome.delta for outcome in outcomes]]
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """None."""

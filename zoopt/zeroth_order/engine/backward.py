@@ -40,8 +40,8 @@ class LateGradients:
             param.grad = grad
         return before
 
-    def loss(self) -> float:
-        """The loss at the parameters' present values; adds its gradient."""
+    def loss(self) -> Any:
+        """What the closure returns at the parameters' present values; adds its gradient."""
         self._calls += 1
         try:
             for param in self._early:
@@ -54,7 +54,7 @@ class LateGradients:
         finally:
             for param in self._early:
                 param.requires_grad_(True)
-        return value
+        return loss.detach() if isinstance(loss, Tensor) else loss
 
     def _backward(self, loss: Any) -> None:
         ready = isinstance(loss, Tensor) and loss.requires_grad

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         """Add the losses along the directions; parameters perturbed in place are left where the
         last one was evaluated."""
         outcomes = [self._usable(each) for each in self._evaluate(evaluation, pending)]
-        self._warn_of_narrow(evaluation.spacing, outcomes)
+        self._warn_of_narrow(evaluation.rng.eps, self._compared(outcomes))
         pending.add(outcomes)
         return mean_loss([outcome.losses for outcome in outcomes])
 
@@ -230,22 +230,35 @@ class ZerothOrderOptimizer(ZerothOrderJob):
                 return dataclasses.replace(outcome, delta=math.nan)
         return outcome
 
-    def _warn_of_narrow(self, spacing: float, outcomes: Sequence[Outcome]) -> None:
-        """Warn of losses of 16 bits that do not differ, or twice hardly: once, early in the run."""
-        for outcome in outcomes:
-            if not spacing or len(outcome.losses) < 2 or self._judged >= _JUDGED:
-                return
-            spread = max(outcome.losses) - min(outcome.losses)
+    def _compared(self, outcomes: Sequence[Outcome]) -> Iterable[Sequence[float]]:
+        """The losses whose differences the estimate is made of."""
+        return [outcome.losses for outcome in outcomes]
+
+    def _warn_of_narrow(self, eps: float, compared: Iterable[Sequence[float]]) -> None:
+        """Warn of losses of 16 bits that do not differ, or twice hardly: once, early in the run.
+
+        Args:
+            eps: the relative spacing of such numbers, or 0 for wider ones.
+            compared: the losses, those together whose differences count.
+        """
+        for losses in compared if eps else ():
+            finite = [loss for loss in losses if math.isfinite(loss)]
+            spacing = eps * max(map(abs, finite), default=0.0)
+            if len(finite) < 2 or not spacing or self._judged >= _JUDGED:
+                continue
+            spread = max(finite) - min(finite)
             self._judged += 1
             self._coarse += (spread <= 2.0 * spacing) + (spread == 0.0)
             if self._coarse >= 2:
                 self._judged = _JUDGED
+                name = self._names.value
                 warn(
-                    f"the closure returned losses of 16 bits, which differ by {spread:.1g} where "
-                    f"such numbers lie {spacing:.1g} apart: the estimate will be mostly rounding; "
-                    f"compute the loss in float32, from logits.float() say, and return it as it is "
-                    f"(loss.float() at the least), or raise {self._names.scale}"
+                    f"the {name} has only 16 bits, and two differ by {spread:.1g} where such "
+                    f"numbers lie {spacing:.1g} apart: the estimate will be mostly rounding; "
+                    f"compute the {name} in float32, from logits.float() say, and return it as it "
+                    f"is ({name}.float() at the least), or raise {self._names.scale}"
                 )
+                return
 
     def _refuse_gradients(self) -> None:
         """Raise if a parameter has a gradient, unless a checkpoint only asks for state."""

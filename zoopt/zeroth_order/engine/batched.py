@@ -23,7 +23,7 @@ from torch.nn import functional
 from zoopt.zeroth_order.engine.closure import Closure, PinnedRNG
 from zoopt.zeroth_order.engine.members import MemberBatch, MemberDirections
 from zoopt.zeroth_order.engine.perturbation import Perturbation, Site
-from zoopt.zeroth_order.engine.population import fitness_values
+from zoopt.zeroth_order.engine.population import fitness_eps, fitness_values
 from zoopt.zeroth_order.engine.product import operands_of
 from zoopt.zeroth_order.engine.virtual import Interception
 
@@ -212,8 +212,9 @@ class MixedMembersError(RuntimeError):
 
 def evaluate_batch(
     evaluate: Closure, sites: Sequence[Site], batch: MemberBatch, *, verify: bool
-) -> list[float]:
-    """The fitnesses of a batch's members, in their order; see `EvolutionStrategy`."""
+) -> tuple[list[float], float]:
+    """The fitnesses of a batch's members, in their order, and their relative spacing if they have
+    16 bits, otherwise 0; see `EvolutionStrategy`."""
     for site in sites:
         if site.group["rank"] is None:
             raise ValueError(
@@ -224,7 +225,7 @@ def evaluate_batch(
     perturbation = Perturbation([dataclasses.replace(site, virtual=True) for site in sites])
     rng = PinnedRNG(site.param.device for site in sites)
 
-    def run(*, poisoned: bool) -> list[float]:
+    def run(*, poisoned: bool) -> tuple[list[float], float]:
         results: list[Any] = []
 
         def closure() -> float:
@@ -233,12 +234,12 @@ def evaluate_batch(
 
         with perturbation.intercepted(Members(sites, batch, poisoned=poisoned)):
             rng.evaluate(closure)
-        return _fitnesses(results[0], batch.members)
+        return _fitnesses(results[0], batch.members), fitness_eps(results[0])
 
-    fitness = run(poisoned=False)
+    fitness, eps = run(poisoned=False)
     if verify and batch.members > 1:
         try:
-            poisoned = run(poisoned=True)
+            poisoned, _ = run(poisoned=True)
         except MixedMembersError:
             raise
         except Exception as error:
@@ -249,7 +250,7 @@ def evaluate_batch(
         reached = [math.isnan(p) and p != f for p, f in zip(poisoned, fitness, strict=True)]
         if any(reached[1:]):
             raise MixedMembersError("the fitness")
-    return fitness
+    return fitness, eps
 
 
 def _fitnesses(result: Any, members: int) -> list[float]:

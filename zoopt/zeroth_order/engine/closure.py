@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -79,6 +80,14 @@ def loss_of(result: Any) -> Loss:
     )
 
 
+def narrow_eps(value: Any) -> float:
+    """The relative spacing of numbers like this one, where it has 16 bits; otherwise 0."""
+    if isinstance(value, np.float16):
+        return float(np.finfo(np.float16).eps)
+    narrow = isinstance(value, Tensor) and value.dtype in NARROW
+    return torch.finfo(value.dtype).eps if narrow else 0.0
+
+
 class RecordedLosses:
     """A closure that returns losses which were measured before, one after the other.
 
@@ -132,7 +141,7 @@ class PinnedRNG:
             self._generators.clear()
         self._before = self._get()
         self._after: list[Any] | None = None
-        #: The relative spacing of numbers like the last loss, where it was of 16 bits; otherwise 0.
+        #: The relative spacing of numbers like the losses, where one was of 16 bits; otherwise 0.
         self.eps = 0.0
 
     # A mode that is active, of fake tensors say, would make tensors of its own of the states.
@@ -168,6 +177,5 @@ class PinnedRNG:
         else:
             self._set(self._after)
         loss = loss_of(result)
-        narrow = isinstance(result, Tensor) and result.dtype in NARROW
-        self.eps = torch.finfo(result.dtype).eps if narrow else 0.0
+        self.eps = max(self.eps, narrow_eps(result))
         return loss

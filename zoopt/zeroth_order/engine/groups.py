@@ -40,11 +40,13 @@ class ProbeNames:
         scale: how far from theta the loss is evaluated.
         count: in how many directions.
         run: keys that are the same in every group, besides `count` and those of every class.
+        value: what the closure returns, to the user.
     """
 
     scale: str = "zo_eps"
     count: str = "num_probes"
     run: tuple[str, ...] = ()
+    value: str = "loss"
 
     @property
     def shared(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from zoopt.zeroth_order.engine.closure import narrow_eps
 from zoopt.zeroth_order.engine.probe import Outcome, PendingProbe, StepRecord
 
 Shaping = Literal["zscore", "rank", "pair-sign"]
@@ -180,6 +181,14 @@ def fitness_values(fitness: Mapping[int, Any] | Sequence[Any] | Tensor, size: in
             f"{' and '.join(wrong)}; gather what all the calls of evaluate returned"
         )
     return [_number(values[i], i) for i in range(size)]
+
+
+def fitness_eps(fitness: Any) -> float:
+    """The relative spacing of fitnesses of which some have 16 bits; otherwise 0."""
+    if isinstance(fitness, Tensor):
+        return narrow_eps(fitness)
+    values = fitness.values() if isinstance(fitness, Mapping) else fitness
+    return max(map(narrow_eps, values), default=0.0)
 
 
 def _number(value: Any, member: int) -> float:

@@ -140,8 +140,6 @@ class Evaluation:
         self.verify = verify
         devices = (site.param.device for site in perturbation.sites)
         self.rng = PinnedRNG(devices, draws=perturbation.evaluated)
-        #: The spacing of numbers around the last loss, where it was of 16 bits; otherwise 0.
-        self.spacing = 0.0
         self._without_grad = [param for param in params if param.grad is None]
         self._checked = False
 
@@ -151,10 +149,7 @@ class Evaluation:
 
     def read(self, losses: Sequence[Loss]) -> list[float]:
         """Losses as floats; a device that some are still on is waited for once."""
-        values = loss_values(losses)
-        if values:
-            self.spacing = self.rng.eps * abs(values[-1])
-        return values
+        return loss_values(losses)
 
     def queue(self, displacement: Displacement) -> Loss:
         """The loss at theta plus the displacement, which may still be on its device."""
