@@ -19,6 +19,8 @@ from zoopt.kernels.operands import (
     check_values,
     contiguous,
     dense,
+    is_row_major,
+    settled,
 )
 
 
@@ -54,6 +56,9 @@ class Batch:
         self.indices = None if indices is None else tuple(indices)
         self._checked: list[tuple[int, int, bool, torch.dtype, torch.device]] | None = None
         self._row_major = False
+        alone = len(self.tensors) == len(self.keys) == 1 and indices is None
+        if alone and self._takes(self.tensors[0]):
+            return
         if not self.tensors or len(self.tensors) != len(self.keys):
             raise ValueError(
                 f"a batch must have at least one tensor, and a key for each, got "
@@ -73,6 +78,13 @@ class Batch:
         self.check()
         if self.indices is not None:
             self._check_indices(self.indices)
+
+    def _takes(self, tensor: Tensor) -> bool:
+        """Whether the only tensor is one that `check` would find nothing to say about."""
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+            return False
+        self._row_major = settled(tensor) != 0
+        return self._row_major
 
     @property
     def key(self) -> NoiseKey:
@@ -116,14 +128,16 @@ class Batch:
             raise
         if places is not None and places == self._checked:
             return
-        self._check_each(name)
-        if places is not None:
+        dtype, device = self.dtype, self.device
+        alike = dtype in DTYPES and all(t.dtype == dtype for t in self.tensors)
+        if alike and all(settled(t) and t.device == device for t in self.tensors):
+            self._row_major = True
+        else:
+            self._check_each(name)
+            self._row_major = all(is_row_major(tensor) for tensor in self.tensors)
+        if places is not None and len(places) > 1:
             _check_apart(name, self.tensors)
         self._checked = places
-        self._row_major = all(
-            tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
-            for tensor in self.tensors
-        )
 
     def _check_each(self, name: str) -> None:
         for tensor in self.tensors:
@@ -171,12 +185,12 @@ class Batch:
             return self
         return Batch([dense(tensor) for tensor in self.tensors], self.keys, self.indices)
 
-    @contextlib.contextmanager
-    def contiguous(self) -> Iterator[Batch]:
+    def contiguous(self) -> contextlib.AbstractContextManager[Batch]:
         """The batch in row-major memory: itself, or with copies that go back on leaving."""
-        if self._row_major:
-            yield self
-            return
+        return contextlib.nullcontext(self) if self._row_major else self._copies()
+
+    @contextlib.contextmanager
+    def _copies(self) -> Iterator[Batch]:
         with contextlib.ExitStack() as stack:
             values = [stack.enter_context(contiguous(tensor)) for tensor in self.tensors]
             yield Batch(values, self.keys, self.indices)

@@ -121,6 +121,6 @@ def _best(theta: Tensor) -> Impl:
     if theta.dtype != torch.float64:
         if theta.is_cuda and _installed("triton"):
             return "triton"
-        if theta.device.type == "cpu" and _installed("numba"):
+        if theta.is_cpu and _installed("numba"):
             return "numba"
     return "reference"

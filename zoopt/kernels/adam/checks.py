@@ -99,7 +99,10 @@ def check_moments(batch: Batch, moments: Sequence[Moment], *, signed: bool, name
 
 def check_format(moments: Sequence[Moment]) -> None:
     """Raise unless all moments have one format."""
-    form, dtype = moments[0].format, moments[0].codes.dtype
+    dtype = moments[0].codes.dtype
+    if all(moment.scale is None and moment.codes.dtype == dtype for moment in moments):
+        return
+    form = moments[0].format
     for moment in moments:
         if moment.format != form or moment.accumulator != moments[0].accumulator:
             raise ValueError(

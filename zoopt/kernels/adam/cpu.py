@@ -19,6 +19,8 @@ from zoopt.kernels.operands import address
 from zoopt.kernels.runtime.intrinsics import f32
 from zoopt.kernels.runtime.spread import Memory
 
+#: Operands are read by their addresses alone, in whatever shape they are contiguous.
+SHAPELESS = True
 #: The dtypes of values and codes.
 _DTYPES = (*_KINDS, torch.int8, torch.uint8)
 _BYTE = np.uint8(0)

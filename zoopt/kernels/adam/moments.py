@@ -28,7 +28,7 @@ from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.reference import round_nearest
-from zoopt.kernels.operands import check_values
+from zoopt.kernels.operands import check_values, settled
 
 #: How moments are stored.
 Format = Literal["float32", "bfloat16", "int8", "int4"]
@@ -66,8 +66,12 @@ class Moment:
     signed: bool
 
     def __post_init__(self) -> None:
-        for name, tensor in (("codes", self.codes), ("scale", self.scale)):
-            if tensor is not None:
+        codes = self.codes
+        plain = self.scale is None and settled(codes)
+        if plain and codes.dtype in _VALUES and codes.numel() == self.numel:
+            return  # what a step makes of each parameter's state
+        for name, tensor in (("codes", codes), ("scale", self.scale)):
+            if tensor is not None and not settled(tensor):
                 check_values(name, tensor)
                 if not tensor.is_contiguous() or tensor.is_neg():
                     raise ValueError("codes and scale must be contiguous; pass clones of them")

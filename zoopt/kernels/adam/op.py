@@ -6,6 +6,7 @@ is one launch, elsewhere a loop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, overload
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_betas, check_number
-from zoopt.dtypes import accumulator_dtype, scalars
+from zoopt.dtypes import DTYPES, accumulator_dtype, scalars
 from zoopt.kernels import dispatch
 from zoopt.kernels.adam.checks import (
     check_format,
@@ -32,7 +33,7 @@ from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.reference import Numbers
 from zoopt.kernels.batch import Batch, as_batch
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
-from zoopt.kernels.operands import apart, check_apart, check_read, dense
+from zoopt.kernels.operands import apart, check_apart, check_read, dense, flat, undisturbed
 
 
 @overload
@@ -151,7 +152,8 @@ def _adam_each(
             # The gradient may be exactly a tensor that is written, but not overlap one otherwise.
             g = apart(gradient, out, *memories(first), *memories(second), same=True)
             values, move = numbers
-            backend.adam(g.view(-1), first, second, out.detach().view(-1), values, key, move, own)
+            target = flat(out, backend)
+            backend.adam(flat(g, backend), first, second, target, values, key, move, own)
         if norms is not None and own is not None and own is not norms:
             norms[:, start : start + len(gradient)] = own
             start += len(gradient)
@@ -226,8 +228,12 @@ def adamw_(
     batch = as_batch(theta, key)
     gradients = each("gradient", gradient, batch)
     firsts, seconds = each("first", first, batch), each("second", second, batch)
+    moments = (*firsts, *seconds)
+    memory = [tensor for moment in moments for tensor in memories(moment)]
+    clear = undisturbed(*batch.tensors, *gradients, *memory)
     for own, target in zip(gradients, batch.tensors, strict=True):
-        check_read("gradient", own, target)
+        if not clear or own.device != target.device or own.dtype not in DTYPES:
+            check_read("gradient", own, target)
         if own.shape != target.shape or own.dtype != gradients[0].dtype:
             raise ValueError(
                 f"gradient must have theta's shape {tuple(target.shape)} and one dtype in a batch, "
@@ -246,20 +252,23 @@ def adamw_(
         gradients = [own.to(firsts[0].accumulator) for own in gradients]
     draws = (moment_draw, rounding_draw)
     with batch.contiguous() as dense_batch:
-        written = {**stored("first", firsts), **stored("second", seconds)}
-        check_apart(theta=dense_batch.tensors, **written)
-        places = zip(gradients, dense_batch.tensors, firsts, seconds, strict=True)
-        values = [
-            apart(dense(g), own, *memories(m), *memories(v), same=True) for g, own, m, v in places
-        ]
+        values = gradients
+        if not clear:
+            written = {**stored("first", firsts), **stored("second", seconds)}
+            check_apart(theta=dense_batch.tensors, **written)
+            places = zip(gradients, dense_batch.tensors, firsts, seconds, strict=True)
+            values = [
+                apart(dense(g), own, *memories(m), *memories(v), same=True)
+                for g, own, m, v in places
+            ]
         if takes_batches(backend):
             backend.adamw(dense_batch, values, firsts, seconds, decay, numbers, *draws)
             return theta
         operands = zip(dense_batch.tensors, values, firsts, seconds, dense_batch.keys, strict=True)
         for own, g, m, v, own_key in operands:
             if own.numel():
-                flat, g = own.detach().view(-1), g.view(-1)
-                backend.adamw(flat, g, m, v, decay, numbers, own_key, *draws)
+                target, g = flat(own, backend), flat(g, backend)
+                backend.adamw(target, g, m, v, decay, numbers, own_key, *draws)
     return theta
 
 
@@ -273,10 +282,12 @@ def _numbers(
 ) -> Numbers:
     """Check the numbers, and round them to the accumulator's dtype."""
     check_format([*firsts, *seconds])
-    check_betas(betas)
-    check_number("eps", eps, low=0.0)
+    beta1, beta2 = betas
+    floats = type(beta1) is type(beta2) is type(eps) is float
+    if not (floats and 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= eps < math.inf):
+        check_betas(betas)
+        check_number("eps", eps, low=0.0)
     if moment_draw is not None:
         check_unsigned("moment_draw", moment_draw, 32)
-    beta1, beta2 = betas
     numbers = [beta1, beta2, 1.0 - beta1, 1.0 - beta2, scale, eps]
     return Numbers(*scalars(numbers, firsts[0].accumulator))

@@ -24,7 +24,7 @@ from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.reference import Average
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
-from zoopt.kernels.operands import apart, check_apart
+from zoopt.kernels.operands import apart, check_apart, flat
 
 
 @overload
@@ -104,7 +104,7 @@ def average_(
         return outs if isinstance(gradient, Batch) else outs[0]
     for own, average, target, own_key in zip(batch.tensors, moments, outs, batch.keys, strict=True):
         if own.numel():
-            g = apart(own, target, *memories(average), same=True).view(-1)
-            flat = target.detach().view(-1)
-            backend.average(g, average, flat, numbers, signs, moment_draw, own_key)
+            g = flat(apart(own, target, *memories(average), same=True), backend)
+            written = flat(target, backend)
+            backend.average(g, average, written, numbers, signs, moment_draw, own_key)
     return outs if isinstance(gradient, Batch) else outs[0]

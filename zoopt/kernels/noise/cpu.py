@@ -27,6 +27,8 @@ from zoopt.kernels.runtime.convert import BFLOAT16, FLOAT16, FLOAT32
 from zoopt.kernels.runtime.intrinsics import f32, u16, u32
 from zoopt.kernels.runtime.spread import Memory
 
+#: Operands are read by their addresses alone, in whatever shape they are contiguous.
+SHAPELESS = True
 #: Below this many elements a thread costs more than it saves.
 MIN_PER_THREAD = 1 << 15
 
@@ -77,12 +79,13 @@ def weighted_sum(
     key: NoiseKey,
 ) -> None:
     """See reference.weighted_sum."""
+    memory = _memory(theta)
     _parallel(
         cpu_kernels.weighted_sum,
-        theta.numel(),
+        memory[1],
         TILE,
-        _memory(theta),
-        _memory(out),
+        memory,
+        memory if out is theta else _memory(out),
         None if addend is None else _floats(addend),
         _KINDS[theta.dtype],
         np.array(coefficients, np.float32),

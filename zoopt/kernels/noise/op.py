@@ -7,7 +7,7 @@ tensor and its key, which are a batch of one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, overload
 
@@ -18,7 +18,7 @@ from zoopt.dtypes import scalars
 from zoopt.kernels import dispatch
 from zoopt.kernels.batch import Batch, as_batch
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
-from zoopt.kernels.operands import check_like, check_tensor, contiguous
+from zoopt.kernels.operands import check_like, check_tensor, contiguous, flat
 
 
 @overload
@@ -126,18 +126,36 @@ def run(
         function(batch, *beside, *numbers)
         return
     for i, (tensor, key) in enumerate(zip(batch.tensors, batch.keys, strict=True)):
-        if not batch.counts[i]:
-            continue
-        theta = flat = tensor.detach().view(-1)
         if batch.indices is not None:
-            theta = flat[batch.indices[i]]
-        others = [
-            theta if own is batch.tensors else None if own is None else own[i].detach().view(-1)
-            for own in beside
-        ]
-        function(theta, *others, *numbers, key)
-        if batch.indices is not None:
-            flat[batch.indices[i]] = theta
+            _run_indexed(function, batch, i, beside, *numbers)
+        elif tensor.numel():
+            theta = flat(tensor, backend)
+            others = [
+                theta if own is batch.tensors else None if own is None else flat(own[i], backend)
+                for own in beside
+            ]
+            function(theta, *others, *numbers, key)
+
+
+def _run_indexed(
+    function: Callable[..., None],
+    batch: Batch,
+    i: int,
+    beside: Sequence[Sequence[Tensor] | None],
+    *numbers: Any,
+) -> None:
+    """A function on the elements at tensor i's indices: a copy, which goes back."""
+    assert batch.indices is not None
+    indices, whole = batch.indices[i], batch.tensors[i].detach().view(-1)
+    if not indices.numel():
+        return
+    theta = whole[indices]
+    others = [
+        theta if own is batch.tensors else None if own is None else own[i].detach().view(-1)
+        for own in beside
+    ]
+    function(theta, *others, *numbers, batch.keys[i])
+    whole[indices] = theta
 
 
 def perturb_rows(

@@ -15,6 +15,7 @@ from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 from zoopt.kernels.noise.op import run
 from zoopt.kernels.noise.writes import Script, Write
 
+_ROUNDINGS = get_args(Rounding)
 #: A tensor (then with a `key`), or a batch.
 Batched = TypeVar("Batched", Tensor, Batch)
 
@@ -286,8 +287,8 @@ def rounding_of(
     rounding: str, explicit: int | None, draws: Sequence[int], dtype: torch.dtype
 ) -> int | None:
     """The draw whose bits round, or None where rounding is to nearest or not needed."""
-    if rounding not in get_args(Rounding):
-        known = ", ".join(map(repr, get_args(Rounding)))
+    if rounding not in _ROUNDINGS:
+        known = ", ".join(map(repr, _ROUNDINGS))
         raise ValueError(f"rounding must be one of {known}, got {rounding!r}")
     if explicit is not None:
         check_unsigned("rounding_draw", explicit, 32)

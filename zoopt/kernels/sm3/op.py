@@ -30,6 +30,7 @@ from zoopt.kernels.operands import (
     check_tensor,
     check_unshared,
     dense,
+    detached,
 )
 
 
@@ -230,8 +231,8 @@ def _alone(
     n = column.numel()
     new_row, new_column = torch.zeros_like(row), torch.zeros_like(column)
     backend.sm3(
-        theta.detach().view(-1, n),
-        values.view(-1, n),
+        _matrix(theta, n),
+        _matrix(values, n),
         rows,
         row,
         column,
@@ -262,6 +263,12 @@ def _rows(gradient: Tensor) -> Tensor:
     return rows
 
 
+def _matrix(tensor: Tensor, n: int) -> Tensor:
+    """A contiguous tensor as a matrix of n columns: itself, where it is one."""
+    tensor = detached(tensor)
+    return tensor if tensor.dim() == 2 and tensor.shape[1] == n else tensor.view(-1, n)
+
+
 def _split(shape: tuple[int, ...]) -> int:
     """How many leading axes form the rows: the split with the fewest rows and columns together."""
     return min(
@@ -271,6 +278,8 @@ def _split(shape: tuple[int, ...]) -> int:
 
 def _bound(unbounded: Tensor, vectors: Sequence[Tensor]) -> Tensor:
     """The minimum of infinity, (1,), and vectors (a,), (b,) ... at each of a b ... positions."""
+    if len(vectors) == 1:
+        return torch.fmin(unbounded, vectors[0])
     bound = unbounded
     for vector in vectors:
         bound = torch.fmin(bound[:, None], vector).view(-1)
@@ -279,6 +288,9 @@ def _bound(unbounded: Tensor, vectors: Sequence[Tensor]) -> Tensor:
 
 def _store(accumulators: Sequence[Tensor], greatest: Tensor) -> None:
     """Each axis's vector (a,), (b,) ... <- maxima of `greatest` (a b ...,) over the other axes."""
+    if len(accumulators) == 1:
+        accumulators[0].copy_(greatest)
+        return
     greatest = greatest.view([vector.numel() for vector in accumulators])
     for axis, vector in enumerate(accumulators):
         others = [other for other in range(len(accumulators)) if other != axis]

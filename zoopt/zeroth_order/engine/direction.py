@@ -121,12 +121,16 @@ class Elementwise(Direction):
         """The shape of what moves: the parameter's own, unless few of its elements do."""
         return tuple(param.shape)
 
-    @contextlib.contextmanager
-    def elements(self, param: Tensor, progress: Progress | None = None) -> Iterator[Tensor]:
+    def elements(
+        self, param: Tensor, progress: Progress | None = None
+    ) -> contextlib.AbstractContextManager[Tensor]:
         """What moves, flat; changes made to it are the parameter's on leaving."""
         if param.is_contiguous():
-            yield param.detach().view(-1)
-            return
+            return contextlib.nullcontext(param.detach().view(-1))
+        return self._through_copy(param, progress)
+
+    @contextlib.contextmanager
+    def _through_copy(self, param: Tensor, progress: Progress | None) -> Iterator[Tensor]:
         with (progress or Progress()).dense(param) as dense:
             yield dense.view(-1)
 

@@ -166,8 +166,9 @@ class Perturbation:
                 if change:
                     self._flights[site.param] = _Flight(change, target, Progress(passes))
                     self._fly(site)
-                    flying.append(site)
-                    if not dispatch.launches(site.param):
+                    if dispatch.launches(site.param):
+                        flying.append(site)
+                    else:
                         self._arrive(site)
                 else:
                     self._offset[site.param] = target
