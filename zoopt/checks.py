@@ -84,9 +84,9 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {known}, got {shown(value)}")
 
 
-def nearest(value: Any, known: Collection[str]) -> str:
+def nearest(value: Any, known: Collection[str], likeness: float = 0.6) -> str:
     """The end of a message about an unknown name: "; did you mean 'lr'?", or nothing."""
-    found = difflib.get_close_matches(str(value).lower(), known, n=3, cutoff=0.6)
+    found = difflib.get_close_matches(str(value).lower(), known, n=3, cutoff=likeness)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from zoopt.checks import nearest, shown
+from zoopt.registry import rows
 
 #: What torch.optim.Optimizer accepts as `params`.
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
 
-#: Keys that any optimizer's groups may have besides its own: those of torch and its schedulers, a
-#: group's label, and keys that users' own schedulers write.
+#: Keys that any optimizer's groups may be given besides its own: those of torch and its schedulers,
+#: and a group's label. A scheduler of the user's own adds its keys here, or to the groups themselves.
 GROUP_KEYS = {
     *("params", "param_names"),
     *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
     *("name", "group_name", "label", "tag"),
 }
+
+#: Group keys in which classes of this package note where a run is.
+_NOTED = {
+    *("step", "draw", "noise_version", "window", "past", "updates", "exp_avg_sq", "basis_draw"),
+    "layers",
+}
+#: How like a key of the class a saved one may be, before it is taken for a slip of the pen.
+_TYPO = 0.85
 
 _UNORDERED = (set, frozenset, weakref.WeakSet)
 
@@ -35,6 +47,28 @@ def check_keys(optimizer: str, keys: Collection[Any], known: Collection[str]) ->
                 f"a param group of {optimizer} must have keys that {optimizer} knows, "
                 f"{', '.join(known)}, got {shown(key)}{nearest(key, known)}"
             )
+
+
+def check_saved_keys(optimizer: str, keys: Collection[Any], known: Collection[str]) -> None:
+    """Raise if a saved group has a key of another class, or one that is nearly the optimizer's.
+
+    Others are kept, as torch keeps them: schedulers of anyone's write to groups.
+    """
+    for key in keys:
+        if isinstance(key, str) and (key in known or key in GROUP_KEYS):
+            continue
+        if not isinstance(key, str) or key in _hyperparameters() or nearest(key, known, _TYPO):
+            check_keys(optimizer, [key], known)
+
+
+@functools.cache
+def _hyperparameters() -> frozenset[str]:
+    """What the optimizers of torch and of this package have in their groups."""
+    torchs = [cls for cls in vars(torch.optim).values() if isinstance(cls, type)]
+    classes = [cls for cls in torchs if issubclass(cls, torch.optim.Optimizer)]
+    classes += [row.cls for row in rows()]
+    names = {name for cls in classes for name in inspect.signature(cls).parameters}
+    return frozenset(names | _NOTED)
 
 
 def check_ordered(params: Any) -> None:

@@ -24,7 +24,7 @@ from zoopt.checkpoint import (
 from zoopt.checks import shown
 from zoopt.distributed.seed import SharedSeed
 from zoopt.distributed.sharding import is_sharded, sharded_as, sharded_zeros
-from zoopt.groups import Group, Params, check_keys, check_ordered, listed, plain
+from zoopt.groups import Group, Params, check_keys, check_ordered, check_saved_keys, listed, plain
 from zoopt.kernels.noise.key import check_unsigned
 from zoopt.kernels.noise.philox import NOISE_VERSION
 from zoopt.parameters import check_streams
@@ -281,7 +281,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                     f"{', '.join(map(repr, missing))}; load it into the class that saved it"
                 )
             known = [*self.defaults, *self._optional_keys]
-            check_keys(name, group.keys() - own.keys(), known)
+            check_saved_keys(name, group.keys() - own.keys(), known)
             self._check_group(group)
         self._check_run(groups)
         check_streams(groups)
