@@ -21,7 +21,7 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 Group = dict[str, Any]
 
 #: Keys that any optimizer's groups may be given besides its own: those of torch and its schedulers,
-#: and a group's label. A scheduler of the user's own adds its keys here, or to the groups themselves.
+#: and a group's label. A scheduler of the user's own adds its keys here, or to the groups.
 GROUP_KEYS = {
     *("params", "param_names"),
     *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
@@ -31,7 +31,7 @@ GROUP_KEYS = {
 #: Group keys in which classes of this package note where a run is.
 _NOTED = {
     *("step", "draw", "noise_version", "window", "past", "updates", "exp_avg_sq", "basis_draw"),
-    "layers",
+    *("layers", "matrices"),
 }
 #: How like a key of the class a saved one may be, before it is taken for a slip of the pen.
 _TYPO = 0.85
