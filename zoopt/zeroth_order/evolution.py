@@ -270,7 +270,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
             self._spacing = max(self._spacing, eps)
         self._warn_of_narrow(eps, [fitness])
 
-    def _compared(self, outcomes: Sequence[Outcome]) -> Iterable[Sequence[float]]:
+    def _differences(self, outcomes: Sequence[Outcome]) -> Iterable[Sequence[float]]:
         return [[outcome.delta for outcome in outcomes]]
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:

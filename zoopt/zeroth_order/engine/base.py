@@ -217,7 +217,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         """Add the losses along the directions; parameters perturbed in place are left where the
         last one was evaluated."""
         outcomes = [self._usable(each) for each in self._evaluate(evaluation, pending)]
-        self._warn_of_narrow(evaluation.rng.eps, self._compared(outcomes))
+        self._warn_of_narrow(evaluation.rng.eps, self._differences(outcomes))
         pending.add(outcomes)
         return mean_loss([outcome.losses for outcome in outcomes])
 
@@ -230,7 +230,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
                 return dataclasses.replace(outcome, delta=math.nan)
         return outcome
 
-    def _compared(self, outcomes: Sequence[Outcome]) -> Iterable[Sequence[float]]:
+    def _differences(self, outcomes: Sequence[Outcome]) -> Iterable[Sequence[float]]:
         """The losses whose differences the estimate is made of."""
         return [outcome.losses for outcome in outcomes]
 
