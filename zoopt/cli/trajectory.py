@@ -8,8 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from zoopt.cli import trajectory_weights
 from zoopt.cli.terminal import (
     CommandError,
     Parser,
@@ -18,22 +17,11 @@ from zoopt.cli.terminal import (
     print_table,
     write_json,
 )
-from zoopt.trajectory.format import Contents, Kind, TrajectoryError, read
+from zoopt.trajectory.format import Contents, Event, Kind, TrajectoryError, read
 
 DESCRIPTION = """\
 Read a run that optimizer.record has written: tell what it holds, check every record, or take its
 steps again on the weights that it began from. No model is evaluated for that."""
-
-
-class Weights:
-    """Tensors by name, with the method that `zoopt.replay` needs of a model."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def named_parameters(self) -> Any:
-        """Names and tensors."""
-        return self.tensors.items()
 
 
 def add_parser(subparsers: Any) -> None:
@@ -58,29 +46,18 @@ def add_parser(subparsers: Any) -> None:
         description="Check every record. The exit status is 1 if the file is damaged or cut off.",
         example="zoopt trajectory verify run.zoopt",
     )
-    replay = commands.add_parser(
-        "replay",
-        prog="zoopt trajectory replay",
-        description=(
-            "Take the steps again on the base weights, all or the first of them (so a run is taken "
-            "back to any step), and write the weights that follow, or their difference."
-        ),
-        example="zoopt trajectory replay run.zoopt --base base.safetensors --out at-500.safetensors"
-        " --until 500",
+    diff = commands.add_parser(
+        "diff",
+        prog="zoopt trajectory diff",
+        description="Print where two runs part. The exit status is 1 if they are not one run.",
+        example="zoopt trajectory diff run.zoopt other.zoopt",
     )
-    for each, function in ((info, _info), (verify, _verify), (replay, _replay)):
+    for each, function in ((info, _info), (verify, _verify), (diff, _diff)):
         each.add_argument("path", type=Path, metavar="PATH", help="the file of the run")
         each.set_defaults(func=function)
     add_json_argument(info)
-    replay.add_argument("--base", type=Path, required=True, help="the base weights, safetensors")
-    replay.add_argument("--out", type=Path, required=True, help="where the weights go")
-    replay.add_argument("--until", type=int, metavar="STEP", help="the last step to take")
-    replay.add_argument(
-        "--other-base", action="store_true", help="apply the run to other weights than its own"
-    )
-    replay.add_argument(
-        "--delta", action="store_true", help="write what the run has added, in float32"
-    )
+    diff.add_argument("other", type=Path, metavar="OTHER", help="the file of another run")
+    trajectory_weights.add_parsers(commands)
 
 
 def _contents(path: Path) -> Contents:
@@ -135,44 +112,31 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _replay(options: argparse.Namespace) -> int:
-    from zoopt.trajectory import replay
+def _diff(options: argparse.Namespace) -> int:
+    from zoopt.trajectory import diff
 
-    try:
-        from safetensors.torch import load_file, save_file
-    except ImportError:
-        raise CommandError("weights need safetensors; pip install 'zoopt-torch[demo]'") from None
-    from rich.progress import Progress
-
-    try:
-        tensors = load_file(options.base)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--base: cannot read {str(options.base)!r}: {error}") from None
-    before = {name: tensor.clone() for name, tensor in tensors.items()} if options.delta else {}
     console = open_console(None)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("replaying", total=None)
-        try:
-            optimizer = replay(
-                Weights(tensors),
-                options.path,
-                until=options.until,
-                check_base=not options.other_base,
-                progress=lambda step, steps: bar.update(task, completed=step, total=steps),
-            )
-        except (OSError, ValueError) as error:
-            raise CommandError(str(error)) from None
-    if options.delta:
-        moved = {name: tensors[name].float() - old.float() for name, old in before.items()}
-        tensors = {name: delta for name, delta in moved.items() if delta.any()}
-    else:
-        tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, options.out)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--out: cannot write {str(options.out)!r}: {error}") from None
-    console.print(
-        f"{options.out}: after step {optimizer.param_groups[0]['step']}, {len(tensors)} tensors",
-        markup=False,
-    )
-    return 0
+        found = diff(options.path, options.other)
+    except (OSError, TrajectoryError) as error:
+        raise CommandError(str(error)) from None
+    if found.same:
+        console.print(f"one run: {found.common} steps", markup=False)
+        return 0
+    rows = [(name, str(first), str(second)) for name, first, second in found.settings]
+    rows.append(("steps", str(found.steps[0]), str(found.steps[1])))
+    rows.append(("steps in common", str(found.common), str(found.common)))
+    events = [" ".join(map(_shown, own)) or "none" for own in (found.first, found.second)]
+    rows.append((f"step {found.common + 1}", events[0], events[1]))
+    print_table(console, "where they differ", ("", str(options.path), str(options.other)), rows)
+    return 1
+
+
+def _shown(event: Event) -> str:
+    """An event on one line."""
+    parts = [event.kind.name.lower(), *(f"{loss:.9g}" for loss in event.losses)]
+    if event.rates:
+        parts.append(f"lr={','.join(f'{rate:.6g}' for rate in event.rates)}")
+    if event.change:
+        parts.append(str(event.change))
+    return " ".join(parts)

@@ -71,8 +71,7 @@ def replay(
     """
     contents = read(path)
     steps = list(steps_of(contents.events))
-    if until is not None and not 0 <= until <= len(steps):
-        raise ValueError(f"until must be in [0, {len(steps)}], the steps of {path}, got {until!r}")
+    check_until(contents, path, until)
     optimizer = rebuild(contents.header, model)
     params = [param for _, _, param, _ in named_params(optimizer.param_groups)]
     if check_base and fingerprint(params) != contents.header["base"]:
@@ -86,18 +85,52 @@ def replay(
     return optimizer
 
 
+def check_until(contents: Contents, path: str | Path, until: int | None) -> None:
+    """Raise unless it is a step of the run, or None."""
+    if until is not None and (type(until) is not int or not 0 <= until <= contents.steps):
+        raise ValueError(
+            f"until must be in [0, {contents.steps}], the steps of {path}, got {until!r}"
+        )
+
+
+def script_of(
+    optimizer: ZerothOrderOptimizer, steps: Sequence[list[Event]], since: int
+) -> list[tuple[Kind, list[Write]]]:
+    """The closed form of a run from a step on, in order; no weights are touched.
+
+    Raises:
+        ValueError: it has none.
+    """
+    taking = _Steps(optimizer, exact=False)
+    taking.go(steps[:since])
+    taking.waiting.clear()
+    taking.go(steps[since:])
+    return taking.waiting
+
+
 class _Steps:
     """Takes recorded steps: by a script, as many at a time as can be, or one by one."""
 
     def __init__(self, optimizer: ZerothOrderOptimizer, *, exact: bool) -> None:
         self._optimizer, self._exact = optimizer, exact
-        self._waiting: list[tuple[Kind, list[Write]]] = []
+        #: What is to be made of the weights, where they wait for the end.
+        self.waiting: list[tuple[Kind, list[Write]]] = []
         self._script()
 
     def take(
         self, steps: Sequence[list[Event]], progress: Callable[[int, int], None] | None
     ) -> None:
         """Take the steps, of which each is the events that led to it, and itself."""
+        self.go(steps, progress)
+        for kind, writes in self.waiting:
+            kind.make(writes)
+
+    def go(
+        self,
+        steps: Sequence[list[Event]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """As `take`, but for what waits."""
         for number, events in enumerate(steps, 1):
             events = list(events)
             while events[0].kind is EventKind.CHANGE:
@@ -111,8 +144,6 @@ class _Steps:
             if progress is not None:
                 progress(number, len(steps))
         self._settle()
-        for kind, writes in self._waiting:
-            kind.make(writes)
 
     def _one(self, events: list[Event], *, alone: bool) -> None:
         """A step; `alone`: groups change while probes are pending."""
@@ -146,7 +177,7 @@ class _Steps:
             for kind, writes in made:
                 kind.make(writes)
         else:
-            self._waiting += made
+            self.waiting += made
 
     def _refuse(self) -> NoReturn:
         name = type(self._optimizer).__name__

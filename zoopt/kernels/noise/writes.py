@@ -63,6 +63,19 @@ class Write:
         """Whether it has one direction, no estimate and no random bits."""
         return len(self.draws) == 1 and self.rule == "none" and self.rounding_draw is None
 
+    def undone(self) -> Write:
+        """The write that takes this one back, up to rounding, which is to nearest.
+
+        Raises:
+            ValueError: it has an estimate, or leaves nothing of theta.
+        """
+        if self.rule != "none" or not self.decay:
+            raise ValueError(
+                f"a write that can be undone must be a sum, with a decay that is not 0, got {self}"
+            )
+        back = tuple(-coefficient / self.decay for coefficient in self.coefficients)
+        return Write(self.draws, back, 1.0 / self.decay)
+
     def check(self) -> None:
         """Raise unless lengths, draws and rule fit."""
         check_choice("rule", self.rule, get_args(Rule))

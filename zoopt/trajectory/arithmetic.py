@@ -1,0 +1,265 @@
+"""Arithmetic of runs: what one adds to its base, several together, and one taken back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoopt import noise
+from zoopt.checks import check_number
+from zoopt.dtypes import accumulator_dtype
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.trajectory.format import Contents, Event, read, steps_of
+from zoopt.trajectory.header import rebuild
+from zoopt.trajectory.replay import check_until, replay, script_of
+
+#: number of a step, number of steps -> nothing.
+Progress = Callable[[int, int], None]
+
+
+def delta(
+    model: Any,
+    path: str | Path,
+    *,
+    until: int | None = None,
+    exact: bool = True,
+    check_base: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """What a run adds to its base: trained - base, by name.
+
+    Args:
+        model: holds the base weights, which are there again afterwards.
+        path, until, exact, check_base, progress: as for `zoopt.replay`.
+
+    Returns:
+        name -> difference of each parameter that the run has moved, in the accumulator's dtype:
+        float32, or float64 for float64.
+
+    Raises:
+        TrajectoryError, ValueError: as for `zoopt.replay`.
+    """
+    params = dict(model.named_parameters())
+    names = [param["name"] for param in read(path).header["params"]]
+    before = {name: params[name].detach().clone() for name in names if name in params}
+    flags = {name: params[name].requires_grad for name in before}
+    try:
+        replay(model, path, until=until, exact=exact, check_base=check_base, progress=progress)
+        moved = {name: _wide(params[name]) - _wide(old) for name, old in before.items()}
+    finally:
+        for name, old in before.items():
+            params[name].detach().copy_(old)
+            params[name].requires_grad_(flags[name])
+    return {name: difference for name, difference in moved.items() if difference.any()}
+
+
+def drop(values: Tensor, p: float, *, seed: int, name: str, draw: int = 0) -> Tensor:
+    """Drop elements at random and rescale the others (DARE; Yu et al., 2024, arXiv:2311.03099).
+
+    Each element is 0 with probability p, and divided by 1 - p otherwise, so that the expectation
+    stays. The mask is that of the noise: the same for the same seed, name and draw.
+
+    Args:
+        values: a floating tensor of any shape.
+        p: in [0, 1); 1 - p is rounded to a multiple of 2^-16, and it is that by which the others
+            are divided.
+        seed: 64 bits.
+        name: whose values they are.
+        draw: 32 bits; tells runs that are merged apart.
+
+    Returns:
+        A new tensor.
+
+    Raises:
+        TypeError, ValueError: an argument out of range.
+    """
+    check_number("p", p, low=0.0, high=1.0, open_high=True)
+    key = NoiseKey(seed, noise.stream(name), density=1.0 - float(p))
+    if key.threshold is None or not values.numel():
+        return values.clone()
+    kept = noise.mask(
+        values.numel(),
+        seed=seed,
+        stream=key.stream,
+        draw=draw,
+        density=key.density,
+        device=values.device,
+    ).view(values.shape)
+    return torch.where(kept, values / key.density, torch.zeros_like(values))
+
+
+def merge(
+    model: Any,
+    paths: Sequence[str | Path],
+    weights: Sequence[float] | None = None,
+    *,
+    p: float = 0.0,
+    seed: int = 0,
+    exact: bool = True,
+    check_base: bool = True,
+    progress: Progress | None = None,
+) -> None:
+    """Add several runs to one base (task arithmetic; Ilharco et al., 2023, arXiv:2212.04089):
+
+        theta <- round(theta_0 + sum_i weights[i] drop(theta_i - theta_0))
+
+    Args:
+        model: holds the base weights, which are changed in place.
+        paths: the files of the runs.
+        weights: one a run; default 1 / the number of runs.
+        p: drop each element of a run's difference with this probability, and divide the others by
+            1 - p (see `drop`, with the run's number as the draw); default 0.
+        seed: that of the masks, 64 bits; default 0.
+        exact, check_base, progress: as for `zoopt.replay`. Runs of other bases, or a model that is
+            another one's, need check_base=False.
+
+    Sums are in float32 (float64 for float64) and rounded once, to nearest.
+
+    Raises:
+        TrajectoryError, ValueError: as for `zoopt.replay`; no runs, or not a weight for each.
+            Nothing has changed then.
+    """
+    weights = [1.0 / max(1, len(paths))] * len(paths) if weights is None else list(weights)
+    if not paths or len(weights) != len(paths):
+        raise ValueError(
+            f"weights must have a number for each run, and there must be a run, got "
+            f"{len(weights)} weights and {len(paths)} runs"
+        )
+    for i, weight in enumerate(weights):
+        check_number(f"weights[{i}]", weight)
+    total: dict[str, Tensor] = {}
+    for i, (path, weight) in enumerate(zip(paths, weights, strict=True)):
+        moved = delta(model, path, exact=exact, check_base=check_base, progress=progress)
+        for name, difference in moved.items():
+            part = drop(difference, p, seed=seed, name=name, draw=i).mul_(float(weight))
+            total[name] = total[name].add_(part) if name in total else part
+    params = dict(model.named_parameters())
+    for name, part in total.items():
+        param = params[name].detach()
+        param.copy_(_wide(param) + part)
+
+
+def revert(
+    model: Any,
+    path: str | Path,
+    until: int,
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Take trained weights back to an earlier step.
+
+    Args:
+        model: holds the weights after the run's last step, which are changed in place.
+        path: the file.
+        until: the step to go back to; 0 is the base.
+        base: the base weights by name. With them the weights are those of the run at that step, to
+            the bit. Without, the sum of all later steps is taken away in one pass: equal up to
+            rounding, which a write that has rounded cannot be rid of.
+        progress: as for `zoopt.replay`.
+
+    Raises:
+        TrajectoryError, ValueError: as for `zoopt.replay`; a base that lacks a parameter, or, if
+            there is none, a method whose steps are no sums of directions. Nothing has changed then.
+    """
+    if base is None:
+        contents = read(path)
+        check_until(contents, path, until)
+        steps = list(steps_of(contents.events))
+        later = reversed(script_of(rebuild(contents.header, model), steps, until))
+        undone = [(kind, [write.undone() for write in writes]) for kind, writes in later]
+        for kind, writes in undone:
+            kind.make(writes)
+        return
+    params = dict(model.named_parameters())
+    names = [param["name"] for param in read(path).header["params"]]
+    missing = [name for name in names if name not in base or name not in params]
+    if missing:
+        raise ValueError(f"base and model must have {missing[0]!r}, got none of that name")
+    trained = {name: params[name].detach().clone() for name in names}
+    try:
+        for name in names:
+            params[name].detach().copy_(base[name])
+        replay(model, path, until=until, progress=progress)
+    except BaseException:
+        for name, old in trained.items():
+            params[name].detach().copy_(old)
+        raise
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How two runs differ.
+
+    Attributes:
+        settings: what differs in the headers, and in both files: (what, first, second).
+        steps: how many steps each has.
+        common: how many steps they share, from the first one on.
+        first, second: the events of each one's next step; empty if it has none.
+    """
+
+    settings: list[tuple[str, Any, Any]]
+    steps: tuple[int, int]
+    common: int
+    first: list[Event]
+    second: list[Event]
+
+    @property
+    def same(self) -> bool:
+        """Whether they are one run."""
+        return not self.settings and self.steps == (self.common, self.common)
+
+
+def diff(first: str | Path, second: str | Path) -> Difference:
+    """Where two runs part: settings, and the first step whose events are not the same.
+
+    Args:
+        first, second: the files.
+
+    Raises:
+        TrajectoryError: as for `zoopt.replay`.
+    """
+    contents = read(first), read(second)
+    steps = [list(steps_of(own.events)) for own in contents]
+    # As text, NaN equals itself.
+    common = 0
+    for pair in zip(*steps, strict=False):
+        if repr(pair[0]) != repr(pair[1]):
+            break
+        common += 1
+    settings = _settings(contents[0]), _settings(contents[1])
+    names = [*settings[0], *(name for name in settings[1] if name not in settings[0])]
+    parted = [own[common] if common < len(own) else [] for own in steps]
+    return Difference(
+        [
+            (name, settings[0].get(name), settings[1].get(name))
+            for name in names
+            if settings[0].get(name) != settings[1].get(name)
+        ],
+        (contents[0].steps, contents[1].steps),
+        common,
+        *parted,
+    )
+
+
+def _settings(contents: Contents) -> dict[str, Any]:
+    """What a header says, one number or string a line."""
+    header = copy.deepcopy(contents.header)
+    flat: dict[str, Any] = {}
+    for number, group in enumerate(header.pop("groups")):
+        for name, value in group["options"].items():
+            flat[f"{name} of group {number}"] = value
+        flat[f"parameters of group {number}"] = group["count"]
+    for param in header.pop("params"):
+        flat[f"parameter {param['name']}"] = f"{param['dtype']} {tuple(param['shape'])}"
+    return {**{name: value for name, value in header.items() if name != "trained"}, **flat}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(accumulator_dtype(tensor.dtype))
