@@ -2,6 +2,7 @@
 
 from zoopt.nn.gradnorm import GradNormLinear, convert_to_gradnorm
 from zoopt.nn.linear import ReparametrisedLinear, merge
+from zoopt.nn.lora_sb import LoRASBLinear, adapt_lora_to_sb, convert_to_lora_sb
 from zoopt.nn.quantised import QuantisedLinear, convert_to_quantised, train_scales
 from zoopt.nn.sltrain import SLTrainLinear, convert_to_sltrain
 
@@ -10,11 +11,14 @@ convert = convert_to_sltrain
 
 __all__ = [
     "GradNormLinear",
+    "LoRASBLinear",
     "QuantisedLinear",
     "ReparametrisedLinear",
     "SLTrainLinear",
+    "adapt_lora_to_sb",
     "convert",
     "convert_to_gradnorm",
+    "convert_to_lora_sb",
     "convert_to_quantised",
     "convert_to_sltrain",
     "merge",

@@ -1,0 +1,219 @@
+"""CoFiTune: some layers train, and their neurons the less the more what was known needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zoopt.distributed.seed import SharedSeed
+from zoopt.dtypes import accumulator_dtype, resolved_rounding
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.op import add_product_
+from zoopt.nn.modules import Target, is_conv1d, linear_layers
+from zoopt.noise import stream
+
+
+def normalised_importance(gates: Tensor) -> Tensor:
+    """|tanh((|s| - mean) / std)| over the neurons of a layer, (m,) -> (m,) in [0, 1].
+
+    Args:
+        gates: s, the loss's derivatives by a factor before each neuron's output.
+    """
+    sizes = gates.abs()
+    spread = sizes.std(correction=0)
+    standard = (sizes - sizes.mean()) / spread
+    return torch.where(spread > 0, standard.tanh().abs(), torch.zeros_like(sizes))
+
+
+class CoFiTune:
+    r"""CoFiTune (Zhang et al., 2024, arXiv:2404.10306), over any first-order optimizer.
+
+    Coarse: of the model only the linear layers that `target` names train, the up and down
+    projections of middle layers say. Fine: the step of each of their neurons i (a row of W (m, n),
+    and its bias) is held back by its importance I_i in [0, 1] to what the model knew:
+
+        W <- W_old + (1 - I) (W_new - W_old),    W_new as the optimizer's step has it
+
+    The mask is on the step: on the gradient a constant factor would be cancelled by Adam, which
+    divides by its size. I comes from `losses`, evaluated once at construction: with s_i the
+    derivative of their mean by a factor before neuron i's output, which is sum_j W_ij G_ij,
+
+        I = |tanh((|s| - mean |s|) / std |s|)|    over the neurons of a layer
+
+    It hooks the optimizer's `step`, and takes a copy of the trained layers for its time. Between
+    steps it keeps a number of each neuron. `state_dict` is to be saved with the optimizer's: a run
+    that loads both goes on exactly.
+
+    Args:
+        model: whose other parameters are frozen until `remove`.
+        optimizer: made from the model's parameters, before.
+        losses: functions of what the model is to keep: each returns a loss of a batch with its
+            graph. The paper's is the divergence between two forward passes under dropout.
+        target: the layers that train; as for `zoopt.lowrank.param_groups`.
+        seed: of the bits that round 16-bit weights; default torch.initial_seed().
+
+    Raises:
+        TypeError, ValueError: an optimizer that is fused into the backward pass or does not hold
+            the layers; nothing that `target` matches; no losses.
+
+    Differs from the authors' code, which masks the gradient.
+
+    Example:
+        >>> opt = zoopt.AdamW(model.named_parameters(), lr=1e-5)
+        >>> keep = [lambda batch=batch: model(**batch).loss for batch in general]
+        >>> tuned = zoopt.CoFiTune(model, opt, keep, target=["*.layers.[4-7].mlp.*"])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        losses: Iterable[Callable[[], Tensor]],
+        *,
+        target: Target,
+        seed: int | None = None,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+        if getattr(optimizer, "_fusion", None) is not None:
+            raise ValueError(
+                "optimizer must not be fused into the backward pass, got one that is: its steps "
+                "are not in step(); call remove() on the handle of fuse_backward"
+            )
+        layers = linear_layers(model, target)
+        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        for name, layer in layers.items():
+            if id(layer.weight) not in held:
+                raise ValueError(
+                    f"optimizer must hold the weights of the layers that train, got one without "
+                    f"that of {name!r}; make it of the model's parameters"
+                )
+        self._layers, self._optimizer = layers, optimizer
+        self._seed = SharedSeed(seed, type(self).__name__).value
+        self._step = 0
+        self._required = {param: param.requires_grad for param in model.parameters()}
+        self._saved: dict[Tensor, Tensor] = {}
+        own = {id(param) for layer in layers.values() for param in layer.parameters(recurse=False)}
+        try:
+            for param in model.parameters():
+                param.requires_grad_(id(param) in own)
+            #: Of each layer's neurons, by the layer's name.
+            self.importance = _importance(layers, losses)
+        except BaseException:
+            self._release()
+            raise
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+
+    def __enter__(self) -> CoFiTune:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Undo it: what trained before trains again, and steps are whole."""
+        for hook in self._hooks:
+            hook.remove()
+        self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed, the number of steps taken and the neurons' importance."""
+        return {"seed": self._seed, "step": self._step, "importance": dict(self.importance)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As from `state_dict`.
+
+        Raises:
+            ValueError: it is of other layers. Nothing has changed then.
+        """
+        sizes = {name: len(values) for name, values in state.get("importance", {}).items()}
+        own = {name: len(values) for name, values in self.importance.items()}
+        if sizes != own or not {"seed", "step"} <= state.keys():
+            raise ValueError(
+                f"state must be of the same layers, {own}, got {sizes}; load it over the model and "
+                f"target that it was saved with"
+            )
+        self._seed, self._step = state["seed"], state["step"]
+        self.importance = {
+            name: values.to(self.importance[name].device, copy=True)
+            for name, values in state["importance"].items()
+        }
+
+    def _release(self) -> None:
+        for param, required in self._required.items():
+            param.requires_grad_(required)
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        self._saved = {
+            param: param.detach().clone()
+            for layer in self._layers.values()
+            for param in layer.parameters(recurse=False)
+            if param.grad is not None
+        }
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        for name, layer in self._layers.items():
+            for own, param in layer.named_parameters(recurse=False):
+                if param in self._saved:
+                    key = NoiseKey(self._seed, stream(f"cofitune {name}.{own}"))
+                    across = own == "weight" and is_conv1d(layer)
+                    self._hold_back(param, 1.0 - self.importance[name], across, key)
+        self._saved.clear()
+        self._step += 1
+
+    def _hold_back(self, param: Tensor, share: Tensor, across: bool, key: NoiseKey) -> None:
+        """W <- W_old + share (W_new - W_old), `share` of each row, or column."""
+        wide, old = accumulator_dtype(param.dtype), self._saved[param]
+        theta = old.reshape(len(old), -1).contiguous()
+        change = (param.detach().to(wide) - old.to(wide)).reshape(theta.shape).contiguous()
+        stochastic = resolved_rounding("auto", param.dtype) == "stochastic"
+        add_product_(
+            theta,
+            None,
+            None,
+            gradient=change,
+            channel_scale=share.to(wide).unsqueeze(0 if across else 1),
+            key=key,
+            rounding_draw=self._step & 0xFFFFFFFF if stochastic else None,
+        )
+        param.copy_(theta.view(param.shape))
+
+
+def _importance(
+    layers: dict[str, nn.Module], losses: Iterable[Callable[[], Tensor]]
+) -> dict[str, Tensor]:
+    """I of each layer's neurons. Gradients are what they were after it."""
+    weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
+    gates: dict[str, Tensor] = {}
+    count = 0
+    for loss in losses:
+        count += 1
+        with torch.enable_grad():
+            made = torch.autograd.grad(loss(), list(weights.values()), allow_unused=True)
+        for (name, weight), gradient in zip(weights.items(), made, strict=True):
+            wide = accumulator_dtype(weight.dtype)
+            axis = 0 if is_conv1d(layers[name]) else 1
+            product = weight.detach().to(wide) * (0.0 if gradient is None else gradient.to(wide))
+            own = product.sum(axis)
+            gates[name] = gates[name] + own if name in gates else own
+    if not count:
+        raise ValueError(
+            "losses must hold a function at least, got none; pass one for each batch of what the "
+            "model is to keep"
+        )
+    return {name: normalised_importance(own / count) for name, own in gates.items()}

@@ -1,0 +1,211 @@
+"""LoRA-GGPO: gradients at weights that stand off by noise, more of it where rows are steep."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zoopt.checks import check_number
+from zoopt.distributed.seed import SharedSeed
+from zoopt.dtypes import accumulator_dtype
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.op import add_product_
+from zoopt.noise import normal, stream
+
+
+def row_scales(weight: Tensor, squares: Tensor | None, sigma: float, beta: float) -> Tensor:
+    """c_i = (sigma ||W_i|| + beta ||G_i||^2) / sqrt(m) of each row of W (m, n): (m,).
+
+    Args:
+        squares: ||G_i||^2 of the last step's gradient, (m,); None before there is one.
+    """
+    wide = accumulator_dtype(weight.dtype)
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
+    scales = norms.mul_(sigma)
+    if squares is not None:
+        scales = scales + squares * beta
+    return scales / math.sqrt(weight.shape[0])
+
+
+class LoRAGGPO:
+    r"""LoRA-GGPO (Chang et al., 2025, arXiv:2502.14538), over any first-order optimizer.
+
+    In training the model computes with W + c z in the place of each matrix W (m, n) that the
+    optimizer trains, a LoRA's factors say: z is standard normal, another in each step, and
+
+        c_i = (sigma ||W_i|| + beta ||G_i||^2) / sqrt(m)
+
+    of each row i, with G the last step's gradient. So rows that are steep are made flatter. Before
+    the optimizer's step W is put back, bit for bit.
+
+    It hooks the model's forward pass and the optimizer's `step`. A forward pass in training mode
+    perturbs; one in evaluation mode puts the weights back. All micro-batches of a step see the same
+    noise.
+
+    It takes a copy of the trained matrices, and 4 bytes of each of their rows. `state_dict` is to
+    be saved with the optimizer's: a run that loads both goes on exactly.
+
+    Args:
+        model: in whose forward pass the weights are perturbed.
+        optimizer: whose matrices are.
+        sigma, beta: default 0.03 and 0.01 (kohya's port).
+        seed: of the noise; default torch.initial_seed(), rank 0's in all processes.
+
+    Raises:
+        TypeError, ValueError: an argument out of range; an optimizer that is fused into the
+            backward pass, or holds no matrix of the model that trains.
+
+    `remove()`, or leaving its `with` block, puts the weights back and undoes it. Save weights after
+    a step, or after `restore()`.
+
+    Differs from the paper, whose noise is on the layer's whole weight: here it is on each matrix
+    that trains.
+
+    Example:
+        >>> opt = zoopt.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        >>> ggpo = zoopt.LoRAGGPO(model, opt)
+        >>> for batch in loader:
+        ...     model(**batch).loss.backward()
+        ...     opt.step()
+        ...     opt.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        sigma: float = 0.03,
+        beta: float = 0.01,
+        seed: int | None = None,
+    ) -> None:
+        check_number("sigma", sigma, low=0.0)
+        check_number("beta", beta, low=0.0)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+        if getattr(optimizer, "_fusion", None) is not None:
+            raise ValueError(
+                "optimizer must not be fused into the backward pass, got one that is: it would "
+                "step from perturbed weights; call remove() on the handle of fuse_backward"
+            )
+        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        self._params = {
+            name: param
+            for name, param in model.named_parameters()
+            if id(param) in held and param.requires_grad and param.dim() == 2
+        }
+        if not self._params:
+            raise ValueError(
+                "optimizer must hold a matrix of the model that trains, got none; make it of the "
+                "model's parameters"
+            )
+        self._optimizer, self._sigma, self._beta = optimizer, sigma, beta
+        self._seed = SharedSeed(seed, type(self).__name__).value
+        self._step = 0
+        self._squares: dict[str, Tensor] = {}
+        self._saved: dict[str, Tensor] = {}
+        self._hooks = [
+            model.register_forward_pre_hook(lambda module, _: self._forward(module)),
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+
+    def __enter__(self) -> LoRAGGPO:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Put the weights back and undo it."""
+        self.restore()
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights back, bit for bit, if they are perturbed."""
+        for name, saved in self._saved.items():
+            self._params[name].copy_(saved)
+        self._saved.clear()
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        """Let the weights stand off by this step's noise, unless they do."""
+        if self._saved:
+            return
+        for name, param in self._params.items():
+            squares = self._squares.get(name)
+            scales = row_scales(param.detach(), squares, self._sigma, self._beta)
+            key = NoiseKey(self._seed, stream(f"ggpo {name}"))
+            z = normal(
+                param.numel(),
+                seed=key.seed,
+                stream=key.stream,
+                draw=self._step & 0xFFFFFFFF,
+                device=param.device,
+            )
+            self._saved[name] = param.detach().clone()
+            theta = param.detach().contiguous()
+            add_product_(
+                theta,
+                None,
+                None,
+                gradient=z.view(param.shape),
+                channel_scale=scales.unsqueeze(1),
+                key=key,
+            )
+            param.copy_(theta)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed, the number of steps taken, and the last gradients' squares."""
+        return {"seed": self._seed, "step": self._step, "squares": dict(self._squares)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As from `state_dict`.
+
+        Raises:
+            ValueError: it is of other parameters. Nothing has changed then.
+        """
+        if not {"seed", "step", "squares"} <= state.keys():
+            raise ValueError(f"state must be one of LoRAGGPO.state_dict(), got keys {list(state)}")
+        for name, squares in state["squares"].items():
+            if name not in self._params or len(squares) != len(self._params[name]):
+                raise ValueError(
+                    f"state must be of the same parameters, got {name!r} of {len(squares)} rows; "
+                    f"load it over the model that it was saved with"
+                )
+        self.restore()
+        self._seed, self._step = state["seed"], state["step"]
+        self._squares = {
+            name: squares.to(self._params[name].device, copy=True)
+            for name, squares in state["squares"].items()
+        }
+
+    def _forward(self, module: nn.Module) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.perturb()
+        else:
+            self.restore()
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        self.restore()
+        for name, param in self._params.items():
+            if param.grad is not None:
+                wide = accumulator_dtype(param.dtype)
+                norms = torch.linalg.vector_norm(param.grad, dim=1, dtype=wide)
+                self._squares[name] = norms.square_()
+
+    def _after_step(self) -> None:
+        self._step += 1
