@@ -15,6 +15,7 @@ import zoopt
 from tests.meter import peak_bytes
 from tests.optimizer_table import PERTURBATIONS, closure_of, mlp
 from zoopt.zeroth_order.engine.direction import Noise
+from zoopt.zeroth_order.engine.mask import magnitude_threshold
 
 # --- the estimate ---------------------------------------------------------------------------
 
@@ -674,3 +675,27 @@ def test_a_refused_group_is_not_added() -> None:
             {"params": list(model[3].named_parameters("3")), "mask": {"x": torch.tensor([0])}}
         )
     assert len(optimizer.param_groups) == 1
+
+
+# --- deterministic algorithms ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", [1e-9, 0.3, 0.5, 1.0])
+def test_the_threshold_of_a_magnitude_mask_is_the_same_under_deterministic_algorithms(
+    density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equal magnitudes, infinity and NaN too. On CUDA, kthvalue raises under them."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randint(-9, 9, (7, 11), generator=generator) / 8.0
+    params = [values, values.bfloat16(), torch.tensor([2.0, float("inf"), -1.0, float("nan")])]
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        plain = [magnitude_threshold(param, density) for param in params]
+    finally:
+        torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(Tensor, "kthvalue", lambda *_: pytest.fail("not deterministic on CUDA"))
+    for param, expected in zip(params, plain, strict=True):
+        found = magnitude_threshold(param, density)
+        assert found.untyped_storage().nbytes() == 4
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32))

@@ -95,7 +95,7 @@ def saved_groups(
     if sizes != own_sizes:
         raise ValueError(
             f"state_dict must have as many parameters a group as the optimizer, {own_sizes}, "
-            f"got {sizes}; build {optimizer} from the parameters it was saved with"
+            f"got {sizes}; {_regrouped(saved, groups, optimizer)}"
         )
     ids = [index for group in saved for index in group["params"]]
     if not all(isinstance(index, int | str) for index in ids) or len(set(ids)) < len(ids):
@@ -107,6 +107,20 @@ def saved_groups(
     if len({"param_names" in group for group in loaded}) > 1:
         raise ValueError("param_names must be in all groups of a state_dict, or in none, got some")
     return loaded
+
+
+def _regrouped(saved: Sequence[Group], groups: Sequence[Group], optimizer: str) -> str:
+    """What to do about a checkpoint with other groups."""
+    counts = {sum(len(group["params"]) for group in each) for each in (saved, groups)}
+    ranks = [group.get("rank") for group in saved]
+    parted = len(counts) == 1 and any(group.get("rank", 1) is None for group in groups)
+    if parted and len(saved) < len(groups) and None not in ranks:
+        return (
+            f"release 0.1.0 projected embeddings and output layers too: to continue its runs, give "
+            f"the group its rank, {optimizer}([{{'params': list(model.named_parameters()), 'rank': "
+            f"{shown(ranks[0])}}}], ...)"
+        )
+    return f"build {optimizer} from the parameters it was saved with"
 
 
 def _loaded(saved: Group, own: Group, optimizer: str) -> Group:

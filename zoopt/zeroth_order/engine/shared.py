@@ -98,8 +98,6 @@ class SharedEvaluation(Evaluation):
                 repeated = extras[0] if extras else None
             except Exception as raised:  # a device's own, which comes late
                 error = raised
-        if values:
-            self.spacing = self.rng.eps * abs(values[-1])
         if verify and not divided and repeated is not None:
             self._compare(values[0], repeated)
         agreed = self._agree(
