@@ -1,7 +1,8 @@
-"""Grouped products of fake tensors in dtypes that torch multiplies and cannot simulate."""
+"""Operators on fake tensors, also those that torch runs and cannot simulate."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,18 +10,23 @@ from torch import Tensor
 
 from zoopt.kernels.dispatch import is_fake
 
-GROUPED_MM = torch.ops.aten._grouped_mm.default
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
 #: Rows of a result begin at multiples of this many bytes.
 _ALIGNMENT = 16
 
 
-def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any, **options: Any) -> Any:
+def run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The operator's result; grouped products by their shapes alone."""
+    return (_grouped_mm if func is _GROUPED_MM else func)(*args, **kwargs)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any, **options: Any) -> Any:
     """`torch._grouped_mm`, which experts use: torch's own shape function takes bfloat16 alone.
 
     (M, K) x (G, K, N) and (G, M, K) x (K, N) make (M, N), the two other forms (G, M, N).
     """
     if not is_fake(a) or a.dtype == torch.bfloat16 or a.dtype != b.dtype:
-        return GROUPED_MM(a, b, offs, *rest, **options)
+        return _GROUPED_MM(a, b, offs, *rest, **options)
     m, n = a.shape[-2], b.shape[-1]
     step = _ALIGNMENT // a.element_size()
     row = -(-n // step) * step

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from zoopt.memory.grouped import GROUPED_MM, grouped_mm
+from zoopt.kernels.dispatch import is_fake
+from zoopt.memory.grouped import run
 
 Category = Literal["parameters", "gradients", "optimizer state", "activations", "workspace"]
 CATEGORIES: tuple[Category, ...] = (
     *("parameters", "gradients", "optimizer state"),
     *("activations", "workspace"),
 )
+_DEVICE = torch.ops.prim.device.default
 
 
 class Event(NamedTuple):
@@ -34,10 +35,17 @@ class Event(NamedTuple):
     live: tuple[int, ...]
 
 
-@dataclasses.dataclass
-class _Storage:
-    nbytes: int
+#: Runs an operator: the operator, its arguments and keyword arguments -> its result.
+Run = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
+
+
+class _Storage(weakref.ref[UntypedStorage]):
+    """A storage that is followed: its address, its bytes and what they count as."""
+
+    __slots__ = ("address", "category", "nbytes")
+    address: int
     category: Category
+    nbytes: int
 
 
 class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -57,19 +65,20 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         keep_events: whether to keep `events`.
+        run: runs the operators; default, each is called.
     """
 
-    def __init__(self, *, keep_events: bool = False) -> None:
+    def __init__(self, *, keep_events: bool = False, run: Run = run) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] | None = [] if keep_events else None
-        self.live: collections.Counter[Category] = collections.Counter()
+        self.live: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
         self.peak = 0
         self.at_peak: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
         self.phases: dict[str, int] = {}
         self.phase = "load"
-        self._storages: weakref.WeakKeyDictionary[UntypedStorage, _Storage] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._made_as: Category = "workspace"
+        self._run = run
+        self._storages: dict[int, _Storage] = {}
 
     @property
     def total(self) -> int:
@@ -79,9 +88,10 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def track(self, tensors: Iterable[Tensor], category: Category) -> None:
         """Count the tensors' storages, from now on as of that category."""
         for tensor in tensors:
-            known = self._storages.get(tensor.untyped_storage())
+            storage = tensor.untyped_storage()
+            known = self._storages.get(storage._cdata)
             if known is None:
-                self._add(tensor, category)
+                self._add(storage, category)
             elif known.category != category:
                 self.live[known.category] -= known.nbytes
                 self.live[category] += known.nbytes
@@ -91,6 +101,8 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def enter_phase(self, name: str) -> None:
         """Begin a phase: what is made from here on, and peaks, belong to it."""
         self.phase = name
+        passes = name.startswith(("forward", "backward"))
+        self._made_as = "activations" if passes else "workspace"
         self._record("phase")
 
     def forget_peaks(self) -> None:
@@ -101,37 +113,41 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.events.clear()
         self._record("phase")
 
-    def _add(self, tensor: Tensor, category: Category) -> None:
-        storage = tensor.untyped_storage()
-        entry = _Storage(storage.nbytes(), category)
-        self._storages[storage] = entry
+    def _add(self, storage: UntypedStorage, category: Category) -> None:
+        entry = _Storage(storage, self._drop)
+        entry.address, entry.category, entry.nbytes = storage._cdata, category, storage.nbytes()
+        self._storages[entry.address] = entry
         self.live[category] += entry.nbytes
-        weakref.finalize(storage, self._drop, entry).atexit = False
 
     def _drop(self, entry: _Storage) -> None:
+        del self._storages[entry.address]
         self.live[entry.category] -= entry.nbytes
 
     def _record(self, name: str) -> None:
-        total = self.total
+        live = tuple(self.live.values())
+        total = sum(live)
         if self.events is not None:
-            live = tuple(self.live[category] for category in CATEGORIES)
             self.events.append(Event(self.phase, name, live))
-        self.phases[self.phase] = max(self.phases.get(self.phase, 0), total)
+        if total > self.phases.get(self.phase, -1):
+            self.phases[self.phase] = total
         if total > self.peak:
             self.peak = total
-            self.at_peak = {category: self.live[category] for category in CATEGORIES}
+            self.at_peak = dict(self.live)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        run = grouped_mm if func is GROUPED_MM else func
-        result = run(*args, **(kwargs or {}))
-        active = self.phase.startswith(("forward", "backward"))
+        if func is _DEVICE and is_fake(args[0]):
+            # The most frequent by far: autograd asks at each of its operators.
+            return args[0].fake_device
+        result = self._run(func, args, kwargs or {})
         grown = False
-        for value in tree_iter(result):
-            if isinstance(value, Tensor) and value.untyped_storage() not in self._storages:
-                self._add(value, "activations" if active else "workspace")
-                grown = True
+        for value in (result,) if isinstance(result, Tensor) else tree_iter(result):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in self._storages:
+                    self._add(storage, self._made_as)
+                    grown = True
         if grown:
             self._record(func.name())
         return result

@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from zoopt.memory.depth import shortened, stacks_of
 from zoopt.memory.estimate import Estimate, parabola
-from zoopt.memory.meter import StorageMeter
+from zoopt.memory.grouped import run
+from zoopt.memory.meter import Run, StorageMeter
 from zoopt.memory.methods import Method
+from zoopt.memory.recall import Recall
 from zoopt.memory.spec import ModelSpec
 from zoopt.memory.step import allocate_state, backprop, repeated_shapes, run_steps, tensors_of
 from zoopt.memory.timeline import Part, Timeline, extended
@@ -58,15 +60,15 @@ class Parts:
     parameters of one shape take the same memory: one of them runs.
     """
 
-    def __init__(self, spec: ModelSpec, model: nn.Module) -> None:
-        """The model's tensors are on the meta device; it stays as it is."""
-        self.spec, self._meta = spec, model
+    def __init__(self, spec: ModelSpec, model: nn.Module, run: Run) -> None:
+        """The model's tensors are on the meta device; it stays as it is. `run`: a meter's."""
+        self.spec, self._meta, self._run = spec, model, run
         self._plain = self._made(_PLAIN)
         self._adapted: dict[str, nn.Module] = {}
 
     def forward_only(self, method: Method, batch: int, seq: int) -> Timeline:
         """Whole steps of a method that never has the gradients of all parameters."""
-        meter = StorageMeter(keep_events=True)
+        meter = StorageMeter(keep_events=True, run=self._run)
         inputs = self.spec.inputs(batch, seq)
         trained = [param for param in self._plain.parameters() if param.requires_grad]
         with meter:
@@ -83,7 +85,7 @@ class Parts:
         """Forward and backward, without any optimizer."""
         model = self._model(method)
         model.train()
-        meter = StorageMeter(keep_events=True)
+        meter = StorageMeter(keep_events=True, run=self._run)
         inputs = self.spec.inputs(batch, seq)
         freed = [
             param.register_post_accumulate_grad_hook(_free)  # type: ignore[no-untyped-call]
@@ -104,7 +106,7 @@ class Parts:
         model = self._model(method)
         optimizer = method.build(model)
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        meter = StorageMeter(keep_events=True)
+        meter = StorageMeter(keep_events=True, run=self._run)
         with meter:
             meter.enter_phase("update")
             meter.track([*model.parameters(), *model.buffers()], "parameters")
@@ -151,6 +153,8 @@ class Simulation:
         self, spec: ModelSpec, checkpointing: bool, seq: int, *, whole: bool = False
     ) -> None:
         self.spec, self.seq, self.whole = spec, seq, whole
+        # The whole model's simulation is the yardstick: there every operator runs.
+        self._run: Run = run if whole else Recall()
         with _disable_current_modes(), torch.device("meta"):
             self._meta = spec.build(checkpointing)
         self.parameters = sum(param.numel() for param in self._meta.parameters())
@@ -208,7 +212,7 @@ class Simulation:
             if timeline is not None:
                 return timeline.part
         if self._whole is None:
-            self._whole = Parts(self.spec, self._meta)
+            self._whole = Parts(self.spec, self._meta, self._run)
         whole: Timeline = getattr(self._whole, name)(method, *sizes)
         return whole.part
 
@@ -228,7 +232,7 @@ class Simulation:
                     ]
                     with _disable_current_modes():
                         model = shortened(self._meta, cut)
-                    made.append(Parts(self.spec, model))
+                    made.append(Parts(self.spec, model, self._run))
                 more = [family[0].units - units for family in families]
                 self._short[units] = made[0], list(zip(made[1:], more, strict=True))
         return self._short[units]

@@ -18,6 +18,7 @@ from torch import Tensor
 from zoopt.checks import check_nonnegative_int, check_positive_int
 from zoopt.dtypes import Rounding, accumulator_dtype
 from zoopt.kernels import add_
+from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.linalg import sign_fixed_qr
 from zoopt.noise import normal, stream
@@ -128,7 +129,9 @@ class LowRank(Direction):
                     matrix.addmm_(left, right.T, beta=decay)
                 return
             size = max(1, _ROW_CHUNK_ELEMENTS // max(1, self.columns))
-            for number, start in enumerate(range(0, self.rows, size)):
+            # Without values only memory is counted: two chunks take what all of them do.
+            end = min(2 * size, self.rows) if is_fake(matrix) else self.rows
+            for number, start in enumerate(range(0, end, size)):
                 rows = matrix[start : start + size]
                 if not progress.begin(number, rows):
                     progress.end(number)
