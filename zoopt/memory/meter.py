@@ -80,6 +80,11 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._run = run
         self._storages: dict[int, _Storage] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled under a dispatch mode, and to exclude it takes longer than to count.
+        return False
+
     @property
     def total(self) -> int:
         """Bytes alive now."""
@@ -91,19 +96,26 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = tensor.untyped_storage()
             known = self._storages.get(storage._cdata)
             if known is None:
-                self._add(storage, category)
+                self._follow(storage, category, storage.nbytes())
             elif known.category != category:
                 self.live[known.category] -= known.nbytes
                 self.live[category] += known.nbytes
                 known.category = category
-        self._record("track")
+        self.record("track")
+
+    def overlook(self, tensors: Iterable[Tensor]) -> None:
+        """Count nothing for storages that are not yet followed."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._storages:
+                self._follow(storage, "workspace", 0)
 
     def enter_phase(self, name: str) -> None:
         """Begin a phase: what is made from here on, and peaks, belong to it."""
         self.phase = name
         passes = name.startswith(("forward", "backward"))
         self._made_as = "activations" if passes else "workspace"
-        self._record("phase")
+        self.record("phase")
 
     def forget_peaks(self) -> None:
         """Start new peaks from what is alive now."""
@@ -111,19 +123,20 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phases.clear()
         if self.events is not None:
             self.events.clear()
-        self._record("phase")
+        self.record("phase")
 
-    def _add(self, storage: UntypedStorage, category: Category) -> None:
+    def _follow(self, storage: UntypedStorage, category: Category, nbytes: int) -> None:
         entry = _Storage(storage, self._drop)
-        entry.address, entry.category, entry.nbytes = storage._cdata, category, storage.nbytes()
+        entry.address, entry.category, entry.nbytes = storage._cdata, category, nbytes
         self._storages[entry.address] = entry
-        self.live[category] += entry.nbytes
+        self.live[category] += nbytes
 
     def _drop(self, entry: _Storage) -> None:
         del self._storages[entry.address]
         self.live[entry.category] -= entry.nbytes
 
-    def _record(self, name: str) -> None:
+    def record(self, name: str) -> None:
+        """Note what is alive after the operator of that name."""
         live = tuple(self.live.values())
         total = sum(live)
         if self.events is not None:
@@ -146,10 +159,10 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
                 if storage._cdata not in self._storages:
-                    self._add(storage, self._made_as)
+                    self._follow(storage, self._made_as, storage.nbytes())
                     grown = True
         if grown:
-            self._record(func.name())
+            self.record(func.name())
         return result
 
 

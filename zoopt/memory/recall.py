@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 
 from zoopt.memory.grouped import run
@@ -37,18 +37,18 @@ class _Made(NamedTuple):
     """A new tensor, or a view of the first argument.
 
     Attributes:
-        mode, device: the fake tensor's.
-        shape, stride, offset, dtype: its own.
+        shape, stride, offset, dtype, device: its own.
         view: whether it lies in the first argument's storage.
+        attributes: what a fake tensor has besides.
     """
 
-    mode: FakeTensorMode
-    device: torch.device
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
+    device: torch.device
     view: bool
+    attributes: dict[str, Any]
 
 
 #: What an operator returns: a tensor, the argument of that number, nothing, or several of them.
@@ -130,13 +130,13 @@ def _remembered(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], resul
     if view and not (sharing[0] is args[0] and (func.is_view or func is _UNSAFE_VIEW)):
         raise _Unknown
     made = _Made(
-        result.fake_mode,
-        result.fake_device,
         result.shape,
         result.stride(),
         result.storage_offset(),
         result.dtype,
+        result.fake_device,
         view,
+        dict(vars(result)),
     )
     with torch._C._DisableTorchDispatch():
         if not view and _remade(made, args).untyped_storage().nbytes() != storage.nbytes():
@@ -146,11 +146,16 @@ def _remembered(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], resul
 
 def _remade(result: _Result, args: Sequence[Any]) -> Any:
     if isinstance(result, _Made):
-        mode, device, shape, stride, offset, dtype, view = result
-        tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        shape, stride, offset, dtype, device, view, attributes = result
+        meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         if view:
-            tensor.set_(args[0].untyped_storage(), offset, shape, stride)
-        return FakeTensor(mode, tensor, device)
+            meta.set_(args[0].untyped_storage(), offset, shape, stride)
+        # As FakeTensor's constructor does, which takes as long as all else here.
+        tensor = Tensor._make_subclass(
+            FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device
+        )
+        vars(tensor).update(attributes)
+        return tensor
     if isinstance(result, int):
         return args[result]
     if result is None:

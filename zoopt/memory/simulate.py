@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,16 @@ from zoopt.memory.meter import Run, StorageMeter
 from zoopt.memory.methods import Method
 from zoopt.memory.recall import Recall
 from zoopt.memory.spec import ModelSpec
-from zoopt.memory.step import allocate_state, backprop, repeated_shapes, run_steps, tensors_of
+from zoopt.memory.step import (
+    Inputs,
+    allocate_state,
+    backprop,
+    loss_of,
+    repeated_shapes,
+    run_steps,
+    tensors_of,
+)
+from zoopt.memory.tape import Tape, Unplayable
 from zoopt.memory.timeline import Part, Timeline, extended
 from zoopt.optimizer import DeclaredStateOptimizer
 
@@ -60,26 +70,57 @@ class Parts:
     parameters of one shape take the same memory: one of them runs.
     """
 
-    def __init__(self, spec: ModelSpec, model: nn.Module, run: Run) -> None:
-        """The model's tensors are on the meta device; it stays as it is. `run`: a meter's."""
-        self.spec, self._meta, self._run = spec, model, run
+    def __init__(self, spec: ModelSpec, model: nn.Module, recall: Recall | None) -> None:
+        """The model's tensors are on the meta device; it stays as it is.
+
+        Args:
+            recall: what is known of operators; with None all of them run, in each step.
+        """
+        self.spec, self._meta, self._shared = spec, model, recall is not None
+        self._run: Run = run if recall is None else recall
         self._plain = self._made(_PLAIN)
         self._adapted: dict[str, nn.Module] = {}
+        self._tapes: dict[tuple[int, int], Tape | None] = {}
 
     def forward_only(self, method: Method, batch: int, seq: int) -> Timeline:
         """Whole steps of a method that never has the gradients of all parameters."""
+        tape = self._tape(batch, seq) if method.kind == "zeroth-order" and not method.graph else None
+        try:
+            return self._steps(method, batch, seq, tape)
+        except Unplayable:
+            return self._steps(method, batch, seq, None)
+
+    def _steps(self, method: Method, batch: int, seq: int, tape: Tape | None) -> Timeline:
         meter = StorageMeter(keep_events=True, run=self._run)
         inputs = self.spec.inputs(batch, seq)
         trained = [param for param in self._plain.parameters() if param.requires_grad]
-        with meter:
-            # A method that keeps its own graph makes its state in the first step: run a second.
-            steps = 2 if method.graph else 1
-            optimizer = run_steps(self._plain, inputs, method, meter, steps=steps)
-        timeline = _timeline(meter)  # The optimizer's state is there at its end.
-        del optimizer
-        for param in trained:
-            param.requires_grad_()
+
+        def played(model: nn.Module, inputs: Inputs) -> Any:
+            return loss_of(model, inputs) if tape is None else tape.play(meter)
+
+        # A method that keeps its own graph makes its state in the first step: run a second.
+        steps = 2 if method.graph else 1
+        try:
+            with meter:
+                optimizer = run_steps(
+                    self._plain, inputs, method, meter, steps=steps, forward=played
+                )
+            timeline = _timeline(meter)  # The optimizer's state is there at its end.
+            del optimizer
+        finally:
+            for param in trained:
+                param.requires_grad_()
         return timeline
+
+    def _tape(self, batch: int, seq: int) -> Tape | None:
+        """The model's forward pass; None if it has to run each time."""
+        if (batch, seq) not in self._tapes:
+            self._tapes[batch, seq] = None
+            if self._shared:
+                with contextlib.suppress(Unplayable):
+                    tape = Tape(self._plain, self.spec.inputs(batch, seq), self._run)
+                    self._tapes[batch, seq] = tape
+        return self._tapes[batch, seq]
 
     def passes(self, method: Method, batch: int, seq: int) -> Timeline:
         """Forward and backward, without any optimizer."""
@@ -114,13 +155,19 @@ class Parts:
             meter.track(gradients, "gradients")
             for param, gradient in zip(params, gradients, strict=True):
                 param.grad = gradient
+            repeated = repeated_shapes(optimizer)
+            for param in repeated:
+                param.grad = None
             if isinstance(optimizer, DeclaredStateOptimizer):
                 allocate_state(optimizer, meter)
-                for param in repeated_shapes(optimizer):
-                    param.grad = None
             else:
                 optimizer.step()
+                for param, like in repeated.items():
+                    optimizer.state[param] = _copies(optimizer.state[like])
                 meter.track(tensors_of(list(optimizer.state.values())), "optimizer state")
+                # torch's keep temporaries of one parameter until the next one has its own.
+                for param, gradient in zip(params, gradients, strict=True):
+                    param.grad = gradient
             meter.forget_peaks()
             optimizer.step()
             model.zero_grad()
@@ -154,13 +201,14 @@ class Simulation:
     ) -> None:
         self.spec, self.seq, self.whole = spec, seq, whole
         # The whole model's simulation is the yardstick: there every operator runs.
-        self._run: Run = run if whole else Recall()
+        self._recall = None if whole else Recall()
         with _disable_current_modes(), torch.device("meta"):
             self._meta = spec.build(checkpointing)
         self.parameters = sum(param.numel() for param in self._meta.parameters())
         self._whole: Parts | None = None
         self._short: dict[int, tuple[Parts, list[tuple[Parts, int]]] | None] = {}
         self._parts: dict[tuple[str, bool, int, int], Part] = {}
+        self._updates: dict[Method, Part] = {}
 
     def estimate(self, method: Method, batch: int) -> Estimate:
         """The method's memory at that batch."""
@@ -169,6 +217,8 @@ class Simulation:
             backward = method.kind == "backprop" or method.graph
             if method.kind == "backprop":
                 part, state = self._backprop(method, batch)
+            elif method.kind == "inference":
+                part, state = self._inference(batch, self.seq), 0
             else:
                 part = self._part("forward_only", method, batch, self.seq)
                 state = part.last["optimizer state"]
@@ -212,7 +262,7 @@ class Simulation:
             if timeline is not None:
                 return timeline.part
         if self._whole is None:
-            self._whole = Parts(self.spec, self._meta, self._run)
+            self._whole = Parts(self.spec, self._meta, self._recall)
         whole: Timeline = getattr(self._whole, name)(method, *sizes)
         return whole.part
 
@@ -232,14 +282,18 @@ class Simulation:
                     ]
                     with _disable_current_modes():
                         model = shortened(self._meta, cut)
-                    made.append(Parts(self.spec, model, self._run))
+                    made.append(Parts(self.spec, model, self._recall))
                 more = [family[0].units - units for family in families]
                 self._short[units] = made[0], list(zip(made[1:], more, strict=True))
         return self._short[units]
 
     def _backprop(self, method: Method, batch: int) -> tuple[Part, int]:
         passes = self._passes(method, batch, self.seq)
-        update = self._part("update", method)
+        # Fused or not, an optimizer's update is the same.
+        optimizer = dataclasses.replace(method, name="", fused=False)
+        if optimizer not in self._updates:
+            self._updates[optimizer] = self._part("update", method)
+        update = self._updates[optimizer]
         state = update.last["optimizer state"]
         phases = {name: peak + state for name, peak in passes.phases.items()}
         phases["update"] = update.peak
@@ -296,6 +350,13 @@ def _faked(model: nn.Module) -> nn.Module:
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     return model
+
+
+def _copies(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in state.items()
+    }
 
 
 def _free(param: torch.Tensor) -> None:

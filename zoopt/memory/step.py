@@ -51,11 +51,13 @@ def run_steps(
     meter: StorageMeter,
     *,
     steps: int = 2,
+    forward: Callable[[nn.Module, Inputs], Any] = loss_of,
     mark: Callable[[str], None] | None = None,
 ) -> torch.optim.Optimizer | None:
     """Take `steps` steps of the method. The first makes the state; later ones start with it.
 
     Args:
+        forward: makes the loss that a zeroth-order step evaluates.
         mark: called with the name of each phase as it begins.
 
     Returns:
@@ -88,7 +90,9 @@ def run_steps(
     with fusion:
         for _ in range(steps):
             if method.kind == "zeroth-order":
-                _zeroth_order_step(model, inputs, optimizer, enter, graph=method.graph)
+                _zeroth_order_step(
+                    model, inputs, optimizer, enter, forward=forward, graph=method.graph
+                )
             else:
                 backprop(model, inputs, meter, enter)
                 enter("update")
@@ -99,15 +103,17 @@ def run_steps(
     return optimizer
 
 
-def repeated_shapes(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters but one of each shape and group. Updates of one shape take the same memory."""
-    repeated = []
+def repeated_shapes(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """All parameters but one of each shape and group, each with that one.
+
+    Updates of one shape take the same memory.
+    """
+    repeated = {}
     for group in optimizer.param_groups:
-        seen = set()
+        first: dict[torch.Size, Tensor] = {}
         for param in group["params"]:
-            if param.shape in seen:
-                repeated.append(param)
-            seen.add(param.shape)
+            if first.setdefault(param.shape, param) is not param:
+                repeated[param] = first[param.shape]
     return repeated
 
 
@@ -126,6 +132,7 @@ def _zeroth_order_step(
     optimizer: torch.optim.Optimizer,
     enter: Callable[[str], None],
     *,
+    forward: Callable[[nn.Module, Inputs], Any],
     graph: bool,
 ) -> None:
     count = 0
@@ -133,7 +140,7 @@ def _zeroth_order_step(
     repeats = int(not getattr(optimizer, "param_groups", [{}])[0].get("step", 1))
     smallest = min(model.parameters(), key=lambda param: param.numel())
 
-    def closure(*_: Any) -> Tensor | float:
+    def closure(*_: Any) -> Any:
         nonlocal count
         count += 1
         number = max(1, count - repeats)
@@ -142,7 +149,7 @@ def _zeroth_order_step(
             smallest.sum()  # A virtual perturbation raises if nothing reads a parameter.
             return float(number)
         enter(_FORWARD.get(number, "forward, later ones"))
-        loss = loss_of(model, inputs)
+        loss = forward(model, inputs)
         if graph:
             return loss
         # Fake losses have no value. Any two different numbers will do; equal ones mean no update.
