@@ -20,7 +20,9 @@ def run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return (_grouped_mm if func is _GROUPED_MM else func)(*args, **kwargs)
 
 
-def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any, **options: Any) -> Any:
+def _grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any, **options: Any
+) -> Any:
     """`torch._grouped_mm`, which experts use: torch's own shape function takes bfloat16 alone.
 
     (M, K) x (G, K, N) and (G, M, K) x (K, N) make (M, N), the two other forms (G, M, N).

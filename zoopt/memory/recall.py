@@ -5,6 +5,7 @@ torch infers shapes anew at each call, which takes ten times as long as to look 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -81,10 +82,8 @@ class Recall:
             with torch._C._DisableTorchDispatch():
                 return _remade(self._known[key], args)
         result = run(func, args, kwargs)
-        try:
+        with contextlib.suppress(_Unknown):
             self._known[key] = _remembered(func, args, kwargs, result)
-        except _Unknown:
-            pass
         return result
 
 
@@ -132,7 +131,7 @@ def _remembered(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], resul
     made = _Made(
         result.shape,
         result.stride(),
-        result.storage_offset(),
+        int(result.storage_offset()),
         result.dtype,
         result.fake_device,
         view,

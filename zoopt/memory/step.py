@@ -159,7 +159,7 @@ def _zeroth_order_step(
         return value
 
     enter("perturb")
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     enter("update")
 
 
