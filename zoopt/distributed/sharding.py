@@ -6,8 +6,10 @@ positions in the whole, so sharding changes no bit.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +87,30 @@ def offset(param: Tensor) -> int:
             skipped = min(size * (coordinate[i] if coordinate else 0), rows)
             first, rows = first + skipped, min(size, rows - skipped)
     return first * math.prod(param.shape[1:])
+
+
+@contextlib.contextmanager
+def regathered() -> Iterator[None]:
+    """Let FSDP gather parameters anew in the forward passes inside, and keep none gathered after.
+
+    Outside of training it keeps those of a root module, and would not see their shards change.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    gathered: list[Any] = []
+
+    def release(module: torch.nn.Module, args: Any) -> None:
+        if isinstance(module, FSDPModule) and module not in gathered:
+            gathered.append(module)
+            module.reshard()
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(release)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module in gathered:
+            module.reshard()
 
 
 def anywhere(flag: bool, param: Tensor) -> bool:

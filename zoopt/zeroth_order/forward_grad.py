@@ -129,6 +129,9 @@ class ForwardGrad(MomentumSGD):
             params, defaults, seed=seed, process_group=process_group, parallel=parallel
         )
 
+    def _can_shard(self, group: Group) -> bool:
+        return False
+
     def _virtual(self, param: Tensor, group: Group) -> bool:
         return True
 

@@ -16,13 +16,14 @@ from zoopt.checks import (
     check_number,
     check_positive_int,
 )
+from zoopt.distributed.sharding import check_placement, is_sharded, local, offset
 from zoopt.dtypes import NARROW, RoundingMode, resolved_rounding
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
 from zoopt.parameters import check_param, named_params
 from zoopt.zeroth_order.engine.blocks import block_due, block_of, check_blocks
-from zoopt.zeroth_order.engine.direction import Direction, Noise
+from zoopt.zeroth_order.engine.direction import Direction, Elementwise, Noise
 from zoopt.zeroth_order.engine.perturbation import (
     PerturbationMode,
     Site,
@@ -69,6 +70,12 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         super().__init__(params, {**defaults, **run})
 
     @property
+    def _wholes(self) -> dict[Tensor, Tensor]:
+        """The parts of sharded parameters that lie here, and whose they are."""
+        parts: dict[Tensor, Tensor] = self.__dict__.setdefault("_parts", {})
+        return parts
+
+    @property
     def _shared_keys(self) -> tuple[str, ...]:
         return self._names.shared
 
@@ -84,20 +91,46 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         """The parameters of this step (of one block, or of all), with their directions."""
         run = self.param_groups[0]
         blocks = run.get("blocks")
+        self._wholes.clear()
         for group_index, group, param, name in named_params(self.param_groups):
             if not param.requires_grad:
                 continue
             if block is not None and block_of(blocks, group_index, name) != block:
                 continue
             self._ready_state(param, group, stream(name))
-            if not param.numel():
+            part = self._part(param)
+            if not part.numel():
                 continue
-            virtual = self._virtual(param, group)
-            direction = self._direction(param, group, stream(name), virtual=virtual)
+            virtual, copied = self._virtual(param, group), False
+            if is_sharded(param):
+                # Its operators read what is gathered from the shards.
+                virtual, copied = False, virtual
+            direction = self._direction(part, group, stream(name), virtual=virtual)
             if direction is not None:
+                if isinstance(direction, Elementwise):
+                    direction.key = direction.key.shifted(offset(param))
                 scale = float(group[self._names.scale])
                 rounding = resolved_rounding(group["rounding"], param.dtype)
-                yield Site(param, group, direction, virtual, rounding, scale)
+                yield Site(part, group, direction, virtual, rounding, scale, copied)
+
+    def _part(self, param: Tensor) -> Tensor:
+        """The part of a sharded parameter that lies here; any other parameter itself."""
+        if not is_sharded(param):
+            return param
+        part = local(param)
+        self._wholes[part] = param
+        return part
+
+    def _state(self, param: Tensor, group: Group) -> dict[str, Any]:
+        """As in `DeclaredStateOptimizer`; of a part, the parts of the whole parameter's."""
+        whole = self._wholes.get(param)
+        if whole is None:
+            return super()._state(param, group)
+        return {name: local(value) for name, value in super()._state(whole, group).items()}
+
+    def _can_shard(self, group: Group) -> bool:
+        """Whether a part of a parameter can be stepped by itself, by its place in the whole."""
+        return False
 
     @OwnArithmetic()
     def _ready_all(self) -> list[Tensor]:
@@ -173,8 +206,22 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         check_nonnegative_int("step", group["step"], 1 << 53)
         check_nonnegative_int("draw", group["draw"], 1 << 32)
         self._check_options(group)
-        for param in group["params"]:
-            check_param(param)
+        names = group.get("param_names", range(len(group["params"])))
+        for param, name in zip(group["params"], names, strict=True):
+            check_param(local(param))
+            if is_sharded(param):
+                self._check_shard(group, param, name)
+
+    def _check_shard(self, group: Group, param: Tensor, name: str | int) -> None:
+        """Raise unless the group's method can step a sharded parameter."""
+        if not self._can_shard(group):
+            raise ValueError(
+                f"{type(self).__name__} must have whole parameters with these hyperparameters, got "
+                f"{name!r}, which is sharded; use MeZO, ZOAdam, ZOSignSGD, FZOO, HiZOO, "
+                f"ZOConservativeSGD or an EvolutionStrategy without a rank, with mask None or "
+                f"'random', or keep the parameter out of fully_shard"
+            )
+        check_placement(param, name)
 
     def _check_options(self, group: Group) -> None:
         """Raise unless the group's hyperparameters are valid."""

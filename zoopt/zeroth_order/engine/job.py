@@ -12,6 +12,7 @@ from zoopt.checks import check_nonnegative_int
 from zoopt.distributed.exchange import Exchange, Job, Parallel, digest_of
 from zoopt.distributed.replicas import compare
 from zoopt.distributed.seed import several_ranks
+from zoopt.distributed.sharding import is_sharded
 from zoopt.optimizer import Params
 from zoopt.parameters import named_params
 from zoopt.warn import warn
@@ -77,6 +78,7 @@ class ZerothOrderJob(ZerothOrderUpdates):
         """The evaluations of a step: this process's, or those of all ranks."""
         exchange = self._exchange
         if exchange is None:
+            self._refuse_shards()
             self._warn_alone()
             if self.recorder is not None:
                 closure = self.recorder.listen(closure)
@@ -91,6 +93,7 @@ class ZerothOrderJob(ZerothOrderUpdates):
             weight=float(weight),
             digest=digest_of(*standing),
             check=self._check_due(pending),
+            sharded=bool(self._wholes),
             compare=functools.partial(self._compare, exchange, standing),
             heard=None if self.recorder is None else self.recorder.listen_together(),
         )
@@ -149,6 +152,16 @@ class ZerothOrderJob(ZerothOrderUpdates):
                 if key not in _APART and not isinstance(value, list | Tensor):
                     standing.append((key + where, value))
         return [*standing, ("probed micro-batches", len(pending.losses) // len(pending.draws))]
+
+    def _refuse_shards(self) -> None:
+        """Raise if parameters are sharded over ranks that do not exchange their losses."""
+        for *_, param, name in named_params(self.param_groups):
+            if is_sharded(param):
+                raise RuntimeError(
+                    f"{type(self).__name__} must have a process_group where parameters are "
+                    f"sharded, got none, and {name!r} is: the parts of a parameter would move by "
+                    f"the loss of their own rank; pass torch.distributed.group.WORLD"
+                )
 
     def _warn_alone(self) -> None:
         """Say once that replicas will drift apart."""

@@ -27,7 +27,12 @@ PerturbationMode = Literal["auto", "inplace", "virtual"]
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One parameter that takes part in a probe."""
+    """One parameter that takes part in a probe, or the part of a sharded one that lies here.
+
+    Attributes:
+        virtual: whether operators read theta plus a displacement, and the parameter stays theta.
+        copied: whether it moves from a copy of theta, and back to it exactly.
+    """
 
     param: Tensor
     group: Group
@@ -35,6 +40,7 @@ class Site:
     virtual: bool
     rounding: Rounding
     zo_eps: float
+    copied: bool = False
 
 
 #: Where each parameter is to stand, relative to theta.
@@ -60,7 +66,9 @@ class Perturbation:
         #: Whether operators read the parameters where they stand.
         self.evaluated = True
         self._virtual = {site.param: site for site in sites if site.virtual}
-        self._in_place = [site for site in sites if not site.virtual]
+        self._in_place = [site for site in sites if not site.virtual and not site.copied]
+        self._copied = [site for site in sites if site.copied]
+        self._copies: dict[Tensor, Tensor] = {}
         self._offset: dict[Tensor, Coefficients] = {}
         self._flights: dict[Tensor, _Flight] = {}
 
@@ -76,6 +84,8 @@ class Perturbation:
             RuntimeError: there are virtual parameters, and the closure read none of them.
         """
         self._move(displacement, self._in_place)
+        if self.evaluated:
+            self._move_copied(displacement)
         if not self._virtual or not self.evaluated:
             yield
             return
@@ -137,7 +147,14 @@ class Perturbation:
 
     def restore(self, sites: Sequence[Site] | None = None) -> None:
         """Bring parameters perturbed in place back to theta, these or all."""
+        self.put_back()
         self._move(lambda site: {}, self._in_place if sites is None else sites)
+
+    def put_back(self) -> None:
+        """Bring parameters that move from copies back to theta."""
+        for param, theta in self._copies.items():
+            param.copy_(theta)
+        self._copies = {}
 
     def forget(self, site: Site) -> None:
         """The caller has taken the parameter's offset away itself."""
@@ -146,6 +163,16 @@ class Perturbation:
     def release(self) -> None:
         """Let the parameters stand where they are; the caller knows of them."""
         self._in_place = []
+
+    @OwnArithmetic()
+    def _move_copied(self, displacement: Displacement) -> None:
+        """Bring parameters that move from copies to a displacement, rounded once."""
+        for site in self._copied:
+            if site.param in self._copies:
+                site.param.copy_(self._copies[site.param])
+            else:
+                self._copies[site.param] = site.param.clone()
+            site.direction.add_(site.param, displacement(site))
 
     @OwnArithmetic()
     def _move(self, displacement: Displacement, sites: Sequence[Site]) -> None:

@@ -10,11 +10,13 @@ rank evaluates and after an error: moves round, and weights must round alike eve
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
 from zoopt.distributed.exchange import Agreed, Exchange
+from zoopt.distributed.sharding import regathered
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure, Loss, loss_values
 from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation
@@ -30,6 +32,7 @@ class SharedEvaluation(Evaluation):
         weight: what this rank's losses count for, where ranks have micro-batches of their own.
         digest: where this rank stands in the run.
         check: whether replicas are due to be compared.
+        sharded: whether parameters are sharded, and gathered as modules need them.
         compare: compares them, in all ranks; raises if they differ.
         heard: told what all ranks' losses make together, if somebody records them.
     """
@@ -45,12 +48,14 @@ class SharedEvaluation(Evaluation):
         weight: float,
         digest: int,
         check: bool,
+        sharded: bool,
         compare: Callable[[], None],
         heard: Callable[[Sequence[float]], None] | None,
     ) -> None:
         super().__init__(closure, perturbation, params, verify=verify)
         self._exchange, self._weight, self._digest = exchange, weight, digest
         self._check, self._compare_replicas, self._heard = check, compare, heard
+        self._gathering = regathered if sharded else contextlib.nullcontext
 
     def each(
         self, count: int, width: int, evaluate: Callable[[int], Sequence[Loss]]
@@ -111,7 +116,7 @@ class SharedEvaluation(Evaluation):
     def _visit(self, displacement: Displacement, times: int) -> list[Loss]:
         """Move to a point, and evaluate the closure there so many times."""
         self.perturbation.evaluated = times > 0
-        with self.perturbation.at(displacement):
+        with self.perturbation.at(displacement), self._gathering():
             losses = [self.rng.evaluate(self.closure) for _ in range(times)]
             if times:
                 self._refuse_gradients()

@@ -45,6 +45,9 @@ class SparseZerothOrder(ZerothOrderOptimizer):
     #: Indices that are not int64 on their parameter's device, and copies that are.
     _copies: dict[int, tuple[Tensor, Tensor]] | None = None
 
+    def _can_shard(self, group: Group) -> bool:
+        return group["mask"] in (None, "random")
+
     def _adopt(self, group: Group) -> None:
         """Replace indices by name by a list in the order of the parameters."""
         if isinstance(group["mask"], Mapping):

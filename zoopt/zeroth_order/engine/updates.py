@@ -78,6 +78,8 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         """
         for group in self.param_groups:
             self._check_options(group)
+        if perturbation is not None:
+            perturbation.put_back()
         passes = self._queue()
         updates = [(site, Progress(passes)) for site in pending.sites]
         commit = Commit(self._tasks(pending, perturbation, updates, passes))
