@@ -69,7 +69,8 @@ def equals_the_unsharded_run(folder: Path) -> None:
     cases = CASES if dist.get_world_size() == 2 else [(row, "virtual") for row in CLASSES]
     for row, mode in cases:
         for dtype in (torch.float32, torch.bfloat16):
-            if not shards(row) or (dtype == torch.bfloat16 and mode == "inplace"):
+            narrow = dtype == torch.bfloat16
+            if not shards(row) or (narrow and (mode == "inplace" or row not in CLASSES)):
                 continue
             plain, model = mlp(dtype), sharded(dtype)
             other = row.build(plain, perturbation=mode)
@@ -82,9 +83,11 @@ def equals_the_unsharded_run(folder: Path) -> None:
 def what_is_gathered_is_let_go(folder: Path) -> None:
     """FSDP keeps a root's parameters gathered after a forward pass without a backward pass."""
     model, plain = sharded(), mlp()
-    loss_of(model)
-    optimizer = zoopt.MeZO(model.named_parameters(), lr=0.1, seed=7, process_group=dist.group.WORLD)
-    other = zoopt.MeZO(plain.named_parameters(), lr=0.1, seed=7)
+    options: dict[str, Any] = {"lr": 0.1, "seed": 7}
+    optimizer = zoopt.MeZO(model.named_parameters(), process_group=dist.group.WORLD, **options)
+    other = zoopt.MeZO(plain.named_parameters(), **options)
+    with torch.no_grad():
+        loss_of(model)
     steps(optimizer, model, torch.float32)
     steps(other, plain, torch.float32)
     with torch.no_grad():

@@ -307,7 +307,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         self._survey()
         block = self._block_due()
         sites = list(self._sites(block))
-        if not sites and not self._wholes:
+        if not sites:
             where = "" if block is None else f" in block {block}, whose turn it is"
             raise RuntimeError(
                 f"no parameter of the optimizer{where} requires a gradient, so there is nothing to "

@@ -99,7 +99,7 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
                 continue
             self._ready_state(param, group, stream(name))
             part = self._part(param)
-            if not part.numel():
+            if not param.numel():
                 continue
             virtual, copied = self._virtual(param, group), False
             if is_sharded(param):
