@@ -11,10 +11,11 @@ from zoopt.checks import check_bool, check_number
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
 from zoopt.first_order.base import Site
+from zoopt.first_order.galore import INSIDE
 from zoopt.first_order.projected.codecs import moment, moment_specs
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import ProjType
-from zoopt.first_order.projected.residuals import State
+from zoopt.first_order.projected.residuals import Residual, State
 from zoopt.first_order.projected.rules import Rule, store_moment
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format, decode
@@ -166,6 +167,9 @@ class GaLoreAdafactor(ProjectedOptimizer):
         seed: int | None = None,
     ) -> None:
         super().__init__(params, hyperparameters(locals()), seed=seed)
+
+    def _residual(self, group: Group) -> Residual:
+        return INSIDE
 
     def _rule(self, group: Group) -> Rule:
         return ADAFACTOR

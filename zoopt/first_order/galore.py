@@ -10,10 +10,29 @@ from zoopt.checks import check_bool, check_choice
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.projected.geometry import ProjType
+from zoopt.first_order.projected.residuals import Parts, Residual, Terms, no_specs
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.registry import Variant, register
+
+
+def galore(parts: Parts) -> Terms:
+    """Algorithm 1 of GaLore, for a gradient G (m, n) and a basis P (n, r) of its row space:
+
+        R      = G P
+        N      = Mhat / (sqrt(Vhat) + eps)          Adam's direction of R, (m, r)
+        theta <- theta - lr alpha N P^T
+
+    R comes from the reduction, and `Parts` has it with N. The part of G outside the subspace is
+    dropped.
+    """
+    N, alpha = parts.direction, parts.group["scale"]
+    return Terms(N, rate=alpha)
+
+
+#: Nothing of the part outside the subspace.
+INSIDE = Residual(no_specs, galore, needs_gradient=False, needs_reduced=False)
 
 
 @register(
@@ -114,6 +133,9 @@ class GaLoreAdamW(AdamFamily):
         seed: int | None = None,
     ) -> None:
         super().__init__(params, hyperparameters(locals()), seed=seed)
+
+    def _residual(self, group: Group) -> Residual:
+        return INSIDE
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

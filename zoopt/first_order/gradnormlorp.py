@@ -10,7 +10,9 @@ from zoopt.checks import check_bool, check_choice, check_positive_int
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.base import Site
+from zoopt.first_order.galore import INSIDE
 from zoopt.first_order.projected.geometry import geometry
+from zoopt.first_order.projected.residuals import Residual
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.dispatch import known
@@ -143,6 +145,9 @@ class GradNormLoRP(AdamFamily):
         super()._check_group(group)
         check_bool("stagger", group["stagger"])
         check_choice("proj_type", group["proj_type"], ("full",))
+
+    def _residual(self, group: Group) -> Residual:
+        return INSIDE
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         state = self.state.get(site.param, {})

@@ -14,8 +14,9 @@ from zoopt.checks import check_bool, check_choice, check_number
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.base import Site, betas_of
+from zoopt.first_order.galore import INSIDE
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
-from zoopt.first_order.projected.residuals import OneSided, Terms
+from zoopt.first_order.projected.residuals import OneSided, Residual, Terms
 from zoopt.first_order.projected.rules import adam_moments, adam_numbers, store_moment
 from zoopt.first_order.projected.subspace import (
     balanced,
@@ -211,6 +212,9 @@ class LDAdamW(AdamFamily):
         seed: int | None = None,
     ) -> None:
         super().__init__(params, hyperparameters(locals()), seed=seed)
+
+    def _residual(self, group: Group) -> Residual:
+        return INSIDE
 
     def _declared(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """As GaLore's, but a basis in the accumulator's dtype, for it is turned in every step; and

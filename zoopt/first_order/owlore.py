@@ -21,8 +21,9 @@ from zoopt.checks import (
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.base import draw_of
-from zoopt.first_order.galore import GaLoreAdamW
+from zoopt.first_order.galore import INSIDE, GaLoreAdamW
 from zoopt.first_order.projected.geometry import ProjType
+from zoopt.first_order.projected.residuals import Residual
 from zoopt.first_order.projected.selection import param_groups
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
@@ -260,6 +261,9 @@ class OwLore(AdamFamily):
                 if not trains:
                     param.grad = None
                     self.state.pop(param, None)
+
+    def _residual(self, group: Group) -> Residual:
+        return INSIDE
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

@@ -12,8 +12,10 @@ from zoopt.checks import check_bool, check_choice, check_number, check_positive_
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.base import Site
+from zoopt.first_order.galore import INSIDE
 from zoopt.first_order.projected.basis import refresh, refresh_due
 from zoopt.first_order.projected.geometry import Geometry
+from zoopt.first_order.projected.residuals import Residual
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.dispatch import known
 from zoopt.optimizer import MOST_STEPS, Group, Params, TensorSpec, hyperparameters
@@ -135,6 +137,9 @@ class QGaLoreAdamW(AdamFamily):
         seed: int | None = None,
     ) -> None:
         super().__init__(params, hyperparameters(locals()) | {"proj_type": "std"}, seed=seed)
+
+    def _residual(self, group: Group) -> Residual:
+        return INSIDE
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

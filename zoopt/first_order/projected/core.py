@@ -15,7 +15,7 @@ from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.base import Site, batch_kind, batch_of, descent_rate
 from zoopt.first_order.projected.basis import basis_specs, load_bases, refresh, refresh_due
 from zoopt.first_order.projected.geometry import Geometry, geometry, in_stack, matrices_of, matrix
-from zoopt.first_order.projected.residuals import NONE, Parts, Residual, Terms
+from zoopt.first_order.projected.residuals import Parts, Residual, Terms
 from zoopt.first_order.projected.rules import ADAM, Rule
 from zoopt.first_order.projected.sharded import first_row, refresh_together, rows_of
 from zoopt.first_order.projected.stacks import StackedMatrices, alone
@@ -43,7 +43,7 @@ class ProjectedOptimizer(StackedMatrices):
         return ADAM
 
     def _residual(self, group: Group) -> Residual:
-        return NONE
+        raise NotImplementedError
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """`step`, the bases, the rule's moments, and what the residual keeps; of a stack of

@@ -85,11 +85,6 @@ def no_specs(geo: Geometry, accumulator: torch.dtype) -> dict[str, TensorSpec]:
     return {}
 
 
-def _dropped(parts: Parts) -> Terms:
-    """scale N."""
-    return Terms(parts.direction, rate=parts.group["scale"])
-
-
 def channel_norms(
     gradient: Tensor, geo: Geometry, dtype: torch.dtype, sharded: Tensor | None = None
 ) -> Tensor:
@@ -155,7 +150,3 @@ def energy_outside(whole: Tensor, inside: Tensor) -> Tensor:
     square = whole.square()
     outside = square - inside.square()
     return torch.where(outside > 32.0 * torch.finfo(square.dtype).eps * square, outside, 0.0)
-
-
-#: The part outside the subspace is dropped (GaLore).
-NONE = Residual(no_specs, _dropped, needs_gradient=False, needs_reduced=False)
