@@ -21,6 +21,7 @@ from zoopt.kernels.batch import Batch
 from zoopt.kernels.descent.op import curve_, descend_, small_elements, turn_
 from zoopt.kernels.descent.rule import Rule, Shape
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.op_batch import add_products_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DISTRIBUTIONS = ("normal", "rademacher", "masked normal", "masked rademacher")
@@ -188,6 +189,11 @@ class Variant:
             return functools.partial(kernels.sm3_, theta, gradient, accumulators, **options)
         m, n = theta.shape
         factors = torch.zeros(m, RANK), torch.zeros(n, RANK)
+        if self.kernel == "products":
+            batch = Batch((theta, theta.clone()), [self._rounding["key"], NoiseKey(1, 3)])
+            left, right = ([each.unsqueeze(0)] * 2 for each in factors)
+            rounding_draw = self._rounding["rounding_draw"]
+            return functools.partial(add_products_, batch, left, right, rounding_draw=rounding_draw)
         scaled = {"gradient": gradient, "channel_scale": torch.zeros(m, 1)}
         if self.kernel == "scaled":
             return functools.partial(
@@ -219,7 +225,7 @@ def variants() -> Iterator[Variant]:
             for rounding in _roundings(dtype):
                 yield Variant(kernel, dtype, "normal", rounding=rounding)
         yield Variant("small", dtype, "normal")
-        for kernel in ("sm3", "sm3_momentum", "product", "product_gradient", "scaled"):
+        for kernel in ("sm3", "sm3_momentum", "product", "products", "product_gradient", "scaled"):
             for rounding in _roundings(dtype):
                 # To nearest a product alone is BLAS's.
                 if kernel != "product" or rounding == "stochastic":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from typing import Any
 
@@ -25,9 +26,8 @@ EXTRA = {
 WAITS = {"ConMeZO": 1, "ZOConservativeSGD three": 1, "ZOConservativeSGD reused": 1}
 INPLACE = [row for row in ROWS if "inplace" in row.perturbations]
 PRODUCTS = (zoopt.LOZO, zoopt.SubZero, zoopt.ZOMuon)
-ELEMENTWISE = [
-    row for row in INPLACE if row.cls not in PRODUCTS and row.options.get("rank") is None
-]
+LOW_RANK = [row for row in INPLACE if row.cls in PRODUCTS or row.options.get("rank") is not None]
+ELEMENTWISE = [row for row in INPLACE if row not in LOW_RANK]
 
 
 def model(layers: int) -> nn.Sequential:
@@ -46,8 +46,8 @@ def evaluations(row: Row) -> int:
     return int(probes * (1 if one_sided else 2))
 
 
-def step(row: Row, mode: str, net: nn.Module) -> Recorded:
-    """What the third step asks of the device, beside the closure."""
+def step(row: Row, mode: str, net: nn.Module, *, reads: bool = False) -> Recorded:
+    """What the third step asks of the device; of a closure that reads the parameters or not."""
     options: dict[str, Any] = {"perturbation": mode}
     if "mask" in row.options and isinstance(row.options["mask"], dict):
         options["mask"] = {name: torch.tensor([3, 0, 1]) for name, _ in net.named_parameters()}
@@ -56,7 +56,11 @@ def step(row: Row, mode: str, net: nn.Module) -> Recorded:
     first = next(losses)
     repeated = itertools.chain([first, first], losses)
 
+    x = torch.zeros(4, 20)
+
     def closure() -> torch.Tensor:
+        if reads:
+            net(x)
         return next(repeated)
 
     for _ in range(2):
@@ -98,3 +102,46 @@ def test_a_step_in_place(row: Row) -> None:
     assert found[0] == found[1]
     # A copy of each loss, and the differences between all of them.
     assert len(found[0][1]) <= moves + 4
+
+
+@pytest.mark.parametrize("row", LOW_RANK, ids=str)
+def test_a_step_in_place_with_thin_factors(row: Row) -> None:
+    """Two kinds of parameters, matrices and vectors; a few launches make the factors of each move,
+    one more adds them to all matrices."""
+    found = []
+    for layers in (4, 7):
+        with stub_gpu():
+            recorded = step(row, "inplace", model(layers))
+        assert recorded.copies == 0
+        assert recorded.waits == 1 + (row.cls is zoopt.ZOMuon)
+        others = [name for name in recorded.others if name != "add"]
+        found.append(([each.kernel for each in recorded.launches], others))
+        moves = evaluations(row) + 1
+        # SubZero's matrices of one shape share a launch, and there are three shapes; members have
+        # two factors, and pass from one draw to another. A generation's update has all draws'.
+        each = {zoopt.SubZero: 4, zoopt.LOZO: 3, zoopt.EvolutionStrategy: 4}.get(row.cls, 2)
+        draws = 2 * row.options.get("population_size", 0)
+        names = [name for name in found[-1][0] if name != "numbers_kernel"]
+        assert names.count("products_kernel") <= (1 + (row.cls is zoopt.SubZero)) * moves
+        assert len(names) <= moves * (each + 2) + draws + 2
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("row", [r for r in LOW_RANK if "blocks" not in r.options], ids=str)
+def test_operators_make_two_thin_products(row: Row) -> None:
+    """And nothing else, with matrices alone: factors are made once an evaluation."""
+    found = []
+    for layers in (4, 7):
+        net = nn.Sequential(*[nn.Linear(20, 20, bias=False) for _ in range(layers)])
+        with stub_gpu():
+            recorded = step(row, "virtual", net, reads=True)
+        assert (recorded.copies, recorded.waits) == (0, 1)
+        found.append(recorded)
+    few, many = found
+    assert [each.kernel for each in few.launches] == [each.kernel for each in many.launches]
+    added = collections.Counter(many.others) - collections.Counter(few.others)
+    off = evaluations(row)
+    at_theta = row.cls is zoopt.ZOMuon  # which is one-sided
+    assert added["addmm_"] == 3 * off
+    assert added["mm"] == 3 * (2 * off + at_theta)
+    assert added.keys() <= {"mm", "addmm_", "add"}  # the last of addresses, as above

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from zoopt.checks import check_number
 from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode, accumulator_dtype
+from zoopt.kernels.batch import Batch
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.op_batch import add_products_
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise, whole, withdrawn
+from zoopt.zeroth_order.engine.factors import Normals, Pair, Terms, make
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
@@ -38,7 +45,12 @@ class LazyPair(LowRank):
 
     def __init__(self, key: NoiseKey, param: Tensor, rank: int, basis_draw: int) -> None:
         super().__init__(key, param, rank)
-        self.right = self.basis(basis_draw)
+        self.basis_draw = basis_draw
+
+    @functools.cached_property
+    def right(self) -> Tensor:
+        """V: (n, r)."""
+        return self.basis(self.basis_draw)
 
     def basis(self, draw: int) -> Tensor:
         """V of a draw: (n, r), from the numbers that follow that draw's U."""
@@ -48,9 +60,59 @@ class LazyPair(LowRank):
         """sum_d coefficients[d] U(d): (m, r)."""
         return self.combined(coefficients, (self.rows, self.rank))
 
+    def normals_of(self, coefficients: Terms) -> Normals:
+        """What `left` is made of."""
+        return Normals(self.key, (self.rows, self.rank), (coefficients,))
+
+    @property
+    def basis_normals(self) -> Normals:
+        """What `right` is made of."""
+        behind = self.key.shifted(self.rows * self.rank)
+        return Normals(behind, (self.columns, self.rank), (((self.basis_draw, 1.0),),))
+
+    @classmethod
+    def pairs_together(
+        cls, directions: Sequence[LowRank], coefficients: Coefficients, dtype: torch.dtype
+    ) -> list[Pair]:
+        """As in `Direction`: two launches."""
+        own = [direction for direction in directions if isinstance(direction, LazyPair)]
+        terms = tuple(coefficients.items())
+        wanted = [each.normals_of(terms) for each in own] + [each.basis_normals for each in own]
+        made = make(wanted, dtype, own[0].device)
+        return list(zip(made[: len(own)], made[len(own) :], strict=True))
+
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """As in `LowRank`; all draws share V."""
         return self.left(coefficients), self.right
+
+
+def momentum_together(
+    matrices: Batch,
+    *,
+    directions: Sequence[LazyPair],
+    buffers: Sequence[Tensor],
+    weights: Terms,
+    back: Terms,
+    beta: float,
+    lr: float,
+    decay: float,
+    rounding_draw: int | None,
+) -> None:
+    """N <- b N + (1 - b) gU and theta <- round(decay theta + U(back) V^T - lr N V^T / r), for all
+    matrices."""
+    count = len(directions)
+    wanted = [each.normals_of(weights) for each in directions]
+    wanted += [each.normals_of(back) for each in directions]
+    wanted += [each.basis_normals for each in directions]
+    made = make(wanted, buffers[0].dtype, matrices.device)
+    estimates, left = ([own[0] for own in part] for part in (made[:count], made[count:-count]))
+    torch._foreach_mul_(list(buffers), beta)
+    torch._foreach_mul_(estimates, 1.0 - beta)
+    torch._foreach_add_(list(buffers), estimates)
+    scales = [-lr / direction.rank for direction in directions]
+    torch._foreach_add_(left, torch._foreach_mul(list(buffers), scales))
+    pairs = (made[count:-count], made[-count:])
+    add_products_(matrices, *pairs, decay=decay, rounding_draw=rounding_draw)
 
 
 @register("lozo", "zeroth-order", Variant(), Variant("momentum", {"momentum": 0.7}, planned=False))
@@ -165,6 +227,19 @@ class LOZO(LowRankZerothOrder):
         back = withdrawn(offset, decay)
         buffer = self._state(site.param, group)["momentum_buffer"]
         if isinstance(direction, LazyPair):
+            if direction.queued(
+                momentum_together,
+                site.param,
+                progress,
+                {"buffers": buffer},
+                weights=tuple(weights.items()),
+                back=tuple(back.items()),
+                beta=beta,
+                lr=lr,
+                decay=decay,
+                rounding_draw=pending.draws[-1] if site.rounding == "stochastic" else None,
+            ):
+                return
             factor = averaged(buffer, direction.left(weights), beta)
             progress.hold((buffer, factor))
             left = direction.left(back) - factor * (lr / direction.rank)

@@ -16,14 +16,19 @@ from zoopt.kernels.batch import Batch
 from zoopt.kernels.descent.op import energies
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.op_batch import add_products_
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise, withdrawn
+from zoopt.zeroth_order.engine.factors import Normals, Pair, Terms, cast, make
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
 from zoopt.zeroth_order.engine.perturbation import Perturbation, PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
+
+#: Elements of matrices that are decomposed together: 64 MiB of float64.
+_TOGETHER = 1 << 23
 
 
 class LeftSubspace(LowRank):
@@ -47,6 +52,21 @@ class LeftSubspace(LowRank):
         """sum_d coefficients[d] u(d): (r, n)."""
         return self.combined(coefficients, (self.rank, self.columns))
 
+    def normals_of(self, coefficients: Terms) -> Normals:
+        """What `inner` is made of."""
+        return Normals(self.key, (self.rank, self.columns), (coefficients,))
+
+    @classmethod
+    def pairs_together(
+        cls, directions: Sequence[LowRank], coefficients: Coefficients, dtype: torch.dtype
+    ) -> list[Pair]:
+        """As in `Direction`: one launch."""
+        own = [direction for direction in directions if isinstance(direction, LeftSubspace)]
+        terms = tuple(coefficients.items())
+        inner = make([each.normals_of(terms) for each in own], dtype, own[0].device)
+        bases = cast([each.basis for each in own], dtype)
+        return [(P.unsqueeze(0), u.mT) for P, u in zip(bases, inner, strict=True)]
+
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """As in `LowRank`; all draws share P."""
         return self.basis, self.inner(coefficients).T
@@ -56,15 +76,50 @@ def msign(matrix: Tensor) -> Tensor:
     """U V^T of the singular value decomposition U S V^T, by the Gram matrix of its short side.
 
     Args:
-        matrix: (r, n) with r <= n; directions whose singular value is zero stay zero.
+        matrix: (..., r, n) with r <= n; directions whose singular value is zero stay zero.
     """
     wide = matrix.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.T)  # (r,), (r, r)
+    values, vectors = torch.linalg.eigh(wide @ wide.mT)  # (..., r), (..., r, r)
     # The Gram matrix squares the singular values: smaller ones are rounding errors.
-    rank = values > values[-1] * 1e-14
-    inverse_root = torch.where(rank, values.clamp(min=1e-300).rsqrt(), 0.0)
-    sign: Tensor = (vectors * inverse_root) @ (vectors.T @ wide)
+    rank = values > values[..., -1:] * 1e-14
+    inverse_root = torch.where(rank, values.clamp(min=1e-300).rsqrt(), 0.0).unsqueeze(-2)
+    sign: Tensor = (vectors * inverse_root) @ (vectors.mT @ wide)
     return sign.to(matrix.dtype)
+
+
+def msign_together(
+    matrices: Batch,
+    *,
+    directions: Sequence[LeftSubspace],
+    weights: Terms,
+    back: Terms,
+    lr: float,
+    decay: float,
+    rounding_draw: int | None,
+) -> None:
+    """theta <- round(decay theta + P u(back) - lr P msign(u(weights))) for all matrices; those of a
+    shape are decomposed together, some at a time."""
+    count, dtype = len(directions), directions[0].dtype
+    wanted = [each.normals_of(weights) for each in directions]
+    wanted += [each.normals_of(back) for each in directions]
+    made = [values[0] for values in make(wanted, dtype, matrices.device)]
+    estimates, inner = made[:count], made[count:]
+    alike: dict[torch.Size, list[int]] = {}
+    for i, estimate in enumerate(estimates):
+        alike.setdefault(estimate.shape, []).append(i)
+    for shape, places in alike.items():
+        some = max(1, _TOGETHER // shape.numel())
+        for start in range(0, len(places), some):
+            own = places[start : start + some]
+            signs = msign(torch.stack([estimates[i] for i in own]))
+            torch._foreach_add_([inner[i] for i in own], list(signs.unbind()), alpha=-lr)
+    add_products_(
+        matrices,
+        [each.basis.unsqueeze(0) for each in directions],
+        [each.mT.unsqueeze(0) for each in inner],
+        decay=decay,
+        rounding_draw=rounding_draw,
+    )
 
 
 @register("zo-muon", "zeroth-order")
@@ -195,6 +250,17 @@ class ZOMuon(LowRankZerothOrder):
             self._descend(site, pending, offset, {}, progress)
         elif isinstance(direction, LeftSubspace):
             lr, decay = float(group["lr"]), self._decay(group, pending)
+            if direction.queued(
+                msign_together,
+                site.param,
+                progress,
+                weights=tuple(weights.items()),
+                back=tuple(withdrawn(offset, decay).items()),
+                lr=lr,
+                decay=decay,
+                rounding_draw=pending.draws[-1] if site.rounding == "stochastic" else None,
+            ):
+                return
             Ghat = direction.inner(weights)  # P Ghat is the estimate
             inner = direction.inner(withdrawn(offset, decay))
             inner -= lr * msign(Ghat)

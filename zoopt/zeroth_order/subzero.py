@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from zoopt.distributed.exchange import Job, Parallel
@@ -13,6 +15,7 @@ from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients
+from zoopt.zeroth_order.engine.factors import Normals, Pair, cast, make, multiply
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
@@ -59,6 +62,22 @@ class Subspace(LowRank):
         self.left_basis.copy_(self.haar(draw, start, (self.rows, self.rank)))
         start += self.rows * self.rank
         self.right_basis.copy_(self.haar(draw, start, (self.columns, self.rank)))
+
+    @classmethod
+    def pairs_together(
+        cls, directions: Sequence[LowRank], coefficients: Coefficients, dtype: torch.dtype
+    ) -> list[Pair]:
+        """As in `Direction`: R of all in a launch for matrices of a shape, U R of all in one."""
+        own = [direction for direction in directions if isinstance(direction, Subspace)]
+        wanted = []
+        for each in own:
+            scale = math.sqrt(each.rows * each.columns) / each.rank
+            terms = tuple((draw, scale * c) for draw, c in coefficients.items())
+            wanted.append(Normals(each.key, (each.rank, each.rank), (terms,)))
+        cores = [made[0] for made in make(wanted, own[0].dtype, own[0].device)]
+        left = multiply([each.left_basis for each in own], cores, dtype)
+        right = cast([each.right_basis for each in own], dtype)
+        return [(a.unsqueeze(0), b.unsqueeze(0)) for a, b in zip(left, right, strict=True)]
 
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """As in `LowRank`; all draws share U and V."""

@@ -10,6 +10,7 @@ stored 128 bits at a time. There is no autotuning: it would apply an update seve
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -97,15 +98,25 @@ def _table(
     rows: tuple[tuple[int, int, int], ...], block: int, alignment: int, device: torch.device
 ) -> Table:
     """The table of tensors of (elements, offset, stream); the same ones are copied there once."""
-    places, programs = [], 0
-    for numel, offset, number in rows:
-        places.append((programs, numel, offset, _int32(number)))
-        programs += triton.cdiv(numel + offset % alignment, block) if numel else 0
-    places.append((programs, 0, 0, 0))
+    counts = [
+        triton.cdiv(numel + offset % alignment, block) if numel else 0 for numel, offset, _ in rows
+    ]
+    return table_of(
+        counts, [(numel, offset, _int32(number)) for numel, offset, number in rows], device
+    )
+
+
+def table_of(counts: Sequence[int], rows: Sequence[tuple[int, ...]], device: torch.device) -> Table:
+    """The table of tensors that so many programs serve each, and what else a kernel is to know of
+    them."""
+    first = [0, *itertools.accumulate(counts)]
+    programs = first[-1]
+    places = [(begin, *row) for begin, row in zip(first, rows, strict=False)]
+    places.append((programs, *[0] * len(rows[0])))
     shift = max(0, (max(programs - 1, 0) // _MAX_HINTS).bit_length())
     hints, tensor = [], 0
     for program in range(0, programs, 1 << shift):
-        while places[tensor + 1][0] <= program:
+        while first[tensor + 1] <= program:
             tensor += 1
         hints.append(tensor)
     return Table(

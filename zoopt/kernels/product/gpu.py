@@ -10,8 +10,11 @@ from torch import Tensor
 
 from zoopt.kernels.noise.gpu import _int32, backend_name
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.gpu_batch import add_products
 from zoopt.kernels.product.gpu_kernels import product_kernel
 from zoopt.kernels.product.reference import blas_rounds
+
+__all__ = ["add_product", "add_products", "squares"]
 
 #: Rows and columns of a program's tile with a product, and the columns of a factor at a time.
 TILE, K = (64, 64), 16

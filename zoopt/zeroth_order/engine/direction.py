@@ -8,7 +8,7 @@ itself (Adam's, a sign's) runs over the parameter chunk by chunk and never holds
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,9 @@ def descent(
 class Direction:
     """z of one parameter. `elements` is the flat tensor of what the direction can move."""
 
+    #: Whether displacements are products of thin factors.
+    thin = False
+
     def add_(
         self,
         param: Tensor,
@@ -82,6 +85,15 @@ class Direction:
 
     def tangent(self, param: Tensor, draw: int) -> Tensor:
         """z(draw) itself, in the parameter's shape and dtype."""
+        raise NotImplementedError
+
+    @classmethod
+    def pairs_together(
+        cls, directions: Sequence[Any], coefficients: Coefficients, dtype: torch.dtype
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Where `thin`, L (D, m, r) and R (D, n, r) of several directions of this class on one
+        device, with sum_d L[d] R[d]^T = sum_d coefficients[d] z(d): by as many launches as of one.
+        """
         raise NotImplementedError
 
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +17,18 @@ from torch import Tensor
 
 from zoopt.checks import check_nonnegative_int, check_positive_int
 from zoopt.dtypes import Rounding, accumulator_dtype
-from zoopt.kernels import add_
+from zoopt.kernels import add_, apply_
+from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.op_batch import add_products_
 from zoopt.linalg import sign_fixed_qr
 from zoopt.noise import normal, stream
 from zoopt.optimizer import Group, Params
 from zoopt.parameters import named_params
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise, whole
+from zoopt.zeroth_order.engine.factors import Normals, Pair, Terms, make
 from zoopt.zeroth_order.engine.groups import ProbeNames
 from zoopt.zeroth_order.engine.progress import Progress
 
@@ -41,6 +44,8 @@ class LowRank(Direction):
         param: the parameter.
         rank: the most columns that a factor may have.
     """
+
+    thin = True
 
     def __init__(self, key: NoiseKey, param: Tensor, rank: int) -> None:
         self.key = key
@@ -94,6 +99,13 @@ class LowRank(Direction):
     ) -> None:
         """As in `Direction`, by one matrix product that accumulates into the parameter."""
         last = max(coefficients, default=None)
+        options: dict[str, Any] = {
+            "coefficients": tuple(coefficients.items()),
+            "decay": decay,
+            "rounding_draw": last if rounding == "stochastic" else None,
+        }
+        if self.queued(add_together, param, progress, **options):
+            return
         if coefficients:
             left, right = self.factors(coefficients)
         else:
@@ -108,6 +120,22 @@ class LowRank(Direction):
             rounding_draw=last,
             progress=progress,
         )
+
+    def queued(
+        self,
+        operation: Callable[..., Any],
+        param: Tensor,
+        progress: Progress | None,
+        beside: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> bool:
+        """Whether an operation on a batch of matrices and their `directions` is made later,
+        together with others (see `Passes.put`)."""
+        if progress is None or progress.passes is None or not param.is_contiguous():
+            return False
+        matrix = param.detach().view(self.rows, self.columns)
+        beside = {"directions": self, **(beside or {})}
+        return progress.passes.put(operation, matrix, self.key, progress, beside=beside, **options)
 
     def add_product_(
         self,
@@ -154,12 +182,48 @@ class LowRank(Direction):
         return (weight[rows] + left[rows] @ right.T).to(weight.dtype)
 
 
+def add_together(
+    matrices: Batch,
+    *,
+    directions: Sequence[LowRank],
+    coefficients: Terms,
+    decay: float,
+    rounding_draw: int | None,
+) -> None:
+    """matrix <- round(decay matrix + sum_d coefficients[d] z(d)) of each, with directions of one
+    class."""
+    dtype = accumulator_dtype(matrices.dtype)
+    if coefficients:
+        pairs = type(directions[0]).pairs_together(directions, dict(coefficients), dtype)
+        left, right = zip(*pairs, strict=True)
+        add_products_(matrices, left, right, decay=decay, rounding_draw=rounding_draw)
+    else:
+        apply_(matrices, [], draws=[], decay=decay)
+
+
 class OuterProduct(LowRank):
     """z(d) = A(d) B(d)^T / sqrt(r), A (m, r) and B (n, r) of normals, both new in every draw."""
 
     def pair(self, draw: int) -> tuple[Tensor, Tensor]:
         """As in `LowRank`."""
         return self.split(self.normals(draw, 0, (self.rows + self.columns, self.rank)))
+
+    @classmethod
+    def pairs_together(
+        cls, directions: Sequence[LowRank], coefficients: Coefficients, dtype: torch.dtype
+    ) -> list[Pair]:
+        """As in `Direction`: two launches a draw."""
+        wanted = []
+        for own in directions:
+            scaled = [((draw, c / math.sqrt(own.rank)),) for draw, c in coefficients.items()]
+            wanted.append(Normals(own.key, (own.rows, own.rank), tuple(scaled)))
+        ones = tuple(((draw, 1.0),) for draw in coefficients)
+        for own in directions:
+            behind = own.key.shifted(own.rows * own.rank)
+            wanted.append(Normals(behind, (own.columns, own.rank), ones))
+        made = make(wanted, dtype, directions[0].device)
+        count = len(directions)
+        return list(zip(made[:count], made[count:], strict=True))
 
     def split(self, normals: Tensor) -> tuple[Tensor, Tensor]:
         """A / sqrt(r) (..., m, r) and B (..., n, r) of normals (..., m + n, r)."""

@@ -35,7 +35,7 @@ class _Alike:
         self.thetas: list[Tensor] = []
         self.keys: list[NoiseKey] = []
         self.indices: list[Tensor] = []
-        self.beside: dict[str, list[Tensor]] = {}
+        self.beside: dict[str, list[Any]] = {}
         self.progress: list[Progress] = []
 
     def make(self) -> None:
@@ -54,22 +54,23 @@ class Passes:
 
     def put(
         self,
-        operation: str,
+        operation: str | Callable[..., Any],
         theta: Tensor,
         key: NoiseKey,
         progress: Progress,
         *,
         indices: Tensor | None = None,
-        beside: Mapping[str, Tensor] | None = None,
+        beside: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> bool:
         """Queue an operation on a parameter, unless it has to be done now, by itself.
 
         Args:
-            operation: a key of `_OPERATIONS`.
+            operation: a key of `_OPERATIONS`, or a function on a batch.
             progress: that of the pass, which ends when the queue is made.
             indices: the elements on which the operation works; None for all.
-            beside: other tensors with as many elements, by the operation's names for them.
+            beside: what else belongs to the parameter, by the operation's names: tensors with as
+                many elements, or other objects for a function that expects them.
             options: its other arguments.
 
         Returns:
@@ -82,10 +83,12 @@ class Passes:
         beside = beside or {}
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
         noise = (key.seed, key.distribution, key.density)
-        kind = (theta.dtype, theta.device, *noise, indices is None, tuple(beside))
+        classes = tuple((own, type(value)) for own, value in beside.items())
+        kind = (theta.dtype, theta.device, *noise, indices is None, classes)
         name = (progress.stage, (operation, tuple(sorted(options.items())), kind))
         if name not in self._queue:
-            self._queue[name] = _Alike(_OPERATIONS[operation], options)
+            function = _OPERATIONS[operation] if isinstance(operation, str) else operation
+            self._queue[name] = _Alike(function, options)
         alike = self._queue[name]
         alike.thetas.append(theta)
         alike.keys.append(key)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic
@@ -17,6 +18,7 @@ from zoopt.dtypes import Rounding
 from zoopt.kernels import dispatch
 from zoopt.optimizer import Group
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction
+from zoopt.zeroth_order.engine.factors import side_by_side
 from zoopt.zeroth_order.engine.passes import Passes
 from zoopt.zeroth_order.engine.progress import Progress, count_write, uninterrupted
 from zoopt.zeroth_order.engine.uncompiled import uncompiled
@@ -90,6 +92,16 @@ class Perturbation:
             yield
             return
 
+        made: dict[Tensor, tuple[Tensor, Tensor]] = {}
+
+        def together(site: Site) -> tuple[Tensor, Tensor] | None:
+            """Factors that are made for all matrices when the first one is read."""
+            if not site.direction.thin or not dispatch.launches(site.param):
+                return None
+            if not made:
+                made.update(_thin_factors(self._virtual.values(), displacement))
+            return made[site.param]
+
         @OwnArithmetic()
         def perturbed(param: Tensor) -> Tensor:
             site = self._virtual[param]
@@ -102,13 +114,19 @@ class Perturbation:
             coefficients = displacement(site)
             if not coefficients:
                 return weight[rows]
+            pair = together(site)
+            if pair is not None:
+                left, right = (factor.to(torch.float32) for factor in (pair[0][rows], pair[1]))
+                return (weight[rows] + left @ right.T).to(weight.dtype)
             return site.direction.perturbed_rows(weight, rows, coefficients)
 
         @OwnArithmetic()
         def factors(weight: Tensor) -> tuple[Tensor, Tensor] | None:
             site = self._virtual[weight]
             coefficients = displacement(site)
-            return site.direction.factors(coefficients) if coefficients else None
+            if not coefficients:
+                return None
+            return together(site) or site.direction.factors(coefficients)
 
         # At theta itself too: modules take the path that they take at theta + a z.
         with self.substituted(perturbed, perturbed_rows, factors):
@@ -224,6 +242,28 @@ class Perturbation:
             count_write(site.param)
             self._offset[site.param] = flight.target
             del self._flights[site.param]
+
+
+def _thin_factors(
+    sites: Iterable[Site], displacement: Displacement
+) -> dict[Tensor, tuple[Tensor, Tensor]]:
+    """L (m, k) and R (n, k) of each matrix whose displacement is L R^T, in its dtype: made together
+    for those of one class and displacement."""
+    alike: dict[Hashable, list[Site]] = {}
+    for site in sites:
+        if site.direction.thin and dispatch.launches(site.param):
+            coefficients = tuple(displacement(site).items())
+            name = (type(site.direction), coefficients, site.param.dtype, site.param.device)
+            alike.setdefault(name, []).append(site)
+    found = {}
+    for own in alike.values():
+        directions = [site.direction for site in own]
+        pairs = type(directions[0]).pairs_together(
+            directions, displacement(own[0]), own[0].param.dtype
+        )
+        for site, (left, right) in zip(own, pairs, strict=True):
+            found[site.param] = side_by_side(left), side_by_side(right)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

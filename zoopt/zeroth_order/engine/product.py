@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoopt.kernels import dispatch
+
 _MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
@@ -65,8 +67,11 @@ def operands_of(
 
 def _plus_product(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     """y + (x inner) outer^T: y (..., m), x (..., n), inner (n, k), outer (m, k); y is reused."""
-    # Both operands row-major: several times as fast as with a tall thin matrix.
-    thin = torch.nn.functional.linear(x, inner.to(x.dtype).T.contiguous())  # (..., k)
+    if dispatch.launches(x) and inner.dtype == outer.dtype == x.dtype:
+        thin = torch.matmul(x, inner)  # (..., k)
+    else:
+        # Both operands row-major: several times as fast as with a tall thin matrix.
+        thin = torch.nn.functional.linear(x, inner.to(x.dtype).T.contiguous())
     if y.dtype != thin.dtype or torch.is_autocast_enabled(y.device.type):
         return y + torch.matmul(thin, outer.to(thin.dtype).T)
     y.view(-1, y.shape[-1]).addmm_(thin.reshape(-1, thin.shape[-1]), outer.to(y.dtype).T)
