@@ -95,17 +95,17 @@ class Script(Passes):
 
     def put(
         self,
-        operation: str,
+        operation: str | Callable[..., Any],
         theta: Tensor,
         key: NoiseKey,
         progress: Progress,
         *,
         indices: Tensor | None = None,
-        beside: Mapping[str, Tensor] | None = None,
+        beside: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> bool:
         """Keep the operation as a `Write`."""
-        if beside or operation not in _WRITES:
+        if beside or not isinstance(operation, str) or operation not in _WRITES:
             raise NotScriptedError
         if not progress.done:
             self._kinds[id(theta)].writes.append(_WRITES[operation](**options))

@@ -133,6 +133,8 @@ class LowRank(Direction):
         together with others (see `Passes.put`)."""
         if progress is None or progress.passes is None or not param.is_contiguous():
             return False
+        if not progress.passes.takes(param):
+            return False
         matrix = param.detach().view(self.rows, self.columns)
         beside = {"directions": self, **(beside or {})}
         return progress.passes.put(operation, matrix, self.key, progress, beside=beside, **options)
