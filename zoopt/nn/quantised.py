@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -149,11 +150,14 @@ class QuantisedLinear(ReparametrisedLinear):
         self.register_buffer("zero", zero)
         self.scale = nn.Parameter(scale.log() if form == "log" else scale)
         self.register_parameter("bias", bias)
+        #: Rows, dtype -> what is added to their q - z: a perturbation, while a probe lasts.
+        self.offset: Callable[[slice, torch.dtype], Tensor] | None = None
 
     def integers(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """q - z of a run of rows."""
+        """q - z of a run of rows, and what is added to it for the time."""
         codes = unpack(self.codes[rows], self.in_features, self.bits)
-        return integers(codes, self.zero[rows], self.group_size, dtype)
+        values = integers(codes, self.zero[rows], self.group_size, dtype)
+        return values if self.offset is None else values.add_(self.offset(rows, dtype))
 
     def weight_of(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """W (out, in), of scales in the layer's form."""

@@ -1,0 +1,217 @@
+"""QES: integer weights that move by whole steps, what is rounded away carried to the next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoopt.checks import check_number, check_positive_int
+from zoopt.distributed.seed import SharedSeed
+from zoopt.nn.initial import CHUNK
+from zoopt.nn.packing import pack, unpack
+from zoopt.nn.quantised import QuantisedLinear
+from zoopt.noise import normal, stream
+from zoopt.zeroth_order.engine.closure import PinnedRNG, check_closure, loss_values
+
+#: A step's directions: pairs of a draw and what its direction is multiplied by, in codes.
+Step = list[tuple[int, float]]
+
+
+def carried(
+    steps: list[Step], direction: Callable[[int], Tensor], like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The whole steps of the last of `steps`, and what it leaves, all others replayed before it.
+
+        e_0 = 0,    d_i = round(u_i + e_{i-1}),    e_i = u_i + e_{i-1} - d_i,
+        u_i = sum of the step's weights times their directions
+
+    Args:
+        steps: oldest first.
+        direction: draw -> z, of like's shape.
+        like: whose shape and device the results have.
+
+    Returns:
+        d and e of the last step.
+    """
+    error, whole = torch.zeros_like(like), torch.zeros_like(like)
+    for step in steps:
+        for draw, weight in step:
+            error.add_(direction(draw) * weight)
+        whole = error.round()
+        error.sub_(whole)
+    return whole, error
+
+
+class QES:
+    r"""Evolution strategy on the codes of quantised layers (Quantized Evolution Strategies).
+
+    The codes q of a model's `zoopt.nn.QuantisedLinear` layers themselves train, by forward passes.
+    With z standard normal, of its own in each step and probe, and all in units of codes:
+
+        g_j = [L(q + sigma z_j) - L(q - sigma z_j)] / (2 sigma)
+        u_t = -lr mean_j g_j z_j
+        q <- clamp(q + round(u_t + e_{t-1})),    e_t = u_t + e_{t-1} - round(u_t + e_{t-1})
+
+    Steps are far smaller than one code: without e nothing would ever move. e is not stored: it is
+    made again in each step, layer by layer, from the last `window` steps' seeds and g, with e = 0
+    before them. For as many steps as that it is exact; older remainders, each below half a code,
+    are dropped. Scales and zero points stay.
+
+    State: two numbers of each probe of the window. A step makes the window's directions of each
+    layer anew.
+
+    Args:
+        model: with `QuantisedLinear` layers; nothing else of it changes.
+        lr: in codes; a g of 1 moves a code by lr z.
+        sigma: how far the probes stand off, in codes; default 0.5.
+        num_probes: directions a step; default 1.
+        window: h; default 100.
+        max_projected_grad: clip each g to this magnitude; default 100. None: not at all.
+        seed: default torch.initial_seed(), rank 0's in all processes.
+
+    Raises:
+        TypeError, ValueError: an argument out of range; a model without quantised layers.
+
+    Probes stand off by real numbers of codes, added where a layer makes its weight. A probe that is
+    not finite makes no step. All evaluations of a step see the same random numbers.
+
+    Example:
+        >>> zoopt.nn.convert_to_quantised(model, bits=4)
+        >>> opt = zoopt.QES(model, lr=1e-3)
+        >>> loss = opt.step(lambda: model(**batch).loss)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        sigma: float = 0.5,
+        num_probes: int = 1,
+        window: int = 100,
+        max_projected_grad: float | None = 100.0,
+        seed: int | None = None,
+    ) -> None:
+        check_number("lr", lr, low=0.0)
+        check_number("sigma", sigma, low=0.0, open_low=True)
+        check_positive_int("num_probes", num_probes)
+        check_positive_int("window", window)
+        if max_projected_grad is not None:
+            check_number("max_projected_grad", max_projected_grad, low=0.0, open_low=True)
+        self._layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, QuantisedLinear)
+        }
+        if not self._layers:
+            raise ValueError(
+                "model must have quantised layers, got none; convert it first by "
+                "zoopt.nn.convert_to_quantised(model)"
+            )
+        self.lr, self.sigma, self.num_probes = lr, sigma, num_probes
+        self.window, self.max_projected_grad = window, max_projected_grad
+        self._seed = SharedSeed(seed, type(self).__name__).value
+        self._step = 0
+        self._steps: list[Step] = []
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> float:
+        """Probe the closure, and move the codes.
+
+        Returns:
+            The mean of the losses that were evaluated.
+        """
+        check_closure(closure, type(self).__name__)
+        pinned = PinnedRNG({layer.codes.device for layer in self._layers.values()})
+        losses: list[Any] = []
+        draws = [(self._step * self.num_probes + j) & 0xFFFFFFFF for j in range(self.num_probes)]
+        try:
+            for draw in draws:
+                for sign in (1.0, -1.0):
+                    self._stand_off(draw, sign * self.sigma)
+                    losses.append(pinned.evaluate(closure))
+        finally:
+            for layer in self._layers.values():
+                layer.offset = None
+        values = loss_values(losses)
+        self._step += 1
+        pairs = zip(values[::2], values[1::2], strict=True)
+        slopes = [(plus - minus) / (2.0 * self.sigma) for plus, minus in pairs]
+        if all(map(math.isfinite, slopes)):
+            bound = self.max_projected_grad
+            if bound is not None:
+                slopes = [max(-bound, min(bound, slope)) for slope in slopes]
+            weights = [-self.lr * slope / self.num_probes for slope in slopes]
+            self._steps = [*self._steps, list(zip(draws, weights, strict=True))][-self.window :]
+            for name, layer in self._layers.items():
+                self._move(name, layer)
+        return sum(values) / len(values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed, the number of steps, and the window's draws and weights: plain numbers."""
+        return {"seed": self._seed, "step": self._step, "steps": [list(s) for s in self._steps]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As from `state_dict`; the model's codes are in its own.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        if not {"seed", "step", "steps"} <= state.keys():
+            raise ValueError(f"state must be one of QES.state_dict(), got the keys {list(state)}")
+        self._seed, self._step = state["seed"], state["step"]
+        self._steps = [[(draw, weight) for draw, weight in step] for step in state["steps"]]
+
+    def _directions(
+        self, name: str, layer: QuantisedLinear, rows: slice
+    ) -> Callable[[int], Tensor]:
+        """draw -> z of a run of a layer's rows."""
+        first, last, _ = rows.indices(layer.out_features)
+        n = layer.in_features
+
+        def direction(draw: int) -> Tensor:
+            z = normal(
+                (last - first) * n,
+                seed=self._seed,
+                stream=stream(f"qes {name}"),
+                draw=draw,
+                offset=first * n,
+                device=layer.codes.device,
+            )
+            return z.view(last - first, n)
+
+        return direction
+
+    def _stand_off(self, draw: int, distance: float) -> None:
+        """Let the layers make their weights of q + distance z."""
+        for name, layer in self._layers.items():
+
+            def offset(
+                rows: slice,
+                dtype: torch.dtype,
+                name: str = name,
+                layer: QuantisedLinear = layer,
+            ) -> Tensor:
+                return (self._directions(name, layer, rows)(draw) * distance).to(dtype)
+
+            layer.offset = offset
+
+    def _move(self, name: str, layer: QuantisedLinear) -> None:
+        """q <- clamp(q + round(u + e)), in runs of rows."""
+        for rows in _runs(layer):
+            codes = unpack(layer.codes[rows], layer.in_features, layer.bits)
+            direction = self._directions(name, layer, rows)
+            whole, _ = carried(self._steps, direction, codes.float())
+            moved = (codes.float() + whole).clamp_(0, (1 << layer.bits) - 1)
+            layer.codes[rows] = pack(moved.to(torch.uint8), layer.bits)
+
+
+def _runs(layer: QuantisedLinear) -> Iterator[slice]:
+    """Runs of rows whose intermediates are small."""
+    rows = max(1, CHUNK // layer.in_features)
+    for start in range(0, layer.out_features, rows):
+        yield slice(start, start + rows)
