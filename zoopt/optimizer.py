@@ -45,7 +45,7 @@ R = TypeVar("R")
 
 def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A param group's defaults: the arguments of an `__init__` (its `locals()`) but for these."""
-    others = ("self", "params", "seed", "process_group", "parallel", "__class__")
+    others = ("self", "params", "seed", "process_group", "parallel", "record", "__class__")
     return {name: value for name, value in arguments.items() if name not in others}
 
 

@@ -32,7 +32,8 @@ _WIDE, _RATES = 8, 16
 
 class Kind(enum.IntEnum):
     """What was asked for: a step of a closure, a probe, a step of what was probed, to drop that;
-    what was changed from outside before the next of these; evaluations that an error has ended."""
+    what was changed from outside before the next of these; evaluations that an error has ended; a
+    step of losses that were measured elsewhere."""
 
     STEP = 1
     PROBE = 2
@@ -40,10 +41,11 @@ class Kind(enum.IntEnum):
     DROP = 4
     CHANGE = 5
     FAILED = 6
+    TOLD = 7
 
 
 #: Those that take a step.
-STEPS = (Kind.STEP, Kind.APPLY)
+STEPS = (Kind.STEP, Kind.APPLY, Kind.TOLD)
 
 
 class TrajectoryError(ValueError):

@@ -23,11 +23,19 @@ _CHUNK = 1 << 24
 
 
 def names_of(optimizer: ZerothOrderOptimizer, model: Any) -> dict[Tensor, str]:
-    """The model's name of each of the optimizer's parameters.
+    """The model's name of each of the optimizer's parameters, or without a model its own.
 
     Raises:
-        ValueError: a parameter is not one of the model's.
+        ValueError: a parameter is not one of the model's, or has no name.
     """
+    if model is None:
+        params = list(named_params(optimizer.param_groups))
+        if any(isinstance(name, int) for *_, name in params):
+            raise ValueError(
+                "a recorded run needs a model, or an optimizer made from named parameters, got "
+                "neither; pass model.named_parameters()"
+            )
+        return {param: str(name) for _, _, param, name in params}
     names = {param: name for name, param in model.named_parameters()}
     for _, _, param, own in named_params(optimizer.param_groups):
         if param not in names:

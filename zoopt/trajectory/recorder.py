@@ -54,6 +54,8 @@ class Recorder:
         #: What the closure has returned since the last record, and how often it was called.
         self._losses: list[Any] = []
         self._calls, self._together = 0, False
+        #: Whether they were measured elsewhere.
+        self._told = False
         #: A record that the disk has not taken yet, and why no further one can be written.
         self._unwritten: Event | None = None
         self._ended: str | None = None
@@ -118,7 +120,7 @@ class Recorder:
 
     def listen(self, closure: Closure) -> Closure:
         """The closure, with what it returns kept for the record."""
-        self._losses, self._calls, self._together = [], 0, False
+        self._losses, self._calls, self._together, self._told = [], 0, False, False
 
         def heard() -> Any:
             self._calls += 1
@@ -130,7 +132,7 @@ class Recorder:
 
     def listen_together(self) -> Callable[[Sequence[float]], None]:
         """A function that is told the losses which several ranks have agreed on."""
-        self._losses, self._calls, self._together = [], 0, True
+        self._losses, self._calls, self._together, self._told = [], 0, True, False
 
         def heard(losses: Sequence[float]) -> None:
             self._losses += losses
@@ -138,9 +140,13 @@ class Recorder:
 
         return heard
 
+    def told(self, losses: Sequence[float]) -> None:
+        """Keep losses that were measured elsewhere for the record of the step that comes."""
+        self._losses, self._told = list(losses), True
+
     def stepped(self, closure: bool) -> None:
-        """Record a step, of a closure or of what was probed."""
-        self._wrote(Kind.STEP if closure else Kind.APPLY)
+        """Record a step, of a closure, of losses measured elsewhere or of what was probed."""
+        self._wrote(Kind.STEP if closure else Kind.TOLD if self._told else Kind.APPLY)
 
     def probed(self) -> None:
         """Record a probe."""
@@ -169,7 +175,7 @@ class Recorder:
 
     def _wrote(self, kind: Kind) -> None:
         if self._unwritten is None:
-            heard = kind in (Kind.STEP, Kind.PROBE, Kind.FAILED)
+            heard = kind in (Kind.STEP, Kind.PROBE, Kind.FAILED, Kind.TOLD)
             losses = tuple(loss_value(loss) for loss in self._losses) if heard else ()
             rates = self._rates()
             changed = () if rates == self._last_rates else rates
@@ -177,7 +183,7 @@ class Recorder:
             self._last_rates = rates
             self._note()
         self._append(self._unwritten)
-        self._unwritten, self._losses, self._calls = None, [], 0
+        self._unwritten, self._losses, self._calls, self._told = None, [], 0, False
 
     def before(self) -> None:
         """Record what was changed since the last step, before the next one uses it.

@@ -18,6 +18,7 @@ from zoopt.trajectory.script import Kind, NotScriptedError, Scripted
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.closure import RecordedLosses
+from zoopt.zeroth_order.evolution import EvolutionStrategy
 
 #: Steps that are one pass over the weights.
 _STEPS = 128
@@ -236,6 +237,8 @@ def _again(optimizer: ZerothOrderOptimizer, event: Event) -> None:
                 optimizer.probe(losses)
             elif event.kind is EventKind.APPLY:
                 optimizer.step()
+            elif event.kind is EventKind.TOLD and isinstance(optimizer, EvolutionStrategy):
+                optimizer.update([losses() for _ in event.losses])
             else:
                 optimizer.zero_grad()
         except EOFError as error:

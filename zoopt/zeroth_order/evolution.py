@@ -130,7 +130,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
     #: The relative spacing of fitnesses that have been evaluated one by one.
     _spacing = 0.0
 
-    recordable = False
+    scripted = True
 
     def __init__(
         self,
@@ -173,11 +173,18 @@ class EvolutionStrategy(ZerothOrderOptimizer):
             member -> fitness, for `update`.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as for `step`; a member that there is none of.
+            TypeError, ValueError, RuntimeError: as for `step`; a member that there is none of;
+                perturbation in place while the run is recorded.
         """
         check_closure(evaluate, "evaluate")
         population = self._population()
         chosen = population.chosen(members)
+        if self.recorder is not None and not all(site.virtual for site in population.sites):
+            raise ValueError(
+                "perturbation must be 'virtual' to call evaluate while the run is recorded, got "
+                "'inplace': its passes round the weights, and no record tells of them; or take "
+                "whole generations by step()"
+            )
         perturbation = Perturbation(population.sites, self._queue)
         evaluation = self._own_evaluation(evaluate, perturbation)
         evaluation.verify = False
@@ -257,7 +264,11 @@ class EvolutionStrategy(ZerothOrderOptimizer):
             )
         values = fitness_values(fitness, self.param_groups[0]["population_size"])
         eps = max(self._spacing, fitness_eps(fitness))
+        self._settle()
+        self._note_changes()
         population = self._population()
+        if self.recorder is not None:
+            self.recorder.told(values)
         population.add([Outcome((value,), value) for value in values])
         self._take(population, None)
         self._spacing = 0.0

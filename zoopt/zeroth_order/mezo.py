@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -187,6 +188,8 @@ class MeZO(MomentumSGD):
         parallel: `"data"`: each rank has its own micro-batch, evaluated along the same directions;
             the loss is the mean of the ranks' losses by `step(closure, weight=...)`. `"probes"`:
             all ranks have the same micro-batch, and the evaluations are divided over them.
+        record: a new file to which the run is recorded, as by `self.record(path)`: parameters need
+            names.
 
     lr, zo_eps, weight_decay, momentum, max_projected_grad, distribution, perturbation, rounding,
     mask and density can differ between param groups. With different zo_eps, each group's g is
@@ -237,6 +240,7 @@ class MeZO(MomentumSGD):
         seed: int | None = None,
         process_group: Job = None,
         parallel: Parallel = "data",
+        record: str | Path | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -245,6 +249,8 @@ class MeZO(MomentumSGD):
             process_group=process_group,
             parallel=parallel,
         )
+        if record is not None:
+            self.record(record)
 
 
 def _length(group: Group) -> int:

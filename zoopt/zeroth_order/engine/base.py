@@ -173,7 +173,9 @@ class ZerothOrderOptimizer(ZerothOrderJob):
             self.recorder.dropped()
         self._pending = None
 
-    def record(self, path: str | Path, model: Any, *, sync_every: float = 1.0) -> RunRecorder:
+    def record(
+        self, path: str | Path, model: Any = None, *, sync_every: float = 1.0
+    ) -> RunRecorder:
         """Record the run from its first step on: a file from which the weights can be remade.
 
         A step takes some 15 bytes: what the closure returned. `zoopt.replay` takes the steps again.
@@ -182,14 +184,16 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         Args:
             path: a new file.
             model: the module whose parameters are trained; their names go into the file, and a hash
-                of their values.
+                of their values. Default: parameters go by the names that the optimizer has of
+                them, as it does if it was made from `model.named_parameters()`.
             sync_every: seconds after which what was written is forced to the disk.
 
         Returns:
             The recorder; `close()` ends the recording.
 
         Raises:
-            ValueError: a step has been taken, or steps of this class do not follow from losses.
+            ValueError: a step has been taken, steps of this class do not follow from losses, or
+                there is neither a model nor a name for each parameter.
             FileExistsError: there is such a file; see `zoopt.trajectory.resume`.
         """
         from zoopt.trajectory.recorder import Recorder

@@ -37,6 +37,9 @@ class RunRecorder(Protocol):
     def listen_together(self) -> Callable[[Sequence[float]], None]:
         """What to tell the losses that all ranks have, in the place of the closure's own."""
 
+    def told(self, losses: Sequence[float]) -> None:
+        """Losses were measured elsewhere, for the step that comes."""
+
     def probed(self) -> None:
         """Losses have been added up."""
 
