@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,90 @@ def test_a_run_whose_steps_grow_slow_ends_at_its_deadline(
     assert history.validation[-1]["step"] == len(rates)
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] == pytest.approx(rates[-2] / 2)
+
+
+def test_a_run_whose_evaluations_grow_slow_leaves_time_for_those_to_come(
+    model_dir: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first look at the validation set takes 1 s, all others 4 s; a step takes 1 s."""
+    from sentiment import data, evaluation, model, training
+
+    clock, looks = [0.0], [0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    classifier = model.load_classifier(
+        str(model_dir), "float32", 0, "{} Just", (" terrible", " great")
+    )
+    examples = classifier.encode(data.split(data.read_sentences(reviews, 12)).train)
+
+    def step(optimizer: Any, *_: Any) -> float:
+        optimizer.step()
+        clock[0] += 1.0
+        return 0.5
+
+    def look(*_: Any) -> evaluation.Metrics:
+        looks[0] += 1
+        clock[0] += 4.0 if looks[0] > 1 else 1.0
+        return evaluation.Metrics(1, 0.5, 0.5, 0.7, 0.7)
+
+    monkeypatch.setattr(training, "step", step)
+    monkeypatch.setattr(training, "evaluate", look)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    options = {"steps": 200, "batch_size": 4, "schedule": "linear", "evaluations": 5, "seed": 0}
+    training.train(
+        *(classifier, training.make_optimizer("adamw", [("weight", weight)], lr=1.0)),
+        *(examples, examples),
+        **options,
+        deadline=100.0,
+        after_training=10.0,
+    )
+    # What follows will take 40 s and not 10; ten steps are made between two choices.
+    assert 50.0 <= clock[0] <= 60.0 + 10.0
+
+
+def test_memory_is_measured_as_long_as_there_is_time() -> None:
+    """Measured, killed at the deadline, and not begun."""
+    from sentiment import memory
+
+    script = (
+        "import sys, time; method = sys.argv[-1]; time.sleep(60 if method == 'mezo' else 0); "
+        f"print('{memory.MARKER}{{\"method\": \"' + method + '\"}}')"
+    )
+    command = [sys.executable, "-S", "-c", script]
+    started = time.perf_counter()
+    results = memory.measure_all(command, seconds_each=0.01, deadline=started + 2.0)
+    assert 2.0 <= time.perf_counter() - started < 10.0
+    assert results["inference"] == {"method": "inference"}
+    assert results["left_out"] == ["mezo", "adamw"]
+    assert not {"mezo", "adamw"} & {*results}
+    results = memory.measure_all(command, seconds_each=0.01, deadline=time.perf_counter())
+    assert results["left_out"] == ["inference", "mezo", "adamw"]
+    assert not {"inference", "mezo", "adamw"} & {*results}
+
+
+@pytest.mark.parametrize("measured", [0, 1, 2])
+def test_a_report_says_what_was_not_measured(
+    measured: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sentiment import memory, report
+
+    row = {"peak_mib": 600.0, "weights_mib": 500.0}
+    rows = dict.fromkeys(memory.METHODS[:measured], row)
+    figures = {
+        "settings": {"optimizer": "mezo", "lora": 0},
+        "test": dict.fromkeys(("before", "after"), dict.fromkeys(report.METRICS, 0.5)),
+        "training": {"losses": [0.7, 0.6], "validation": [{"step": 2, "cross_entropy": 0.6}]},
+        "memory": {**rows, "left_out": list(memory.METHODS[measured:])},
+        "steps": {"done": 2},
+        "seconds": {"training": 2.0, "total": 3.0},
+    }
+    figures["test"]["before"]["sentences"] = 4
+    report.print_summary(figures)
+    text = " ".join(capsys.readouterr().out.split())
+    left_out = ", ".join(report.NAMES[method] for method in memory.METHODS[measured:])
+    assert f"peak memory not measured, for want of time: {left_out};" in text
+    assert ("times inference" in text) == (measured > 0)
+    report.draw(figures, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size
 
 
 @pytest.mark.parametrize("missing", ["--data", "--model"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,17 +126,35 @@ def print_measurement(figures: dict[str, Any]) -> None:
     print(MARKER + json.dumps(figures), flush=True)
 
 
-def measure_all(command: Sequence[str]) -> dict[str, Any]:
-    """Run ``command --measure METHOD`` for each method and collect the figures."""
-    results: dict[str, Any] = {"what": DESCRIPTION}
-    for method in METHODS:
-        done = subprocess.run(
-            [*command, "--measure", method],
-            env={**os.environ, **ENVIRONMENT},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+def measure_all(
+    command: Sequence[str], *, seconds_each: float, deadline: float = math.inf
+) -> dict[str, Any]:
+    """Run ``command --measure METHOD`` for each method and collect the figures.
+
+    Args:
+        command: the run's own command line.
+        seconds_each: how long the first method will take at least.
+        deadline: of ``time.perf_counter``; methods that would end later are named in ``left_out``.
+    """
+    results: dict[str, Any] = {"what": DESCRIPTION, "left_out": []}
+    for number, method in enumerate(METHODS):
+        started = time.perf_counter()
+        left = deadline - started
+        done = None
+        if left > seconds_each:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                done = subprocess.run(
+                    [*command, "--measure", method],
+                    env={**os.environ, **ENVIRONMENT},
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=None if left == math.inf else left,
+                )
+        if done is None:
+            # The others take longer still.
+            results["left_out"] = list(METHODS[number:])
+            break
         lines = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
         if done.returncode != 0 or not lines:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -142,4 +163,5 @@ def measure_all(command: Sequence[str]) -> dict[str, Any]:
                 "leave it out with --no-memory"
             )
         results[method] = json.loads(lines[-1][len(MARKER) :])
+        seconds_each = time.perf_counter() - started
     return results

@@ -52,16 +52,21 @@ def print_summary(figures: dict[str, Any]) -> None:
     console.print(table)
 
     memory = figures["memory"]
-    if memory is not None:
+    if memory is not None and "inference" in memory:
         table = Table(title="peak memory, one batch", title_justify="left")
         table.add_column("")
         table.add_column("MiB", justify="right")
         table.add_column("times inference", justify="right")
         floor = memory["inference"]["peak_mib"]
         for method, name in NAMES.items():
+            if method not in memory:
+                continue
             peak = memory[method]["peak_mib"]
             table.add_row(name, f"{peak:,.0f}", f"{peak / floor:.2f}")
         console.print(table)
+    if memory is not None and memory["left_out"]:
+        names = ", ".join(NAMES[method] for method in memory["left_out"])
+        console.print(f"peak memory not measured, for want of time: {names}; see --seconds")
     seconds = figures["seconds"]
     console.print(
         f"{figures['steps']['done']} steps in {seconds['training']:.0f} s, "
@@ -82,6 +87,8 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     memory = figures["memory"]
+    if memory is not None and "inference" not in memory:
+        memory = None
     style = {
         "font.size": 11,
         "axes.spines.top": False,

@@ -91,12 +91,14 @@ def train(
     evaluations: int,
     seed: int,
     deadline: float = math.inf,
+    after_training: float = 0.0,
 ) -> History:
     """Train, looking at the validation set ``evaluations`` times on the way.
 
-    It takes ``steps`` steps, or as many as end before the ``deadline`` (of ``time.perf_counter``):
-    the last steps' duration tells how many those are, and the learning rate falls so as to end
-    with them.
+    It takes ``steps`` steps, or as many as end ``after_training`` seconds before the ``deadline``
+    (of ``time.perf_counter``): the last steps' duration tells how many those are, and the learning
+    rate falls so as to end with them. Where looking at the validation set takes longer than at
+    first, what comes after training will too.
     """
     history = History()
     end_factor = {"constant": 1.0, "linear": 0.0}[schedule]
@@ -105,7 +107,7 @@ def train(
     total, done, looks = steps, 0, 0
     started = time.perf_counter()
     history.validation.append({"step": 0, **evaluate(classifier, validation_set).as_dict()})
-    seconds_a_look = time.perf_counter() - started
+    first_look = last_look = time.perf_counter() - started
     with tqdm(total=total, desc="training", unit="step", file=sys.stderr) as bar:
         while done < total:
             done += 1
@@ -117,12 +119,16 @@ def train(
             scheduler.step()
             history.durations.append(time.perf_counter() - started)
             if done == WARM_UP + TIMED or (done > WARM_UP + TIMED and done % RECENT == 0):
-                left = deadline - time.perf_counter() - (evaluations - looks) * seconds_a_look
+                slower = max(1.0, last_look / first_look) if first_look else 1.0
+                left = deadline - time.perf_counter() - after_training * slower
+                left -= (evaluations - looks) * last_look
                 total = steps_that_fit(history.durations, steps, left)
                 scheduler.total_iters = bar.total = total
             if done >= round(total * (looks + 1) / evaluations):
                 looks = max(looks + 1, done * evaluations // total)
+                started = time.perf_counter()
                 figures = evaluate(classifier, validation_set).as_dict()
+                last_look = time.perf_counter() - started
                 history.validation.append({"step": done, **figures})
             latest = history.validation[-1]
             bar.set_postfix_str(
