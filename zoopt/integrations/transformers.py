@@ -35,6 +35,11 @@ class ZOTrainer(transformers.Trainer):
     for bit. The model is in training mode, as always in the Trainer; all evaluations of a
     micro-batch see the same dropout.
 
+    Under `torchrun` or `accelerate launch` each process probes its own part of the batch, and all
+    take the same step from the mean of their losses (see `MeZO`'s process_group). The model is not
+    wrapped in DistributedDataParallel, which would keep buffers for gradients. The figures in the
+    log are those of the whole job.
+
     In the log, `loss` is the mean over the evaluated points, and `grad_norm` the root mean square
     of the step's projected gradients (with one probe, the magnitude of the projected gradient),
     which estimates the norm of the gradient. `max_grad_norm` has no effect, since there are no
@@ -43,12 +48,18 @@ class ZOTrainer(transformers.Trainer):
     Raises, at the first training step and before anything has changed:
         TypeError: the optimizer is not one of zoopt's zeroth-order optimizers.
         RuntimeError: the optimizer cannot accumulate probes (`ZOConservativeSGD`).
-        ValueError: it maximises; fp16 with a gradient scaler, DeepSpeed, FSDP, several processes
-            or DataParallel.
+        ValueError: it maximises; fp16 with a gradient scaler, DeepSpeed, FSDP or DataParallel.
     """
 
     #: The run's state at the time of the optimizer's pending probes.
     _run: transformers.TrainerState | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's, but the model is not wrapped for the exchange of gradients."""
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
 
     def training_step(
         self,
@@ -112,13 +123,14 @@ class ZOTrainer(transformers.Trainer):
                 f"ZOTrainer needs whole parameters, but {name} is enabled; leave it out (for a "
                 "model that one GPU cannot hold, load it with device_map='auto')"
             )
-        processes, gpus = self.accelerator.num_processes, self.args.n_gpu
-        if processes > 1 or gpus > 1:
-            got = f"{processes} processes" if processes > 1 else f"{gpus} GPUs in DataParallel"
+        if self.args.n_gpu > 1:
             raise ValueError(
-                f"ZOTrainer must run as one process without DataParallel, got {got}: it does not "
-                "combine their losses; use no launcher, and one GPU in CUDA_VISIBLE_DEVICES"
+                f"ZOTrainer must run without DataParallel, got {self.args.n_gpu} GPUs in one "
+                f"process; start a process a GPU by torchrun, or leave one GPU in "
+                f"CUDA_VISIBLE_DEVICES"
             )
+        if self.accelerator.num_processes > 1 and not optimizer.together:
+            optimizer.join(torch.distributed.group.WORLD)
         return optimizer
 
 

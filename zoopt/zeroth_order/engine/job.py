@@ -53,6 +53,11 @@ class ZerothOrderJob(ZerothOrderUpdates):
         super().__init__(params, defaults, seed=seed)
         self._exchange = exchange
 
+    @property
+    def together(self) -> bool:
+        """Whether other ranks take the steps too."""
+        return self._exchange is not None
+
     def join(self, process_group: Job, parallel: Parallel = "data") -> None:
         """Take the next steps together with other ranks, as if made with that process group.
 
