@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from zoopt.distributed.exchange import Exchange
 def test_more_ranks_cost_more_and_trees_beat_rings() -> None:
     rows = scaling.modelled(0.1)
     assert [row["ranks"] for row in rows] == list(scaling.MODELLED)
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in itertools.pairwise(rows):
         for part in ("tree", "ring", "straggler"):
             assert after[part] > before[part]
         assert after["efficiency"] < before["efficiency"]

@@ -80,7 +80,7 @@ def parts_of_a_batch_make_the_whole(folder: Path) -> None:
         group = mesh
     first = (mesh.get_local_rank("data") if mesh is not None else dist.get_rank()) == 0
     own, weight = (slice(0, 40), 40) if first else (slice(40, 64), 24)
-    for row in CLASSES if mesh is not None else ROWS:
+    for row in CLASSES:
         single, model = mlp(torch.float64), mlp(torch.float64)
         alone, shared = row.build(single), row.build(model, process_group=group)
         for _ in range(STEPS):
