@@ -1,4 +1,4 @@
-"""Imports go one way: what a module may know of the others, and that none lead back to it."""
+"""Imports go one way, without cycles; and functions take few parameters."""
 
 from __future__ import annotations
 
@@ -80,3 +80,45 @@ def test_the_check_sees_imports() -> None:
     assert {"first_order", "kernels", "zeroth_order"} <= imports("")
     assert "kernels.noise.key" in imports("optimizer") | imports("zeroth_order.engine.base")
     assert layer("first_order.projected.core") < layer("first_order.galore") < layer("memory.plan")
+
+
+#: Files of operations, whose callers name each argument, and of their implementations, which take
+#: the operation's operands; and how many such functions there are at most. To add one, first group
+#: operands that belong together, as SM3's do.
+OPERATIONS = {("op",): 8, ("cpu", "gpu", "reference"): 13}
+#: Other functions that may take ten parameters or more, with the reason.
+LONG = {
+    "memory.measure.measure": "public, and its arguments are those of the command line",
+    "first_order.projected.subspace.subspace": "options of the projectors, by keyword",
+    "trajectory.script._adam_window": "the operands of `adam_window_`, by name",
+}
+
+
+def long_functions() -> list[str]:
+    """Functions of ten parameters or more, other than compiled kernels, overloads and
+    constructors."""
+    found = []
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef) or node.name == "__init__":
+                continue
+            decorators = " ".join(map(ast.unparse, node.decorator_list))
+            if any(word in decorators for word in ("jit", "intrinsic", "overload")):
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            if len([own for own in arguments if own.arg not in ("self", "cls")]) >= 10:
+                found.append(f"{module}.{node.name}")
+    return found
+
+
+def test_functions_take_few_parameters() -> None:
+    left = set(long_functions())
+    for files, most in OPERATIONS.items():
+        own = {
+            name
+            for name in left
+            if name.startswith("kernels.") and name.split(".")[-2].startswith(files)
+        }
+        assert 0 < len(own) <= most
+        left -= own
+    assert left <= set(LONG)

@@ -28,6 +28,7 @@ SIDE_ROOMS = {
         "checks.py",
         "kernels/adam/checks.py",
         "kernels/operands.py",
+        "kernels/sm3/checks.py",
         "parameters.py",
     ),
     "Numbers and formats: dtypes, rounding, how moments and bases are stored": (

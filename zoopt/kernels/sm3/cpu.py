@@ -19,6 +19,7 @@ from zoopt.kernels.runtime import threads as cpu_threads
 from zoopt.kernels.runtime.convert import FLOAT32, decode
 from zoopt.kernels.runtime.intrinsics import bits_of, f32, float_of, i32, jit
 from zoopt.kernels.runtime.spread import spread
+from zoopt.kernels.sm3.reference import Bounds, Numbers
 
 _MAGNITUDE = i32(0x7FFFFFFF)
 #: These stand for None. An optional array would be a second type, and every combination of types
@@ -90,7 +91,7 @@ def _sm3(
     share,
     span,
 ):
-    """reference_sm3.sm3 on the gradient's rows span[0] ... span[1] - 1; all but columns flat.
+    """reference.sm3 on the gradient's rows span[0] ... span[1] - 1; all but columns flat.
 
     Spans run at the same time, so each keeps its own column maxima, new_columns (spans, n). A
     maximum is exact, so the order in which they are combined does not matter.
@@ -126,7 +127,7 @@ def _sm3(
 
 @jit
 def _sm3_entry(arguments, team):
-    """reference_sm3.sm3, on a team of threads."""
+    """reference.sm3, on a team of threads."""
     spread(_sm3, arguments, team)
 
 
@@ -134,22 +135,13 @@ def sm3(
     theta: Tensor,
     gradient: Tensor,
     rows: Tensor | None,
-    row: Tensor,
-    column: Tensor,
-    new_row: Tensor,
-    new_column: Tensor,
+    bounds: Bounds,
     buffer: Tensor | None,
-    keep: float,
-    gain: float,
-    eps: float,
-    decay: float,
-    momentum: float,
-    complement: float,
-    step_size: float,
+    numbers: Numbers,
     key: NoiseKey,
     rounding_draw: int | None,
 ) -> None:
-    """See reference_sm3.sm3."""
+    """See reference.sm3."""
     m, n = gradient.shape
     share = cpu_threads.share(m, 1, -(-MIN_PER_THREAD // n))
     columns = torch.zeros(-(-m // share), n, dtype=torch.int32, device="cpu")
@@ -157,17 +149,15 @@ def sm3(
         _memory(theta),
         _memory(gradient),
         _NO_ROWS if rows is None else rows.numpy(),
-        row.view(torch.int32).numpy(),
-        column.view(torch.int32).numpy(),
-        new_row.view(torch.int32).numpy(),
+        *(bound.view(torch.int32).numpy() for bound in bounds[:3]),
         columns.numpy(),
         _NO_BUFFER if buffer is None else buffer.view(-1).numpy(),
         _KINDS[theta.dtype],
         _KINDS[gradient.dtype],
-        *map(f32, (keep, gain, eps, decay, momentum, complement, step_size)),
+        *map(f32, numbers),
         *_counter(key),
         _rounding(rounding_draw),
         share,
     )
     cpu_threads.run(_sm3_entry, arguments, m, share)
-    torch.amax(columns, 0, out=new_column.view(torch.int32))
+    torch.amax(columns, 0, out=bounds.new_column.view(torch.int32))

@@ -28,6 +28,7 @@ from zoopt.kernels.noise.gpu import (
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.operands import address
 from zoopt.kernels.sm3.gpu_kernels import WIDTH, sm3_kernel
+from zoopt.kernels.sm3.reference import Bounds, Numbers
 
 #: Columns and rows of a program. A program is one warp, so that the maximum of a row needs no
 #: barrier; each thread loads and rounds eight columns together.
@@ -38,22 +39,13 @@ def sm3(
     theta: Tensor,
     gradient: Tensor,
     rows: Tensor | None,
-    row: Tensor,
-    column: Tensor,
-    new_row: Tensor,
-    new_column: Tensor,
+    bounds: Bounds,
     buffer: Tensor | None,
-    keep: float,
-    gain: float,
-    eps: float,
-    decay: float,
-    momentum: float,
-    complement: float,
-    step_size: float,
+    numbers: Numbers,
     key: NoiseKey,
     rounding_draw: int | None,
 ) -> None:
-    """See reference_sm3.sm3."""
+    """See reference.sm3."""
     m, n = gradient.shape
     # Where a row begins in its Philox block of 8 elements matters to random bits only.
     aligned = rounding_draw is None or (n % 8 == 0 and key.offset % 8 == 0)
@@ -65,15 +57,9 @@ def sm3(
             theta,
             gradient,
             rows,
-            *(bound.view(torch.int32) for bound in (row, column, new_row, new_column)),
+            *(bound.view(torch.int32) for bound in bounds),
             buffer,
-            keep,
-            gain,
-            eps,
-            decay,
-            momentum,
-            complement,
-            step_size,
+            *numbers,
             None,
             None,
             0,
@@ -149,14 +135,10 @@ def sm3_batch(
     gradients: Sequence[Tensor],
     accumulators: Sequence[Sequence[Tensor]],
     buffers: Sequence[Tensor] | None,
-    numbers: Sequence[float],
+    numbers: Numbers,
     rounding_draw: int | None,
 ) -> None:
-    """See reference.sm3; for all tensors of a batch, each of one or two axes.
-
-    Args:
-        numbers: keep, gain, eps, decay, momentum, complement and step_size.
-    """
+    """See reference.sm3; for all tensors of a batch, each of one or two axes."""
     parts: dict[bool, list[int]] = {}
     for i, (theta, key) in enumerate(zip(batch.tensors, batch.keys, strict=True)):
         if theta.numel():
@@ -180,7 +162,7 @@ def _launch(
     gradients: Sequence[Tensor],
     accumulators: Sequence[Sequence[Tensor]],
     buffers: Sequence[Tensor] | None,
-    numbers: Sequence[float],
+    numbers: Numbers,
     rounding_draw: int | None,
 ) -> None:
     """One launch; `whole` says that all rows begin at vectors of memory."""

@@ -24,14 +24,11 @@ from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 from zoopt.kernels.operands import (
     apart,
     check_apart,
-    check_dense,
-    check_like,
-    check_read,
-    check_tensor,
-    check_unshared,
     dense,
     detached,
 )
+from zoopt.kernels.sm3.checks import check_operands, rows_of
+from zoopt.kernels.sm3.reference import Bounds, Numbers
 
 
 @overload
@@ -138,7 +135,7 @@ def sm3_(
     owns = [None] * len(batch) if buffers is None else buffers
     operands = [Operands(*own) for own in zip(batch.tensors, gradients, vectors, owns, strict=True)]
     for own in operands:
-        _check(*own, tuple(own.theta.shape) or (1,))
+        check_operands(*own, tuple(own.theta.shape) or (1,))
     check_number("beta", beta, low=0.0, high=1.0, open_high=True)
     check_number("momentum", momentum, low=0.0, high=1.0, open_high=True)
     check_number("eps", eps, low=0.0)
@@ -147,9 +144,11 @@ def sm3_(
         if batch.dtype == accumulator_dtype(batch.dtype):
             rounding_draw = None
     keep, gain = (beta, 1.0 - beta) if beta else (1.0, 1.0)
-    numbers = scalars([keep, gain, eps, decay, momentum, 1.0 - momentum, step_size], batch.dtype)
+    numbers = Numbers(
+        *scalars([keep, gain, eps, decay, momentum, 1.0 - momentum, step_size], batch.dtype)
+    )
     backend = dispatch.choose(batch.tensors[0], impl, "sm3")
-    rows = [_rows(own.gradient) if own.gradient.is_sparse else None for own in operands]
+    rows = [rows_of(own.gradient) if own.gradient.is_sparse else None for own in operands]
     with batch.contiguous() as target:
         check_apart(
             theta=target.tensors,
@@ -214,7 +213,7 @@ def _alone(
     backend: ModuleType,
     own: Operands,
     rows: Tensor | None,
-    numbers: Sequence[float],
+    numbers: Numbers,
     key: NoiseKey,
     rounding_draw: int | None,
 ) -> None:
@@ -229,38 +228,22 @@ def _alone(
     if rows is not None:
         row = row[rows]
     n = column.numel()
-    new_row, new_column = torch.zeros_like(row), torch.zeros_like(column)
+    bounds = Bounds(row, column, torch.zeros_like(row), torch.zeros_like(column))
     backend.sm3(
         _matrix(theta, n),
         _matrix(values, n),
         rows,
-        row,
-        column,
-        new_row,
-        new_column,
+        bounds,
         None if buffer is None else buffer.view(-1, n),
-        *numbers,
+        numbers,
         key,
         rounding_draw,
     )
     if rows is None:
-        _store(accumulators[:split], new_row)
-        _store(accumulators[split:], new_column)
+        _store(accumulators[:split], bounds.new_row)
+        _store(accumulators[split:], bounds.new_column)
     else:
-        _store_rows(accumulators, rows, new_row, new_column)
-
-
-def _rows(gradient: Tensor) -> Tensor:
-    """The rows of a gradient that is sparse in them: int64, (k,), in order."""
-    rows = gradient.indices()[0].contiguous()
-    if rows.numel() and not dispatch.is_fake(rows):
-        bounds = torch.stack((rows[0] >= 0, (rows.diff() > 0).all(), rows[-1] < len(gradient)))
-        if not bounds.all():
-            raise IndexError(
-                f"gradient must have distinct rows in order, in [0, {len(gradient)}), "
-                f"got rows from {int(rows.min())} to {int(rows.max())}; pass gradient.coalesce()"
-            )
-    return rows
+        _store_rows(accumulators, rows, bounds.new_row, bounds.new_column)
 
 
 def _matrix(tensor: Tensor, n: int) -> Tensor:
@@ -308,42 +291,3 @@ def _store_rows(
     _store(others, new_column)
     for vector, least in zip(others, before, strict=True):
         torch.maximum(vector, least, out=vector)
-
-
-def _check(
-    theta: Tensor,
-    gradient: Tensor,
-    accumulators: Sequence[Tensor],
-    buffer: Tensor | None,
-    shape: tuple[int, ...],
-) -> None:
-    check_unshared("theta", theta)
-    if gradient.is_sparse:
-        check_tensor("gradient's values", gradient._values())
-    else:
-        check_read("gradient", gradient, theta)
-    for axis, vector in enumerate(accumulators):
-        check_read(f"accumulators[{axis}]", vector, theta)
-        check_unshared(f"accumulators[{axis}]", vector)
-    if gradient.shape != theta.shape:
-        raise ValueError(
-            f"gradient must have theta's shape {tuple(theta.shape)}, got {tuple(gradient.shape)}"
-        )
-    if gradient.is_sparse and (gradient.sparse_dim() != 1 or not gradient.is_coalesced()):
-        raise ValueError(
-            f"gradient must be sparse in its first axis only, and coalesced, got sparse_dim "
-            f"{gradient.sparse_dim()}, is_coalesced() {gradient.is_coalesced()}; pass "
-            f"gradient.to_dense() or gradient.coalesce()"
-        )
-    wide = accumulator_dtype(theta.dtype)
-    if [(tuple(vector.shape), vector.dtype) for vector in accumulators] != [
-        ((size,), wide) for size in shape
-    ]:
-        raise ValueError(
-            f"accumulators must be {wide} vectors of {shape} elements, "
-            f"got {[(vector.dtype, tuple(vector.shape)) for vector in accumulators]}"
-        )
-    if buffer is not None:
-        check_tensor("buffer", buffer)
-        check_like("buffer", buffer, theta, wide)
-        check_dense("buffer", buffer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,22 +13,39 @@ from zoopt.kernels.noise.reference import round_nearest, round_stochastic
 from zoopt.kernels.product.reference import row_chunks
 
 
+class Bounds(NamedTuple):
+    """The bounds of a gradient (k, n), in the accumulator's dtype.
+
+    Attributes:
+        row, column: (k,) and (n,).
+        new_row, new_column: where the new ones go, (k,) and (n,), zeros before.
+    """
+
+    row: Tensor
+    column: Tensor
+    new_row: Tensor
+    new_column: Tensor
+
+
+class Numbers(NamedTuple):
+    """The numbers of a step, rounded to the accumulator's dtype; see `sm3`."""
+
+    keep: float
+    gain: float
+    eps: float
+    decay: float
+    momentum: float
+    complement: float
+    step_size: float
+
+
 def sm3(
     theta: Tensor,
     gradient: Tensor,
     rows: Tensor | None,
-    row: Tensor,
-    column: Tensor,
-    new_row: Tensor,
-    new_column: Tensor,
+    bounds: Bounds,
     buffer: Tensor | None,
-    keep: float,
-    gain: float,
-    eps: float,
-    decay: float,
-    momentum: float,
-    complement: float,
-    step_size: float,
+    numbers: Numbers,
     key: NoiseKey,
     rounding_draw: int | None,
 ) -> None:
@@ -41,24 +60,24 @@ def sm3(
         theta: (m, n).
         gradient: (k, n), in theta's dtype or the accumulator's.
         rows: int64 (k,), distinct: the gradient's rows. None: all of them, in order.
-        row, column: (k,) and (n,), in the accumulator's dtype, as everything below.
-        new_row, new_column: (k,) and (n,), zeros.
-        buffer: (m, n) or None.
+        bounds, numbers: row, column ... and keep, gain ... of the formulas.
+        buffer: (m, n) in the accumulator's dtype, or None.
     """
+    row, column, new_row, new_column = bounds
     for part in row_chunks(gradient):
         place = part if rows is None else rows[part]
         g = gradient[part].to(row.dtype)
         # abs clears the sign of a NaN, so that its bits are above infinity's.
-        nu = (torch.fmin(row[part, None], column) * keep + g * g * gain).abs()
+        nu = (torch.fmin(row[part, None], column) * numbers.keep + g * g * numbers.gain).abs()
         new_row[part] = nu.amax(1)
         torch.maximum(new_column, nu.amax(0), out=new_column)
         # Through float64: torch's float32 roots are not always correctly rounded.
-        denominator = nu.double().sqrt().to(nu.dtype) + eps
+        denominator = nu.double().sqrt().to(nu.dtype) + numbers.eps
         step = torch.where(denominator == 0.0, 0.0, g / denominator)
         if buffer is not None:
-            step = buffer[place] * momentum + step * complement
+            step = buffer[place] * numbers.momentum + step * numbers.complement
             buffer[place] = step
-        acc = (theta[place].to(step.dtype) * decay + step * step_size).view(-1)
+        acc = (theta[place].to(step.dtype) * numbers.decay + step * numbers.step_size).view(-1)
         if rounding_draw is None:
             rounded = round_nearest(acc, theta.dtype)
         else:
