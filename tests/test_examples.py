@@ -101,6 +101,16 @@ def test_evolution_earns_its_reward_in_training_and_held_out() -> None:
         assert figures[part] > 0.5
 
 
+def test_runs_are_files_that_can_be_merged() -> None:
+    figures = main_of("12_trajectory")(steps=200)
+    assert figures["same_bits"] == 1.0
+    assert figures["bytes"] < 5000
+    assert abs(figures["reverted_one"] - figures["base_one"]) < 1e-3
+    for name in ("one", "two"):
+        assert figures[f"trained_{name}"] < figures[f"base_{name}"] / 2
+        assert figures[f"merged_{name}"] < figures[f"base_{name}"] / 2
+
+
 def test_accumulation_learns_like_whole_batches() -> None:
     figures = main_of("04_accumulation")(steps=200)
     assert figures["loss"] < figures["loss_before"] / 2

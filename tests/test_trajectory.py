@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import subprocess
 import sys
@@ -316,6 +317,29 @@ def test_a_step_takes_fifteen_bytes(tmp_path: Path) -> None:
     size = (tmp_path / "run").stat().st_size - start
     assert size <= 100 * 15 + 4  # the first evaluation is repeated
     assert start + 200 * size < 400e3
+
+
+def test_twenty_thousand_steps_take_less_than_400_kilobytes(tmp_path: Path) -> None:
+    assert len(contents_of(tmp_path / "run", 20_000)) < 400e3 - 4096  # a header's
+    assert read(tmp_path / "run").steps == 20_000
+
+
+@pytest.mark.parametrize(("sync_every", "forced"), [(0.0, 5), (1e9, 0)])
+def test_a_file_is_forced_to_the_disk_as_often_as_asked(
+    sync_every: float, forced: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written at each step it is in any case: another process can read it."""
+    model = mlp()
+    optimizer = mezo(model)
+    recorder = optimizer.record(tmp_path / "run", model, sync_every=sync_every)
+    calls: list[int] = []
+    monkeypatch.setattr(os, "fsync", calls.append)
+    for step in range(1, 6):
+        optimizer.step(closure_of(model))
+        assert read(tmp_path / "run").steps == step
+    assert len(calls) == forced
+    recorder.close()
+    assert len(calls) == forced + 1
 
 
 def contents_of(path: Path, steps: int) -> bytes:

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from zoopt.checks import check_number
-from zoopt.parameters import named_params
 from zoopt.trajectory.format import Event, Kind, TrajectoryError, encode, encode_header, read
 from zoopt.trajectory.header import describe, names_of, to_json
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
@@ -244,7 +243,7 @@ class Recorder:
         return tuple(float(group["lr"]) for group in self._optimizer.param_groups)
 
     def _params(self) -> list[Tensor]:
-        return [param for _, _, param, _ in named_params(self._optimizer.param_groups)]
+        return [param for group in self._optimizer.param_groups for param in group["params"]]
 
     def _trained(self) -> list[bool]:
         return [param.requires_grad for param in self._params()]

@@ -1,0 +1,200 @@
+"""What recording costs, and how fast runs are replayed.
+
+    python -m bench.trajectory --json bench/results/trajectory_cpu.json
+
+Record: the time spent in the recorder during a step of a model of 8 million parameters, over the
+step's own; bytes a step; a file of 20,000 steps; and the rate at which base weights are hashed, on
+one core.
+
+Replay: milliseconds a step on the CPU, of the same file, three ways:
+
+  passes      128 steps a pass over the weights, as `zoopt.replay` makes them
+  one by one  a pass over the weights a write, by the same kernels: three a step in place
+  published   the passes of the authors' MeZO: torch's generator and an addition, four times a step
+
+The last two do nothing but passes: nothing is evaluated. Ratios are medians of rounds in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+import zoopt
+from zoopt.bench import common
+from zoopt.trajectory.format import Event, Kind, encode, encode_header
+from zoopt.trajectory.header import describe, fingerprint, names_of
+from zoopt.trajectory.script import NotScriptedError
+
+#: name -> (width, layers, dtype, options): stacks of linear layers.
+RUNS: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
+    "0.2M in 100 tensors": (64, 50, torch.float32, {}),
+    "1M": (512, 4, torch.float32, {}),
+    "8M": (1024, 8, torch.float32, {}),
+    "8M signs": (1024, 8, torch.float32, {"distribution": "rademacher"}),
+    "8M bfloat16": (1024, 8, torch.bfloat16, {}),
+    "8M window": (1024, 8, torch.float32, {"momentum": 0.9, "momentum_window": 10}),
+}
+ROUNDS = 3
+
+
+def stack(width: int, layers: int, dtype: torch.dtype) -> nn.Module:
+    """Linear layers with random weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).to(dtype)
+
+
+def recorded(path: Path, net: nn.Module, steps: int, **options: Any) -> None:
+    """The file of a run of so many steps, whose losses are random."""
+    optimizer = zoopt.MeZO(net.named_parameters(), seed=1, lr=1e-6, **options)
+    data = encode_header(describe(optimizer, names_of(optimizer, net)))
+    chain, choose = int.from_bytes(data[-4:], "little"), random.Random(1)
+    for step in range(steps):
+        losses = (choose.random(), choose.random())
+        # The first evaluation of a run is repeated.
+        event = Event(Kind.STEP, losses[:1] * (step == 0) + losses)
+        record, chain = encode(event, chain)
+        data += record
+    path.write_bytes(data)
+
+
+def published(net: nn.Module, steps: int, lr: float = 1e-6, zo_eps: float = 1e-3) -> None:
+    """The passes of the authors' code: out, across, back and the update, from a seed."""
+    for step in range(steps):
+        for scale in (zo_eps, -2 * zo_eps, zo_eps, -lr):
+            torch.manual_seed(step)
+            for param in net.parameters():
+                z = torch.normal(0.0, 1.0, param.shape, dtype=param.dtype)
+                param.data = param.data + scale * z
+
+
+def replayed(net: nn.Module, path: Path, steps: int, *, one_by_one: bool) -> None:
+    """So many steps of the file."""
+    module = sys.modules["zoopt.trajectory.replay"]
+    own = {"side_effect": NotScriptedError} if one_by_one else {"wraps": module.Scripted}  # type: ignore[attr-defined]
+    with mock.patch.object(module, "Scripted", **own):
+        zoopt.replay(net, path, until=steps, check_base=False)
+
+
+def _ways(path: Path, steps: int) -> dict[str, tuple[int, Callable[[nn.Module], None]]]:
+    """way -> how many steps are timed, and what takes them; the slow ones take a tenth."""
+    few = max(2, steps // 10)
+    return {
+        "passes": (steps, lambda net: replayed(net, path, steps, one_by_one=False)),
+        "one_by_one": (few, lambda net: replayed(net, path, few, one_by_one=True)),
+        "published": (few, lambda net: published(net, few)),
+    }
+
+
+def replays(folder: Path, steps: int) -> list[dict[str, Any]]:
+    """A row for each run of `RUNS`."""
+    rows = []
+    for name, (width, layers, dtype, options) in RUNS.items():
+        net, path = stack(width, layers, dtype), folder / name.replace(" ", "-")
+        recorded(path, net, steps, **options)
+        ways = _ways(path, steps)
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        for turn in range(ROUNDS + 1):
+            for way, (count, run) in ways.items():
+                fresh = copy.deepcopy(net)
+                start = time.perf_counter()
+                run(fresh)
+                if turn:  # The first round compiles.
+                    times[way].append((time.perf_counter() - start) / count)
+        rows.append(
+            {
+                "run": name,
+                "parameters": sum(p.numel() for p in net.parameters()),
+                "ms_a_step": 1e3 * statistics.median(times["passes"]),
+                "ms_one_by_one": 1e3 * statistics.median(times["one_by_one"]),
+                "ms_published": 1e3 * statistics.median(times["published"]),
+                "x_one_by_one": common.ratio(times["one_by_one"], times["passes"]),
+                "x_published": common.ratio(times["published"], times["passes"]),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def recording(folder: Path, steps: int) -> dict[str, Any]:
+    """The cost of recording a step, in time and bytes."""
+    net = stack(1024, 8, torch.float32)
+    x = torch.randn(64, 1024)
+    optimizer = zoopt.MeZO(net.named_parameters(), seed=1)
+    recorder: Any = optimizer.record(folder / "record", net)
+    spent = 0.0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal spent
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent += time.perf_counter() - start
+            return result
+
+        return wrapped
+
+    for name in ("before", "stepped", "listen"):
+        setattr(recorder, name, timed(getattr(recorder, name)))
+    optimizer.step(lambda: net(x).square().mean())
+    size, spent, start = (folder / "record").stat().st_size, 0.0, time.perf_counter()
+    for _ in range(steps):
+        optimizer.step(lambda: net(x).square().mean())
+    whole = time.perf_counter() - start
+    grown = (folder / "record").stat().st_size - size
+    header = size - 19  # the first step's three losses
+    record, chain = 0, 7
+    for _ in range(20_000):
+        data, chain = encode(Event(Kind.STEP, (0.5, 0.25)), chain)
+        record += len(data)
+    return {
+        "step_ms": 1e3 * whole / steps,
+        "recorder_ms": 1e3 * spent / steps,
+        "share": spent / whole,
+        "bytes_a_step": grown / steps,
+        "bytes_of_20000_steps": header + record + 4,
+    }
+
+
+def hashing(megabytes: int = 256) -> dict[str, float]:
+    """GB/s of the base's hash, on one core."""
+    weights = torch.randn(megabytes << 18)
+    rates = []
+    for _ in range(ROUNDS):
+        start = time.process_time()
+        fingerprint([weights])
+        rates.append(weights.nbytes / (time.process_time() - start) / 1e9)
+    return {"hash_gb_s": max(rates)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, and return 1 if recording costs more than it may."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1000, help="steps of a replay")
+    parser.add_argument("--recorded", type=int, default=200, help="steps that are recorded")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as name:
+        cost = {**recording(Path(name), options.recorded), **hashing()}
+        print(cost, flush=True)
+        rows = replays(Path(name), options.steps)
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    common.write_json(options.json, {"machine": machine, "recording": cost, "replay": rows})
+    bars = (cost["share"] <= 0.01, cost["bytes_a_step"] <= 20, cost["bytes_of_20000_steps"] <= 4e5)
+    return int(not all((*bars, cost["hash_gb_s"] > 1.0)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
