@@ -44,13 +44,13 @@ R = TypeVar("R")
 
 
 def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A param group's defaults: the arguments of an `__init__` (its `locals()`) but for these."""
+    """A param group's defaults: the arguments of an `__init__` (its `locals()`) except these."""
     others = ("self", "params", "seed", "process_group", "parallel", "record", "__class__")
     return {name: value for name, value in arguments.items() if name not in others}
 
 
 def state_device(spec: TensorSpec, param: Tensor) -> torch.device:
-    """Where a state tensor of the parameter lies: with it, but for the counts that Python reads."""
+    """The device of a state tensor: the parameter's, or the CPU for counts that Python reads."""
     return param.device if spec.most is None else torch.device("cpu")
 
 
@@ -78,7 +78,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         return self._shared_seed.value
 
     def _check_seed(self) -> None:
-        """Raise if another process goes on with another seed."""
+        """Raise if another process continues with another seed."""
         seed: int = self.param_groups[0]["seed"]
         if self._shared_seed is None:  # a copy, or unpickled
             self._share_seed(seed)
@@ -229,7 +229,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         """Load a state_dict of the same class over parameters of the same shapes, bit for bit.
 
         Noise follows from the names that parameters were saved with, or from their positions where
-        they had none, so that the run goes on as it would have.
+        they had none, so that the run continues as it would have.
 
         Raises:
             TypeError, ValueError: the dict belongs to another optimizer, or to parameters of other

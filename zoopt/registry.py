@@ -119,7 +119,7 @@ def rows(family: Family | None = None) -> list[Row]:
     """The optimizers' rows, of one family or of all, by family and name.
 
     Raises:
-        ValueError: a family that there is none of.
+        ValueError: an unknown family.
     """
     families = get_args(Family)
     if family is not None:
@@ -135,7 +135,7 @@ def optimizers(family: Family | None = None) -> list[str]:
         family: "zeroth-order", "low-rank" or "compact"; default all three.
 
     Raises:
-        ValueError: a family that there is none of.
+        ValueError: an unknown family.
     """
     return [row.name for row in rows(family)]
 
@@ -151,7 +151,7 @@ def optimizer(name: str, params: Any, **options: Any) -> Optimizer:
         options: the class's options.
 
     Raises:
-        ValueError: a name that there is none of.
+        ValueError: an unknown name.
         TypeError, ValueError: as for the class.
 
     Example:
@@ -165,7 +165,7 @@ def find(name: str) -> Row:
     """The row of an optimizer, by its name or its class's in any spelling.
 
     Raises:
-        ValueError: a name that there is none of.
+        ValueError: an unknown name.
     """
     for row in _rows.values():
         if isinstance(name, str) and _key(name) in (_key(row.name), _key(row.cls.__name__)):

@@ -91,7 +91,7 @@ def offset(param: Tensor) -> int:
 
 @contextlib.contextmanager
 def regathered() -> Iterator[None]:
-    """Let FSDP gather parameters anew in the forward passes inside, and keep none gathered after.
+    """Let FSDP gather parameters again in the forward passes inside, and keep none gathered after.
 
     Outside of training it keeps those of a root module, and would not see their shards change.
     """

@@ -1,4 +1,4 @@
-"""Records a run while it goes on: what the closure returned, and what was changed between steps."""
+"""Records a run as it proceeds: the closure's results, and changes made between steps."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class Recorder:
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        """End the recording; the optimizer goes on without."""
+        """End the recording; the optimizer continues without it."""
         if self._file is not None:
             os.fsync(self._file)
             os.close(self._file)

@@ -212,7 +212,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         each member's examples one after the other, and returns a fitness a member, in their order.
         Each example meets its own member's parameters: the products with theta are shared, and a
         member's rank-r part is added to its own rows. What a member gets equals what `evaluate`
-        gives on its examples alone, up to rounding (and but for dropout).
+        gives on its examples alone, up to rounding (and except for dropout).
 
         Args:
             evaluate: returns a tensor of one fitness a member, or a sequence of numbers.

@@ -67,7 +67,7 @@ def perturb(
         impl: `"reference"`, `"numba"`, `"triton"`, or None for the fastest that can run.
 
     Returns:
-        `out`. All implementations return the same bits (but for the payloads of NaNs).
+        `out`. All implementations return the same bits (except the payloads of NaNs).
 
     Raises:
         TypeError: not a tensor, or of an unsupported dtype or layout, or a wrapper of one.

@@ -109,7 +109,7 @@ def sm3_(
         buffer: contiguous, of theta's shape in the accumulator's dtype. Default: no momentum.
         key: the noise of theta, whose bits round it; a batch has its own.
         rounding_draw: 32 bits; the draw whose bits round theta stochastically. Default: to nearest.
-        impl: as for `perturb`. All return the same bits (but for the payloads of NaNs).
+        impl: as for `perturb`. All return the same bits (except the payloads of NaNs).
 
     Returns:
         theta.

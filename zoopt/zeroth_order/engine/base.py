@@ -42,8 +42,8 @@ class ZerothOrderOptimizer(ZerothOrderJob):
 
     A subclass implements `_update`, which receives each parameter's site and the directions'
     projected gradients; it may choose the directions (`_direction`), what is evaluated along them
-    (`_evaluate`) and what they weigh (`_weights`). Everything that a run needs to go on is in the
-    param groups, as numbers, and in the declared state.
+    (`_evaluate`) and what they weigh (`_weights`). Everything that a run needs to continue is in
+    the param groups, as numbers, and in the declared state.
 
     Attributes:
         last_step: what the last step measured, or None before the first.
@@ -80,7 +80,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
             The mean of the probe's losses (of all ranks').
 
         Raises:
-            TypeError, ValueError: the closure is none, or returns something else.
+            TypeError, ValueError: it is not a closure, or returns something else.
             RuntimeError: a virtual perturbation did not reach the closure, the closure writes to a
                 parameter, or no parameter requires a gradient.
         """

@@ -196,7 +196,7 @@ class Perturbation:
     def _move(self, displacement: Displacement, sites: Sequence[Site]) -> None:
         """Bring parameters perturbed in place to a displacement.
 
-        If that breaks off, the next move goes on where this one was.
+        If that breaks off, the next move continues where this one was.
         """
         with uninterrupted():
             passes = self._queue()

@@ -35,7 +35,7 @@ _SAMPLE_BYTES = 1 << 12
 
 
 class Progress:
-    """How far a pass over one parameter has come. The same pass, made again, goes on from there.
+    """How far a pass over one parameter has come. The same pass, made again, continues from there.
 
     A pass consists of pieces, and one kernel writes a piece; changes of state that belong to it are
     held back until it has written.
@@ -167,7 +167,7 @@ class Commit:
     """What a step changes, as tasks in order. Once begun, it is finished.
 
     Args:
-        tasks: each, made again after it broke off or was done, goes on from where it was.
+        tasks: each, made again after it broke off or was done, continues where it was.
 
     Attributes:
         begun: whether a task has begun.
@@ -178,7 +178,7 @@ class Commit:
         self.begun = False
 
     def run(self) -> None:
-        """Make what is left. If it breaks off, it is tried once more; then the error goes on.
+        """Make what is left. If it breaks off, it is tried once more; then the error is raised.
 
         Signals wait. So what breaks it off is a task's own error, from lack of memory say.
         """

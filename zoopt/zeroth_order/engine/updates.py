@@ -182,7 +182,7 @@ class ZerothOrderUpdates(ZerothOrderGroups):
     ) -> None:
         """Update one parameter from the probe, and take the displacement `offset` away from it.
 
-        Made again with the same `progress`, it goes on where it broke off.
+        Made again with the same `progress`, it continues where it broke off.
         """
         raise NotImplementedError
 
