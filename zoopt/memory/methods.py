@@ -92,6 +92,7 @@ def methods(rank: int = 128, lora_rank: int = 8, *, all_variants: bool = False) 
         *(m for row in rows("low-rank") for m in _of_row(row, rank, all_variants)),
         Method("LoRA + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=lora(lora_rank)),
         Method("SLTrain + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=_sltrain(rank)),
+        Method("PEQA int4 + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=_quantised),
     ]
     return [Method("inference", "inference", _none), *zeroth_order, *backprop]
 
@@ -140,6 +141,12 @@ def _built(row: Row, variant: Variant, rank: int, model: nn.Module) -> torch.opt
 
 def _torch(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> Build:
     return lambda model: cls(_trained(model), **options)
+
+
+def _quantised(model: nn.Module) -> nn.Module:
+    zoopt.nn.convert_to_quantised(model, bits=4)
+    zoopt.nn.train_scales(model)
+    return model
 
 
 def _sltrain(rank: int) -> Callable[[nn.Module], nn.Module]:
