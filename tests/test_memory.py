@@ -62,7 +62,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 METHODS = [
     *("inference", "MeZO", "MeZO, in place", "LOZO", "ZOAdam"),
     *("SGD", "AdamW", "zoopt.AdamW", "zoopt.AdamW, int8 state", "GaLoreAdamW", "SM3"),
-    *("Apollo", "Fira", "SM3, fused backward", "LoRA + AdamW", "Hybrid, last two layers"),
+    *("Apollo", "Fira", "SM3, fused backward", "LoRA + AdamW", "PEQA int4 + AdamW"),
+    "Hybrid, last two layers",
 ]
 BATCH, SEQ, RANK = 2, 32, 16
 

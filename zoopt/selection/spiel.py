@@ -27,8 +27,8 @@ Growth = Literal["accumulated", "momentum"]
 #: Ages stop here: with betas below `_MOST_BETA` the bias correction is then 1 in float32.
 _OLDEST = 2**15 - 1
 _MOST_BETA = 0.9994
-#: Scores that are made at a time.
-_CHUNK = 1 << 22
+#: Scores that are made, or compared, at a time.
+_CHUNK = 1 << 20
 
 
 def adam_entries(gradient: Tensor, state: State, betas: tuple[float, float], eps: float) -> Tensor:
@@ -50,10 +50,17 @@ def largest(scores: Tensor, count: int) -> Tensor:
     """The positions of the `count` largest scores (n,), ascending; of equal ones the first."""
     if is_fake(scores):
         return torch.topk(scores, count).indices
-    least = torch.topk(scores, count).values[-1]
-    above = (scores > least).nonzero().squeeze(1)
-    equal = (scores == least).nonzero().squeeze(1)[: count - above.numel()]
-    return torch.cat((above, equal)).sort().values
+    top = torch.topk(scores, count).values
+    least = top[-1]
+    wanted = count - int((top > least).sum())  # of those that are equal
+    found = []
+    for start in range(0, scores.numel(), _CHUNK):
+        run = scores[start : start + _CHUNK]
+        above = (run > least).nonzero().squeeze(1)
+        equal = (run == least).nonzero().squeeze(1)[:wanted]
+        wanted -= equal.numel()
+        found.append(torch.cat((above, equal)).add_(start))
+    return torch.cat(found).sort().values
 
 
 def seeded(total: Tensor, squares: Tensor, count: int, betas: tuple[float, float]) -> State:
