@@ -14,6 +14,7 @@ import tokenizers
 import torch
 import transformers
 
+from bench import selection
 from bench.convergence import command
 from bench.convergence import plan as planner
 from bench.convergence import run as runner
@@ -371,3 +372,26 @@ def test_the_committed_summary_is_that_of_the_committed_runs() -> None:
         [METHODS[r["method"]] for r in summary["records"]], Settings(), store
     )
     assert json.loads(json.dumps(finite(records))) == summary["records"]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_methods_of_selection_run_and_are_kept(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each trains, and leaves the task as it was; a run that is there is not made again."""
+    monkeypatch.setattr(selection, "RESULTS", tmp_path / "selection")
+    before = {name: p.detach().clone() for name, p in task.parameters()}
+    for name, method in selection.METHODS.items():
+        result = selection.run(name, method.lr, 0, 2, lambda: task)
+        assert len(result["losses"]) == 2
+        assert result["on"] == "validation"
+        assert all(map(math.isfinite, result["losses"])), name
+        assert result["trained"] > 0
+    for name, param in task.parameters():
+        assert torch.equal(param, before[name])
+
+    def fails() -> Task:
+        raise AssertionError("the run is there")
+
+    again = selection.run("adamw", selection.METHODS["adamw"].lr, 0, 2, fails)
+    assert again["method"] == "adamw"
