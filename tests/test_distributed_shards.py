@@ -198,6 +198,8 @@ def what_cannot_be_sharded_is_refused(folder: Path) -> None:
     message = refusal(lambda: zoopt.MeZO(other.parameters(), seed=7))
     assert "sharded along dimension 0, got dimension 1" in message
     alone = zoopt.MeZO(named, seed=7)
+    message = refusal(lambda: alone.record(folder / "run.zoopt", model))
+    assert "parameters must be whole to be recorded, got '0.weight', which is sharded" in message
     message = refusal(lambda: alone.step(functools.partial(loss_of, model)))
     assert "MeZO must have a process_group where parameters are sharded" in message
     assert len(set(everywhere(message))) == 1

@@ -398,6 +398,25 @@ def a_rank_comes_back_from_the_record(folder: Path) -> None:
         assert bits(again) == bits(model)
 
 
+def a_divided_population_is_recorded(folder: Path) -> None:
+    path, model = folder / "population.zoopt", mlp()
+    optimizer = zoopt.EvolutionStrategy(
+        model.named_parameters(),
+        population_size=6,
+        seed=7,
+        process_group=world(),
+        parallel="probes",
+    )
+    recorder = optimizer.record(path, model)
+    for _ in range(STEPS):
+        optimizer.step(closure_of(model))
+    recorder.close()
+    dist.barrier()
+    again = mlp()
+    zoopt.replay(again, path)
+    assert bits(again) == bits(model)
+
+
 SCENARIOS: dict[int, list[Scenario]] = {
     2: [
         ranks_with_equal_data_are_one_process,
@@ -415,6 +434,7 @@ SCENARIOS: dict[int, list[Scenario]] = {
         what_is_no_group_is_refused,
         a_population_by_hand_is_nobodys_exchange,
         a_rank_comes_back_from_the_record,
+        a_divided_population_is_recorded,
     ],
     4: [
         a_mesh_of_equal_data_and_divided_probes_is_one_process,

@@ -18,6 +18,7 @@ from zoopt.distributed.checkpoint import (
     called_by_get,
     called_by_load,
 )
+from zoopt.distributed.sharding import is_sharded
 from zoopt.parameters import named_params
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
@@ -193,11 +194,17 @@ class ZerothOrderOptimizer(ZerothOrderJob):
 
         Raises:
             ValueError: a step has been taken, steps of this class do not follow from losses, or
-                there is neither a model nor a name for each parameter.
+                there is neither a model nor a name for each parameter; or one is sharded.
             FileExistsError: there is such a file; see `zoopt.trajectory.resume`.
         """
         from zoopt.trajectory.recorder import Recorder
 
+        for *_, param, name in named_params(self.param_groups):
+            if is_sharded(param):
+                raise ValueError(
+                    f"parameters must be whole to be recorded, got {name!r}, which is sharded; "
+                    f"save the run by torch.distributed.checkpoint"
+                )
         if self._exchange is not None and not self._exchange.first:
             return Recorder(self, Path(path), None, 0, sync_every)
         self.recorder = Recorder.new(self, model, path, sync_every=sync_every)
