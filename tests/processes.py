@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Scenario = Callable[[Path], None]
+#: What every process would import at its first step.
+KERNELS = ("numba", "zoopt.kernels.noise.cpu")
 
 
 def run(scenarios: Sequence[Scenario], processes: int, folder: Path, patience: float = 60) -> None:
     """Run them in processes that wait `patience` seconds for each other."""
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([scenarios[0].__module__])
+    context.set_forkserver_preload([scenarios[0].__module__, *KERNELS])
     torch.multiprocessing.start_processes(
         _work,
         (processes, scenarios, folder, patience),
