@@ -145,3 +145,16 @@ def test_operators_make_two_thin_products(row: Row) -> None:
     assert added["addmm_"] == 3 * off
     assert added["mm"] == 3 * (2 * off + at_theta)
     assert added.keys() <= {"mm", "addmm_", "add"}  # the last of addresses, as above
+
+
+@pytest.mark.parametrize("name", ["MeZO plain", "MeZO momentum", "ZOAdam dense", "ZOAdam window"])
+def test_a_virtual_evaluation_is_a_launch_for_each_64_mib(name: str) -> None:
+    """However many parameters they are of, once the order of reads is known."""
+    [row] = [row for row in ROWS if str(row) == name]
+    for layers in (3, 9):
+        net = nn.Sequential(*[nn.Linear(20, 20) for _ in range(layers)])
+        with stub_gpu():
+            recorded = step(row, "virtual", net, reads=True)
+        passes = [each for each in recorded.launches if each.kernel != "numbers_kernel"]
+        assert len(passes) == evaluations(row) + 1
+        assert (recorded.copies, recorded.waits) == (0, 1)

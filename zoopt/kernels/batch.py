@@ -205,6 +205,20 @@ def packed(counts: Sequence[int], dtype: torch.dtype, device: torch.device) -> l
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
+def packed_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """New tensors of the shapes of contiguous ones of one dtype, as `packed`."""
+    step = max(1, 16 // tensors[0].itemsize)
+    starts = [0]
+    for tensor in tensors:
+        starts.append(starts[-1] + -(-tensor.numel() // step) * step)
+    first = tensors[0]
+    buffer = torch.empty(starts[-1], dtype=first.dtype, device=first.device)
+    return [
+        buffer.as_strided(tensor.shape, tensor.stride(), start)
+        for tensor, start in zip(tensors, starts, strict=False)
+    ]
+
+
 def as_batch(theta: Tensor | Batch, key: NoiseKey | None) -> Batch:
     """A tensor and its key as a batch of one; a batch, which has its keys, as it is."""
     if not isinstance(theta, Batch):

@@ -185,7 +185,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
                 "'inplace': its passes round the weights, and no record tells of them; or take "
                 "whole generations by step()"
             )
-        perturbation = Perturbation(population.sites, self._queue)
+        perturbation = self._perturbation(population)
         evaluation = self._own_evaluation(evaluate, perturbation)
         evaluation.verify = False
         try:

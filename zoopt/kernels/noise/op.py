@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zoopt.dtypes import scalars
 from zoopt.kernels import dispatch
-from zoopt.kernels.batch import Batch, as_batch
+from zoopt.kernels.batch import Batch, as_batch, packed_like
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 from zoopt.kernels.operands import check_like, check_tensor, contiguous, flat
 
@@ -106,6 +106,17 @@ def perturb(
             targets = [stack.enter_context(contiguous(target)) for target in outs]
             run(backend, "weighted_sum", batch.row_major(), (targets, None), *terms)
     return outs if isinstance(theta, Batch) else outs[0]
+
+
+def perturbed_copies(theta: Batch, alpha: float, *, draw: int) -> list[Tensor]:
+    """The copies that `perturb` makes of a batch of contiguous tensors, as views of one buffer,
+    which lives as long as one of them: made with as little Python as possible."""
+    theta.check()
+    copies = packed_like(theta.tensors)
+    backend = dispatch.choose(theta.tensors[0], None)
+    terms = (scalars([alpha], theta.dtype), [draw], 1.0, None)
+    run(backend, "weighted_sum", theta, (copies, None), *terms)
+    return copies
 
 
 def run(

@@ -33,6 +33,7 @@ from zoopt.zeroth_order.engine.probe import (
     two_sided,
 )
 from zoopt.zeroth_order.engine.updates import RunRecorder
+from zoopt.zeroth_order.engine.windows import Windows
 
 #: How many differences of 16-bit losses are judged, the run's first.
 _JUDGED = 4
@@ -58,6 +59,8 @@ class ZerothOrderOptimizer(ZerothOrderJob):
     scripted = False
     #: The largest |g| that the update can bear in float32, times |z| < 8 and a learning rate.
     _largest_grad = 2.0**100
+    #: In which order the closure reads the parameters.
+    _windows: Windows | None = None
     #: How many differences of 16-bit losses have been judged, and how coarse they were.
     _judged = _coarse = 0
 
@@ -91,7 +94,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         check_number("weight", weight, low=0.0)
         self._note_changes()
         pending = self._pending_copy()
-        perturbation = Perturbation(pending.sites, self._queue)
+        perturbation = self._perturbation(pending)
         try:
             loss = self._measure(self._evaluation(closure, perturbation, pending, weight), pending)
             perturbation.restore()
@@ -146,7 +149,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         check_number("weight", weight, low=0.0)
         self._note_changes()
         pending = self._pending_copy()
-        perturbation = Perturbation(pending.sites, self._queue)
+        perturbation = self._perturbation(pending)
         try:
             evaluation = self._evaluation(closure, perturbation, pending, weight)
             loss = self._measure(evaluation, pending)
@@ -214,6 +217,12 @@ class ZerothOrderOptimizer(ZerothOrderJob):
     def has_pending(self) -> bool:
         """Whether something has been probed that no step has used yet."""
         return self._pending is not None
+
+    def _perturbation(self, pending: PendingProbe) -> Perturbation:
+        """The parameters of a probe, at theta."""
+        if self._windows is None:
+            self._windows = Windows()
+        return Perturbation(pending.sites, self._queue, self._windows)
 
     def _note_changes(self) -> None:
         """Let the recorder see what was changed since the last step."""

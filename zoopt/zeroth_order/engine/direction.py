@@ -57,6 +57,12 @@ class Direction:
     #: Whether displacements are products of thin factors.
     thin = False
 
+    @property
+    def window_key(self) -> NoiseKey | None:
+        """The noise that is the direction, if it is nothing else: several parameters' temporaries
+        can then be made by one launch."""
+        return None
+
     def add_(
         self,
         param: Tensor,
@@ -342,6 +348,11 @@ class Elementwise(Direction):
 
 class Noise(Elementwise):
     """Independent elements: each operation is one pass of a fused kernel."""
+
+    @property
+    def window_key(self) -> NoiseKey | None:
+        """As in `Direction`."""
+        return self.key if self.indices is None else None
 
     def shaping(
         self, coefficients: Coefficients, gradient: Coefficients

@@ -23,6 +23,7 @@ from zoopt.zeroth_order.engine.passes import Passes
 from zoopt.zeroth_order.engine.progress import Progress, count_write, uninterrupted
 from zoopt.zeroth_order.engine.uncompiled import uncompiled
 from zoopt.zeroth_order.engine.virtual import Interception, Substitution
+from zoopt.zeroth_order.engine.windows import Move, Reads, Windows
 
 PerturbationMode = Literal["auto", "inplace", "virtual"]
 
@@ -62,9 +63,15 @@ class Perturbation:
     passes a step instead of four); `restore` takes it away alone.
     """
 
-    def __init__(self, sites: Sequence[Site], queue: Callable[[], Passes] = Passes) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        queue: Callable[[], Passes] = Passes,
+        windows: Windows | None = None,
+    ) -> None:
         self.sites = sites
         self._queue = queue
+        self._windows = windows or Windows()
         #: Whether operators read the parameters where they stand.
         self.evaluated = True
         self._virtual = {site.param: site for site in sites if site.virtual}
@@ -102,11 +109,29 @@ class Perturbation:
                 made.update(_thin_factors(self._virtual.values(), displacement))
             return made[site.param]
 
+        def move_of(param: Tensor) -> Move | None:
+            """How a window displaces the parameter: by one draw of independent elements."""
+            site = self._virtual.get(param)
+            if site is None or site.direction.window_key is None:
+                return None
+            coefficients = displacement(site)
+            if len(coefficients) != 1 or not param.is_contiguous():
+                return None
+            [(draw, alpha)] = coefficients.items()
+            return Move(site.direction.window_key, draw, alpha)
+
+        moves = {id(param): move_of(param) for param in self._virtual if dispatch.launches(param)}
+        in_windows = {number: move for number, move in moves.items() if move is not None}
+        reads = Reads(self._windows, in_windows)
+
         @OwnArithmetic()
-        def perturbed(param: Tensor) -> Tensor:
+        def perturbed_alone(param: Tensor) -> Tensor:
             site = self._virtual[param]
             coefficients = displacement(site)
             return site.direction.perturbed(param, coefficients) if coefficients else param
+
+        def perturbed(param: Tensor) -> Tensor:
+            return reads.take(param) if id(param) in in_windows else perturbed_alone(param)
 
         @OwnArithmetic()
         def perturbed_rows(weight: Tensor, rows: Tensor) -> Tensor:
@@ -131,6 +156,8 @@ class Perturbation:
         # At theta itself too: modules take the path that they take at theta + a z.
         with self.substituted(perturbed, perturbed_rows, factors):
             yield
+        if in_windows:
+            self._windows.learn(reads.order)
 
     @contextlib.contextmanager
     def substituted(

@@ -1,0 +1,115 @@
+"""Temporaries of several parameters by one launch: any order of reads sees the same values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zoopt
+from zoopt.kernels import NoiseKey, dispatch, perturb
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.noise.op import perturbed_copies
+from zoopt.zeroth_order.engine import windows
+from zoopt.zeroth_order.engine.windows import Move, Reads, Windows
+
+
+def params_of(count: int, size: int = 40) -> list[Tensor]:
+    return [torch.randn(size + i, 3) for i in range(count)]
+
+
+def moves_of(params: list[Tensor]) -> dict[int, Move]:
+    return {id(param): Move(NoiseKey(1, i), 5, 0.1) for i, param in enumerate(params)}
+
+
+def check(params: list[Tensor], taken: list[tuple[Tensor, Tensor]]) -> None:
+    for param, temporary in taken:
+        key, draw, alpha = moves_of(params)[id(param)]
+        assert torch.equal(temporary, perturb(param, alpha, draw=draw, key=key))
+        assert temporary.data_ptr() % 16 == 0
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many temporaries each launch makes; a buffer takes three of forty rows."""
+    sizes: list[int] = []
+
+    def counted(theta: Batch, alpha: float, *, draw: int) -> list[Tensor]:
+        sizes.append(len(theta))
+        return perturbed_copies(theta, alpha, draw=draw)
+
+    monkeypatch.setattr(windows, "perturbed_copies", counted)
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 3 * 45 * 3 * 4)
+    return sizes
+
+
+def read(known: Windows, params: list[Tensor], order: list[int]) -> None:
+    reads = Reads(known, moves_of(params))
+    check(params, [(params[i], reads.take(params[i])) for i in order])
+    known.learn(reads.order)
+
+
+def test_the_second_evaluation_knows_the_order(made: list[int]) -> None:
+    params, known = params_of(7), Windows()
+    read(known, params, [0, 1, 2, 3, 4, 5, 6])
+    assert made == [1] * 7
+    made.clear()
+    read(known, params, [0, 1, 2, 3, 4, 5, 6])
+    assert made == [3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    "order", [[6, 5, 4, 3, 2, 1, 0], [0, 0, 1, 3, 2], [4, 5, 4, 5, 6], [2], [0, 2, 4, 6, 1, 3, 5]]
+)
+def test_another_order_costs_launches_and_no_value(order: list[int], made: list[int]) -> None:
+    params, known = params_of(7), Windows()
+    read(known, params, [0, 1, 2, 3, 4, 5, 6])
+    read(known, params, order)
+    made.clear()
+    read(known, params, order)  # which is now the expected one
+    assert len(made) < len(order) or len(order) == 1
+
+
+def test_one_buffer_lives_at_a_time(made: list[int]) -> None:
+    """Unless a temporary outlives its operator: its memory is not made use of again."""
+    params, known = params_of(6), Windows()
+    read(known, params, list(range(6)))
+    reads = Reads(known, moves_of(params))
+    kept = reads.take(params[0])
+    expected = kept.clone()
+    del kept
+    held = reads.take(params[1])
+    for param in params[2:]:
+        reads.take(param)
+    assert torch.equal(held, perturb(params[1], 0.1, draw=5, key=NoiseKey(1, 1)))
+    assert torch.equal(expected, perturb(params[0], 0.1, draw=5, key=NoiseKey(1, 0)))
+
+
+def test_large_parameters_and_other_dtypes_are_alone(made: list[int]) -> None:
+    params = [*params_of(2), torch.randn(400, 3), *params_of(2), torch.randn(40, 3).bfloat16()]
+    known = Windows()
+    for _ in range(2):
+        made.clear()
+        read(known, params, list(range(6)))
+    assert made == [2, 1, 2, 1]
+
+
+def test_a_step_has_the_bits_of_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows on the CPU, where there are none otherwise: tied weights, an embedding, dropout."""
+
+    def trained(launching: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        embedding = nn.Embedding(30, 8)
+        net = nn.Sequential(embedding, nn.Linear(8, 8), nn.Dropout(0.1), nn.Linear(8, 30))
+        net[3].weight = embedding.weight
+        optimizer = zoopt.MeZO(net.parameters(), 1e-3, perturbation="virtual", num_probes=2, seed=1)
+        ids = torch.arange(12)
+        if launching:
+            monkeypatch.setattr(dispatch, "launches", lambda tensor: True)
+        for _ in range(3):
+            optimizer.step(lambda: net(ids).logsumexp(1).mean())
+        monkeypatch.undo()
+        return [param.detach() for param in net.parameters()]
+
+    for own, other in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(own, other)

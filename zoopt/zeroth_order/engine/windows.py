@@ -1,0 +1,144 @@
+"""Temporaries of several parameters made by one launch, in the order in which operators read them.
+
+A virtual perturbation gives each operator a temporary theta + a z. Where operations are launches,
+one for each parameter would cost more than the forward pass. So the order of the reads is recorded,
+and when a parameter is read, the temporaries of those that follow it are made too, in one buffer:
+views that die with their operators, and the buffer with the last of them. Another order than
+expected costs a launch, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from zoopt.ambient import OwnArithmetic
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.noise.op import perturbed_copies
+
+#: The size of a buffer, unless one parameter is larger.
+WINDOW_BYTES = 64 << 20
+
+
+class Move(NamedTuple):
+    """A displacement alpha z(draw) of a parameter's noise."""
+
+    key: NoiseKey
+    draw: int
+    alpha: float
+
+    def shares(self, other: Move) -> bool:
+        """Whether one launch can make both."""
+        own, key = self.key, other.key
+        return (self.draw, self.alpha, own.seed, own.distribution, own.density) == (
+            *(other.draw, other.alpha, key.seed, key.distribution, key.density),
+        )
+
+
+class Window(NamedTuple):
+    """Parameters whose temporaries share a buffer and a launch."""
+
+    ids: list[int]
+    batch: Batch
+
+
+class Windows:
+    """The order in which parameters are read, kept from evaluation to evaluation.
+
+    Attributes:
+        order: of the last evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.order: list[Tensor] = []
+        self._windows: dict[tuple[int, int], Window] = {}
+
+    def learn(self, order: list[Tensor]) -> None:
+        """Remember the order of an evaluation that is over."""
+        if len(order) != len(self.order) or any(
+            own is not other for own, other in zip(order, self.order, strict=True)
+        ):
+            self.order = order
+            self._windows.clear()
+
+    def find(self, param: Tensor, position: int, moves: Mapping[int, Move]) -> Window:
+        """The parameter, and those behind its position that fit into its buffer and can share its
+        launch; made once, as long as they are displaced along the same noise."""
+        name = (id(param), position)
+        known = self._windows.get(name)
+        if known is None or not _still(known, moves, moves[id(param)]):
+            known = self._windows[name] = self._made(param, position, moves)
+        return known
+
+    def _made(self, param: Tensor, position: int, moves: Mapping[int, Move]) -> Window:
+        first = moves[id(param)]
+        params, keys, room = [param], [first.key], WINDOW_BYTES - param.nbytes
+        for other in self.order[position + 1 :]:
+            room -= other.nbytes
+            move = moves.get(id(other))
+            alike = (other.dtype, other.device) == (param.dtype, param.device)
+            if room < 0 or not alike or move is None or not move.shares(first):
+                break
+            if any(other is own for own in params):
+                break
+            params.append(other)
+            keys.append(move.key)
+        return Window(list(map(id, params)), Batch(params, keys))
+
+
+def _still(window: Window, moves: Mapping[int, Move], first: Move) -> bool:
+    """Whether all of a window's parameters are displaced as its first one, along its keys."""
+    found = [moves.get(number) for number in window.ids]
+    return all(
+        move is not None and move[1:] == first[1:] and move.key == key
+        for move, key in zip(found, window.batch.keys, strict=True)
+    )
+
+
+class Reads:
+    """The reads of one evaluation.
+
+    Args:
+        windows: the order that is expected.
+        moves: id of a parameter -> how it is displaced; of those whose temporaries windows make,
+            which are contiguous.
+    """
+
+    def __init__(self, windows: Windows, moves: Mapping[int, Move]) -> None:
+        self._windows = windows
+        self._moves = moves
+        self._made: dict[int, Tensor] = {}
+        self._next = 0
+        self.order: list[Tensor] = []
+
+    def take(self, param: Tensor) -> Tensor:
+        """The parameter's temporary."""
+        self.order.append(param)
+        made = self._made.pop(id(param), None)
+        if made is None:
+            return self._make(param)
+        self._next += 1
+        return made
+
+    @OwnArithmetic()
+    def _make(self, param: Tensor) -> Tensor:
+        self._made.clear()  # before the next buffer is made
+        position = self._position(param)
+        self._next = position + 1
+        ids, batch = self._windows.find(param, position, self._moves)
+        first = self._moves[id(param)]
+        copies = perturbed_copies(batch, first.alpha, draw=first.draw)
+        self._made = dict(zip(ids, copies, strict=True))
+        return self._made.pop(id(param))
+
+    def _position(self, param: Tensor) -> int:
+        """Where the parameter stands in the order, the next place if it is there; len(order) if
+        nowhere."""
+        order = self._windows.order
+        if self._next < len(order) and order[self._next] is param:
+            return self._next
+        places = (i for i, other in enumerate(order) if other is param)
+        return next(places, len(order))
