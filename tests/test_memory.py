@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
+import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,21 @@ METHODS = [
     "Hybrid, last two layers",
 ]
 BATCH, SEQ, RANK = 2, 32, 16
+
+
+@pytest.fixture(scope="module")
+def _unfrozen() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _imports_are_not_collected(_unfrozen: None) -> None:
+    """Each measurement collects garbage, which walks over all that torch and transformers made."""
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    importlib.import_module("torch._dynamo")
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
