@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol, get_args
 
@@ -78,6 +79,18 @@ def draw_of(number: int) -> int:
     return number & 0xFFFFFFFF
 
 
+class Mark:
+    """How far a parameter has come in the step from a gradient."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self._gradient, self._version = weakref.ref(gradient), gradient._version
+        self.prepared = self.done = False
+
+    def is_of(self, gradient: Tensor) -> bool:
+        """Whether it was made for this gradient, which has not been written since."""
+        return self._gradient() is gradient and gradient._version == self._version
+
+
 class Fusion(Protocol):
     """The interface of `zoopt.fuse_backward`, which replaces the step."""
 
@@ -98,6 +111,8 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
     """
 
     _fusion: Fusion | None = None
+    #: How far each parameter had come in a step that an error ended. A copy has none.
+    _begun: dict[Tensor, Mark] | None = None
     #: Whether parameters whose rows are sharded over processes can be updated.
     shards = False
 
@@ -115,6 +130,10 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
         Returns:
             What the closure returned, or None.
+
+        Linear algebra that can fail comes first, for all parameters. An error after that, if memory
+        runs out say, leaves those updated that have been; called again with the same gradients, a
+        step goes on with the others.
 
         Raises:
             RuntimeError: a gradient is sparse; a parameter no longer has its state's shape, or has
@@ -150,13 +169,33 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
     def _step_sites(self, sites: Sequence[Site]) -> None:
         """Step parameters that have gradients and state."""
+        before = self._begun or {}
+        self._begun = marks = dict[Tensor, Mark]()
+        self._step_begun(sites, before, marks)
+        self._begun = None
+
+    def _step_begun(
+        self, sites: Sequence[Site], before: dict[Tensor, Mark], marks: dict[Tensor, Mark]
+    ) -> None:
+        """Step parameters; `marks` notes how far each has come, and `before` how far it had come
+        when an error ended the step from the same gradients."""
         ready = []
         for site in sites:
             gradient = site.param.grad
-            if is_sharded(site.param) or gradient is None:
-                ready.append(site)
-            elif self._prepare(site, operand(gradient)):
-                ready.append(dataclasses.replace(site, continues=True))
+            if gradient is None:
+                continue
+            mark = before.get(site.param)
+            if mark is None or not mark.is_of(gradient):
+                mark = Mark(gradient)
+            marks[site.param] = mark
+            if is_sharded(site.param):
+                mark.prepared = True
+            elif not mark.prepared:
+                mark.done = not self._prepare(site, operand(gradient))
+                mark.prepared = True
+            if not mark.done:
+                continues = site.continues or not is_sharded(site.param)
+                ready.append(dataclasses.replace(site, continues=continues))
         together: dict[Hashable, list[Site]] = {}
         places: set[int] = set()
         for site in ready:
@@ -164,12 +203,14 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             # Parameters tied by their data are updated one after the other.
             if kind is None or site.param.data_ptr() in places:
                 self._step_param(site)
+                marks[site.param].done = True
             else:
                 places.add(site.param.data_ptr())
                 together.setdefault(kind, []).append(site)
         for sites in together.values():
             self._update_together(sites, [operand(_gradient(site)) for site in sites])
             for site in sites:
+                marks[site.param].done = True
                 self._written(site.param)
 
     @contextlib.contextmanager

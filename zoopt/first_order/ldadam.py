@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from zoopt.checks import check_bool, check_choice, check_number
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.base import Site, betas_of
+from zoopt.first_order.base import Mark, Site, betas_of
 from zoopt.first_order.galore import INSIDE
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
 from zoopt.first_order.projected.residuals import OneSided, Residual, Terms
@@ -111,29 +110,27 @@ def ldadam(
     m: Tensor,
     v: Tensor,
     p: Tensor,
-    start: Callable[[], Tensor],
+    p_next: Tensor,
     *,
     step: int,
     betas: tuple[float, float],
-    rho: float,
     geo: Geometry,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Algorithm 1 of LDAdam before Adam: P+, R, m' and v'.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 1 of LDAdam between the next basis and Adam: R, m' and v'.
 
     Args:
         a: matrices (m, n) whose sum is A = G + E.
         m, v: moments (channels, r) of the steps before, in the basis P.
         p: P, (n, r), on the left (m, r).
-        start: makes the first step's basis.
+        p_next: P+, of P's shape.
     """
     c1, c2 = (1.0 - beta ** (step - 1) or 1.0 for beta in betas)  # nothing to correct at first
-    p_next = start() if step == 1 else next_basis(a, m / c1, p, rho, geo)
     r = sum_times(a, p_next, transposed=geo.side == "left")
     m_next, v_next = rotated(m, v, p.t() @ p_next, (c1, c2))
     # E has the rounding of b1 / (1 - b1) (up(m) - up+(m')) in it, beside that of A.
     for values in (r, m_next):
         silence_rounding_(values, geo, roundings=2.0 / (1.0 - betas[0]))
-    return p_next, r, m_next, v_next
+    return r, m_next, v_next
 
 
 @register("ldadamw", "low-rank")
@@ -193,6 +190,9 @@ class LDAdamW(AdamFamily):
         ...     opt.zero_grad()
     """
 
+    #: In a step, the bases that follow, until their updates.
+    _following: dict[Tensor, Tensor] | None = None
+
     def __init__(
         self,
         params: Params,
@@ -236,13 +236,41 @@ class LDAdamW(AdamFamily):
         check_bool("error_feedback", group["error_feedback"])
         check_choice("proj_type", group["proj_type"], get_args(OneSided))
 
+    def _step_begun(
+        self, sites: Sequence[Site], before: dict[Tensor, Mark], marks: dict[Tensor, Mark]
+    ) -> None:
+        self._following = {}
+        try:
+            super()._step_begun(sites, before, marks)
+        finally:
+            self._following = None
+
     def _prepare(self, site: Site, gradient: Tensor) -> bool:
-        """Nothing: the basis turns with the moments, in the update."""
+        """Make the next basis, by linear algebra, which can fail; it is kept apart until the
+        update, whose moments turn from the last one to it."""
+        geo = geometry(site.param, site.group)
+        if geo is None:
+            return True
+        if self._reduce(site, gradient) is None:
+            return False
+        if self._following is not None:
+            self._following[site.param] = self._next_basis(site, matrix(gradient), geo)
         return True
+
+    def _next_basis(self, site: Site, gradient: Tensor, geo: Geometry) -> Tensor:
+        """P+, (n, r), on the left (m, r)."""
+        state, group = self._state(site.param, site.group), site.group
+        completed = int(state["step"])
+        if not completed:
+            return self._first_basis(site, gradient, geo)
+        average = _values(adam_moments(state, math.prod(geo.reduced_shape))[0], state, geo)
+        average = average / (1.0 - betas_of(group)[0] ** completed or 1.0)
+        return next_basis(_parts(gradient, state), average, state["basis"], group["rho"], geo)
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         """The gradient itself: the basis is one of the whole step's, and so is the error."""
-        if geometry(site.param, site.group) is None:
+        known_finite = self._following is not None and site.param in self._following
+        if known_finite or geometry(site.param, site.group) is None:
             return gradient
         norm = torch.linalg.vector_norm(gradient, dtype=accumulator_dtype(gradient.dtype))
         return gradient if known(norm.isfinite(), True) else None
@@ -254,24 +282,25 @@ class LDAdamW(AdamFamily):
             super()._apply(site, reduced, gradient)
             return
         state = self._state(param, group)
-        state["step"] += 1
-        step, grad = int(state["step"]), matrix(reduced)
-        parts = [grad, matrix(state["error"])] if "error" in state else [grad]
+        step, grad = int(state["step"]) + 1, matrix(reduced)
+        following = (self._following or {}).get(param)
+        if following is None:
+            following = self._next_basis(site, grad, geo)
         stored = adam_moments(state, math.prod(geo.reduced_shape))
-        average, square = (
-            decode(moment).view(geo.reduced_shape).to(state["basis"].dtype) for moment in stored
-        )
-        following, projected, moved, square = ldadam(
-            *(parts, average, square, state["basis"]),
-            functools.partial(self._first_basis, site, grad, geo),
+        average, square = (_values(moment, state, geo) for moment in stored)
+        projected, moved, square = ldadam(
+            *(_parts(grad, state), average, square, state["basis"], following),
             step=step,
             betas=betas_of(group),
-            rho=group["rho"],
             geo=geo,
         )
+        lost = None
         if "error" in state:
             bases = state["basis"], following
             lost = lost_factors(projected, average, moved, *bases, betas_of(group)[0], geo)
+        direction = _adam(projected, moved, square, site, step)
+        # All has been computed: what follows are writes.
+        if lost is not None:
             add_product_(
                 matrix(state["error"]),
                 *lost,
@@ -282,7 +311,10 @@ class LDAdamW(AdamFamily):
                 rounding_draw=site.rounding_draw(step),
             )
         state["basis"].copy_(following)
-        direction = _adam(projected, moved, square, stored, site, step)
+        key = NoiseKey(site.seed, site.stream)
+        for values, moment in zip((moved, square), stored, strict=True):
+            store_moment(values, moment, group, step, key)
+        state["step"] += 1
         self._write(site, Terms(direction), projected, None, {"basis": following}, geo, step)
 
     def _first_basis(self, site: Site, gradient: Tensor, geo: Geometry) -> Tensor:
@@ -302,15 +334,14 @@ def _adam(
     projected: Tensor,
     average: Tensor,
     square: Tensor,
-    stored: tuple[Moment, Moment],
     site: Site,
     step: int,
 ) -> Tensor:
-    """mhat / (sqrt(vhat) + eps) of moments (channels, r) that then go to their formats: they are
-    rounded once a step, though they are rotated and averaged."""
+    """mhat / (sqrt(vhat) + eps), and the moments (channels, r) in place: they are stored later, and
+    so rounded once a step, though they are rotated and averaged."""
     group, key = site.group, NoiseKey(site.seed, site.stream)
     scale, eps = adam_numbers(group, step)
-    direction = adam_(
+    return adam_(
         projected,
         Moment(average, None, average.numel(), signed=True),
         Moment(square, None, square.numel(), signed=False),
@@ -319,6 +350,13 @@ def _adam(
         eps=eps,
         key=key,
     )
-    for values, moment in zip((average, square), stored, strict=True):
-        store_moment(values, moment, group, step, key)
-    return direction
+
+
+def _values(stored: Moment, state: Mapping[str, Tensor], geo: Geometry) -> Tensor:
+    """A moment (channels, r), in the basis's dtype."""
+    return decode(stored).view(geo.reduced_shape).to(state["basis"].dtype)
+
+
+def _parts(gradient: Tensor, state: Mapping[str, Tensor]) -> list[Tensor]:
+    """Matrices whose sum is A = G + E."""
+    return [gradient, matrix(state["error"])] if "error" in state else [gradient]

@@ -50,7 +50,7 @@ def refresh(
     if site.group["projector"] == "random":
         return []
     first = not int(state["step"])
-    changes = []
+    changes, made = [], {}
     for name in geo.bases:
         previous = (
             None if first else _stored(site, state, geo, name).to(accumulator_dtype(gradient.dtype))
@@ -67,6 +67,9 @@ def refresh(
         )
         if previous is not None:
             changes.append((previous, basis))
+        made[name] = basis
+    # Once all have been made: linear algebra can fail.
+    for name, basis in made.items():
         if site.group.get("basis_dtype") == "int4":
             codes, scale = encode_int4(basis)
             state[name].copy_(codes)

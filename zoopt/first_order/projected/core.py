@@ -276,10 +276,10 @@ class ProjectedOptimizer(StackedMatrices):
         return batch_kind(site, *self._state(param, group).values())
 
     def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
-        for site in sites:
-            self._state(site.param, site.group)["step"] += 1
-        step = int(self.state[sites[0].param]["step"])
-        self._write_whole(sites, gradients, step)
+        states = [self._state(site.param, site.group) for site in sites]
+        self._write_whole(sites, gradients, int(states[0]["step"]) + 1)
+        for state in states:
+            state["step"] += 1
 
     def _write_whole(self, sites: Sequence[Site], gradients: Sequence[Tensor], step: int) -> None:
         """theta <- decay theta + rate (the rule's direction), of parameters of one kind."""
