@@ -115,11 +115,30 @@ def stub_gpu(target: str = "sm_90") -> Iterator[None]:
         with (
             mock.patch.object(dispatch, "_best", best),
             mock.patch.object(dispatch, "waits", return_value=True),
+            mock.patch.object(dispatch, "on_gpu", return_value=True),
+            mock.patch.object(torch, "mm", _mm),
             mock.patch.object(torch.version, "hip", hip),
         ):
             yield
     finally:
         config._active = before
+
+
+_torch_mm = torch.mm
+
+
+def _mm(a: Tensor, b: Tensor, *, out_dtype: Any = None, out: Tensor | None = None) -> Tensor:
+    """torch.mm, and on the CPU's tensors the products that only a GPU's torch.mm has."""
+    if out_dtype is None:
+        return _torch_mm(a, b, out=out)
+    if a.dtype not in (torch.float16, torch.bfloat16) or b.dtype != a.dtype:
+        raise RuntimeError("out_dtype needs two matrices of one 16-bit dtype")
+    mode = _METERS[-1] if _METERS else None
+    with contextlib.nullcontext() if mode is None else mode.paused():
+        product = _torch_mm(a.to(out_dtype), b.to(out_dtype), out=out)
+    if mode is not None:
+        mode.recorded.others.append("mm into float32")
+    return product
 
 
 def launches(function: Callable[[], Any], *, compiled: bool = False) -> Recorded:
@@ -143,11 +162,18 @@ def launches(function: Callable[[], Any], *, compiled: bool = False) -> Recorded
     knob = triton.knobs.runtime
     before, knob.jit_cache_hook = knob.jit_cache_hook, None if compiled else (lambda **_: True)
     try:
-        with mock.patch.object(JITFunction, "run", record), _Meter(recorded), _Reads(recorded):
+        meter = _Meter(recorded)
+        _METERS.append(meter)
+        with mock.patch.object(JITFunction, "run", record), meter, _Reads(recorded):
             function()
     finally:
         knob.jit_cache_hook = before
+        _METERS.clear()
     return recorded
+
+
+#: The meter of the call that is running, if any.
+_METERS: list[_Meter] = []
 
 
 class _Reads(TorchFunctionMode):
@@ -165,7 +191,7 @@ class _Reads(TorchFunctionMode):
 
 #: What makes or names memory and computes nothing.
 _MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh"}
-_MEMORY |= {"_local_scalar_dense", "_unsafe_view", "set_", "resize_"}
+_MEMORY |= {"_local_scalar_dense", "is_set_to", "_unsafe_view", "set_", "resize_"}
 _MEMORY |= {"_record_function_enter_new", "_record_function_exit"}
 
 
@@ -174,13 +200,22 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self, recorded: Recorded) -> None:
         super().__init__()
-        self.recorded = recorded
+        self.recorded, self.counts = recorded, True
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside does not count."""
+        self.counts = False
+        try:
+            yield
+        finally:
+            self.counts = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default):
-            self.recorded.copies += 1
-        elif _counter(args[:1]):
+        if not self.counts or _counter(args[:1]):
             pass
+        elif func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default):
+            self.recorded.copies += 1
         elif func is torch.ops.aten._local_scalar_dense.default:
             self.recorded.waits += 1
         elif not (func.is_view or func._opname in _MEMORY):

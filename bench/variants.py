@@ -38,6 +38,9 @@ _DESCENTS = {
 }
 #: Changes of float32 state.
 _STATES = ("curve", "turn")
+_PRODUCTS = ("product", "product_gradient", "scaled")
+_MATRICES = ("sm3", "sm3_momentum", "products", *_PRODUCTS)
+_MATRICES += tuple(f"{name}_batch" for name in _PRODUCTS)
 #: A matrix of whole vectors and blocks, small.
 _SHAPE = (128, 256)
 
@@ -48,10 +51,11 @@ class Variant:
 
     `distribution` begins with "masked" where the density is below 1; it is "-" of kernels without
     directions, as `format` is of kernels without moments. "alone" is an operation on a tensor, all
-    others are on batches of two, where there are batches. "adam" has a gradient of the dtype, in
-    whose place its direction goes, and no theta; "adam_norms" sums squares as well, and its
-    direction is float32. "product" is the product alone, "product_gradient" has both of the
-    gradient's terms besides, and "scaled" a channel's scale alone.
+    others are on batches of two, where there are batches; those of products are called "batch".
+    "adam" has a gradient of the dtype, in whose place its direction goes, and no theta;
+    "adam_norms" sums squares as well, and its direction is float32. "product" is the product alone,
+    "product_gradient" has both of the gradient's terms besides, and "scaled" a channel's scale
+    alone.
     """
 
     kernel: str
@@ -72,7 +76,7 @@ class Variant:
         beside |= {"product_gradient": item, "scaled": item}
         beside |= {name: bytes_ for name, (_, _, bytes_) in _DESCENTS.items()}
         beside |= {"small": 1 - item}
-        return 2 * item + beside.get(self.kernel, 0)
+        return 2 * item + beside.get(self.kernel.removesuffix("_batch"), 0)
 
     def launch(self, target: str) -> Launch:
         """What the operation launches for a key of `TARGETS`, compiled.
@@ -188,21 +192,33 @@ class Variant:
             options = {"step_size": -0.1, "buffer": buffer, **self._rounding}
             return functools.partial(kernels.sm3_, theta, gradient, accumulators, **options)
         m, n = theta.shape
+        kernel = self.kernel.removesuffix("_batch")
         factors = torch.zeros(m, RANK), torch.zeros(n, RANK)
         if self.kernel == "products":
             batch = Batch((theta, theta.clone()), [self._rounding["key"], NoiseKey(1, 3)])
             left, right = ([each.unsqueeze(0)] * 2 for each in factors)
             rounding_draw = self._rounding["rounding_draw"]
             return functools.partial(add_products_, batch, left, right, rounding_draw=rounding_draw)
-        scaled = {"gradient": gradient, "channel_scale": torch.zeros(m, 1)}
-        if self.kernel == "scaled":
-            return functools.partial(
-                kernels.add_product_, theta, None, None, **scaled, **self._rounding
-            )
         beside: dict[str, Any] = {}
-        if self.kernel == "product_gradient":
-            beside = {**scaled, "sign_of": factors, "sign_step": 0.1}
-        return functools.partial(kernels.add_product_, theta, *factors, **beside, **self._rounding)
+        if kernel != "product":
+            beside = {"gradient": gradient, "channel_scale": torch.zeros(m, 1)}
+        if kernel == "product_gradient":
+            beside |= {"sign_of": factors, "sign_step": 0.1}
+        added: tuple[Any, ...] = (None, None) if kernel == "scaled" else factors
+        if kernel == self.kernel:
+            return functools.partial(
+                kernels.add_product_, theta, *added, **beside, **self._rounding
+            )
+        batch = Batch([theta, theta.clone()], [NoiseKey(1, 2), NoiseKey(1, 3)])
+        added = tuple(None if factor is None else [factor] * 2 for factor in added)
+        beside = {
+            name: operand if name == "sign_step" else [operand] * 2
+            for name, operand in beside.items()
+        }
+        rounding_draw = self._rounding["rounding_draw"]
+        return functools.partial(
+            kernels.add_product_, batch, *added, **beside, rounding_draw=rounding_draw
+        )
 
 
 def _roundings(dtype: str) -> tuple[str, ...]:
@@ -225,10 +241,10 @@ def variants() -> Iterator[Variant]:
             for rounding in _roundings(dtype):
                 yield Variant(kernel, dtype, "normal", rounding=rounding)
         yield Variant("small", dtype, "normal")
-        for kernel in ("sm3", "sm3_momentum", "product", "products", "product_gradient", "scaled"):
+        for kernel in _MATRICES:
             for rounding in _roundings(dtype):
                 # To nearest a product alone is BLAS's.
-                if kernel != "product" or rounding == "stochastic":
+                if rounding == "stochastic" or kernel not in ("product", "product_batch"):
                     yield Variant(kernel, dtype, rounding=rounding)
         for form in get_args(Format):
             for rounding in ("nearest", "stochastic"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import zoopt
 from tests.optimizer_table import CASES as ALL
 from tests.optimizer_table import ROWS as ALL_ROWS
 from tests.optimizer_table import Row, closure_of, mlp
+from zoopt.first_order.projected import core
 from zoopt.kernels import dispatch
 
 CASES: list[tuple[Any, dict[str, Any]]] = [
@@ -104,3 +106,46 @@ def test_thin_factors_lead_where_the_cpu_goes(
     monkeypatch.setattr(dispatch, "_best", lambda theta: "triton")
     for before, a, b in zip(start, run(), expected, strict=True):
         assert (a - b).norm() <= 1e-3 * (b - before).norm()
+
+
+PROJECTED: list[tuple[Any, dict[str, Any]]] = [
+    (zoopt.GaLoreAdamW, {}),
+    (zoopt.GaLoreAdamW, {"proj_type": "full", "decay": "after", "state_dtype": "bfloat16"}),
+    (zoopt.GaLoreAdamW, {"projector": "random"}),
+    (zoopt.QGaLoreAdamW, {}),
+    (zoopt.Apollo, {}),
+    (zoopt.ApolloMini, {}),
+    (zoopt.Fira, {"proj_type": "reverse_std"}),
+    (zoopt.Frugal, {"stagger": False}),
+    (zoopt.Frugal, {"stagger": False, "projector": "svd", "rule": "lion"}),
+    (zoopt.LDAdamW, {"state_dtype": "bfloat16"}),
+    (zoopt.GaLoreAdafactor, {"beta1": 0.9, "relative_step": True}),
+]
+
+
+def projected(cls: Any, options: dict[str, Any]) -> list[torch.Tensor]:
+    """The weights after three steps of matrices of two shapes, and a vector."""
+    torch.manual_seed(3)
+    shapes = [(12, 20)] * 5 + [(20, 12)] * 2 + [(2, 6, 10), (7,)]
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    known = inspect.signature(cls).parameters
+    rank = {"rank": 4} if "rank" in known and cls is not zoopt.ApolloMini else {}
+    optimizer = cls(params, 1e-2, seed=1, **rank, **options)
+    for step in range(3):
+        for i, param in enumerate(params):
+            param.grad = torch.randn(param.shape) * (i + 1) if i != step else None
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+@pytest.mark.parametrize(("cls", "options"), PROJECTED)
+def test_matrices_stepped_together_are_those_stepped_alone(
+    cls: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In windows of two: one matrix has a step less than the others. Sums of squares of rows are in
+    another order, some 1e-6 of a step of 1e-2."""
+    expected = projected(cls, options)
+    monkeypatch.setattr(dispatch, "_best", lambda theta: "triton")
+    monkeypatch.setattr(core, "WINDOW", 2 * 4 * 20)
+    for a, b in zip(projected(cls, options), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

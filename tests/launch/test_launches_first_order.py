@@ -139,7 +139,9 @@ CEILINGS = {
     Variant("lion", "bf16", format="int8", rounding="stochastic"): (93, 80),
     Variant("product", "bf16", rounding="stochastic"): (33, 104),
     Variant("product", "fp16", rounding="stochastic"): (43, 104),
+    Variant("product_batch", "bf16", rounding="stochastic"): (34, 104),
     Variant("scaled", "bf16", rounding="stochastic"): (33, 40),
+    Variant("scaled_batch", "bf16", rounding="stochastic"): (38, 48),
 }
 
 

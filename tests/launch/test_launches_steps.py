@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import zoopt
-from bench.stub_gpu import launches, stub_gpu
+from bench.stub_gpu import Recorded, launches, stub_gpu
+from tests.first_order_table import ROWS, Row
+from zoopt.first_order.projected.subspace import times
+from zoopt.kernels import dispatch
 from zoopt.zeroth_order.engine.closure import RecordedLosses
 
 FORMATS = ["float32", "bfloat16", "int8", "int4"]
 
 
-def counted(cls: type[Any], count: int, dtype: torch.dtype, **options: Any) -> tuple[int, int]:
-    """Launches and copies of the third step over that many matrices. (Waits cannot be counted: the
-    steps' counters, which lie on the CPU anyway, are read.)"""
-    params = [torch.nn.Parameter(torch.zeros(64, 80, dtype=dtype)) for _ in range(count)]
-    optimizer = cls(params, lr=1e-3, seed=1, **options)
+def step_of(
+    cls: type[Any],
+    count: int,
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[int, ...]] = ((64, 80),),
+    **options: Any,
+) -> Recorded:
+    """The third step over that many parameters of each shape."""
+    params = [
+        torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes for _ in range(count)
+    ]
+    optimizer = cls(params, **{"lr": 1e-3, "seed": 1, **options})
     for param in params:
-        param.grad = torch.zeros_like(param)
+        param.grad = torch.randn(param.shape).to(dtype)
     with stub_gpu():
         for _ in range(2):
             optimizer.step()
-        recorded = launches(optimizer.step)
-    return len(recorded.launches), recorded.copies
+        return launches(optimizer.step)
+
+
+def counted(cls: type[Any], count: int, dtype: torch.dtype, **options: Any) -> tuple[int, int, int]:
+    """Launches, copies and waits of the third step over that many matrices."""
+    recorded = step_of(cls, count, dtype, **options)
+    return len(recorded.launches), recorded.copies, recorded.waits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state_dtype", FORMATS)
 def test_adamw_is_one_launch(state_dtype: str, dtype: torch.dtype) -> None:
-    assert counted(zoopt.AdamW, 7, dtype, state_dtype=state_dtype) == (1, 0)
+    assert counted(zoopt.AdamW, 7, dtype, state_dtype=state_dtype) == (1, 0, 0)
 
 
 def test_a_replay_is_one_launch_for_many_steps(tmp_path: Path) -> None:
@@ -52,8 +70,79 @@ def test_a_replay_is_one_launch_for_many_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sm3_is_one_launch(momentum: float) -> None:
-    assert counted(zoopt.SM3, 7, torch.bfloat16, momentum=momentum) == (1, 0)
+    assert counted(zoopt.SM3, 7, torch.bfloat16, momentum=momentum) == (1, 0, 0)
 
 
 def test_plain_parameters_of_projected_classes_are_one_launch() -> None:
-    assert counted(zoopt.GaLoreAdamW, 7, torch.bfloat16, rank=None) == (1, 0)
+    assert counted(zoopt.GaLoreAdamW, 7, torch.bfloat16, rank=None) == (1, 0, 0)
+
+
+#: Classes that launch something for each matrix: what a basis of noise is made of, or an error.
+BY_MATRIX = (zoopt.Frugal, zoopt.LDAdamW)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_launches_do_not_depend_on_the_number_of_matrices(row: Row) -> None:
+    """Of any first-order optimizer: its moments, norms and writes are launched for all at once."""
+    options = {**row.options, "update_proj_gap": 1 << 30, "stagger": False}
+    known = inspect.signature(row.cls).parameters
+    options = {name: value for name, value in options.items() if name in known}
+    # SM3 steps a tensor of more axes by itself.
+    shapes = ((64, 80), (80, 64), (5, 12) if row.cls is zoopt.SM3 else (5, 4, 3))
+    few, many = (step_of(row.cls, count, torch.bfloat16, shapes, **options) for count in (2, 4))
+    more = len(many.launches) - len(few.launches)
+    assert more <= (3 * 2 * len(shapes) if row.cls in BY_MATRIX else 0)
+
+
+#: Of each dtype, without random rounding, and with a limiter or none.
+THREE = [
+    (zoopt.GaLoreAdamW, {"rank": 8}),
+    (zoopt.GaLoreAdamW, {"rank": 8, "rounding": "nearest", "decay": "after", "weight_decay": 0.1}),
+    (zoopt.GaLoreAdamW, {"rank": 8, "projector": "random"}),
+    (zoopt.Apollo, {"rank": 8}),
+    (zoopt.Apollo, {"rank": 8, "projector": "warm", "norm_growth_limit": None}),
+    (zoopt.ApolloMini, {}),
+    (zoopt.Fira, {"rank": 8}),
+    (zoopt.Fira, {"rank": 8, "state_dtype": "int8", "rounding": "nearest"}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("cls", "options"), THREE)
+def test_three_launches_a_matrix_and_none_waited_for(
+    cls: type[Any], options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Triton's and torch's together, but for at most 16 tables of addresses, which move with what
+    an allocator returns."""
+    shapes = ((64, 80), (96, 80))
+    few, many = (step_of(cls, count, dtype, shapes, **options) for count in (2, 22))
+    counts = [len(recorded.launches) + len(recorded.others) for recorded in (few, many)]
+    assert counts[1] - counts[0] <= 3 * 20 * len(shapes) + 16
+    assert len(few.launches) == len(many.launches)
+    assert few.waits == many.waits == 0
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_way_down_is_one_product_of_16_bits(dtype: torch.dtype, there: bool) -> None:
+    """Into float32, where torch.mm can; else float16 is widened in chunks, and bfloat16 summed in
+    float32 and rounded."""
+    gradient, factor = torch.randn(40, 30).to(dtype), torch.randn(30, 4)
+    with stub_gpu(), mock.patch.object(dispatch, "_mm_has_out_dtype", return_value=there):
+        for transposed in (False, True):
+            own = factor if not transposed else torch.randn(40, 4)
+            recorded = launches(lambda t=transposed, f=own: times(gradient, f, transposed=t))
+            products = [name for name in recorded.others if "mm" in name]
+            expected = "mm into float32"
+            if not there:
+                chunked = "addmm_" if transposed else "mm"
+                expected = "mm" if dtype == torch.bfloat16 else chunked
+            assert products == [expected]
+            found = times(gradient, own, transposed=transposed)
+            exact = (gradient.double().t() if transposed else gradient.double()) @ own.double()
+            size = (gradient.abs().double().t() if transposed else gradient.abs().double()) @ (
+                own.abs().double()
+            )
+            # The factor's rounding, and bfloat16's of the product where it is not widened.
+            assert found.dtype == torch.float32
+            assert ((found.double() - exact).abs() <= 1.01 * torch.finfo(dtype).eps * size).all()

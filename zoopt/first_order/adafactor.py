@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -69,8 +70,17 @@ def _specs(shape: tuple[int, ...], group: Group, accumulator: torch.dtype) -> di
     return specs
 
 
-def _adafactor(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
+def _adafactor(
+    gradients: Tensor, states: Sequence[State], group: Group, step: int, keys: Sequence[NoiseKey]
+) -> Tensor:
     """u / max(1, RMS(u) / d) with u = g / sqrt(v), or the average of that."""
+    if len(states) == 1:
+        return _one(gradients[0], states[0], group, step, keys[0]).unsqueeze(0)
+    each = zip(gradients, states, keys, strict=True)
+    return torch.stack([_one(own, state, group, step, key) for own, state, key in each])
+
+
+def _one(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
     g = gradient.to(accumulator_dtype(gradient.dtype))
     mix = step ** float(group["beta2_decay"])
     info = torch.finfo(g.dtype)
@@ -191,13 +201,21 @@ class GaLoreAdafactor(ProjectedOptimizer):
         check_bool("stagger", group["stagger"])
 
     def _direction(
-        self, site: Site, reduced: Tensor, state: State, step: int, key: NoiseKey
+        self,
+        sites: Sequence[Site],
+        reduced: Tensor,
+        states: Sequence[State],
+        step: int,
+        keys: Sequence[NoiseKey],
+        norms: Tensor | None = None,
     ) -> Tensor:
         """The rule's, times alpha / lr."""
-        direction = super()._direction(site, reduced, state, step, key)
-        group = site.group
+        direction = super()._direction(sites, reduced, states, step, keys, norms)
+        group = sites[0].group
         if not group["relative_step"]:
             return direction
-        size = root_mean_square(site.param).clamp_min(group["eps"][1])
         # min(lr, 1 / sqrt(t)) / lr, of a rate of 0 too.
-        return direction * (size / max(1.0, float(group["lr"]) * math.sqrt(step)))
+        share = max(1.0, float(group["lr"]) * math.sqrt(step))
+        for site, own in zip(sites, direction, strict=True):
+            own.mul_(root_mean_square(site.param).clamp_min(group["eps"][1]) / share)
+        return direction

@@ -42,22 +42,20 @@ def apollo(parts: Parts, *, mini: bool = False) -> Terms:
     """
     group, alpha = parts.group, parts.group["scale"]
     assert parts.norms is not None
-    n, r = parts.norms  # ||N_j|| and ||R_j||: (channels,)
+    n, r = parts.norms  # ||N_j|| and ||R_j||: (k, channels)
     if mini:
-        n, r = (norm_over_channels(norms, parts).view(1) for norms in (n, r))
+        n, r = (norm_over_channels(norms, parts).unsqueeze(1) for norms in (n, r))
     s = quotient(n, r)
-    if group["norm_growth_limit"] is not None and parts.gradient is not None:
-        g = channel_norms(parts.gradient, parts.geo, s.dtype, parts.sharded)
+    if group["norm_growth_limit"] is not None and parts.gradients is not None:
+        g = channel_norms(parts.gradients, parts.geo, s.dtype, parts.sharded)
         u = norm_over_channels(times_norm(s, g), parts)
-        s = s * limited(u, parts.state, group)
+        s = s * limited(u, parts.states, group).unsqueeze(1)
     return Terms(None, channel_scale=s * alpha)
 
 
 #: The gradient itself, its channels, or the whole of it, scaled as the rule scales R.
-CHANNELS = Residual(norm_specs, apollo, needs_gradient=True, needs_norms=True)
-TENSOR = Residual(
-    norm_specs, functools.partial(apollo, mini=True), needs_gradient=True, needs_norms=True
-)
+CHANNELS = Residual(norm_specs, apollo, needs_gradient=True, needs_reduced=False, needs_norms=True)
+TENSOR = CHANNELS._replace(terms=functools.partial(apollo, mini=True))
 
 
 class GradientScaling(AdamFamily):

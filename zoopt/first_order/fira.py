@@ -44,13 +44,13 @@ def fira(parts: Parts) -> Terms:
     """
     group, alpha = parts.group, parts.group["scale"]
     assert parts.norms is not None
-    n, r = parts.norms  # ||N_j|| and ||R_j||: (channels,)
+    n, r = parts.norms  # ||N_j|| and ||R_j||: (k, channels)
     phi = quotient(n, r)
-    if group["norm_growth_limit"] is not None and parts.gradient is not None:
-        g = channel_norms(parts.gradient, parts.geo, phi.dtype, parts.sharded)
+    if group["norm_growth_limit"] is not None and parts.gradients is not None:
+        g = channel_norms(parts.gradients, parts.geo, phi.dtype, parts.sharded)
         s = norm_over_channels(times_norm(phi, energy_outside(g, r).sqrt()), parts)
-        phi = phi * limited(s, parts.state, group)
-    inner = parts.direction * alpha - phi.unsqueeze(1) * parts.reduced
+        phi = phi * limited(s, parts.states, group).unsqueeze(1)
+    inner = parts.direction * alpha - phi.unsqueeze(2) * parts.reduced
     return Terms(inner, channel_scale=phi)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -33,7 +33,8 @@ from zoopt.first_order.projected.residuals import (
 from zoopt.first_order.projected.rules import ADAM, LION, MOMENTUM, Rule
 from zoopt.first_order.projected.subspace import BLIND
 from zoopt.kernels.adam.moments import Format
-from zoopt.kernels.dispatch import known
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.dispatch import all_known, known
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.noise import normal
@@ -58,15 +59,18 @@ def frugal(parts: Parts) -> Terms:
         theta <- theta - lr N P^T - lr sign_lr_scale sign(G - R P^T)
 
     without the signs where the part outside, by its norm, is nothing but rounding. Where P is
-    columns of the identity, `Frugal._apply` does the same without a product.
+    columns of the identity, `Frugal._apply_matrices` does the same without a product.
     """
     step = sign_rate(parts.group, parts.geo)
-    assert parts.gradient is not None
+    steps = [step] * len(parts.direction)
+    assert parts.gradients is not None
     if step and parts.group["projector"] not in BLIND:
-        whole = torch.linalg.vector_norm(parts.gradient, dtype=parts.reduced.dtype)
-        inside = torch.linalg.vector_norm(parts.reduced)
-        step *= known(energy_outside(whole, inside) > 0.0, True)
-    return Terms(parts.direction, sign_step=step)
+        dtype = parts.reduced.dtype
+        whole = [torch.linalg.vector_norm(own, dtype=dtype) for own in parts.gradients]
+        inside = [torch.linalg.vector_norm(own) for own in parts.reduced]
+        outside = energy_outside(torch.stack(whole), torch.stack(inside)) > 0.0
+        steps = [step * heard for heard in all_known(outside, True)]
+    return Terms(parts.direction, sign_steps=steps)
 
 
 #: Of the part outside, the signs.
@@ -228,74 +232,113 @@ class Frugal(ProjectedOptimizer):
             return False
         return _selects(site) or super()._prepare(site, gradient)
 
-    def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
+    def _project(
+        self,
+        sites: Sequence[Site],
+        gradients: Sequence[Tensor],
+        bases: Sequence[dict[str, Tensor]] | None = None,
+    ) -> Tensor:
+        site = sites[0]
         geo = geometry(site.param, site.group)
-        if geo is None:
-            return gradient
+        assert geo is not None
         if not _selects(site):
-            return super()._reduce(site, gradient)
-        if not self._prepare(site, gradient):
-            return None
+            return super()._project(sites, gradients, bases)
         completed = int(self._state(site.param, site.group)["step"])
-        block = matrix(gradient).index_select(_axis(geo), _columns(site, geo, completed))
-        return _channels_first(block, geo).to(accumulator_dtype(site.param.dtype)).contiguous()
+        wide = accumulator_dtype(site.param.dtype)
+        blocks = []
+        for own, gradient in zip(sites, gradients, strict=True):
+            block = matrix(gradient).index_select(_axis(geo), _columns(own, geo, completed))
+            blocks.append(_channels_first(block, geo).to(wide).contiguous())
+        return blocks[0].unsqueeze(0) if len(blocks) == 1 else torch.stack(blocks)
+
+    def _kind(self, site: Site) -> Hashable:
+        """Steps are counted from the last change of the subspace, which comes at different ones."""
+        kind = super()._kind(site)
+        if kind is None or geometry(site.param, site.group) is None:
+            return kind
+        return kind, age(site, int(self.state[site.param]["step"]))
 
     def _direction(
-        self, site: Site, reduced: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey
+        self,
+        sites: Sequence[Site],
+        reduced: Tensor,
+        states: Sequence[dict[str, Tensor]],
+        step: int,
+        keys: Sequence[NoiseKey],
+        norms: Tensor | None = None,
     ) -> Tensor:
         """The rule's, counted from the last change of the subspace, where moments start from 0."""
-        if geometry(site.param, site.group) is not None:
+        group = sites[0].group
+        if geometry(sites[0].param, group) is not None:
             # A step's number names its rounding's bits too. They are those of the last subspace's
             # step of this age, whose moments have been dropped.
-            step = age(site, step - 1)
+            step = age(sites[0], step - 1)
             if step == 1:
-                for name in self._rule(site.group).specs(reduced.shape, site.group, reduced.dtype):
-                    state[name].zero_()
-        return super()._direction(site, reduced, state, step, key)
+                names = self._rule(group).specs(reduced.shape[1:], group, reduced.dtype)
+                torch._foreach_zero_([state[name] for state in states for name in names])
+        return super()._direction(sites, reduced, states, step, keys, norms)
 
-    def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
-        param, group = site.param, site.group
-        geo = geometry(param, group)
+    def _update_matrices(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
+        if _selects(sites[0]):
+            self._apply_matrices(sites, self._project(sites, gradients), gradients)
+        else:
+            super()._update_matrices(sites, gradients)
+
+    def _apply_matrices(
+        self,
+        sites: Sequence[Site],
+        reduced: Tensor,
+        gradients: Sequence[Tensor] | None,
+        bases: Sequence[dict[str, Tensor]] | None = None,
+    ) -> None:
+        site = sites[0]
+        group, geo = site.group, geometry(site.param, site.group)
         if geo is None or not _selects(site):
-            super()._apply(site, reduced, gradient)
+            super()._apply_matrices(sites, reduced, gradients, bases)
             return
-        assert gradient is not None
-        state = self._state(param, group)
-        state["step"] += 1
-        step = int(state["step"])
-        key = NoiseKey(site.seed, site.stream)
-        direction = self._direction(site, reduced, state, step, key).to(reduced.dtype)
-        theta, columns = matrix(param.detach()), _columns(site, geo, step - 1)
-        block = theta.index_select(_axis(geo), columns)
+        assert gradients is not None
+        states = [self.state[own.param] for own in sites]
+        for state in states:
+            state["step"] += 1
+        step = int(states[0]["step"])
+        keys = [NoiseKey(own.seed, own.stream) for own in sites]
+        directions = self._direction(sites, reduced, states, step, keys).to(reduced.dtype)
+        thetas = [matrix(own.param.detach()) for own in sites]
+        columns = [_columns(own, geo, step - 1) for own in sites]
+        blocks = [
+            theta.index_select(_axis(geo), chosen)
+            for theta, chosen in zip(thetas, columns, strict=True)
+        ]
         options: dict[str, Any] = {
             "decay": 1.0 - float(group["lr"]) * group["weight_decay"],
             "rounding_draw": site.rounding_draw(step),
         }
+        # The bits after those of the whole matrix.
+        numel = site.param.numel()
+        rate = directions.new_full((1, 1), descent_rate(group))
         add_product_(
-            block,
+            Batch(blocks, [NoiseKey(own.seed, own.stream, numel) for own in sites]),
             None,
             None,
-            gradient=_channels_first(direction, geo),
-            channel_scale=direction.new_full((1, 1), descent_rate(group)),
-            # The bits after those of the whole matrix.
-            key=NoiseKey(site.seed, site.stream, param.numel()),
+            gradient=[_channels_first(direction, geo) for direction in directions],
+            channel_scale=[rate] * len(sites),
             **options,
         )
         # The signs of all columns, in one pass, and then the block in the place of its own.
-        nothing = direction.new_zeros(geo.m, 1), direction.new_zeros(geo.n, 1)
+        nothing = directions.new_zeros(geo.m, 1), directions.new_zeros(geo.n, 1)
         add_product_(
-            theta,
+            Batch(thetas, keys),
             None,
             None,
-            gradient=matrix(gradient),
-            sign_of=nothing,
+            gradient=[matrix(gradient) for gradient in gradients],
+            sign_of=[nothing] * len(sites),
             sign_step=sign_rate(group, geo) * (1.0 if group["maximize"] else -1.0),
-            key=key,
             **options,
         )
-        theta.index_copy_(_axis(geo), columns, block)
-        if not param.is_contiguous():
-            param.copy_(theta.reshape(param.shape))
+        for own, theta, chosen, block in zip(sites, thetas, columns, blocks, strict=True):
+            theta.index_copy_(_axis(geo), chosen, block)
+            if not own.param.is_contiguous():
+                own.param.copy_(theta.reshape(own.param.shape))
 
 
 def _selects(site: Site) -> bool:

@@ -149,11 +149,11 @@ class GradNormLoRP(AdamFamily):
     def _residual(self, group: Group) -> Residual:
         return INSIDE
 
-    def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
+    def _prepare(self, site: Site, gradient: Tensor) -> bool:
         state = self.state.get(site.param, {})
-        begun = bool(state) and int(state["step"]) > 0
+        begun = site.continues or (bool(state) and int(state["step"]) > 0)
         if not begun and geometry(site.param, site.group) and not known(gradient.any(), True):
             # A gradient of zeros has no subspace, and Adam makes no step of it.
             self.state.pop(site.param, None)
-            return None
-        return super()._reduce(site, gradient)
+            return False
+        return super()._prepare(site, gradient)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import get_args
 
 import torch
@@ -257,6 +257,10 @@ class LDAdamW(AdamFamily):
             self._following[site.param] = self._next_basis(site, matrix(gradient), geo)
         return True
 
+    def _kind(self, site: Site) -> Hashable:
+        """Projected matrices are updated one by one: each has a basis of its own to turn to."""
+        return super()._kind(site) if geometry(site.param, site.group) is None else None
+
     def _next_basis(self, site: Site, gradient: Tensor, geo: Geometry) -> Tensor:
         """P+, (n, r), on the left (m, r)."""
         state, group = self._state(site.param, site.group), site.group
@@ -315,7 +319,8 @@ class LDAdamW(AdamFamily):
         for values, moment in zip((moved, square), stored, strict=True):
             store_moment(values, moment, group, step, key)
         state["step"] += 1
-        self._write(site, Terms(direction), projected, None, {"basis": following}, geo, step)
+        stack = direction.unsqueeze(0)
+        self._write([site], Terms(stack), stack, None, [{"basis": following}], geo, step)
 
     def _first_basis(self, site: Site, gradient: Tensor, geo: Geometry) -> Tensor:
         return subspace(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from zoopt.dtypes import NARROW
+
 Number = TypeVar("Number", bool, int, float)
 Impl = Literal["reference", "numba", "triton"]
 
@@ -37,6 +39,13 @@ def known(value: Tensor, otherwise: Number) -> Number:
     return otherwise if is_fake(value) else type(otherwise)(value.item())
 
 
+def all_known(values: Tensor, otherwise: Number) -> list[Number]:
+    """`known` of every element of a vector: they are read at once."""
+    if is_fake(values):
+        return [otherwise] * len(values)
+    return [type(otherwise)(value) for value in values.tolist()]
+
+
 def launches(theta: Tensor) -> bool:
     """Whether operations on theta are kernel launches: then one large batch beats many small
     ones."""
@@ -48,12 +57,27 @@ def waits(value: Tensor) -> bool:
     return value.is_cuda and not is_fake(value)
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the tensor lies on a GPU, whose BLAS multiplies 16-bit matrices with float32 sums."""
+    return tensor.is_cuda
+
+
 def native_bfloat16(tensor: Tensor) -> bool:
-    """Whether the tensor is bfloat16 and its device multiplies such matrices natively, which is 2
-    to 4 times as fast as widening them to float32."""
+    """Whether the tensor is of bfloat16 and its device multiplies such matrices natively: 2 to 4
+    times as fast as after a conversion to float32."""
     if tensor.dtype != torch.bfloat16:
         return False
-    return tensor.is_cuda or (tensor.device.type == "cpu" and _cpu_multiplies_bfloat16())
+    return on_gpu(tensor) or (tensor.device.type == "cpu" and _cpu_multiplies_bfloat16())
+
+
+def multiplies_into_float32(tensor: Tensor) -> bool:
+    """Whether a product of matrices of the tensor's 16-bit dtype can be returned in float32, by
+    `torch.mm(..., out_dtype=torch.float32)`: on NVIDIA's GPUs, from torch 2.8 on."""
+    return on_gpu(tensor) and tensor.dtype in NARROW and _mm_has_out_dtype()
+
+
+def _mm_has_out_dtype() -> bool:
+    return torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch import Tensor
 from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.base import Site, draw_of
 from zoopt.first_order.projected.basis_codec import decode_int4, encode_int4, int4_specs
-from zoopt.first_order.projected.geometry import Geometry, matrix
-from zoopt.first_order.projected.subspace import subspace
+from zoopt.first_order.projected.geometry import Geometry
+from zoopt.first_order.projected.subspace import random_bases, subspace
+from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, TensorSpec
 
 State = dict[str, Tensor]
@@ -82,21 +83,39 @@ def refresh(
 def load_bases(site: Site, state: State, geo: Geometry, completed: int) -> dict[str, Tensor]:
     """The bases of the step after `completed` ones: stored ones as they are, others in the
     accumulator's dtype."""
-    if site.group.get("projector") != "random":
-        return {name: _stored(site, state, geo, name) for name in geo.bases}
-    return {
-        name: subspace(
-            matrix(site.param),
-            geo.rank,
-            right=_is_right(name, geo),
-            projector="random",
-            previous=None,
-            seed=site.seed,
-            stream=site.stream,
-            draw=_draw(name, cycle(site, completed)),
-        )
-        for name in geo.bases
-    }
+    return load_all_bases([site], [state], geo, completed)[0]
+
+
+def load_all_bases(
+    sites: Sequence[Site],
+    states: Sequence[State],
+    geo: Geometry,
+    completed: int,
+    dtype: torch.dtype | None = None,
+) -> list[dict[str, Tensor]]:
+    """`load_bases` of parameters of one geometry: random ones are made together.
+
+    Args:
+        dtype: of random ones; default, the accumulator's.
+    """
+    if sites[0].group.get("projector") != "random":
+        stored = zip(sites, states, strict=True)
+        return [
+            {name: _stored(site, state, geo, name) for name in geo.bases} for site, state in stored
+        ]
+    wide = accumulator_dtype(sites[0].param.dtype)
+    found: list[dict[str, Tensor]] = [{} for _ in sites]
+    for name, (dim, rank) in geo.bases.items():
+        draws: dict[int, list[int]] = {}
+        for i, site in enumerate(sites):
+            draws.setdefault(_draw(name, cycle(site, completed)), []).append(i)
+        for draw, members in draws.items():
+            keys = [NoiseKey(sites[i].seed, sites[i].stream) for i in members]
+            made = random_bases(keys, dim, rank, draw, sites[0].param.device, wide)
+            made = made if dtype is None else made.to(dtype)
+            for i, basis in zip(members, made, strict=True):
+                found[i][name] = basis
+    return found
 
 
 def refresh_due(site: Site, completed: int, gap: int) -> bool:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from zoopt.distributed.sharding import anywhere, greatest_, local, local_like, offset, sum_
-from zoopt.dtypes import accumulator_dtype
+from zoopt.dtypes import NARROW, accumulator_dtype
 from zoopt.first_order.base import Site, batch_kind, batch_of, descent_rate
-from zoopt.first_order.projected.basis import basis_specs, load_bases, refresh, refresh_due
+from zoopt.first_order.projected.basis import (
+    basis_specs,
+    load_all_bases,
+    load_bases,
+    refresh,
+    refresh_due,
+)
 from zoopt.first_order.projected.geometry import Geometry, geometry, in_stack, matrices_of, matrix
 from zoopt.first_order.projected.residuals import Parts, Residual, Terms
 from zoopt.first_order.projected.rules import ADAM, Rule
@@ -22,13 +29,20 @@ from zoopt.first_order.projected.stacks import StackedMatrices, alone
 from zoopt.first_order.projected.subspace import (
     BLIND,
     down,
+    factor_dtype,
     factors,
     silence_rounding_,
 )
-from zoopt.kernels.dispatch import known
+from zoopt.kernels import dispatch
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.dispatch import known, launches
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.optimizer import STEP, Group, TensorSpec
+
+Item = TypeVar("Item")
+#: The matrices that are stepped together have about so many elements of R: 32 MiB in float32.
+WINDOW = 1 << 23
 
 
 class ProjectedOptimizer(StackedMatrices):
@@ -87,19 +101,39 @@ class ProjectedOptimizer(StackedMatrices):
         return int(state["step"]) > 0
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
-        geo = geometry(site.param, site.group)
-        if geo is None:
+        if geometry(site.param, site.group) is None:
             return gradient
         if not self._prepare(site, gradient):
             return None
-        state = self._state(site.param, site.group)
-        grad, completed = matrix(gradient), int(state["step"])
-        reduced = down(grad, load_bases(site, state, geo, completed), geo)
+        return self._project([site], [gradient])[0]
+
+    def _project(
+        self,
+        sites: Sequence[Site],
+        gradients: Sequence[Tensor],
+        bases: Sequence[dict[str, Tensor]] | None = None,
+    ) -> Tensor:
+        """R of k matrices of one geometry: (k, channels, r). `bases`: if they are at hand."""
+        site = sites[0]
+        geo = geometry(site.param, site.group)
+        assert geo is not None
+        if bases is None:
+            bases = self._rounded_bases(sites, gradients, geo)
+        reduced = down([matrix(gradient) for gradient in gradients], bases, geo)
         if site.group["projector"] not in BLIND:
             silence_rounding_(reduced, geo)
         if self._uses_up_reduced(site.group):
             return reduced
         return reduced.to(accumulator_dtype(reduced.dtype))
+
+    def _rounded_bases(
+        self, sites: Sequence[Site], gradients: Sequence[Tensor], geo: Geometry
+    ) -> list[dict[str, Tensor]]:
+        """The bases of the next step, random ones in the dtype of the way down."""
+        # Made when the step was prepared.
+        states = [self.state[site.param] for site in sites]
+        dtype = factor_dtype(gradients[0], geo)
+        return load_all_bases(sites, states, geo, int(states[0]["step"]), dtype)
 
     def _basis_specs(
         self, geo: Geometry, group: Group, dtype: torch.dtype
@@ -142,56 +176,80 @@ class ProjectedOptimizer(StackedMatrices):
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
         param, group = site.param, site.group
-        geo = geometry(param, group)
-        # Of what is projected, the reduction has made the state.
-        state = self._state(param, group) if geo is None else self.state[param]
-        state["step"] += 1
-        step = int(state["step"])
-        key = site.key
-        if geo is None:
-            self._apply_whole(site, reduced, state, step, key)
+        if geometry(param, group) is not None:
+            gradients = None if gradient is None else [gradient]
+            self._apply_matrices([site], reduced.unsqueeze(0), gradients)
             return
-        grad = None if gradient is None else matrix(gradient)
-        terms = self._terms(site, reduced, grad, state, geo, step, key)
-        up = terms.product is not None or terms.sign_step
-        bases = load_bases(site, state, geo, step - 1) if up else {}
-        self._write(site, terms, reduced, grad, bases, geo, step)
+        state = self._state(param, group)
+        state["step"] += 1
+        self._apply_whole(site, reduced, state, int(state["step"]))
+
+    def _apply_matrices(
+        self,
+        sites: Sequence[Site],
+        reduced: Tensor,
+        gradients: Sequence[Tensor] | None,
+        bases: Sequence[dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Update k matrices of one geometry and their state from R, (k, channels, r); `bases` as
+        for `_project`."""
+        geo = geometry(sites[0].param, sites[0].group)
+        assert geo is not None
+        # Made by the reductions.
+        states = [self.state[site.param] for site in sites]
+        for state in states:
+            state["step"] += 1
+        step = int(states[0]["step"])
+        grads = None if gradients is None else [matrix(gradient) for gradient in gradients]
+        keys = [site.key for site in sites]
+        terms = self._terms(sites, reduced, grads, states, geo, step, keys)
+        if terms.product is None and not terms.sign_steps:
+            bases = [{}] * len(sites)
+        elif bases is None:
+            bases = load_all_bases(sites, states, geo, step - 1)
+        self._write(sites, terms, reduced, grads, bases, geo, step)
 
     def _terms(
         self,
-        site: Site,
+        sites: Sequence[Site],
         reduced: Tensor,
-        grad: Tensor | None,
-        state: dict[str, Tensor],
+        grads: Sequence[Tensor] | None,
+        states: Sequence[dict[str, Tensor]],
         geo: Geometry,
         step: int,
-        key: NoiseKey,
+        keys: Sequence[NoiseKey],
         sharded: Tensor | None = None,
     ) -> Terms:
         """The rule's direction of R, and the residual's terms; `sharded` as in `Parts`."""
-        group, residual = site.group, self._residual(site.group)
-        norms = None
+        group = sites[0].group
+        residual, rule, norms = self._residual(group), self._rule(group), None
         if residual.needs_norms:
-            rule = self._rule(group)
             assert rule.norms is not None
-            squares = rule.norms(reduced, state)
-            direction = rule.direction(reduced, state, group, step, key, squares)
-            norms = squares.to(reduced.dtype).sqrt_()
-        else:
-            direction = self._direction(site, reduced, state, step, key)
-        parts = Parts(direction, reduced, grad, norms, state, group, geo, sharded)
-        return residual.terms(parts)
+            norms = rule.norms(reduced, states)
+        direction = self._direction(sites, reduced, states, step, keys, norms)
+        if norms is not None:
+            wide = accumulator_dtype(reduced.dtype)
+            norms = norms.to(wide).sqrt_().view(2, *reduced.shape[:2])
+        return residual.terms(Parts(direction, reduced, grads, norms, states, group, geo, sharded))
 
     def _direction(
-        self, site: Site, reduced: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey
+        self,
+        sites: Sequence[Site],
+        reduced: Tensor,
+        states: Sequence[dict[str, Tensor]],
+        step: int,
+        keys: Sequence[NoiseKey],
+        norms: Tensor | None = None,
     ) -> Tensor:
-        """The rule's direction of R, (channels, r), or of a whole gradient."""
-        group = site.group
+        """The rule's direction of R, (k, channels, r), or of whole gradients; `norms` is passed to
+        the rule."""
+        group = sites[0].group
         rule = self._rule(group)
+        options: dict[str, Any] = {} if norms is None else {"norms": norms}
         if self._uses_up_reduced(group):
-            # Nothing else asks for R: fresh memory would cost as much as the rule does.
-            return rule.direction(reduced, state, group, step, key, out=reduced)
-        return rule.direction(reduced, state, group, step, key)
+            # R is not used afterwards, and fresh memory would cost as much as the rule does.
+            options["out"] = reduced
+        return rule.direction(reduced, states, group, step, keys, **options)
 
     def _uses_up_reduced(self, group: Group) -> bool:
         """Whether the direction may go where R is, which then may have the gradient's dtype."""
@@ -212,7 +270,7 @@ class ProjectedOptimizer(StackedMatrices):
             elif not completed:
                 return
         bases = rows_of(load_bases(site, state, geo, completed), param, geo)
-        reduced = down(grad, bases, geo).to(accumulator_dtype(grad.dtype))
+        reduced = down([grad], [bases], geo)[0].to(accumulator_dtype(grad.dtype))
         if geo.side != "right":
             sum_(reduced, param)
         if group["projector"] not in BLIND:
@@ -221,65 +279,104 @@ class ProjectedOptimizer(StackedMatrices):
         part = dataclasses.replace(site, param=local(param), offset=offset(param))
         first = first_row(param) * geo.rank if geo.side == "right" else 0
         key = NoiseKey(site.seed, site.stream, first)
-        needed = grad if self._residual(group).needs_gradient else None
-        terms = self._terms(part, reduced, needed, state, geo, completed + 1, key, param)
-        self._write(part, terms, reduced, needed, bases, geo, completed + 1)
+        needed = [grad] if self._residual(group).needs_gradient else None
+        stack = reduced.unsqueeze(0)
+        terms = self._terms([part], stack, needed, [state], geo, completed + 1, [key], param)
+        self._write([part], terms, stack, needed, [bases], geo, completed + 1)
 
     def _write(
         self,
-        site: Site,
+        sites: Sequence[Site],
         terms: Terms,
         reduced: Tensor,
-        grad: Tensor | None,
-        bases: dict[str, Tensor],
+        grads: Sequence[Tensor] | None,
+        bases: Sequence[dict[str, Tensor]],
         geo: Geometry,
         step: int,
     ) -> None:
         """theta <- decay theta - lr (terms), in one pass; or the decay last."""
-        param, group = site.param, site.group
-        descent = descent_rate(group)
-        left, right = (None, None)
+        group = sites[0].group
+        descent, ascends = descent_rate(group), 1.0 if group["maximize"] else -1.0
+        lefts = rights = scales = signs_of = None
         if terms.product is not None:
-            left, right = factors(terms.product, bases, geo)
-        scale = terms.channel_scale
-        if scale is not None:
-            scale = (scale * descent).view((1, -1) if geo.side == "left" else (-1, 1))
-        sign_of = None
-        if terms.sign_step:
-            whole = {name: basis.to(reduced.dtype) for name, basis in bases.items()}
-            sign_of = factors(reduced, whole, geo)
+            product, param = terms.product, sites[0].param
+            if dispatch.on_gpu(param) and param.dtype in NARROW:
+                # The kernels would round them so, matrix by matrix.
+                product = product.to(param.dtype)
+            ways = zip(product, bases, strict=True)
+            lefts, rights = zip(*(factors(own, basis, geo) for own, basis in ways), strict=True)
+        if terms.channel_scale is not None:
+            column = (1, -1) if geo.side == "left" else (-1, 1)
+            scales = [own.view(column) for own in terms.channel_scale * descent]
+        if any(terms.sign_steps):
+            inside = zip(reduced, bases, strict=True)
+            signs_of = [
+                factors(own, {name: kept.to(own.dtype) for name, kept in basis.items()}, geo)
+                for own, basis in inside
+            ]
         decay, after = self._decay(group)
-        theta = matrix(param.detach())
-        add_product_(
-            theta,
-            left,
-            right,
-            alpha=descent * terms.rate,
-            decay=1.0 if after else decay,
-            gradient=grad if scale is not None or terms.sign_step else None,
-            channel_scale=scale,
-            sign_of=sign_of,
-            sign_step=terms.sign_step * (1.0 if group["maximize"] else -1.0),
-            key=site.key,
-            rounding_draw=site.rounding_draw(step),
-        )
+        thetas = [matrix(site.param.detach()) for site in sites]
+        for sign_step, members in _alike(terms.sign_steps, len(sites)):
+            signs = signs_of if sign_step else None
+            add_product_(
+                Batch([thetas[i] for i in members], [sites[i].key for i in members]),
+                _chosen(lefts, members),
+                _chosen(rights, members),
+                alpha=descent * terms.rate,
+                decay=1.0 if after else decay,
+                gradient=_chosen(grads, members) if scales or signs else None,
+                channel_scale=_chosen(scales, members),
+                sign_of=_chosen(signs, members),
+                sign_step=sign_step * ascends,
+                rounding_draw=sites[0].rounding_draw(step),
+            )
         if after and decay != 1.0:
-            theta.mul_(decay)
-        if not param.is_contiguous():
-            param.copy_(theta.reshape(param.shape))
+            torch._foreach_mul_(thetas, decay)
+        for site, theta in zip(sites, thetas, strict=True):
+            if not site.param.is_contiguous():
+                site.param.copy_(theta.reshape(site.param.shape))
 
     def _kind(self, site: Site) -> Hashable:
-        """Of parameters that the rule writes itself: their step, and how their state is stored."""
+        """For parameters that the rule writes itself, their step and how their state is stored. For
+        projected ones on a GPU, their step and geometry; on the CPU these are updated one by one,
+        each while its R is in the cache."""
         param, group = site.param, site.group
-        if geometry(param, group) is not None or self._rule(group).write is None:
+        geo = geometry(param, group)
+        if not (launches(param) if geo is not None else self._rule(group).write):
             return None
-        return batch_kind(site, *self._state(param, group).values())
+        state = self._state(param, group)
+        if geo is None:
+            return batch_kind(site, *state.values())
+        kind = batch_kind(site, state["step"])
+        return None if kind is None else (kind, geo)
 
     def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
+        geo = geometry(sites[0].param, sites[0].group)
+        if geo is not None:
+            for part in _windows(len(sites), math.prod(geo.reduced_shape)):
+                self._update_matrices(sites[part], gradients[part])
+            return
         states = [self._state(site.param, site.group) for site in sites]
         self._write_whole(sites, gradients, int(states[0]["step"]) + 1)
         for state in states:
             state["step"] += 1
+
+    def _update_matrices(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
+        """Update matrices of one geometry from their gradients."""
+        geo = geometry(sites[0].param, sites[0].group)
+        assert geo is not None
+        bases = self._rounded_bases(sites, gradients, geo)
+        dtype = factor_dtype(gradients[0], geo)
+        if geo.side != "both" and bases[0]["basis"].dtype != dtype:
+            # Rounded once for both ways.
+            first = bases[0]["basis"]
+            narrow = first.new_empty((len(bases), *first.shape), dtype=dtype)
+            for basis, target in zip(bases, narrow, strict=True):
+                target.copy_(basis["basis"])
+            bases = [{"basis": basis} for basis in narrow]
+        reduced = self._project(sites, gradients, bases)
+        needed = gradients if self._residual(sites[0].group).needs_gradient else None
+        self._apply_matrices(sites, reduced, needed, bases)
 
     def _write_whole(self, sites: Sequence[Site], gradients: Sequence[Tensor], step: int) -> None:
         """theta <- decay theta + rate (the rule's direction), of parameters of one kind."""
@@ -304,7 +401,7 @@ class ProjectedOptimizer(StackedMatrices):
         return decay, group.get("decay", "before") == "after"
 
     def _apply_whole(
-        self, site: Site, gradient: Tensor, state: dict[str, Tensor], step: int, key: NoiseKey
+        self, site: Site, gradient: Tensor, state: dict[str, Tensor], step: int
     ) -> None:
         """The rule on the parameter itself."""
         param, group = site.param, site.group
@@ -312,7 +409,7 @@ class ProjectedOptimizer(StackedMatrices):
             self._write_whole([site], [gradient], step)
             return
         decay, after = self._decay(group)
-        direction = self._direction(site, gradient, state, step, key)
+        [direction] = self._direction([site], gradient.unsqueeze(0), [state], step, [site.key])
         theta = param.detach().reshape(1, -1)
         add_product_(
             theta,
@@ -353,3 +450,26 @@ class ProjectedOptimizer(StackedMatrices):
     def _needs_gradient(self, site: Site) -> bool:
         geo = geometry(site.param, site.group)
         return geo is not None and self._residual(site.group).needs_gradient
+
+
+def _windows(count: int, numel: int) -> Iterator[slice]:
+    """Slices of `count` matrices whose R, of `numel` elements each, have about WINDOW together."""
+    most = max(1, WINDOW // max(numel, 1))
+    for start in range(0, count, most):
+        yield slice(start, start + most)
+
+
+def _alike(numbers: Sequence[float], count: int) -> Iterable[tuple[float, list[int]]]:
+    """Each different one of `count` numbers, and its positions; 0 if there are none."""
+    if not numbers:
+        return [(0.0, list(range(count)))]
+    places: dict[float, list[int]] = {}
+    for i, number in enumerate(numbers):
+        places.setdefault(number, []).append(i)
+    return places.items()
+
+
+def _chosen(operands: Sequence[Item] | None, members: Sequence[int]) -> Sequence[Item] | None:
+    if operands is None:
+        return None
+    return operands if len(members) == len(operands) else [operands[i] for i in members]

@@ -1,12 +1,13 @@
 """The residual rule: what becomes of the part of a gradient outside its subspace.
 
 A residual turns the rule's direction N (channels, r) of the projected gradient R into the terms of
-one write of theta: a low-rank product, and a multiple of the gradient for each channel.
+one write of theta: a low-rank product, and a multiple of the gradient for each channel. It does so
+for k matrices of one geometry at once, stacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -28,15 +29,15 @@ class Terms(NamedTuple):
     plus sign_step times the signs of the gradient outside its subspace.
 
     Attributes:
-        product: (channels, r), which the write may use up, or None.
-        channel_scale: (channels,), or (1,) for all, or None.
-        sign_step: a number; 0 for no such term.
+        product: (k, channels, r), which the write may use up, or None.
+        channel_scale: (k, channels), or (k, 1) for all channels, or None.
+        sign_steps: a number for each of the k; empty for no such term.
         rate: a number.
     """
 
     product: Tensor | None
     channel_scale: Tensor | None = None
-    sign_step: float = 0.0
+    sign_steps: Sequence[float] = ()
     rate: float = 1.0
 
 
@@ -44,18 +45,18 @@ class Parts(NamedTuple):
     """What a residual makes its terms of.
 
     Attributes:
-        direction, reduced: the rule's N and R, (channels, r).
-        gradient: (m, n), where it is needed.
-        norms: of the rows of N and of R, (2, channels), where they are needed.
-        state, group, geo: the parameter's.
+        direction, reduced: the rule's N and R, (k, channels, r).
+        gradients: of each (m, n), where they are needed.
+        norms: of the rows of N and of R, (2, k, channels), where they are needed.
+        states: each parameter's; group, geo: those of all.
         sharded: the parameter whose rows these are some of, where they are not all.
     """
 
     direction: Tensor
     reduced: Tensor
-    gradient: Tensor | None
+    gradients: Sequence[Tensor] | None
     norms: Tensor | None
-    state: State
+    states: Sequence[State]
     group: Group
     geo: Geometry
     sharded: Tensor | None = None
@@ -69,8 +70,8 @@ class Residual(NamedTuple):
         terms: the parts -> what is descended.
         needs_gradient: whether `terms` has one that multiplies the whole gradient.
         needs_reduced: whether it reads R, or the write does.
-        needs_norms: whether it takes the norms of the direction's and R's rows, (2, channels), as
-            the rule's pass over its moments gives them.
+        needs_norms: whether it takes the norms of the direction's and R's rows, as the rule's pass
+            over its moments gives them.
     """
 
     specs: Callable[[Geometry, torch.dtype], dict[str, TensorSpec]]
@@ -86,21 +87,21 @@ def no_specs(geo: Geometry, accumulator: torch.dtype) -> dict[str, TensorSpec]:
 
 
 def channel_norms(
-    gradient: Tensor, geo: Geometry, dtype: torch.dtype, sharded: Tensor | None = None
+    gradients: Sequence[Tensor], geo: Geometry, dtype: torch.dtype, sharded: Tensor | None = None
 ) -> Tensor:
     """||G_j|| of each channel j, a row of G (m, n), or a column if its left side is projected:
-    (channels,)."""
+    (k, channels)."""
     left = geo.side == "left"
-    total = squares(gradient, 0 if left else 1).to(dtype)
+    total = squares(gradients, 0 if left else 1).to(dtype)
     if left and sharded is not None:
         sum_(total, sharded)
     return total.sqrt()
 
 
 def norm_over_channels(values: Tensor, parts: Parts) -> Tensor:
-    """The norm, (), of a number for each channel, (channels,): of all processes' channels, where
-    those are rows that lie apart."""
-    norm: Tensor = values.norm()
+    """The norm, (k,), of a number for each channel, (k, channels): of all processes' channels,
+    where those are rows that lie apart."""
+    norm: Tensor = torch.linalg.vector_norm(values, dim=1)
     if parts.sharded is None or parts.geo.side == "left":
         return norm
     square = norm.square()
@@ -113,16 +114,17 @@ def times_norm(scale: Tensor, norm: Tensor) -> Tensor:
     return torch.where(scale == 0, 0.0, scale * norm)
 
 
-def limited(norm: Tensor, state: State, group: Group) -> Tensor:
-    """min(1, gamma previous / norm), (): the factor under which a norm grows by gamma at most.
+def limited(norm: Tensor, states: Sequence[State], group: Group) -> Tensor:
+    """min(1, gamma previous / norm), (k,): the factor under which a norm grows by gamma at most.
 
     The last norm that was not 0 is the state's; there is none before the first step.
     """
     gamma: float = group["norm_growth_limit"]
-    previous = state["update_norm"]
+    kept = [state["update_norm"] for state in states]
+    previous = torch.stack(kept)
     cap = previous * gamma
     factor = torch.where((previous > 0) & (norm > cap), cap / norm, torch.ones_like(norm))
-    previous.copy_(torch.where(norm > 0, norm * factor, previous))
+    torch._foreach_copy_(kept, torch.where(norm > 0, norm * factor, previous).unbind())
     return factor
 
 

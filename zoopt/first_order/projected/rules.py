@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,15 +28,17 @@ class Rule(NamedTuple):
 
     Attributes:
         specs: shape, group, accumulator's dtype -> the state tensors.
-        direction: gradient (c, r), state, group, step from 1, noise -> what is descended: (c, r),
-            in the accumulator's dtype. It updates the state; the gradient keeps its values.
+        direction: gradients (k, c, r), states, group, step from 1, keys -> what is descended,
+            (k, c, r) in the accumulator's dtype: of k parameters with a state and a key each. It
+            updates the states; the gradients keep their values. Each may have any other shape than
+            (c, r).
         elementwise: whether each element's direction and state depend on its own gradients alone,
             so that parts of a parameter can be stepped apart.
-        norms: gradient, state -> what `direction` takes as `norms`, (2, c): it writes there the
-            squared norms of the direction's rows and of the gradient's, in the pass that makes the
+        norms: gradients, states -> what `direction` takes as `norms`, (2, k c): it writes there the
+            squared norms of the direction's rows and of the gradients', in the pass that makes the
             direction. None where it cannot.
         overwrites: whether `direction` takes gradients of every dtype, and `out`, where the
-            direction goes, which may be the gradient.
+            direction goes, which may be the gradients.
         write: batch, gradients, states, group, step -> None, with `rate`, `decay` and
             `rounding_draw`: theta <- decay theta + rate direction in one pass over all parameters
             of a batch. None where that takes two passes, a parameter at a time.
@@ -45,7 +47,7 @@ class Rule(NamedTuple):
     specs: Callable[[tuple[int, ...], Group, torch.dtype], Mapping[str, TensorSpec]]
     direction: Callable[..., Tensor]
     elementwise: bool = False
-    norms: Callable[[Tensor, State], Tensor] | None = None
+    norms: Callable[[Tensor, Sequence[State]], Tensor] | None = None
     overwrites: bool = False
     write: Callable[..., None] | None = None
 
@@ -84,34 +86,39 @@ def adam_moments(state: State, numel: int) -> tuple[Moment, Moment]:
     )
 
 
+def _moments_of(states: Sequence[State], numel: int) -> tuple[list[Moment], list[Moment]]:
+    pairs = [adam_moments(state, numel) for state in states]
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
 def _adam(
-    gradient: Tensor,
-    state: State,
+    gradients: Tensor,
+    states: Sequence[State],
     group: Group,
     step: int,
-    key: NoiseKey,
+    keys: Sequence[NoiseKey],
     norms: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """mhat / (sqrt(vhat) + eps)."""
     scale, eps = adam_numbers(group, step)
-    return adam_(
-        gradient,
-        *adam_moments(state, gradient.numel()),
-        betas=betas_of(group),
-        scale=scale,
-        eps=eps,
-        key=key,
-        moment_draw=moment_draw(group, step),
-        norms=norms,
-        out=out,
-    )
+    firsts, seconds = _moments_of(states, gradients[0].numel())
+    if out is None:
+        out = torch.empty(gradients.shape, dtype=firsts[0].accumulator, device=gradients.device)
+    options: dict[str, Any] = {"betas": betas_of(group), "scale": scale, "eps": eps}
+    options |= {"moment_draw": moment_draw(group, step), "norms": norms}
+    if len(keys) == 1:
+        adam_(gradients[0], firsts[0], seconds[0], key=keys[0], out=out[0], **options)
+    else:
+        adam_(Batch(gradients.unbind(), keys), firsts, seconds, out=out.unbind(), **options)
+    return out
 
 
-def _adam_norms(gradient: Tensor, state: State) -> Tensor:
-    """(2, c), uninitialised, in the moments' accumulator."""
-    first, _ = adam_moments(state, gradient.numel())
-    return gradient.new_empty((2, gradient.shape[0]), dtype=first.accumulator)
+def _adam_norms(gradients: Tensor, states: Sequence[State]) -> Tensor:
+    """(2, k c), uninitialised, in the moments' accumulator."""
+    first, _ = adam_moments(states[0], gradients[0].numel())
+    rows = gradients.shape[0] * gradients.shape[1]
+    return gradients.new_empty((2, rows), dtype=first.accumulator)
 
 
 def _adamw(
@@ -170,29 +177,43 @@ def store_moment(values: Tensor, stored: Moment, group: Group, step: int, key: N
     encode(values.reshape(-1).to(stored.accumulator), stored, bits)
 
 
-def _momentum(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
+def _average(
+    name: str,
+    gradients: Tensor,
+    states: Sequence[State],
+    keys: Sequence[NoiseKey],
+    **options: Any,
+) -> Tensor:
+    """The running average of that name, and the direction that it gives: see `average_`."""
+    moments = [moment(state, name, gradients[0].numel(), signed=True) for state in states]
+    out = torch.empty(gradients.shape, dtype=moments[0].accumulator, device=gradients.device)
+    average_(Batch(gradients.unbind(), keys), moments, out=out.unbind(), **options)
+    return out
+
+
+def _momentum(
+    gradients: Tensor, states: Sequence[State], group: Group, step: int, keys: Sequence[NoiseKey]
+) -> Tensor:
     """buffer <- momentum buffer + g; descends the buffer."""
     momentum: float = group["momentum"]
-    return average_(
-        gradient,
-        moment(state, "momentum_buffer", gradient.numel(), signed=True),
+    return _average(
+        *("momentum_buffer", gradients, states, keys),
         look=(momentum, 1.0),
         keep=(momentum, 1.0),
-        key=key,
         moment_draw=moment_draw(group, step),
     )
 
 
-def _lion(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
+def _lion(
+    gradients: Tensor, states: Sequence[State], group: Group, step: int, keys: Sequence[NoiseKey]
+) -> Tensor:
     """sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g (Chen et al., 2023)."""
     beta1, beta2 = betas_of(group)
-    return average_(
-        gradient,
-        moment(state, "exp_avg", gradient.numel(), signed=True),
+    return _average(
+        *("exp_avg", gradients, states, keys),
         look=(beta1, 1.0 - beta1),
         keep=(beta2, 1.0 - beta2),
         signs=True,
-        key=key,
         moment_draw=moment_draw(group, step),
     )
 

@@ -8,7 +8,7 @@ float64).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.projected.geometry import Geometry
-from zoopt.kernels.dispatch import known, native_bfloat16
+from zoopt.kernels import perturb
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.dispatch import known, multiplies_into_float32, native_bfloat16
+from zoopt.kernels.noise.key import NoiseKey
 from zoopt.linalg import sign_fixed_qr
 from zoopt.noise import normal
 
@@ -27,19 +30,34 @@ BLIND = ("random", "orthogonal", "columns")
 CHUNK = 1 << 20
 
 
-def times(gradient: Tensor, factor: Tensor, *, transposed: bool = False) -> Tensor:
-    """G F, or G^T F, with G (m, n) in any dtype and F (n, k) or (m, k) in the accumulator's."""
-    if gradient.dtype == factor.dtype:
-        return (gradient.t() if transposed else gradient) @ factor
-    if native_bfloat16(gradient):
-        # Sums are float32 inside, and rounded once, to the precision of the gradient's own entries.
+def times(
+    gradient: Tensor, factor: Tensor, *, transposed: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """G F, or G^T F, with G (m, n) in any dtype and F (n, k) or (m, k) in the gradient's or its
+    accumulator's, in which the product is.
+
+    Args:
+        out: where it goes; default, a new tensor.
+    """
+    turned, wide = gradient.t() if transposed else gradient, accumulator_dtype(gradient.dtype)
+    if gradient.dtype == wide:
+        return torch.mm(turned, factor.to(wide), out=out)
+    # To round the factor is to round the product to the precision of the gradient's own entries.
+    if multiplies_into_float32(gradient):
         narrow = factor.to(gradient.dtype)
-        return ((gradient.t() if transposed else gradient) @ narrow).to(factor.dtype)
-    m, n = gradient.shape
-    out = factor.new_zeros(n if transposed else m, factor.shape[1])
+        return torch.mm(turned, narrow, out_dtype=wide, out=out)
+    if native_bfloat16(gradient):
+        # Sums are float32 inside.
+        product = torch.mm(turned, factor.to(gradient.dtype))
+        return product.to(wide) if out is None else out.copy_(product)
+    (m, n), factor = gradient.shape, factor.to(wide)
+    if out is None:
+        out = factor.new_empty(n if transposed else m, factor.shape[1])
+    if transposed:
+        out.zero_()
     rows = max(1, CHUNK // max(n, 1))
     for start in range(0, m, rows):
-        part = gradient[start : start + rows].to(factor.dtype)
+        part = gradient[start : start + rows].to(wide)
         if transposed:
             out.addmm_(part.t(), factor[start : start + rows])
         else:
@@ -47,17 +65,43 @@ def times(gradient: Tensor, factor: Tensor, *, transposed: bool = False) -> Tens
     return out
 
 
-def down(gradient: Tensor, bases: dict[str, Tensor], geo: Geometry) -> Tensor:
-    """R of G (m, n): (channels, r), in the accumulator's dtype.
+def factor_dtype(gradient: Tensor, geo: Geometry) -> torch.dtype:
+    """What a basis is rounded to on the way down."""
+    one_sided = native_bfloat16(gradient) and geo.side != "both"
+    if one_sided or multiplies_into_float32(gradient):
+        return gradient.dtype
+    return accumulator_dtype(gradient.dtype)
+
+
+def down(
+    gradients: Sequence[Tensor], bases: Sequence[Mapping[str, Tensor]], geo: Geometry
+) -> Tensor:
+    """R of each G (m, n): (k, channels, r), in the accumulator's dtype.
 
     Where bfloat16 is multiplied as it is, R comes in bfloat16, whose precision it has anyway.
     """
+    if len(gradients) == 1:
+        return _down(gradients[0], bases[0], geo).unsqueeze(0)
+    first = gradients[0]
+    narrow = native_bfloat16(first) and geo.side != "both"
+    dtype = first.dtype if narrow else accumulator_dtype(first.dtype)
+    out = first.new_empty((len(gradients), *geo.reduced_shape), dtype=dtype)
+    for gradient, own, reduced in zip(gradients, bases, out, strict=True):
+        _down(gradient, own, geo, reduced)
+    return out
+
+
+def _down(
+    gradient: Tensor, bases: Mapping[str, Tensor], geo: Geometry, out: Tensor | None = None
+) -> Tensor:
     left = geo.side == "left"
     if native_bfloat16(gradient) and geo.side != "both":
-        return (gradient.t() if left else gradient) @ bases["basis"].to(gradient.dtype)
-    dtype = accumulator_dtype(gradient.dtype)
-    reduced = times(gradient, bases["basis"].to(dtype), transposed=left)
-    return bases["basis_left"].to(dtype).t() @ reduced if geo.side == "both" else reduced
+        turned = gradient.t() if left else gradient
+        return torch.mm(turned, bases["basis"].to(gradient.dtype), out=out)
+    if geo.side != "both":
+        return times(gradient, bases["basis"], transposed=left, out=out)
+    half = times(gradient, bases["basis"])
+    return torch.mm(bases["basis_left"].to(half.dtype).t(), half, out=out)
 
 
 def silence_rounding_(
@@ -81,23 +125,24 @@ def silence_rounding_(
     the size of the least directions of a gradient whose singular values span three decades.
 
     Args:
-        reduced: (channels, r).
+        reduced: (..., channels, r), each matrix for itself.
         roundings: default 2.
         greatest: makes the greatest of each number over all parts of a gradient that is sharded.
     """
     if geo.side == "both":
         magnitude = reduced.abs()
     elif not reduced.numel():
-        magnitude = reduced.new_zeros(geo.rank)
+        magnitude = reduced.new_zeros((*reduced.shape[:-2], 1, geo.rank))
     else:
-        magnitude = torch.linalg.vector_norm(reduced, math.inf, dim=0)
+        magnitude = torch.linalg.vector_norm(reduced, math.inf, dim=-2, keepdim=True)
     if greatest is not None:
         greatest(magnitude)
     floor = (
         roundings * torch.finfo(accumulator_dtype(reduced.dtype)).eps * math.sqrt(max(geo.m, geo.n))
     )
     # NaN and infinity are below nothing, and stay.
-    return reduced.masked_fill_(magnitude < magnitude.amax() * floor, 0.0)
+    silent = magnitude < magnitude.amax((-2, -1), keepdim=True) * floor
+    return reduced.masked_fill_(silent, 0.0)
 
 
 def factors(reduced: Tensor, bases: dict[str, Tensor], geo: Geometry) -> tuple[Tensor, Tensor]:
@@ -137,10 +182,12 @@ def subspace(
     m, n = gradient.shape
     dim = n if right else m
     dtype = accumulator_dtype(gradient.dtype)
-    if projector in ("random", "orthogonal"):
+    if projector == "random":
+        own = [NoiseKey(seed, stream)]
+        return random_bases(own, dim, rank, draw, gradient.device, dtype)[0]
+    if projector == "orthogonal":
         z = normal(dim * rank, seed=seed, stream=stream, draw=draw, device=gradient.device)
-        z = z.view(dim, rank).to(dtype)
-        return orthonormal(z) if projector == "orthogonal" else z.mul_(1.0 / math.sqrt(rank))
+        return orthonormal(z.view(dim, rank).to(dtype))
     if projector == "svd":
         try:
             u, _, vh = torch.linalg.svd(gradient.to(dtype), full_matrices=False)
@@ -163,6 +210,22 @@ def subspace(
     inner = inner * unit(inner)
     top, told_apart = _leading(inner.t() @ inner, rank)
     return _pure(torch.mm(sketch, top), told_apart, gradient, right)
+
+
+def random_bases(
+    keys: Sequence[NoiseKey],
+    dim: int,
+    rank: int,
+    draw: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Entries N(0, 1/r) of the keys' noise: (k, dim, rank), in the dtype."""
+    z = torch.zeros(len(keys), dim * rank, device=device)
+    # No value of z is a zero, so 0 + 1 z has z's bits.
+    batch = Batch(z.unbind(), keys)
+    perturb(batch, 1.0, draw=draw, out=batch.tensors)
+    return z.view(-1, dim, rank).to(dtype).mul_(1.0 / math.sqrt(rank))
 
 
 def orthonormal(columns: Tensor) -> Tensor:

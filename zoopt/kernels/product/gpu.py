@@ -1,21 +1,30 @@
 """theta plus a low-rank product on the GPU: by BLAS if it rounds as required; by Triton, in one
-read and one write of theta, if terms of the gradient or random bits are added with the product."""
+read and one write of theta, if terms of the gradient or random bits are added with the product.
+
+For a batch of matrices, of one shape, Triton's kernel is launched once, and BLAS once for each.
+"""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from zoopt.kernels.noise.gpu import _int32, backend_name
-from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.noise.gpu import _TYPES, _addresses, _int32, backend_name
+from zoopt.kernels.operands import address
 from zoopt.kernels.product.gpu_batch import add_products
 from zoopt.kernels.product.gpu_kernels import product_kernel
 from zoopt.kernels.product.reference import blas_rounds
 
 __all__ = ["add_product", "add_products", "squares"]
 
+#: An operation takes a whole batch.
+BATCHES = True
 #: Rows and columns of a program's tile with a product, and the columns of a factor at a time.
 TILE, K = (64, 64), 16
 #: The same if theta has 16 bits and only a product is added.
@@ -24,69 +33,127 @@ NARROW_TILE, NARROW_K = (128, 64), 32
 PLAIN = 2048
 NUM_WARPS = {"cuda": 8, "hip": 8, "interpreter": 1}
 
+#: An operand of each matrix of a batch.
+Several = Sequence[Tensor] | None
+
+
+class Terms(NamedTuple):
+    """The operands of the terms that are added; None for terms that are absent."""
+
+    left: Several
+    right: Several
+    gradient: Several
+    channel_scale: Several
+    sign_left: Several
+    sign_right: Several
+
 
 def add_product(
-    theta: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
+    theta: Batch,
+    left: Several,
+    right: Several,
     alpha: float,
     decay: float,
-    gradient: Tensor | None,
-    channel_scale: Tensor | None,
-    sign_of: tuple[Tensor, Tensor] | None,
+    gradient: Several,
+    channel_scale: Several,
+    sign_of: Sequence[tuple[Tensor, Tensor]] | None,
     sign_step: float,
-    key: NoiseKey,
     rounding_draw: int | None,
 ) -> None:
-    """See reference_product.add_product."""
-    if not theta.numel():
+    """See reference.add_product, for every matrix of a batch; all have one shape."""
+    if not theta.numel:
         return
-    m, n = theta.shape
-    backend = backend_name()
     alone = channel_scale is None and sign_of is None
     # Rounding factors to theta's 16 bits changes 2^-8 or less of a step, not of theta. The
     # interpreter computes with numpy, which has no bfloat16.
-    narrow = theta.dtype in (torch.bfloat16, torch.float16) and backend != "interpreter"
+    narrow = theta.dtype in (torch.bfloat16, torch.float16) and backend_name() != "interpreter"
     if narrow and left is not None and right is not None:
-        left, right = left.to(theta.dtype), right.to(theta.dtype)
-    if alone and left is not None and right is not None and blas_rounds(theta, rounding_draw):
-        theta.addmm_(left.to(theta.dtype), right.to(theta.dtype).t(), alpha=alpha, beta=decay)
-        return
-    (rows, columns), k = (NARROW_TILE, NARROW_K) if narrow and alone else (TILE, K)
-    if left is None and sign_of is None:
+        left, right = ([factor.to(theta.dtype) for factor in part] for part in (left, right))
+    # In float32 the sum may be rounded in between, and BLAS's product is several times as fast.
+    by_blas = blas_rounds(theta.tensors[0], rounding_draw) and (
+        alone or theta.dtype == torch.float32
+    )
+    if by_blas and left is not None and right is not None:
+        for own, a, b in zip(theta.tensors, left, right, strict=True):
+            own.addmm_(a.to(theta.dtype), b.to(theta.dtype).t(), alpha=alpha, beta=decay)
+        if alone:
+            return
+        left, right, decay = None, None, 1.0
+    if gradient is not None and len(theta) > 1:
+        gradient = _dense(gradient)
+    terms = Terms(
+        *(_dense(left), _dense(right)),
+        None if alone else gradient,
+        _dense(channel_scale),
+        *(
+            None if sign_of is None else [pair[i].contiguous() for pair in sign_of]
+            for i in range(2)
+        ),
+    )
+    numbers = {"alpha": alpha, "decay": decay, "sign_step": sign_step}
+    _launch(theta, terms, numbers, rounding_draw, narrow)
+
+
+def _dense(factors: Several) -> Several:
+    return None if factors is None else [factor.contiguous() for factor in factors]
+
+
+def _launch(
+    theta: Batch,
+    terms: Terms,
+    numbers: dict[str, float],
+    rounding_draw: int | None,
+    narrow: bool,
+) -> None:
+    m, n = theta.tensors[0].shape
+    backend, key, alone = backend_name(), theta.key, len(theta) == 1
+    only_product = terms.gradient is None
+    (rows, columns), k = (NARROW_TILE, NARROW_K) if narrow and only_product else (TILE, K)
+    if terms.left is None and terms.sign_left is None:
         columns = min(PLAIN, triton.next_power_of_2(max(n, 8)))
         rows = PLAIN // columns
+    memories = (theta.tensors, *terms)
+    vectors, table = False, None
     if alone:
-        gradient = None
-    strides = (0, 0) if gradient is None else gradient.stride()
-    sign_left, sign_right = (None, None) if sign_of is None else sign_of
-    factors = [
-        None if factor is None else factor.detach().contiguous()
-        for factor in (left, right, channel_scale, sign_left, sign_right)
-    ]
-    with torch.cuda.device_of(theta):
-        product_kernel[(triton.cdiv(m, rows) * triton.cdiv(n, columns),)](
-            theta,
-            *factors[:2],
-            gradient,
-            *factors[2:],
-            alpha,
-            decay,
-            sign_step,
-            m,
-            n,
-            *strides,
-            key.offset,
-            _int32(key.stream),
-            _int32(rounding_draw or 0),
-            _int32(key.seed & 0xFFFFFFFF),
-            _int32(key.seed >> 32),
-            BY_ROW=channel_scale is not None and channel_scale.shape[0] > 1,
-            BY_COLUMN=channel_scale is not None and channel_scale.shape[1] > 1,
-            RANK=0 if left is None else left.shape[1],
-            SIGN_RANK=0 if sign_left is None else sign_left.shape[1],
+        arguments: list[Any] = [None if part is None else part[0] for part in memories]
+    else:
+        places = [
+            None if part is None else tuple([address(t, t.dtype) for t in part])
+            for part in memories
+        ]
+        vectors = not any(at % 16 for part in places if part is not None for at in part)
+        arguments = [None if part is None else _addresses(part, theta.device) for part in places]
+        own = [word for each in theta.keys for word in (each.offset, _int32(each.stream))]
+        table = _addresses(tuple(own), theta.device)
+    scale = None if terms.channel_scale is None else terms.channel_scale[0]
+    row, column = (0, 0) if terms.gradient is None else terms.gradient[0].stride()
+    tiles = triton.cdiv(m, rows) * triton.cdiv(n, columns)
+    with torch.cuda.device_of(theta.tensors[0]):
+        product_kernel[(tiles * len(theta),)](
+            *arguments,
+            table,
+            **numbers,
+            m=m,
+            n=n,
+            gradient_row=row,
+            gradient_column=column,
+            first=key.offset if alone else 0,
+            number=_int32(key.stream) if alone else 0,
+            rounding_draw=_int32(rounding_draw or 0),
+            k0=_int32(key.seed & 0xFFFFFFFF),
+            k1=_int32(key.seed >> 32),
+            DTYPE=_TYPES[theta.dtype],
+            LEFT=_type(terms.left),
+            RIGHT=_type(terms.right),
+            GRADIENT=_type(terms.gradient),
+            TABLE=not alone,
+            VECTORS=vectors,
+            BY_ROW=scale is not None and scale.shape[0] > 1,
+            BY_COLUMN=scale is not None and scale.shape[1] > 1,
+            RANK=0 if terms.left is None else terms.left[0].shape[1],
+            SIGN_RANK=0 if terms.sign_left is None else terms.sign_left[0].shape[1],
             STOCHASTIC=rounding_draw is not None,
-            ALIGNED=key.offset % 8 == 0 and n % 8 == 0,
+            ALIGNED=n % 8 == 0 and not any(own_key.offset % 8 for own_key in theta.keys),
             NARROW=narrow,
             BACKEND=backend,
             ROWS=rows,
@@ -97,7 +164,14 @@ def add_product(
         )
 
 
-def squares(gradient: Tensor, axis: int, wide: torch.dtype) -> Tensor:
+def _type(tensors: Several) -> Any:
+    return None if tensors is None else _TYPES[tensors[0].dtype]
+
+
+def squares(gradients: Sequence[Tensor], axis: int, wide: torch.dtype) -> Tensor:
     """See reference.squares: a norm is one launch, and widens what it reads."""
-    norm: Tensor = torch.linalg.vector_norm(gradient, 2, axis, dtype=wide)
-    return norm.square_()
+    m, n = gradients[0].shape
+    out = torch.empty(len(gradients), (n, m)[axis], dtype=wide, device=gradients[0].device)
+    for gradient, norm in zip(gradients, out, strict=True):
+        torch.linalg.vector_norm(gradient, 2, axis, dtype=wide, out=norm)
+    return out.square_()

@@ -1,4 +1,8 @@
-"""theta plus a low-rank product on the GPU, compiled: one program a tile of theta."""
+"""theta plus a low-rank product on the GPU, compiled: one program a tile of theta.
+
+A batch of matrices of one shape comes as a table (TABLE): tensors are columns of addresses, int64,
+as in noise's `gpu_blocks`, and `places` has the first position and the stream of each matrix.
+"""
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
@@ -7,6 +11,7 @@ import triton
 import triton.language as tl
 
 from zoopt.kernels.noise import philox
+from zoopt.kernels.noise.gpu_blocks import _memory
 from zoopt.kernels.noise.gpu_tile import halfwords_at, nearest, philox4x32, stochastic
 
 _ROUNDING = tl.constexpr(philox.PURPOSE_ROUNDING)
@@ -81,6 +86,7 @@ def product_kernel(
     channel_scale,
     sign_left,
     sign_right,
+    places,
     alpha,
     decay,
     sign_step,
@@ -93,6 +99,12 @@ def product_kernel(
     rounding_draw,
     k0,
     k1,
+    DTYPE: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    TABLE: tl.constexpr,
+    VECTORS: tl.constexpr,
     BY_ROW: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     RANK: tl.constexpr,
@@ -107,11 +119,29 @@ def product_kernel(
 ):
     """reference_product.add_product; terms whose tensors are None are not compiled.
 
-    The gradient has strides gradient_row and gradient_column. The channels' scale has a number for
-    each row, for each column, or one for all.
+    LEFT, RIGHT and GRADIENT are the dtypes of these operands; other factors are float32. The
+    gradient has strides gradient_row and gradient_column. The channels' scale has a number for each
+    row, for each column, or one for all.
     """
     across = tl.cdiv(n, COLUMNS)
     tile = tl.program_id(0)
+    if TABLE:
+        tiles = tl.cdiv(m, ROWS) * across
+        matrix = tile // tiles
+        tile %= tiles
+        first = tl.load(places + 2 * matrix)
+        number = tl.load(places + (2 * matrix + 1)).to(tl.int32)
+        theta = _memory(theta, matrix, DTYPE, TABLE, VECTORS)
+        if left is not None:
+            left = _memory(left, matrix, LEFT, TABLE, VECTORS)
+            right = _memory(right, matrix, RIGHT, TABLE, VECTORS)
+        if gradient is not None:
+            gradient = _memory(gradient, matrix, GRADIENT, TABLE, VECTORS)
+        if channel_scale is not None:
+            channel_scale = _memory(channel_scale, matrix, tl.float32, TABLE, False)
+        if sign_left is not None:
+            sign_left = _memory(sign_left, matrix, tl.float32, TABLE, VECTORS)
+            sign_right = _memory(sign_right, matrix, tl.float32, TABLE, VECTORS)
     rows = (tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     leftmost = (tile % across).to(tl.int64) * COLUMNS
     columns = leftmost + tl.arange(0, COLUMNS)
@@ -137,11 +167,10 @@ def product_kernel(
             x += tl.load(channel_scale + columns, mask=columns < n, other=0.0)[None, :] * g
         else:
             x += tl.load(channel_scale) * g
-    dtype: tl.constexpr = theta.dtype.element_ty
     if STOCHASTIC:
         bits = _bits(
             first, rows, leftmost, n, number, rounding_draw, k0, k1, ALIGNED, ROWS, COLUMNS
         )
-        tl.store(theta + at, stochastic(x, bits, dtype), mask=inside)
+        tl.store(theta + at, stochastic(x, bits, DTYPE), mask=inside)
     else:
-        tl.store(theta + at, nearest(x, dtype, BACKEND), mask=inside)
+        tl.store(theta + at, nearest(x, DTYPE, BACKEND), mask=inside)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
+from zoopt.kernels import dispatch
 from zoopt.kernels.dispatch import native_bfloat16
 from zoopt.kernels.noise import philox
 from zoopt.kernels.noise.key import NoiseKey
@@ -78,7 +79,7 @@ def _times(factor: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
 def blas_rounds(theta: Tensor, rounding_draw: int | None) -> bool:
     """Whether BLAS can add a product to theta as required: summed in float32 and rounded once, to
     nearest. A GPU's BLAS does so in float16 too."""
-    half = theta.is_cuda and theta.dtype == torch.float16
+    half = dispatch.on_gpu(theta) and theta.dtype == torch.float16
     rounds = rounding_draw is None and (half or native_bfloat16(theta))
     return theta.dtype == torch.float32 or rounds
 
