@@ -175,7 +175,7 @@ def test_qzo(perturbation: Any) -> None:
 
 
 def test_mezo_over_lora_on_four_bits() -> None:
-    """peft's adapters beside our layers: the base keeps every bit, and the loss falls."""
+    """MeZO with a hand-written LoRA over a 4-bit base: the loss falls, the base keeps its bits."""
 
     class Adapted(nn.Module):
         """A LoRA beside a frozen layer."""

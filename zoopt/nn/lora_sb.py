@@ -1,4 +1,4 @@
-"""LoRA-SB: between two fixed bases of the first full step, an r x r matrix trains."""
+"""LoRA-SB: an r x r matrix trains between two fixed bases, taken from the first full step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from zoopt.nn.modules import Target, is_conv1d, linear_layers
 
 
 def first_step(gradient: Tensor, rank: int, lr: float) -> tuple[Tensor, Tensor, Tensor]:
-    """B, R, A with B R A the best approximation of rank r to the first step -lr sign(G) of Adam.
+    """Factor the first step of Adam, -lr sign(G): B R A is its best approximation of rank r.
 
     Args:
         gradient: G (m, n), the sum over the first batches.
 
     Returns:
-        B (m, r) and A (r, n), of orthonormal columns and rows, and R (r, r), diagonal.
+        B (m, r) with orthonormal columns, R (r, r) diagonal, and A (r, n) with orthonormal rows.
     """
     wide = gradient.to(accumulator_dtype(gradient.dtype))
     u, s, vh = torch.linalg.svd(wide.sign() * -lr, full_matrices=False)
@@ -33,17 +33,17 @@ def first_step(gradient: Tensor, rank: int, lr: float) -> tuple[Tensor, Tensor, 
 class LoRASBLinear(ReparametrisedLinear):
     r"""A linear layer with W = W0 + B R A (Ponkshe et al., 2024, arXiv:2411.19557).
 
-    B (out, r) and A (r, in) have orthonormal columns and rows and are fixed, as W0 is; R (r, r)
-    trains: r^2 elements. B and A are leading singular vectors of the first step that full training
-    would make, and R its singular values at the start, so that W begins as W0 and the best
-    approximation of rank r to that step.
+    B (out, r) has orthonormal columns and A (r, in) orthonormal rows. Both are fixed, and so is W0.
+    Only the r^2 elements of R (r, r) train. B and A are the leading singular vectors of the first
+    step of full training, and R starts with its singular values. W therefore starts as W0 plus the
+    best approximation of rank r to that step.
 
-    As B and A are orthonormal, dL/dR = B^T (dL/dW) A^T is the gradient's part between the bases,
-    and a step of R is that step of W: no scale is to be tuned.
+    B and A are orthonormal. So dL/dR = B^T (dL/dW) A^T is the projection of the gradient onto the
+    bases, and a step of R is a step of W of the same size. There is no scale to tune.
 
     Args:
         weight: W0, (out, in).
-        bias: the layer's, as it is.
+        bias: the layer's bias, used as it is.
         left, core, right: B, R and A, from `first_step`.
     """
 
@@ -83,10 +83,10 @@ class LoRASBLinear(ReparametrisedLinear):
 def first_gradients(
     weights: Mapping[str, Tensor], losses: Iterable[Callable[[], Tensor]]
 ) -> dict[str, Tensor]:
-    """The sums of the losses' gradients at the weights, by name. `.grad` is what it was.
+    """Sum the losses' gradients with respect to the weights, by name, without touching `.grad`.
 
     Raises:
-        ValueError: no losses, or a weight that they do not depend on.
+        ValueError: there are no losses, or a loss does not depend on one of the weights.
     """
     required = {name: weight.requires_grad for name, weight in weights.items()}
     sums: dict[str, Tensor] = {}
@@ -119,22 +119,23 @@ def convert_to_lora_sb(
     rank: int,
     lr: float,
 ) -> nn.Module:
-    """Put a `LoRASBLinear` in the place of each targeted linear layer.
+    """Replace each targeted linear layer with a `LoRASBLinear`.
 
     Args:
-        model: changed in place. What is in no such layer keeps its requires_grad.
-        losses: functions that return the loss of a batch with its graph; the paper takes a
-            thousandth of the training data. Gradients of the targeted layers exist for its time.
+        model: changed in place. Other parameters keep their requires_grad.
+        losses: functions that each return the loss of a batch with its graph. The paper uses a
+            thousandth of the training data. The gradients of the targeted layers are in memory
+            during the conversion.
         target: which layers; as for `zoopt.lowrank.param_groups`.
         rank: r.
-        lr: of the full step that W begins with; the paper's is that of training.
+        lr: learning rate of the initial full step. The paper uses the learning rate of training.
 
     Returns:
-        The model. `zoopt.nn.merge` puts plain layers in their place.
+        The model. `zoopt.nn.merge` turns the layers into plain ones.
 
     Raises:
-        TypeError, ValueError: an argument out of range, nothing that matches, a layer of a kind
-            that cannot be replaced, or losses without gradients. Nothing has changed then.
+        TypeError, ValueError: an argument is out of range, no layer matches, a layer cannot be
+            replaced, or a loss has no gradient. The model is then unchanged.
 
     Example:
         >>> first = [lambda batch=batch: model(**batch).loss for batch in batches]
@@ -163,7 +164,7 @@ def convert_to_lora_sb(
 
 
 class _Core(nn.Module):
-    """A, fixed, behind a core that trains: the weight R A of a LoRA's first layer."""
+    """The weight R A of a LoRA's first layer, with a trained core R and a fixed A."""
 
     def __init__(self, right: Tensor) -> None:
         super().__init__()
@@ -174,28 +175,28 @@ class _Core(nn.Module):
         return core @ self.right
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """R of R A, A having orthonormal rows."""
+        """Recover R from R A; the rows of A are orthonormal."""
         return weight @ self.right.t()
 
 
 def adapt_lora_to_sb(
     model: nn.Module, losses: Iterable[Callable[[], Tensor]], *, lr: float
 ) -> list[tuple[str, nn.Parameter]]:
-    """Make the LoRA adapters of a peft model LoRA-SB's, each of its own rank.
+    """Turn the LoRA adapters of a peft model into LoRA-SB adapters; each keeps its rank.
 
-    Of each adapted linear layer, with peft's delta scaling B A: B is fixed, and A is R times a
-    fixed A, so that only R (r, r) trains, and peft's merging goes on to work. They begin as
-    `LoRASBLinear` does.
+    The update of an adapted layer in peft is scaling B A. Here B is fixed, and peft's A becomes R
+    times a fixed matrix. Only R (r, r) trains, and merging in peft still works. The initial values
+    are those of `LoRASBLinear`.
 
     Args:
-        model: of peft, with one active adapter, of LoRA.
+        model: a peft model with one active LoRA adapter.
         losses, lr: as for `convert_to_lora_sb`.
 
     Returns:
-        The cores R by name, which alone train.
+        The cores R by name. Nothing else trains.
 
     Raises:
-        TypeError, ValueError: as for `convert_to_lora_sb`; a model without LoRA layers.
+        TypeError, ValueError: as for `convert_to_lora_sb`, or the model has no LoRA layers.
     """
     check_number("lr", lr, low=0.0, open_low=True)
     found: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Linear layers of integer codes, of which the scales train: PEQA's, and QZO's."""
+"""Linear layers that hold integer codes and train only their scales, for PEQA and QZO."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ BITS = (3, 4, 8)
 
 
 def quantise(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes q, scales s and zero points z of each group of a row, with W close to s (q - z).
+    """Quantise each group of a row to codes q, a scale s and a zero point z, with W ~ s (q - z).
 
-    s = (max W - min W) / (2^bits - 1) and z = round(-min W / s), 0 being between min and max: a
-    weight is off by s at most, and by s / 2 but for the ends.
+    s = (max W - min W) / (2^bits - 1) and z = round(-min W / s). The range always includes 0. The
+    error is at most s / 2, or at most s for weights at the ends of the range.
 
     Args:
         weight: (m, n).
-        group_size: of a row's weights that share s and z; the last group may be shorter.
+        group_size: how many weights of a row share s and z; the last group may be shorter.
 
     Returns:
         q uint8 (m, n), s (m, g) in the accumulator's dtype, z uint8 (m, g).
@@ -42,7 +42,7 @@ def quantise(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
     grouped = padded.view(m, groups, group_size)
     low, high = grouped.amin(-1).clamp_(max=0.0), grouped.amax(-1).clamp_(min=0.0)
     scale = (high - low) / most
-    # A group of zeros: any scale stands for it.
+    # Any scale represents a group of zeros; 1 avoids a division by zero.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero = (-low / scale).round_().clamp_(0, most)
     codes = (grouped / scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, most)
@@ -50,26 +50,26 @@ def quantise(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
 
 
 def integers(codes: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    """q - z, (m, n), of codes (m, n) and zero points (m, g)."""
+    """Subtract the zero points (m, g) from the codes (m, n): q - z, (m, n)."""
     wide = zero.repeat_interleave(group_size, 1)[:, : codes.shape[1]]
     return codes.to(dtype) - wide.to(dtype)
 
 
 def times_scale(values: Tensor, scale: Tensor, group_size: int) -> Tensor:
-    """s times each group's values: (m, n) and (m, g) -> (m, n)."""
+    """Multiply the values (m, n), in place, by their groups' scales (m, g)."""
     wide = scale.repeat_interleave(group_size, 1)[:, : values.shape[1]]
     return values.mul_(wide.to(values.dtype))
 
 
 def group_sums(values: Tensor, group_size: int, groups: int) -> Tensor:
-    """The sums of each group of a row, (m, n) -> (m, g)."""
+    """Sum each group of a row: (m, n) -> (m, g)."""
     m, n = values.shape
     padded = functional.pad(values, (0, groups * group_size - n))
     return padded.view(m, groups, group_size).sum(-1)
 
 
 class _Quantised(torch.autograd.Function):
-    """x (..., n) -> x W^T + bias. W is made anew in backward, and dL/dW in runs of rows."""
+    """x (..., n) -> x W^T + bias. Backward recomputes W, and dL/dW a few rows at a time."""
 
     @staticmethod
     def forward(
@@ -92,7 +92,7 @@ class _Quantised(torch.autograd.Function):
             scale_grad = torch.empty_like(scale)
             rows = max(1, CHUNK // tokens.shape[1])
             m = scale.shape[0]
-            # Without values only memory is counted: two chunks take what all of them do.
+            # Fake tensors only measure memory, and two chunks have the same peak as all of them.
             for start in range(0, min(2 * rows, m) if is_fake(grad) else m, rows):
                 run = slice(start, start + rows)
                 dense = (grad[:, run].t() @ tokens).to(scale.dtype)  # (rows, n)
@@ -105,25 +105,25 @@ class _Quantised(torch.autograd.Function):
 
 
 class QuantisedLinear(ReparametrisedLinear):
-    r"""A linear layer of integer codes with W = s (q - z), s and z for each group of a row.
+    r"""A linear layer of integer codes: W = s (q - z), with one s and one z per group of a row.
 
-    q has 8, 4 or 3 bits and is packed without gaps; q and the zero points z (uint8) are buffers and
-    never change. The scales s train (PEQA, Kim et al., 2023, arXiv:2305.14152):
+    q has 8, 4 or 3 bits and is packed without gaps. q and the zero points z (uint8) are buffers;
+    training does not change them. The scales s train (PEQA, Kim et al., 2023, arXiv:2305.14152):
 
         dL/ds_g = sum_{j in g} dL/dW_j (q_j - z_j)
 
-    With `form="log"` the parameter is t = log s, W = e^t (q - z): scales stay positive however far
-    a step goes, and a perturbation of t is one in proportion to s (QZO).
+    With `form="log"` the parameter is t = log s, and W = e^t (q - z). Scales then stay positive
+    whatever the step, and a perturbation of t changes s in proportion to s (QZO).
 
-    Bytes: bits / 8 of a weight, and 5 of a group. W is temporary in forward and backward, and no
-    dL/dW of its size exists.
+    Bytes: bits / 8 per weight, and 5 per group. W exists only temporarily, in forward and backward.
+    The full dL/dW is never stored.
 
     Args:
-        weight: (out, in), to be rounded to nearest.
-        bias: the layer's, as it is.
+        weight: (out, in); it is rounded to nearest.
+        bias: the layer's bias, used as it is.
         bits: 3, 4 (default) or 8.
-        group_size: weights of a row with one scale; default 64.
-        form: of the scales, "linear" (default) or "log".
+        group_size: how many weights of a row share a scale; default 64.
+        form: how the scales are stored, "linear" (default) or "log".
 
     Raises:
         TypeError, ValueError: an argument out of range.
@@ -150,31 +150,31 @@ class QuantisedLinear(ReparametrisedLinear):
         self.register_buffer("zero", zero)
         self.scale = nn.Parameter(scale.log() if form == "log" else scale)
         self.register_parameter("bias", bias)
-        #: Rows, dtype -> what is added to their q - z: a perturbation, while a probe lasts.
+        #: (rows, dtype) -> a perturbation added to q - z of these rows; set only during a probe.
         self.offset: Callable[[slice, torch.dtype], Tensor] | None = None
 
     def integers(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """q - z of a run of rows, and what is added to it for the time."""
+        """q - z of some rows, including the perturbation of a probe in progress."""
         codes = unpack(self.codes[rows], self.in_features, self.bits)
         values = integers(codes, self.zero[rows], self.group_size, dtype)
         return values if self.offset is None else values.add_(self.offset(rows, dtype))
 
     def weight_of(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """W (out, in), of scales in the layer's form."""
+        """Compute W (out, in) from scales in the layer's form."""
         scale = scale.exp() if self.form == "log" else scale
         wide = times_scale(self.integers(slice(None), scale.dtype), scale, self.group_size)
         return wide.to(dtype)
 
     @torch.no_grad()
     def materialise(self) -> Tensor:
-        """W, (out, in), in the dtype of the weight that has been quantised."""
+        """W (out, in) in the dtype of the original weight."""
         return self.weight_of(self.scale, self.dtype)
 
     def _linear(self, x: Tensor) -> Tensor:
         return _Quantised.apply(x, self, self.scale, self.bias)  # type: ignore[no-any-return,no-untyped-call]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantisedLinear:
-        """As nn.Module's; the scales stay in float32 or float64 where `fn` makes them narrower."""
+        """As in nn.Module, but scales stay in float32 or float64 if `fn` would narrow them."""
         before = self.scale.detach().clone()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = self.scale.dtype
@@ -188,7 +188,7 @@ class QuantisedLinear(ReparametrisedLinear):
 
 
 class QuantisedStack(Stack):
-    """`QuantisedLinear` of each matrix of a bare parameter, in whose place its scales are."""
+    """A bare parameter of matrices, quantised as in `QuantisedLinear`; its scales replace it."""
 
     codes: Tensor
     zero: Tensor
@@ -205,7 +205,7 @@ class QuantisedStack(Stack):
         self.register_buffer("zero", zero)
 
     def integers(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """q - z of a run of rows of all matrices."""
+        """q - z of some rows; the rows of all matrices are counted through."""
         codes = unpack(self.codes[rows], self.stacked[2], self.bits)
         return integers(codes, self.zero[rows], self.group_size, dtype)
 
@@ -213,7 +213,7 @@ class QuantisedStack(Stack):
         return _Scaled.apply(original, self).view(self.stacked)  # type: ignore[no-any-return,no-untyped-call]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The scales at the start, (E m, g)."""
+        """The initial scales, (E m, g)."""
         scale = self._start.log() if self.form == "log" else self._start
         return scale.to(weight.dtype)
 
@@ -238,7 +238,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def check_options(bits: int, group_size: int, form: str) -> None:
-    """Raise unless these are bits, a group and a form of scales."""
+    """Raise unless bits, group size and form are valid."""
     if type(bits) is not int or bits not in BITS:
         raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits!r}")
     check_positive_int("group_size", group_size)
@@ -253,10 +253,10 @@ def convert_to_quantised(
     group_size: int = 64,
     form: Form = "linear",
 ) -> nn.Module:
-    """Put a `QuantisedLinear` of its weight in the place of each targeted linear layer.
+    """Replace each targeted linear layer with a `QuantisedLinear` of its weight.
 
-    Matrices in bare parameters (fused experts) are quantised alike; in each forward pass they are
-    made whole.
+    Matrices in bare parameters (fused experts) are quantised in the same way. Each forward pass
+    dequantises them in full.
 
     Args:
         model: changed in place.
@@ -264,11 +264,11 @@ def convert_to_quantised(
         bits, group_size, form: as for `QuantisedLinear`.
 
     Returns:
-        The model. `zoopt.nn.merge` puts plain layers of the same weights in their place.
+        The model. `zoopt.nn.merge` turns the layers into plain ones with the same weights.
 
     Raises:
-        TypeError, ValueError: an argument out of range, nothing that matches, or a layer of a kind
-            that cannot be replaced. Nothing has changed then.
+        TypeError, ValueError: an argument is out of range, no layer matches, or a layer cannot be
+            replaced. The model is then unchanged.
 
     Example:
         >>> zoopt.nn.convert_to_quantised(model, bits=4)
@@ -287,9 +287,9 @@ def convert_to_quantised(
 
 
 def train_scales(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Freeze all but the scales of quantised layers, and return these by name (PEQA).
+    """Freeze everything but the scales of quantised layers, and return the scales by name (PEQA).
 
-    For QZO quantise with `form="log"`, and give them to `zoopt.MeZO(..., max_projected_grad=100)`.
+    For QZO, quantise with `form="log"` and pass them to `zoopt.MeZO(..., max_projected_grad=100)`.
 
     Raises:
         ValueError: the model has no quantised layers.

@@ -1,4 +1,4 @@
-"""Arithmetic of runs: what one adds to its base, several together, and one taken back."""
+"""Arithmetic with recorded runs: their difference from the base, merging, reverting, comparing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zoopt.trajectory.format import Contents, Event, read, steps_of
 from zoopt.trajectory.header import rebuild
 from zoopt.trajectory.replay import check_until, replay, script_of
 
-#: number of a step, number of steps -> nothing.
+#: Called with the number of a step and the number of steps.
 Progress = Callable[[int, int], None]
 
 
@@ -32,15 +32,15 @@ def delta(
     check_base: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """What a run adds to its base: trained - base, by name.
+    """The difference that a run makes to its base: trained - base, by name.
 
     Args:
-        model: holds the base weights, which are there again afterwards.
+        model: holds the base weights, which are restored afterwards.
         path, until, exact, check_base, progress: as for `zoopt.replay`.
 
     Returns:
-        name -> difference of each parameter that the run has moved, in the accumulator's dtype:
-        float32, or float64 for float64.
+        name -> difference, for each parameter that the run changed. The dtype is float32, or
+        float64 for float64 parameters.
 
     Raises:
         TrajectoryError, ValueError: as for `zoopt.replay`.
@@ -62,22 +62,23 @@ def delta(
 def drop(values: Tensor, p: float, *, seed: int, name: str, draw: int = 0) -> Tensor:
     """Drop elements at random and rescale the others (DARE; Yu et al., 2024, arXiv:2311.03099).
 
-    Each element is 0 with probability p, and divided by 1 - p otherwise, so that the expectation
-    stays. The mask is that of the noise: the same for the same seed, name and draw.
+    Each element becomes 0 with probability p and is divided by 1 - p otherwise, so its expectation
+    does not change. The mask comes from the noise generator: it is the same for the same seed, name
+    and draw.
 
     Args:
         values: a floating tensor of any shape.
-        p: in [0, 1); 1 - p is rounded to a multiple of 2^-16, and it is that by which the others
-            are divided.
+        p: in [0, 1). 1 - p is rounded to a multiple of 2^-16, and the kept elements are divided by
+            the rounded value.
         seed: 64 bits.
-        name: whose values they are.
-        draw: 32 bits; tells runs that are merged apart.
+        name: the name of the parameter; parameters have independent masks.
+        draw: 32 bits; gives each of several merged runs its own mask.
 
     Returns:
         A new tensor.
 
     Raises:
-        TypeError, ValueError: an argument out of range.
+        TypeError, ValueError: an argument is out of range.
     """
     check_number("p", p, low=0.0, high=1.0, open_high=True)
     key = NoiseKey(seed, noise.stream(name), density=1.0 - float(p))
@@ -112,18 +113,18 @@ def merge(
     Args:
         model: holds the base weights, which are changed in place.
         paths: the files of the runs.
-        weights: one a run; default 1 / the number of runs.
+        weights: one for each run; default 1 / the number of runs.
         p: drop each element of a run's difference with this probability, and divide the others by
             1 - p (see `drop`, with the run's number as the draw); default 0.
-        seed: that of the masks, 64 bits; default 0.
-        exact, check_base, progress: as for `zoopt.replay`. Runs of other bases, or a model that is
-            another one's, need check_base=False.
+        seed: seed of the masks, 64 bits; default 0.
+        exact, check_base, progress: as for `zoopt.replay`. Pass check_base=False if the runs did
+            not start from the model's weights.
 
-    Sums are in float32 (float64 for float64) and rounded once, to nearest.
+    Sums are in float32 (float64 for float64 parameters) and rounded once, to nearest.
 
     Raises:
-        TrajectoryError, ValueError: as for `zoopt.replay`; no runs, or not a weight for each.
-            Nothing has changed then.
+        TrajectoryError, ValueError: as for `zoopt.replay`; or there are no runs, or the number of
+            weights is not that of the runs. The model is then unchanged.
     """
     weights = [1.0 / max(1, len(paths))] * len(paths) if weights is None else list(weights)
     if not paths or len(weights) != len(paths):
@@ -153,20 +154,20 @@ def revert(
     base: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Take trained weights back to an earlier step.
+    """Return trained weights to an earlier step.
 
     Args:
         model: holds the weights after the run's last step, which are changed in place.
         path: the file.
         until: the step to go back to; 0 is the base.
-        base: the base weights by name. With them the weights are those of the run at that step, to
-            the bit. Without, the sum of all later steps is taken away in one pass: equal up to
-            rounding, which a write that has rounded cannot be rid of.
+        base: the base weights by name. With them the result is bit for bit the run's weights at
+            that step. Without them the sum of all later steps is subtracted in one pass, and the
+            result is equal up to rounding.
         progress: as for `zoopt.replay`.
 
     Raises:
-        TrajectoryError, ValueError: as for `zoopt.replay`; a base that lacks a parameter, or, if
-            there is none, a method whose steps are no sums of directions. Nothing has changed then.
+        TrajectoryError, ValueError: as for `zoopt.replay`; or base lacks a parameter; or, without
+            a base, the method's steps are not sums of directions. The model is then unchanged.
     """
     if base is None:
         contents = read(path)
@@ -198,10 +199,10 @@ class Difference:
     """How two runs differ.
 
     Attributes:
-        settings: what differs in the headers, and in both files: (what, first, second).
-        steps: how many steps each has.
-        common: how many steps they share, from the first one on.
-        first, second: the events of each one's next step; empty if it has none.
+        settings: the settings that differ: (name, value in the first, value in the second).
+        steps: the number of steps of each.
+        common: how many steps from the start are the same in both.
+        first, second: the events of the next step of each; empty if there is none.
     """
 
     settings: list[tuple[str, Any, Any]]
@@ -212,12 +213,12 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether they are one run."""
+        """Whether settings and steps are all equal."""
         return not self.settings and self.steps == (self.common, self.common)
 
 
 def diff(first: str | Path, second: str | Path) -> Difference:
-    """Where two runs part: settings, and the first step whose events are not the same.
+    """Compare two runs: their settings, and the first step whose events differ.
 
     Args:
         first, second: the files.
@@ -227,7 +228,7 @@ def diff(first: str | Path, second: str | Path) -> Difference:
     """
     contents = read(first), read(second)
     steps = [list(steps_of(own.events)) for own in contents]
-    # As text, NaN equals itself.
+    # Events are compared as text, because NaN is not equal to itself.
     common = 0
     for pair in zip(*steps, strict=False):
         if repr(pair[0]) != repr(pair[1]):
@@ -249,7 +250,7 @@ def diff(first: str | Path, second: str | Path) -> Difference:
 
 
 def _settings(contents: Contents) -> dict[str, Any]:
-    """What a header says, one number or string a line."""
+    """The settings in a header, as a flat mapping from name to value."""
     header = copy.deepcopy(contents.header)
     flat: dict[str, Any] = {}
     for number, group in enumerate(header.pop("groups")):

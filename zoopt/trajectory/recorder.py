@@ -1,4 +1,4 @@
-"""Records a run as it proceeds: the closure's results, and changes made between steps."""
+"""Records a run while it proceeds: the closure's results and the changes between steps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from zoopt.zeroth_order.engine.closure import Closure, loss_value
 
 try:
     import fcntl
-except ImportError:  # Files are not locked on Windows.
+except ImportError:  # Windows has no fcntl, and files are not locked there.
     fcntl = None  # type: ignore[assignment]
 
-#: Group keys that a record has apart, or that cannot change.
+#: Group keys that are recorded separately or cannot change.
 _APART = ("params", "param_names", "lr")
 
 
@@ -29,10 +29,10 @@ class Recorder:
     """Writes a record for each step of an optimizer.
 
     Args:
-        optimizer: of a method whose steps follow from losses alone.
-        path, file: the file, open and locked; None: another rank writes it.
-        chain: what the checksum of the next record begins from.
-        sync_every: seconds after which what was written is forced to the disk; 0: at each step.
+        optimizer: one whose steps depend only on the losses.
+        path, file: the file, open and locked; None if another rank writes it.
+        chain: the checksum of the previous record, from which the next one continues.
+        sync_every: seconds between syncs of the file to disk; 0: sync at each step.
 
     Attributes:
         path, sync_every: as given.
@@ -50,12 +50,12 @@ class Recorder:
         self._optimizer = optimizer
         self._file = file
         self._chain, self._synced = chain, time.monotonic()
-        #: What the closure has returned since the last record, and how often it was called.
+        #: The closure's results since the last record, and the number of calls.
         self._losses: list[Any] = []
         self._calls, self._together = 0, False
-        #: Whether they were measured elsewhere.
+        #: Whether these losses were measured elsewhere and passed to `told`.
         self._told = False
-        #: A record that the disk has not taken yet, and why no further one can be written.
+        #: An event that could not be written to disk yet, and why recording has ended.
         self._unwritten: Event | None = None
         self._ended: str | None = None
         self._last_rates = self._rates()
@@ -70,12 +70,12 @@ class Recorder:
         *,
         sync_every: float = 1.0,
     ) -> Recorder:
-        """Begin a file.
+        """Start a new file.
 
         Raises:
-            ValueError: the optimizer has taken a step, is one whose runs cannot be recorded, or
-                trains what is not the model's.
-            FileExistsError: there is such a file.
+            ValueError: the optimizer has already taken a step, cannot be recorded, or trains
+                parameters that the model does not have.
+            FileExistsError: the file exists.
         """
         check_number("sync_every", sync_every, low=0.0)
         refuse_unrecordable(optimizer)
@@ -94,13 +94,14 @@ class Recorder:
     def going_on(
         cls, optimizer: ZerothOrderOptimizer, path: str | Path, *, sync_every: float = 1.0
     ) -> Recorder:
-        """Go on with a file whose steps the optimizer has taken.
+        """Continue a file whose steps the optimizer has taken.
 
-        What stands behind the last step, a record that was cut off or probes that no step has used,
-        is removed: the optimizer knows nothing of it.
+        Everything after the last step is removed: an incomplete record, or probes that no step has
+        used. The optimizer has not seen these.
 
         Raises:
-            TrajectoryError: another process writes to the file, or it has other steps.
+            TrajectoryError: another process is writing to the file, or the optimizer has taken a
+                different number of steps.
         """
         check_number("sync_every", sync_every, low=0.0)
         path = Path(path)
@@ -118,7 +119,7 @@ class Recorder:
         return cls(optimizer, path, file, chain, float(sync_every))
 
     def listen(self, closure: Closure) -> Closure:
-        """The closure, with what it returns kept for the record."""
+        """Wrap the closure so that its results are kept for the record."""
         self._losses, self._calls, self._together, self._told = [], 0, False, False
 
         def heard() -> Any:
@@ -130,7 +131,7 @@ class Recorder:
         return heard
 
     def listen_together(self) -> Callable[[Sequence[float]], None]:
-        """A function that is told the losses which several ranks have agreed on."""
+        """Return a function that receives the losses on which several ranks have agreed."""
         self._losses, self._calls, self._together, self._told = [], 0, True, False
 
         def heard(losses: Sequence[float]) -> None:
@@ -140,11 +141,11 @@ class Recorder:
         return heard
 
     def told(self, losses: Sequence[float]) -> None:
-        """Keep losses that were measured elsewhere for the record of the step that comes."""
+        """Keep losses that were measured elsewhere, for the record of the next step."""
         self._losses, self._told = list(losses), True
 
     def stepped(self, closure: bool) -> None:
-        """Record a step, of a closure, of losses measured elsewhere or of what was probed."""
+        """Record a step: with a closure, with losses measured elsewhere, or from pending probes."""
         self._wrote(Kind.STEP if closure else Kind.TOLD if self._told else Kind.APPLY)
 
     def probed(self) -> None:
@@ -152,15 +153,15 @@ class Recorder:
         self._wrote(Kind.PROBE)
 
     def dropped(self) -> None:
-        """Record that what was probed is dropped."""
+        """Record that pending probes were dropped."""
         self._wrote(Kind.DROP)
 
     def failed(self, moved: bool) -> None:
-        """Record evaluations that an error has ended.
+        """Record evaluations that an error interrupted.
 
         Args:
-            moved: whether parameters were perturbed in place. They are back, up to the rounding of
-                the passes, which a replay repeats.
+            moved: whether parameters were perturbed in place. They have been restored up to
+                rounding, and a replay has to repeat that rounding.
         """
         if not moved or not (self._calls or self._together):
             return
@@ -185,11 +186,11 @@ class Recorder:
         self._unwritten, self._losses, self._calls, self._told = None, [], 0, False
 
     def before(self) -> None:
-        """Record what was changed since the last step, before the next one uses it.
+        """Record the changes since the last step, before the next one uses them.
 
         Raises:
-            TrajectoryError: the weights were written by somebody else, groups were added, or the
-                recording has ended.
+            TrajectoryError: something other than the optimizer wrote to the weights, groups were
+                added, or the recording has ended.
         """
         if self._ended is not None:
             raise TrajectoryError(f"the recording to {self.path} has ended: {self._ended}")
@@ -205,7 +206,7 @@ class Recorder:
             self._note()
 
     def flush(self) -> None:
-        """Force what was written to the disk."""
+        """Sync the file to disk."""
         if self._file is not None:
             os.fsync(self._file)
             self._synced = time.monotonic()
@@ -225,7 +226,8 @@ class Recorder:
         try:
             self._write(record)
         except OSError:
-            # A full disk, say: with half a record in it, the file would be damaged.
+            # On a full disk, for example, part of the record may be written. Remove it, so that
+            # the file is not damaged.
             if self._file is not None:
                 os.ftruncate(self._file, size)
             raise
@@ -249,11 +251,11 @@ class Recorder:
         return [param.requires_grad for param in self._params()]
 
     def _versions(self) -> list[int]:
-        """How often each parameter was written, as autograd counts."""
+        """Autograd's version counter of each parameter, which increases with every write."""
         return [param._version for param in self._params()]
 
     def _note(self) -> None:
-        """Keep groups and counts as they are, to tell what is changed from outside."""
+        """Remember groups and version counters, to detect changes made from outside."""
         self._groups = [dict(group) for group in self._optimizer.param_groups]
         self._last_trained, self._last_versions = self._trained(), self._versions()
 
@@ -278,7 +280,7 @@ class Recorder:
 
 
 def _differ(value: Any, before: Any) -> bool:
-    """Whether a group's value is another one; tensors in lists are compared by identity."""
+    """Whether a group's value has changed. Tensors in lists are compared by identity."""
     if value is before:
         return False
     if isinstance(value, list) and isinstance(before, list) and len(value) == len(before):
@@ -287,7 +289,7 @@ def _differ(value: Any, before: Any) -> bool:
 
 
 def refuse_unrecordable(optimizer: ZerothOrderOptimizer) -> None:
-    """Raise unless the optimizer's run can be recorded from here on."""
+    """Raise unless the optimizer's run can be recorded from now on."""
     name = type(optimizer).__name__
     if not optimizer.recordable:
         raise ValueError(
@@ -302,10 +304,10 @@ def refuse_unrecordable(optimizer: ZerothOrderOptimizer) -> None:
 
 
 def locked(path: Path, flags: int) -> int:
-    """Open a file to append to, for one process alone.
+    """Open a file for appending, locked against other processes.
 
     Raises:
-        TrajectoryError: another process has it.
+        TrajectoryError: another process has locked it.
     """
     file = os.open(path, flags | os.O_APPEND, 0o644)
     try:
@@ -320,7 +322,7 @@ def locked(path: Path, flags: int) -> int:
 
 
 def sync_folder(path: Path) -> None:
-    """Force the file's name to the disk, where folders can be."""
+    """Sync the file's folder to disk, so that the file's name survives a crash (POSIX only)."""
     if os.name != "posix":
         return
     folder = os.open(path.resolve().parent, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""A run once more, from its record: the same weights, bit for bit."""
+"""Replays a recorded run: the same weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.closure import RecordedLosses
 from zoopt.zeroth_order.evolution import EvolutionStrategy
 
-#: Steps that are one pass over the weights.
+#: How many steps one pass over the weights applies.
 _STEPS = 128
 
 
@@ -34,41 +34,45 @@ def replay(
     check_base: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ZerothOrderOptimizer:
-    """Take a recorded run's steps on the weights that it began from.
+    """Take a recorded run's steps on the weights that it started from.
 
-    Every write of the run is made again, rounded as it was, so the weights and the optimizer's
-    state are those of the run after the last step, to the bit. The model is not evaluated.
+    Every write of the run is repeated with the same rounding. The weights and the optimizer's state
+    are therefore bit for bit those after the run's last step. The model is not evaluated.
 
-    Where a step writes nothing but sums of directions, signs of them or moments made of a window
-    of them, and nothing is stored beside the weights, 128 steps are one pass over the weights:
-    `MeZO` and `FZOO` without momentum or with a window, `ZOAdam(state="window")` and `"scalar"`,
-    `ZOSignSGD`, `ZOConservativeSGD` and `EvolutionStrategy` without a rank, with any mask but
-    `"magnitude"`. Elsewhere each step takes its passes: in place one for each evaluation and one
-    for the update, virtually the update's alone.
+    For some methods one pass over the weights applies 128 steps. These are methods without state
+    beside the weights, whose steps are sums of directions, signs of such sums, or moments computed
+    from a window of directions: `MeZO` and `FZOO` without momentum or with a window,
+    `ZOAdam(state="window")` and `"scalar"`, `ZOSignSGD`, `ZOConservativeSGD` and
+    `EvolutionStrategy` without a rank, with any mask but `"magnitude"`. For all others each step
+    needs its own passes: one for each evaluation and one for the update with in-place
+    perturbation, only that of the update with virtual perturbation.
 
     Args:
-        model: a module, or anything with `named_parameters()`, which holds the base weights; they
-            are trained in place.
+        model: a module, or any object with `named_parameters()`, that holds the base weights. They
+            are changed in place.
         path: the file.
-        until: how many steps to take; default all that are whole.
-        exact: make each write, rounded as it was. Without, the closed form
+        until: how many steps to take; default: all complete ones.
+        exact: repeat each write with its rounding. If False, apply the closed form
 
                 theta_T = prod_t(1 - lr_t weight_decay) theta_0 + sum_j c_j z_j
 
-            in one pass over the weights (one more for each change of a group between steps): equal
-            up to rounding, of which it has less. Steps that are signs or Adam's are no such sum.
-        check_base: raise unless the weights are those the run began from, by their hash. Without,
-            the run's updates are applied to other weights: a fine-tune moved to another release of
-            its base.
-        progress: called after each step with its number and their count; weights may follow later.
+            in one pass over the weights (one more for each change of a group between steps). The
+            result is equal up to rounding, and has less rounding error. Sign steps and Adam steps
+            have no closed form.
+        check_base: raise unless the weights have the hash of those the run started from. If False,
+            the run's updates may be applied to other weights, for example to move a fine-tune to
+            another release of its base.
+        progress: called after each step with its number and the number of steps. The weights may
+            be written later than that.
 
     Returns:
         The optimizer after these steps.
 
     Raises:
         TrajectoryError: the file is damaged, of an unknown version, or of another model; or the
-            weights are others. Nothing has changed then.
-        ValueError: until is more than there are steps, or exact=False and no closed form.
+            weights are not the base. The model is then unchanged.
+        ValueError: until is greater than the number of steps; or exact=False, and the run has no
+            closed form.
     """
     contents = read(path)
     steps = list(steps_of(contents.events))
@@ -87,7 +91,7 @@ def replay(
 
 
 def check_until(contents: Contents, path: str | Path, until: int | None) -> None:
-    """Raise unless it is a step of the run, or None."""
+    """Raise unless `until` is a step of the run or None."""
     if until is not None and (type(until) is not int or not 0 <= until <= contents.steps):
         raise ValueError(
             f"until must be in [0, {contents.steps}], the steps of {path}, got {until!r}"
@@ -97,10 +101,10 @@ def check_until(contents: Contents, path: str | Path, until: int | None) -> None
 def script_of(
     optimizer: ZerothOrderOptimizer, steps: Sequence[list[Event]], since: int
 ) -> list[tuple[Kind, list[Write]]]:
-    """The closed form of a run from a step on, in order; no weights are touched.
+    """The closed form of a run's steps after `since`, in order. No weights are touched.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the run has no closed form.
     """
     taking = _Steps(optimizer, exact=False)
     taking.go(steps[:since])
@@ -110,18 +114,18 @@ def script_of(
 
 
 class _Steps:
-    """Takes recorded steps: by a script, as many at a time as can be, or one by one."""
+    """Takes recorded steps: many at a time through a script if possible, otherwise one by one."""
 
     def __init__(self, optimizer: ZerothOrderOptimizer, *, exact: bool) -> None:
         self._optimizer, self._exact = optimizer, exact
-        #: What is to be made of the weights, where they wait for the end.
+        #: Writes that are applied to the weights at the end; only for the closed form.
         self.waiting: list[tuple[Kind, list[Write]]] = []
         self._script()
 
     def take(
         self, steps: Sequence[list[Event]], progress: Callable[[int, int], None] | None
     ) -> None:
-        """Take the steps, of which each is the events that led to it, and itself."""
+        """Take the steps, and write the weights. A step is a list of events, itself the last."""
         self.go(steps, progress)
         for kind, writes in self.waiting:
             kind.make(writes)
@@ -131,7 +135,7 @@ class _Steps:
         steps: Sequence[list[Event]],
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """As `take`, but for what waits."""
+        """As `take`, but leave writes for the end in `waiting`."""
         for number, events in enumerate(steps, 1):
             events = list(events)
             while events[0].kind is EventKind.CHANGE:
@@ -147,7 +151,7 @@ class _Steps:
         self._settle()
 
     def _one(self, events: list[Event], *, alone: bool) -> None:
-        """A step; `alone`: groups change while probes are pending."""
+        """Take a step; `alone`: without the script, as groups change while probes are pending."""
         if self._scripted is None or alone:
             if not self._exact:
                 self._refuse()
@@ -160,14 +164,14 @@ class _Steps:
             _again(self._scripted.stand_in, event)
 
     def _script(self) -> None:
-        """Find what takes the steps without the weights, if anything can."""
+        """Make a script for the next steps, if the optimizer allows one."""
         try:
             self._scripted: Scripted | None = Scripted(self._optimizer)
         except NotScriptedError:
             self._scripted = None
 
     def _settle(self) -> None:
-        """Bring the optimizer to where its stand-in is, and its weights, unless they wait."""
+        """Copy the stand-in's progress to the optimizer; apply or keep the collected writes."""
         if self._scripted is None:
             return
         try:
@@ -191,13 +195,13 @@ class _Steps:
 def resume(
     model: Any, path: str | Path, *, check_base: bool = True, sync_every: float = 1.0
 ) -> ZerothOrderOptimizer:
-    """`replay`, and go on recording to the same file.
+    """Replay a run, and continue to record it to the same file.
 
-    A process that was killed goes on where it was: what it had not finished of a step is lost, and
-    nothing else. A record that was cut off is removed.
+    This continues a run whose process was killed. Only the step in progress is lost. An incomplete
+    record at the end of the file is removed.
 
     Raises:
-        TrajectoryError: as for `replay`, or another process writes to the file.
+        TrajectoryError: as for `replay`, or another process is writing to the file.
     """
     optimizer = replay(model, path, check_base=check_base)
     optimizer.recorder = Recorder.going_on(optimizer, path, sync_every=sync_every)
@@ -213,7 +217,7 @@ def _report_torn(contents: Contents, path: str | Path) -> None:
 
 
 def _again(optimizer: ZerothOrderOptimizer, event: Event) -> None:
-    """Do what was recorded."""
+    """Repeat a recorded event."""
     if event.kind is EventKind.CHANGE:
         for number, values in event.change.get("groups", {}).items():
             optimizer.param_groups[int(number)].update(
@@ -229,7 +233,8 @@ def _again(optimizer: ZerothOrderOptimizer, event: Event) -> None:
         group["lr"] = rate
     losses = RecordedLosses(event.losses)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of losses that are not finite: the run has had these.
+        # The run itself has already warned about losses that are not finite.
+        warnings.simplefilter("ignore")
         try:
             if event.kind in (EventKind.STEP, EventKind.FAILED):
                 optimizer.step(losses)

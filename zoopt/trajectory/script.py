@@ -1,9 +1,10 @@
-"""What a run writes, as numbers: its steps taken on one element in the place of alike parameters.
+"""Takes the steps of a recorded run symbolically, and writes them to the weights later.
 
-Where an update reads nothing but losses, all parameters of one group, dtype and block are written
-the same way: by the same coefficients of each one's own directions. So the optimizer's own code
-takes the steps on a model of one element for each kind, with a queue in the place of the passes
-over the weights, and what is queued is made of the weights later, many steps at a time.
+If an update depends only on the losses, all parameters of one group, dtype and block are written in
+the same way: with the same coefficients, each along its own directions. The optimizer's own code
+therefore takes the steps on a stand-in model that has one element for each such kind. A queue
+replaces the passes over the weights. The queued writes are applied to the weights later, many
+steps at a time.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from zoopt.zeroth_order.engine.mask import Indexed
 from zoopt.zeroth_order.engine.passes import Passes
 from zoopt.zeroth_order.engine.progress import Progress, count_write
 
-#: Of a group, what is the parameters'.
+#: Group keys that describe the parameters and not the method.
 _THEIRS = ("params", "param_names", "mask")
 
 
 class NotScriptedError(Exception):
-    """A step makes something of the weights that is no sum of directions."""
+    """A step cannot be expressed as queued writes along the noise."""
 
 
 @dataclasses.dataclass
 class Kind:
-    """Parameters that are written alike, and the one that stands in for them.
+    """Parameters that are all written in the same way, and their stand-in.
 
     Attributes:
-        stand_in: one element, which is never written.
-        params: the parameters, with their directions.
-        writes: what is to be made of each.
+        stand_in: a tensor of one element, which is never written.
+        params: the parameters with their directions.
+        writes: the writes still to be applied to each of them.
     """
 
     stand_in: Tensor
@@ -51,7 +52,7 @@ class Kind:
     writes: list[Write] = dataclasses.field(default_factory=list)
 
     def make(self, writes: Sequence[Write]) -> None:
-        """Make writes of the weights."""
+        """Apply the writes to the weights."""
         batches: dict[Any, list[tuple[Tensor, Noise]]] = {}
         for param, direction in self.params if writes else ():
             batches.setdefault(param.device, []).append((param, direction))
@@ -60,14 +61,14 @@ class Kind:
             params, directions = zip(*own, strict=True)
             keys = [direction.key for direction in directions]
             indices = [direction.indices for direction in directions]
-            # Either all directions of a group have indices or none has.
+            # In a group either all directions have indices or none does.
             write_each_(Batch(params, keys, None if indices[0] is None else indices), writes)
 
     def closed(self) -> list[Write]:
-        """The writes as one, but for rounding: each weighs what later decays leave of it.
+        """Combine all writes into one, without their rounding; later decays scale earlier writes.
 
         Raises:
-            NotScriptedError: one has an estimate, which is no sum.
+            NotScriptedError: a write follows a rule that is not linear, so it cannot be summed.
         """
         left, total = 1.0, dict[int, float]()
         for write in reversed(self.writes):
@@ -83,14 +84,14 @@ class Kind:
 
 
 class Script(Passes):
-    """A queue that keeps what is put there: for each stand-in, writes in order."""
+    """A queue that only collects writes: for each stand-in, in order."""
 
     def __init__(self, kinds: Sequence[Kind]) -> None:
         super().__init__()
         self._kinds = {id(kind.stand_in): kind for kind in kinds}
 
     def takes(self, theta: Tensor) -> bool:
-        """All."""
+        """Always: every parameter here is a stand-in."""
         return True
 
     def put(
@@ -104,7 +105,7 @@ class Script(Passes):
         beside: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> bool:
-        """Keep the operation as a `Write`."""
+        """Store the operation as a `Write`."""
         if beside or not isinstance(operation, str) or operation not in _WRITES:
             raise NotScriptedError
         if not progress.done:
@@ -113,14 +114,14 @@ class Script(Passes):
         return True
 
     def made_apart(self) -> None:
-        """Refuse what no queue can keep."""
+        """Refuse operations that cannot be queued."""
         raise NotScriptedError
 
     def make(self) -> None:
-        """Nothing yet."""
+        """Do nothing: `Kind.make` applies the writes later."""
 
     def clear(self) -> None:
-        """Nothing: what was put is made, however often it was asked for."""
+        """Do nothing: writes that were put stay, and `Kind.make` applies them."""
 
 
 def _rounded_by(rounding: str, draw: int) -> int | None:
@@ -130,7 +131,7 @@ def _rounded_by(rounding: str, draw: int) -> int | None:
 def _apply(
     *, coefficients: Sequence[float], draws: Sequence[int], decay: float, rounding: str
 ) -> Write:
-    last = draws[-1] if draws else 0  # without draws it rounds to nearest
+    last = draws[-1] if draws else 0  # Without draws it rounds to nearest.
     return Write(tuple(draws), tuple(coefficients), decay, _rounded_by(rounding, last))
 
 
@@ -145,7 +146,7 @@ def _descend(
     rounding: str,
     rounding_draw: int,
 ) -> Write:
-    """Each sum has the draws that are its own: to add a zero would change the sign of one."""
+    """Drop the terms with coefficient 0 from each sum: adding 0 could change the sign of a zero."""
     if shape.kind != "plain" or rule.kind != "sign":
         raise NotScriptedError
     [step_size] = rule.numbers
@@ -201,16 +202,16 @@ _WRITES: dict[str, Callable[..., Write]] = {
 
 
 class Scripted:
-    """An optimizer's stand-in: it takes the steps, and the optimizer's weights follow later.
+    """Takes an optimizer's steps on a stand-in; the optimizer's weights are written later.
 
     Args:
-        optimizer: whose steps are to be taken, with nothing pending.
+        optimizer: an optimizer without pending probes.
 
     Raises:
-        NotScriptedError: its parameters have state, or directions that are not the noise itself.
+        NotScriptedError: its parameters have state, or their directions are not plain noise.
 
     Attributes:
-        stand_in: an optimizer of its class over one element of each kind.
+        stand_in: an optimizer of the same class, over one element of each kind.
         kinds: see `Kind`.
     """
 
@@ -242,7 +243,7 @@ class Scripted:
         self.stand_in._queue = lambda: script
 
     def _direction(self, param: Tensor, group: Any, name: str | int) -> Noise | None:
-        """The parameter's direction, or None if it does not take part."""
+        """The parameter's direction; None if the parameter is not perturbed."""
         optimizer = self._optimizer
         if optimizer.declared_state(param, group):
             raise NotScriptedError
@@ -271,16 +272,16 @@ class Scripted:
         return stand_in
 
     def settled(self, *, exact: bool) -> list[tuple[Kind, list[Write]]]:
-        """Bring the optimizer, but for its weights, to where the stand-in is, after a step.
+        """Copy the stand-in's progress to the optimizer after a step; its weights do not change.
 
         Args:
-            exact: each write of the run, or all as one.
+            exact: return each write of the run; False: all combined into one.
 
         Returns:
-            What is to be made of the weights.
+            The writes that remain to be applied to the weights.
 
         Raises:
-            NotScriptedError: the writes cannot be made as one.
+            NotScriptedError: the writes cannot be combined.
         """
         made = [(kind, list(kind.writes) if exact else kind.closed()) for kind in self.kinds]
         for kind in self.kinds:
@@ -294,5 +295,5 @@ class Scripted:
         return made
 
 
-#: Of an optimizer, what a run changes besides its groups, its weights and their state.
+#: Attributes of an optimizer that a run changes, besides its groups, weights and state.
 _COUNTED = ("last_step", "skipped_probes", "_judged", "_coarse")
