@@ -97,6 +97,26 @@ def checkpoints_of_two_seeds_are_refused() -> None:
     assert any(from_everyone(torch.tensor(message is not None)))
 
 
+def a_checkpoint_loaded_before_another_process_begins_is_found_there() -> None:
+    model = mlp()
+    state_dict = zoopt.MeZO(mlp().named_parameters(), seed=10).state_dict()
+    if dist.get_rank() == 0:
+        optimizer = zoopt.MeZO(model.named_parameters())
+        optimizer.load_state_dict(state_dict)
+        optimizer.step(closure_of(model))
+    dist.barrier()
+    if dist.get_rank() == 1:
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        optimizer = zoopt.MeZO(model.named_parameters())
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"got 1337 for MeZO in rank 1 and 10 in rank 0"):
+                optimizer.step(closure_of(model))
+        assert torch.equal(before, torch.cat([p.detach().flatten() for p in model.parameters()]))
+        optimizer.load_state_dict(state_dict)
+        optimizer.step(closure_of(model))
+    assert_same_everywhere(model)
+
+
 def a_seed_that_one_process_changes_is_refused_there() -> None:
     model = mlp()
     optimizer = zoopt.MeZO(model.named_parameters())
@@ -134,6 +154,7 @@ SCENARIOS: list[Callable[[], None]] = [
     another_seed_is_refused_when_it_is_made,
     a_checkpoint_of_another_seed_may_be_loaded_by_all,
     checkpoints_of_two_seeds_are_refused,
+    a_checkpoint_loaded_before_another_process_begins_is_found_there,
     a_seed_that_one_process_changes_is_refused_there,
     one_process_alone_waits_for_no_one,
     an_optimizer_from_before_the_group_is_compared_at_its_first_step,

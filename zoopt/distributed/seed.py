@@ -68,7 +68,7 @@ class SharedSeed:
         if seed is not None:
             check_unsigned("seed", seed, 64)
         self._owner = owner
-        self._agreed = False
+        self._agreed = self._compared = False
         self._rounds = itertools.count()
         self.value = default_seed() if seed is None else seed
         self._begin(follow=seed is None)
@@ -77,7 +77,8 @@ class SharedSeed:
         """Raise unless all processes continue with this seed; free while it is the agreed one.
 
         If it is another one, for example from a checkpoint, every process that made the optimizer
-        must have it, and they wait for each other here.
+        must have it, and they wait for each other here. The first call also reads, without waiting,
+        what others began with: one may have loaded a checkpoint before this process made its own.
 
         Raises:
             RuntimeError: another process has another seed, or publishes none before the group's
@@ -88,6 +89,8 @@ class SharedSeed:
             self._begin(follow=False)
         elif seed != self.value:
             self._change(seed)
+        if not self._compared:
+            self._compare(seed)
 
     def _begin(self, *, follow: bool) -> None:
         """Publish the seed, or take rank 0's."""
@@ -116,16 +119,32 @@ class SharedSeed:
             return
         key = f"{self._key}/{next(self._rounds)}"
         store.set(f"{key}/{dist.get_rank()}", str(seed))
+        if not self._compared:
+            store.set(f"{self._key}/begun/{dist.get_rank()}", str(seed))
         for rank in range(dist.get_world_size()):
             if store.check([f"{self._key}/made/{rank}"]):
-                other = int(_read(store, f"{key}/{rank}", self._owner, rank))
-                if other != seed:
-                    raise RuntimeError(
-                        f"seed must be the same in all processes, or their replicas drift apart, "
-                        f"got {seed} for {self._owner} in rank {dist.get_rank()} and {other} in "
-                        f"rank {rank}; load the same checkpoint in all of them"
-                    )
+                self._require(seed, int(_read(store, f"{key}/{rank}", self._owner, rank)), rank)
         self.value = seed
+
+    def _compare(self, seed: int) -> None:
+        """Compare the seed with those that other processes had changed to by their first step. Of
+        later changes a process that is behind knows nothing yet."""
+        store = _store()
+        if store is None:
+            return
+        for rank in range(dist.get_world_size()):
+            key = f"{self._key}/begun/{rank}"
+            if store.check([key]):
+                self._require(seed, int(_read(store, key, self._owner, rank)), rank)
+        self._compared = True
+
+    def _require(self, seed: int, other: int, rank: int) -> None:
+        if other != seed:
+            raise RuntimeError(
+                f"seed must be the same in all processes, or their replicas drift apart, "
+                f"got {seed} for {self._owner} in rank {dist.get_rank()} and {other} in "
+                f"rank {rank}; load the same checkpoint in all of them"
+            )
 
 
 def _store() -> Store | None:
