@@ -1,4 +1,4 @@
-"""Recognises calls by torch.distributed.checkpoint, some of which are not real steps."""
+"""Recognises calls from torch.distributed.checkpoint; some of its steps are not real ones."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ _DEPTH = 40
 
 
 def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the running step is only made to create state, to save or load a checkpoint.
+    """Whether the current step only serves to create state for saving or loading a checkpoint.
 
-    torch.distributed.checkpoint makes an optimizer's state by a step at rate 0 with gradients of 0.
-    A training loop can make such a step too, and then it counts. The caller decides which it is.
+    torch.distributed.checkpoint creates an optimizer's state with a step at learning rate 0 and
+    zero gradients. A training loop can take the same step, and there it counts. The call stack
+    tells the two apart.
     """
     return not optimizer.state and called_by_checkpoint()
 
 
 def called_by_checkpoint() -> bool:
-    """Whether torch.distributed.checkpoint, further up the stack, is making an optimizer's
+    """Whether torch.distributed.checkpoint, further up the stack, is creating an optimizer's
     state."""
     return _called_by("_init_optim_state")
 
@@ -31,24 +32,24 @@ def called_by_checkpoint() -> bool:
 def called_by_load() -> bool:
     """Whether torch.distributed.checkpoint, further up the stack, is loading an optimizer's state.
 
-    From a flattened checkpoint it reads only entries that the optimizer's state has names for.
+    From a flattened checkpoint it reads only entries whose names the optimizer's state has.
     """
     return _called_by("_load_optim_state_dict")
 
 
 def called_by_get() -> bool:
-    """Whether torch.distributed.checkpoint, further up the stack, asks for an optimizer's state.
+    """Whether torch.distributed.checkpoint, further up the stack, is reading an optimizer's state.
 
-    It does so to save the state, or to know where to put what it reads from files.
+    It does this to save the state, or to find the tensors into which it loads a checkpoint.
     """
     return _called_by("_get_optim_state_dict")
 
 
 def _called_by(function: str) -> bool:
-    # Importing it is slow, and any caller of it has imported it already.
+    # Do not import the module: that is slow, and a caller from it has already imported it.
     module = sys.modules.get(_MODULE)
     found = getattr(module, function, None)
-    # The function inside its decorators, whose code other functions share.
+    # Unwrap the function: other functions share the code of its decorators.
     code: CodeType | None = getattr(inspect.unwrap(found) if found else None, "__code__", None)
     if code is None:
         return False

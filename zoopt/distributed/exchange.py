@@ -1,13 +1,13 @@
-"""What the ranks of a job tell each other in a step: numbers that a closure has returned.
+"""The exchange of closure results between the ranks of a job, in each step.
 
     data     each rank has its own micro-batch, and all evaluate at the same points:
              L = sum_r w_r L_r / sum_r w_r, one all-reduce
     probes   the evaluations of a step are divided over ranks that have the same micro-batch:
              one all-gather
 
-With each goes a digest of where the rank stands in its run, so that ranks which have come apart
-notice it in the same exchange, before anything is decided from it. Every rank has the same numbers
-afterwards, to the bit: they decide from nothing else.
+Each rank also sends a digest of its position in the run. The same exchange therefore detects ranks
+that are out of step, before its result is used. Afterwards every rank has bit for bit the same
+numbers, and decisions depend on nothing else.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    #: The ranks that train together: a group, or a mesh of one dimension, or of two dimensions that
-    #: are named "data" and "probes".
+    #: The ranks that train together: a group, a mesh of one dimension, or a mesh of two dimensions
+    #: named "data" and "probes".
     Job = ProcessGroup | DeviceMesh | None
 else:
     Job = Any
 
-#: What the ranks of a group share.
+#: What is divided over the ranks of a group.
 Parallel = Literal["data", "probes"]
 
-#: Sums of squares of so many bits are exact in float64 for more ranks than there are.
+#: With this many bits the sum of squares is exact in float64 for up to 2^15 ranks.
 _DIGEST_BITS = 19
-#: Vectors are as long as a multiple of this, so that ranks which ask for another number of
-#: evaluations still exchange vectors of one length, and can say what is wrong.
+#: Vectors are padded to a multiple of this length. Ranks with different numbers of evaluations
+#: then still exchange vectors of equal length, and can report the error.
 _PADDED = 16
 
 
@@ -53,12 +53,12 @@ class Agreed:
     """What all ranks know after an exchange.
 
     Attributes:
-        values: of all evaluations, in order.
-        repeated: what each rank that divides them has found at the first point.
-        check: whether a rank asks for replicas to be compared.
-        apart: whether ranks stand at different places of the run.
-        failed: how many ranks' closures have raised, and if it is one, its number.
-        weightless: whether no rank's loss counts.
+        values: the values of all evaluations, in order.
+        repeated: the repeated value at the first point, from each rank that divides evaluations.
+        check: whether any rank wants the replicas compared.
+        apart: whether ranks are at different positions of the run.
+        failed: how many ranks' closures raised an error; and if it was one, the number of the rank.
+        weightless: whether the weights of all ranks are 0.
     """
 
     values: list[float]
@@ -74,15 +74,15 @@ class Exchange:
 
     Args:
         process_group: see `Job`; not None.
-        parallel: what the ranks of a group, or of a mesh of one dimension, share.
+        parallel: what is divided over the ranks of a group or of a mesh of one dimension.
 
     Raises:
-        TypeError, ValueError: not what `Job` says, or this process is not one of the group.
+        TypeError, ValueError: process_group is not a `Job`, or this process is not in the group.
 
     Attributes:
-        data, probes: the groups of this rank, or None where there is none.
+        data, probes: this rank's groups; None if there is none.
         rank: this process's number in the whole job.
-        first: whether this is the rank of the group that speaks for all.
+        first: whether this is the first rank, which for example writes the record for all.
     """
 
     def __init__(self, process_group: Any, parallel: Parallel) -> None:
@@ -94,7 +94,7 @@ class Exchange:
         self.first = not any(dist.get_rank(group) for group in groups.values())
 
     def share(self, count: int, rank: int | None = None) -> range:
-        """Which of `count` evaluations fall to this rank, or to one of those that divide them."""
+        """Which of `count` evaluations this rank makes, or the given rank of the probes group."""
         if self.probes is None:
             return range(count)
         size = dist.get_world_size(self.probes)
@@ -113,16 +113,16 @@ class Exchange:
         check: bool = False,
         repeated: float | None = None,
     ) -> Agreed:
-        """Bring all ranks' values together. Every rank of the job has to call it.
+        """Combine the values of all ranks. Every rank of the job must call it.
 
         Args:
-            values: of this rank's share, `width` an evaluation.
-            count: how many evaluations there are in all.
-            weight: what this rank's values count for.
-            digest: where this rank stands.
-            failed: whether its closure has raised; its values are then not used.
-            check: whether it asks for replicas to be compared.
-            repeated: what it has found at the first point.
+            values: those of this rank's share, `width` for each evaluation.
+            count: the number of evaluations of all ranks.
+            weight: the weight of this rank's values.
+            digest: hash of this rank's position in the run.
+            failed: whether this rank's closure raised an error; its values are then not used.
+            check: whether this rank wants the replicas compared.
+            repeated: this rank's repeated value at the first point.
 
         Raises:
             RuntimeError: a rank has ended, or does not answer within the group's timeout.
@@ -156,7 +156,7 @@ class Exchange:
         )
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks of the job, in an order that is the same in all of them."""
+        """Gather a value from all ranks of the job; the order is the same in all of them."""
         values = [value]
         for group in (self.data, self.probes):
             if group is not None:
@@ -194,7 +194,7 @@ class Exchange:
 
 
 def _device(group: Any) -> torch.device:
-    """Where the group's backend takes its operands."""
+    """The device on which the group's backend needs its operands."""
     backend = str(dist.get_backend(group))
     if "gloo" in backend or "mpi" in backend:
         return torch.device("cpu")
@@ -202,8 +202,8 @@ def _device(group: Any) -> torch.device:
 
 
 def _groups(process_group: Any, parallel: Parallel) -> dict[str, ProcessGroup]:
-    """This rank's group, or groups, by what their ranks share."""
-    # Who has a mesh has imported this module, which takes its time.
+    """This rank's groups, by what is divided over their ranks."""
+    # Do not import the module: that is slow, and a caller with a mesh has already imported it.
     meshes = sys.modules.get("torch.distributed.device_mesh")
     if meshes is not None and isinstance(process_group, meshes.DeviceMesh):
         names = process_group.mesh_dim_names

@@ -1,4 +1,4 @@
-"""Whether the ranks of a job still train the same model: their weights' checksums, compared."""
+"""Compares checksums of the weights, to verify that all ranks still train the same model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from zoopt.distributed.exchange import Exchange
 from zoopt.distributed.sharding import local, offset
 
-#: Elements that are summed at a time; so many int64 numbers stay in a cache.
+#: How many elements are summed at a time; this many int64 numbers fit in a cache.
 _CHUNK = 1 << 16
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(tensor: Tensor) -> int:
-    """sum_i (2 i + 1) bits_i modulo 2^64, of the elements' bits in row-major order.
+    """sum_i (2 i + 1) bits_i modulo 2^64, over the elements' bits in row-major order.
 
-    It changes when one element changes, or when two that differ change places.
+    It changes if one element changes, or if two different elements are swapped.
     """
     bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.itemsize])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
@@ -32,7 +32,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def fingerprint(params: Iterable[tuple[str | int, Tensor]]) -> list[tuple[Any, ...]]:
-    """For each parameter its name, what it is, where the part here begins, and its checksum."""
+    """For each parameter: name, dtype, shape, offset of the local part, and its checksum."""
     return [
         (name, str(param.dtype), tuple(param.shape), offset(param), checksum(local(param)))
         for name, param in params
@@ -44,16 +44,16 @@ def compare(
     run: Sequence[tuple[str, Any]],
     params: Iterable[tuple[str | int, Tensor]],
 ) -> None:
-    """Raise, in all ranks alike, unless all have the same run and the same weights.
+    """Raise an error in all ranks unless all have the same run and the same weights.
 
-    Every rank has to call it. Parts of sharded parameters are compared with their own replicas.
+    Every rank must call it. Each part of a sharded parameter is compared with its replicas.
 
     Args:
-        run: what must be the same, by name: step, hyperparameters.
+        run: the values that must be equal in all ranks, by name: step, hyperparameters.
         params: the parameters and their names.
 
     Raises:
-        RuntimeError: the message names the first thing that differs, and the ranks.
+        RuntimeError: the message names the first difference and the ranks.
     """
     ranks = exchange.gather((exchange.rank, list(run), fingerprint(params)))
     message = _hyperparameters([(rank, run) for rank, run, _ in ranks])

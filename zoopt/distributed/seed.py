@@ -1,9 +1,8 @@
 """One seed for all processes that train together.
 
-Replicas whose noise comes from different seeds drift apart while their losses look normal. The
-processes of a group therefore compare seeds, through the group's store: a process publishes its
-own and reads those that others have published. An optimizer that is made in one process only never
-waits.
+Replicas with different noise seeds drift apart while their losses look normal. The processes of a
+group therefore compare seeds through the group's store: each process publishes its own and reads
+those that others have published. An optimizer that exists in one process only never waits.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _alone = contextvars.ContextVar("_alone", default=False)
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Let what is made and stepped here be this process's own: no seed is compared."""
+    """Do not compare seeds of optimizers that are made and stepped inside this context."""
     token = _alone.set(True)
     try:
         yield
@@ -38,12 +37,12 @@ def alone() -> Iterator[None]:
 
 
 def default_seed() -> int:
-    """torch's initial seed, in 64 bits; it is read, not changed."""
+    """torch's initial seed, as 64 bits. torch's generator is not changed."""
     return torch.initial_seed() & 0xFFFFFFFFFFFFFFFF
 
 
 def several_ranks() -> bool:
-    """Whether this process is one of a job of several, of which it is to know."""
+    """Whether this process is in a job of several, and not inside `alone`."""
     return _store() is not None
 
 
@@ -52,8 +51,8 @@ class SharedSeed:
 
     Args:
         seed: 64 bits; None is rank 0's `torch.initial_seed()`.
-        owner: the purpose of the seed. Each process numbers the seeds of an owner in the order in
-            which they are made, and equal numbers must have equal seeds.
+        owner: the purpose of the seed. Each process numbers the seeds of an owner in the order of
+            their creation. Seeds with equal numbers must be equal.
 
     Attributes:
         value: the seed.
@@ -74,11 +73,12 @@ class SharedSeed:
         self._begin(follow=seed is None)
 
     def check(self, seed: int) -> None:
-        """Raise unless all processes continue with this seed; free while it is the agreed one.
+        """Raise unless all processes continue with this seed.
 
-        If it is another one, for example from a checkpoint, every process that made the optimizer
-        must have it, and they wait for each other here. The first call also reads, without waiting,
-        what others began with: one may have loaded a checkpoint before this process made its own.
+        This costs nothing while the seed is the agreed one. If it is a new one, for example from a
+        checkpoint, every process that made the optimizer must have it, and the processes wait for
+        each other here. The first call also reads, without waiting, the seeds with which others
+        began: another process may have loaded a checkpoint before this one made its optimizer.
 
         Raises:
             RuntimeError: another process has another seed, or publishes none before the group's
@@ -112,7 +112,7 @@ class SharedSeed:
         self._agreed = True
 
     def _change(self, seed: int) -> None:
-        """Compare the new seed with those of all processes that have made this one."""
+        """Compare the new seed between all processes that have made this `SharedSeed`."""
         store = _store()
         if store is None:
             self.value = seed
@@ -127,8 +127,8 @@ class SharedSeed:
         self.value = seed
 
     def _compare(self, seed: int) -> None:
-        """Compare the seed with those that other processes had changed to by their first step. Of
-        later changes a process that is behind knows nothing yet."""
+        """Compare the seed with those that other processes had changed to by their first step.
+        Later changes are not compared: a process that is behind does not know of them yet."""
         store = _store()
         if store is None:
             return

@@ -1,7 +1,7 @@
 """Parameters sharded by FSDP2: this process's part of a tensor, and its position in the whole.
 
-An elementwise update runs on the local part as on any tensor. Its noise depends on the elements'
-positions in the whole, so sharding changes no bit.
+An elementwise update runs on the local part like on any tensor. Its noise depends on the elements'
+positions in the whole tensor, so sharding does not change a single bit.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 def is_sharded(tensor: Any) -> bool:
     """Whether the tensor is a DTensor."""
-    # Importing it is slow, and a program with a DTensor has imported it already.
+    # Do not import the module: that is slow, and a program with a DTensor has already imported it.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of the tensor, in the same memory; a plain tensor is its own part."""
+    """This process's part of the tensor, without a copy; for a plain tensor, the tensor itself."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -82,7 +82,7 @@ def offset(param: Tensor) -> int:
     first, rows = 0, param.shape[0]
     for i, placement in enumerate(whole.placements):
         if placement.is_shard():
-            # Shards are of ceil(rows / size) rows, the last ones of fewer or none.
+            # Shards have ceil(rows / size) rows; the last ones have fewer or none.
             size = -(-rows // whole.device_mesh.size(i))
             skipped = min(size * (coordinate[i] if coordinate else 0), rows)
             first, rows = first + skipped, min(size, rows - skipped)
@@ -91,9 +91,10 @@ def offset(param: Tensor) -> int:
 
 @contextlib.contextmanager
 def regathered() -> Iterator[None]:
-    """Let FSDP gather parameters again in the forward passes inside, and keep none gathered after.
+    """Make FSDP gather parameters again in forward passes inside this context, and free them after.
 
-    Outside of training it keeps those of a root module, and would not see their shards change.
+    Outside of training FSDP keeps the gathered parameters of a root module, and would not notice
+    that their shards have changed.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -114,7 +115,7 @@ def regathered() -> Iterator[None]:
 
 
 def anywhere(flag: bool, param: Tensor) -> bool:
-    """Whether the flag is set in any process that has a part of the parameter."""
+    """Whether the flag is set in any process that holds a part of the parameter."""
     if not is_sharded(param):
         return flag
     number = torch.tensor(int(flag), device=local(param).device)
@@ -123,14 +124,14 @@ def anywhere(flag: bool, param: Tensor) -> bool:
 
 
 def greatest_(values: Tensor, param: Tensor) -> None:
-    """The maximum of each value over the processes that have a part of the parameter."""
+    """Replace each value by its maximum over the processes that hold a part of the parameter."""
     mesh = _dtensor(param).device_mesh
     for i in range(mesh.ndim):
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, mesh.get_group(i))
 
 
 def sum_(values: Tensor, param: Tensor) -> None:
-    """The sum of each value over the parts of a sharded parameter."""
+    """Replace each value by its sum over the parts of a sharded parameter."""
     mesh = _dtensor(param).device_mesh
     for i, placement in enumerate(_dtensor(param).placements):
         if placement.is_shard():
@@ -138,21 +139,20 @@ def sum_(values: Tensor, param: Tensor) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, gathered in this process."""
+    """Gather a whole sharded tensor in this process."""
     full: Tensor = _dtensor(tensor).full_tensor()
     return full
 
 
 def is_owner(param: Tensor, number: int) -> bool:
-    """Whether this is the process, among those that share the parameter, to which `number`
-    belongs."""
+    """Whether this process, of those that share the parameter, is the one that owns `number`."""
     mesh = _dtensor(param).device_mesh
     coordinate = mesh.get_coordinate() or ()
     return all(own == number % mesh.size(i) for i, own in enumerate(coordinate))
 
 
 def broadcast_(values: Tensor, param: Tensor, number: int) -> None:
-    """Replace the values in all processes by the owner's."""
+    """Broadcast the values from the owner of `number` to all processes."""
     mesh = _dtensor(param).device_mesh
     for i in range(mesh.ndim):
         group = mesh.get_group(i)
@@ -166,7 +166,7 @@ def check_placement(param: Tensor, name: str | int) -> None:
     from torch.distributed.tensor import Replicate, Shard
 
     for placement in _dtensor(param).placements:
-        # Not a subclass, since the shards of one interleave.
+        # Subclasses of Shard are refused, because their shards can interleave.
         if type(placement) is Shard and placement.dim:
             raise ValueError(
                 f"a sharded parameter must be sharded along dimension 0, got dimension "

@@ -1,4 +1,4 @@
-"""The best choice of tensors under a budget of the backward pass, and what each one costs."""
+"""The most valuable tensors under a budget for the backward pass, and the cost of each."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a tensor costs in the backward pass, in floating-point operations.
+    """The cost of a tensor in the backward pass, in floating-point operations.
 
     Attributes:
-        reach: to bring the gradient from the tensor before it, in the order of the backward pass.
-        own: to make the tensor's own gradient.
+        reach: propagating the gradient here from the previous tensor of the backward pass.
+        own: computing the tensor's own gradient.
     """
 
     reach: int
@@ -27,23 +27,23 @@ class Cost:
 
 
 def choose(costs: Sequence[tuple[int, int]], worth: Sequence[float], budget: int) -> list[int]:
-    """The tensors of most worth whose backward pass costs at most `budget`, exactly.
+    """Find the set of greatest total worth whose backward pass costs at most `budget`, exactly.
 
-    Training a set costs the `reach` of all tensors up to its last one, and the `own` of each. With
-    k the last of a set, and K_{k-1}[b] the most that tensors before it are worth whose own costs
-    are at most b:
+    Training a set costs the `reach` of all tensors up to its last one, plus the `own` of each of
+    its tensors. Let k be the last tensor of the set. Let K_{k-1}[b] be the greatest worth of
+    tensors before k whose own costs sum to at most b. Then
 
         best = max_k I_k + K_{k-1}[B - sum_{j<=k} reach_j - own_k]
 
-    in O(N B), K being a 0/1 knapsack.
+    in O(N B); K is a 0/1 knapsack.
 
     Args:
-        costs: whole numbers, (reach, own) of each tensor, in the order of the backward pass.
-        worth: of each; those of no worth are left out.
+        costs: integers, (reach, own) of each tensor, in the order of the backward pass.
+        worth: the worth of each tensor; those with worth <= 0 are never chosen.
         budget: B.
 
     Returns:
-        The numbers of the chosen, ascending; none where nothing of worth fits.
+        The numbers of the chosen tensors, ascending; empty if nothing of worth fits.
     """
     best, last, room = 0.0, -1, 0
     table = np.zeros((len(costs) + 1, budget + 1))
@@ -61,7 +61,7 @@ def choose(costs: Sequence[tuple[int, int]], worth: Sequence[float], budget: int
             np.maximum(now[own:], before[: budget + 1 - own] + worth[k], out=now[own:])
     chosen = [last] if last >= 0 else []
     for k in range(last - 1, -1, -1):
-        # Where K_k has more than K_{k-1}, tensor k is what it has more.
+        # If K_k is greater than K_{k-1} here, tensor k was chosen.
         if table[k + 1][room] > table[k][room]:
             chosen.append(k)
             room -= costs[k][1]
@@ -69,8 +69,8 @@ def choose(costs: Sequence[tuple[int, int]], worth: Sequence[float], budget: int
 
 
 def in_units(costs: Sequence[Cost], units: int) -> list[tuple[int, int]]:
-    """Costs in `units` equal parts of their sum: running sums are rounded up, so that no set costs
-    less than it does."""
+    """Express costs in units of 1/`units` of their sum. Cumulative costs are rounded up, so that
+    the cost of a set is never underestimated."""
     total = sum(cost.reach + cost.own for cost in costs)
     reached, before, made = 0, 0, []
     for cost in costs:
@@ -82,11 +82,11 @@ def in_units(costs: Sequence[Cost], units: int) -> list[tuple[int, int]]:
 
 
 class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The operations of a backward pass that count, each with its node of the graph."""
+    """Records the operations of a backward pass that count, each with its graph node."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        #: Operations, result's storage, node.
+        #: (floating-point operations, address of the result's storage, graph node).
         self.events: list[tuple[int, int, Any]] = []
         self._alive: list[Tensor] = []
 
@@ -96,7 +96,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if count is not None:
             flops = int(count(*args, **(kwargs or {}), out_val=out))
             first = out[0] if isinstance(out, tuple) else out
-            # A storage that is freed might be another's next: as long as this lives, it is not.
+            # Keep the storage alive, so that its address is not reused for another tensor.
             self._alive.append(first.detach())
             storage = first.untyped_storage().data_ptr()
             self.events.append((flops, storage, torch._C._current_autograd_node()))
@@ -104,14 +104,14 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def backward_costs(loss: Tensor, params: Sequence[nn.Parameter]) -> tuple[list[int], list[Cost]]:
-    """Run the loss's backward pass, and count what it costs to train each parameter.
+    """Run the loss's backward pass, and count the cost of training each parameter.
 
-    An operation whose result is a parameter's gradient is that one's own. The others of the same
-    node of the graph pass the gradient on, hence count for what comes after it.
+    An operation whose result is a parameter's gradient counts as that parameter's own. Other
+    operations of the same graph node propagate the gradient, so they count for the next parameter.
 
     Returns:
-        The numbers of the parameters that were reached, in the order in which they were, and their
-        costs.
+        The numbers of the parameters in the order in which the backward pass reached them, and
+        their costs.
     """
     trace, order = _Trace(), []
     marks: dict[int, tuple[int, int]] = {}

@@ -1,4 +1,4 @@
-"""CoFiTune: some layers train, and their neurons the less the more what was known needs them."""
+"""CoFiTune: only some layers train, and neurons that matter for old knowledge train less."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def normalised_importance(gates: Tensor) -> Tensor:
     """|tanh((|s| - mean) / std)| over the neurons of a layer, (m,) -> (m,) in [0, 1].
 
     Args:
-        gates: s, the loss's derivatives by a factor before each neuron's output.
+        gates: s, the derivatives of the loss with respect to a factor on each neuron's output.
     """
     sizes = gates.abs()
     spread = sizes.std(correction=0)
@@ -33,33 +33,35 @@ def normalised_importance(gates: Tensor) -> Tensor:
 class CoFiTune:
     r"""CoFiTune (Zhang et al., 2024, arXiv:2404.10306), over any first-order optimizer.
 
-    Coarse: of the model only the linear layers that `target` names train, the up and down
-    projections of middle layers say. Fine: the step of each of their neurons i (a row of W (m, n),
-    and its bias) is held back by its importance I_i in [0, 1] to what the model knew:
+    Coarse: only the linear layers that match `target` train, for example the up and down
+    projections of middle layers. Fine: each of their neurons i (a row of W (m, n) and its bias) has
+    an importance I_i in [0, 1] for what the model already knows. Its step is reduced by I_i:
 
-        W <- W_old + (1 - I) (W_new - W_old),    W_new as the optimizer's step has it
+        W <- W_old + (1 - I) (W_new - W_old),    W_new after the optimizer's step
 
-    The mask is on the step: on the gradient a constant factor would be cancelled by Adam, which
-    divides by its size. I comes from `losses`, evaluated once at construction: with s_i the
-    derivative of their mean by a factor before neuron i's output, which is sum_j W_ij G_ij,
+    The mask applies to the step and not to the gradient, because Adam divides by the size of the
+    gradient and would cancel a constant factor. I is computed once, at construction, from `losses`.
+    With s_i the derivative of their mean with respect to a factor on neuron i's output, which is
+    sum_j W_ij G_ij,
 
         I = |tanh((|s| - mean |s|) / std |s|)|    over the neurons of a layer
 
-    It hooks the optimizer's `step`, and takes a copy of the trained layers for its time. Between
-    steps it keeps a number of each neuron. `state_dict` is to be saved with the optimizer's: a run
-    that loads both goes on exactly.
+    It hooks the optimizer's `step`, and holds a copy of the trained layers during the step. Between
+    steps it keeps one number per neuron. Save `state_dict` along with the optimizer's. A run that
+    loads both continues exactly.
 
     Args:
-        model: whose other parameters are frozen until `remove`.
-        optimizer: made from the model's parameters, before.
-        losses: functions of what the model is to keep: each returns a loss of a batch with its
-            graph. The paper's is the divergence between two forward passes under dropout.
+        model: its other parameters are frozen until `remove`.
+        optimizer: an existing one, made from the model's parameters.
+        losses: functions that represent what the model should keep. Each returns the loss of a
+            batch with its graph. The paper uses the divergence between two forward passes under
+            dropout.
         target: the layers that train; as for `zoopt.lowrank.param_groups`.
-        seed: of the bits that round 16-bit weights; default torch.initial_seed().
+        seed: seed of the bits that round 16-bit weights; default torch.initial_seed().
 
     Raises:
-        TypeError, ValueError: an optimizer that is fused into the backward pass or does not hold
-            the layers; nothing that `target` matches; no losses.
+        TypeError, ValueError: the optimizer is fused into the backward pass or does not hold the
+            layers; `target` matches nothing; there are no losses.
 
     Differs from the authors' code, which masks the gradient.
 
@@ -102,7 +104,7 @@ class CoFiTune:
         try:
             for param in model.parameters():
                 param.requires_grad_(id(param) in own)
-            #: Of each layer's neurons, by the layer's name.
+            #: name of a layer -> the importance of its neurons.
             self.importance = _importance(layers, losses)
         except BaseException:
             self._release()
@@ -124,7 +126,7 @@ class CoFiTune:
         self.remove()
 
     def remove(self) -> None:
-        """Undo it: what trained before trains again, and steps are whole."""
+        """Undo it: parameters that trained before train again, and steps are not reduced."""
         for hook in self._hooks:
             hook.remove()
         self._release()
@@ -134,10 +136,10 @@ class CoFiTune:
         return {"seed": self._seed, "step": self._step, "importance": dict(self.importance)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As from `state_dict`.
+        """Load a state from `state_dict`.
 
         Raises:
-            ValueError: it is of other layers. Nothing has changed then.
+            ValueError: the state is of other layers. Nothing has changed then.
         """
         sizes = {name: len(values) for name, values in state.get("importance", {}).items()}
         own = {name: len(values) for name, values in self.importance.items()}
@@ -177,7 +179,7 @@ class CoFiTune:
         self._step += 1
 
     def _hold_back(self, param: Tensor, share: Tensor, across: bool, key: NoiseKey) -> None:
-        """W <- W_old + share (W_new - W_old), `share` of each row, or column."""
+        """W <- W_old + share (W_new - W_old), with a `share` for each row, or column (`across`)."""
         wide, old = accumulator_dtype(param.dtype), self._saved[param]
         theta = old.reshape(len(old), -1).contiguous()
         change = (param.detach().to(wide) - old.to(wide)).reshape(theta.shape).contiguous()
@@ -197,7 +199,7 @@ class CoFiTune:
 def _importance(
     layers: dict[str, nn.Module], losses: Iterable[Callable[[], Tensor]]
 ) -> dict[str, Tensor]:
-    """I of each layer's neurons. Gradients are what they were after it."""
+    """Compute I of each layer's neurons, without touching `.grad`."""
     weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
     gates: dict[str, Tensor] = {}
     count = 0

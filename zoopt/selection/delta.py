@@ -1,4 +1,4 @@
-"""What a sparse run has changed, as a file of a few MB: taken, put onto its base, taken away."""
+"""The changes of a sparse run as a small delta: extract it, apply it to the base, remove it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def _entries(optimizer: SparseDeltaAdamW) -> Iterator[tuple[str, Tensor, State]]
 
 
 def sparse_delta(optimizer: SparseDeltaAdamW) -> Delta:
-    """What the run has changed: of each parameter, by name, the `index` of each entry that differs
-    from its base, in row-major order, its `value` and its `base`.
+    """Extract what the run has changed.
 
-    It loads with `torch.load(..., weights_only=True)`.
+    The delta has, for each parameter by name, the `index` (row-major) of each entry that differs
+    from its base, its `value`, and its `base` value. `torch.load(..., weights_only=True)` can load
+    it.
 
     Raises:
-        ValueError: parameters without names.
+        ValueError: parameters have no names.
     """
     found: Delta = {}
     for name, param, state in _entries(optimizer):
@@ -43,17 +44,17 @@ def sparse_delta(optimizer: SparseDeltaAdamW) -> Delta:
 
 
 def apply_delta(model: nn.Module, delta: Delta) -> None:
-    """Put a delta onto its base: entries of the model get its values, bit for bit.
+    """Apply a delta to its base: write its values to the model, bit for bit.
 
     Raises:
-        ValueError: the model has other parameters, or is not the base: an entry is not what it was
-            before training. Nothing has changed then.
+        ValueError: the model has other parameters, or it is not the base because an entry differs
+            from its base value. Nothing has changed then.
     """
     _replace(model, delta, "base", "value")
 
 
 def remove_delta(model: nn.Module, delta: Delta) -> None:
-    """Take a delta away: the inverse of `apply_delta`, bit for bit; raises as that does."""
+    """Remove a delta: the inverse of `apply_delta`, bit for bit. It raises the same errors."""
     _replace(model, delta, "value", "base")
 
 

@@ -1,4 +1,4 @@
-"""LoRA-GGPO: gradients at weights that stand off by noise, more of it where rows are steep."""
+"""LoRA-GGPO: gradients at perturbed weights, with more noise on rows with large gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def row_scales(weight: Tensor, squares: Tensor | None, sigma: float, beta: float
     """c_i = (sigma ||W_i|| + beta ||G_i||^2) / sqrt(m) of each row of W (m, n): (m,).
 
     Args:
-        squares: ||G_i||^2 of the last step's gradient, (m,); None before there is one.
+        squares: ||G_i||^2 of the last step's gradient, (m,); None before the first step.
     """
     wide = accumulator_dtype(weight.dtype)
     norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
@@ -35,36 +35,36 @@ def row_scales(weight: Tensor, squares: Tensor | None, sigma: float, beta: float
 class LoRAGGPO:
     r"""LoRA-GGPO (Chang et al., 2025, arXiv:2502.14538), over any first-order optimizer.
 
-    In training the model computes with W + c z in the place of each matrix W (m, n) that the
-    optimizer trains, a LoRA's factors say: z is standard normal, another in each step, and
+    During training the model computes with W + c z instead of W, for each matrix W (m, n) that the
+    optimizer trains, such as the factors of a LoRA. z is standard normal, new in each step, and
 
         c_i = (sigma ||W_i|| + beta ||G_i||^2) / sqrt(m)
 
-    of each row i, with G the last step's gradient. So rows that are steep are made flatter. Before
-    the optimizer's step W is put back, bit for bit.
+    for each row i, with G the last step's gradient. This leads to flatter minima, above all in rows
+    with large gradients. Before the optimizer's step, W is restored bit for bit.
 
     It hooks the model's forward pass and the optimizer's `step`. A forward pass in training mode
-    perturbs; one in evaluation mode puts the weights back. All micro-batches of a step see the same
-    noise.
+    perturbs the weights; one in evaluation mode restores them. All micro-batches of a step see the
+    same noise.
 
-    It takes a copy of the trained matrices, and 4 bytes of each of their rows. `state_dict` is to
-    be saved with the optimizer's: a run that loads both goes on exactly.
+    It takes a copy of the trained matrices, and 4 bytes per row. Save `state_dict` along with the
+    optimizer's. A run that loads both continues exactly.
 
     Args:
-        model: in whose forward pass the weights are perturbed.
-        optimizer: whose matrices are.
+        model: the model whose weights are perturbed.
+        optimizer: the matrices that it trains are perturbed.
         sigma, beta: default 0.03 and 0.01 (kohya's port).
-        seed: of the noise; default torch.initial_seed(), rank 0's in all processes.
+        seed: seed of the noise; default torch.initial_seed(), rank 0's in all processes.
 
     Raises:
-        TypeError, ValueError: an argument out of range; an optimizer that is fused into the
-            backward pass, or holds no matrix of the model that trains.
+        TypeError, ValueError: an argument is out of range; the optimizer is fused into the backward
+            pass, or trains no matrix of the model.
 
-    `remove()`, or leaving its `with` block, puts the weights back and undoes it. Save weights after
-    a step, or after `restore()`.
+    `remove()`, or leaving the `with` block, restores the weights and undoes it. Save weights after
+    a step or after `restore()`.
 
-    Differs from the paper, whose noise is on the layer's whole weight: here it is on each matrix
-    that trains.
+    Differs from the paper, which adds noise to the layer's whole weight. Here the noise is on each
+    trained matrix.
 
     Example:
         >>> opt = zoopt.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -127,21 +127,21 @@ class LoRAGGPO:
         self.remove()
 
     def remove(self) -> None:
-        """Put the weights back and undo it."""
+        """Restore the weights and remove the hooks."""
         self.restore()
         for hook in self._hooks:
             hook.remove()
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the weights back, bit for bit, if they are perturbed."""
+        """Restore the weights, bit for bit, if they are perturbed."""
         for name, saved in self._saved.items():
             self._params[name].copy_(saved)
         self._saved.clear()
 
     @torch.no_grad()
     def perturb(self) -> None:
-        """Let the weights stand off by this step's noise, unless they do."""
+        """Perturb the weights by this step's noise, unless they already are."""
         if self._saved:
             return
         for name, param in self._params.items():
@@ -168,14 +168,14 @@ class LoRAGGPO:
             param.copy_(theta)
 
     def state_dict(self) -> dict[str, Any]:
-        """The seed, the number of steps taken, and the last gradients' squares."""
+        """The seed, the number of steps taken, and the squared row norms of the last gradients."""
         return {"seed": self._seed, "step": self._step, "squares": dict(self._squares)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As from `state_dict`.
+        """Load a state from `state_dict`.
 
         Raises:
-            ValueError: it is of other parameters. Nothing has changed then.
+            ValueError: the state is of other parameters. Nothing has changed then.
         """
         if not {"seed", "step", "squares"} <= state.keys():
             raise ValueError(f"state must be one of LoRAGGPO.state_dict(), got keys {list(state)}")

@@ -1,4 +1,4 @@
-"""GreenTrainer: the tensors of most importance that a budget of the backward pass can train."""
+"""GreenTrainer: train the most important tensors that a budget for the backward pass allows."""
 
 from __future__ import annotations
 
@@ -15,50 +15,51 @@ from zoopt.checks import check_number, check_positive_int
 from zoopt.distributed.checkpoint import called_by_checkpoint
 from zoopt.selection.budget import Cost, backward_costs, choose, in_units
 
-#: Into how many parts the cost of a backward pass is divided.
+#: The cost of a whole backward pass, in units of the knapsack.
 UNITS = 10_000
 
 
 class GreenTrainer:
     r"""GreenTrainer (Huang et al., 2023, arXiv:2309.13192), over any first-order optimizer.
 
-    Of the parameters in the optimizer that train, those of most importance are chosen whose
-    backward pass costs at most `budget` of the whole one's operations; the others have
+    It chooses the most important of the optimizer's trained parameters, such that their backward
+    pass takes at most a share `budget` of the operations of a full one. The others have
     requires_grad=False and no gradient until the next choice, and keep their optimizer state.
 
         importance of a tensor:  I_k = -sum g_k dw_k, dw_k its change in one step of the optimizer
         cost of a set:           sum_{j<=k} reach_j + sum of own, k its last tensor
 
-    `own` makes a tensor's gradient, `reach` brings the gradient to it from the one before, in the
-    order of the backward pass. All are counted in one backward pass of `probe()`, by torch's
-    formulas for operations. The choice is exact (`zoopt.selection.budget.choose`). A choice
-    evaluates `probe`, runs backward, and takes a step of the optimizer, after which weights, state
-    and gradients, and torch's random numbers, are what they were. It is made at construction and
-    every `select_every` steps.
+    `own` is the cost of computing a tensor's gradient. `reach` is the cost of propagating the
+    gradient to it from the previous tensor of the backward pass. Both are counted in one backward
+    pass of `probe()`, with torch's formulas for operations. The choice is exact
+    (`zoopt.selection.budget.choose`). It evaluates `probe`, runs backward and takes a step of the
+    optimizer. Afterwards weights, state, gradients and torch's random numbers are restored. Choices
+    are made at construction and every `select_every` steps.
 
-    It hooks the optimizer's `step`, which stays what is called. Choice and the number of steps are
-    in the optimizer's param groups (`green_chosen`, `green_step`, `green_select_every`), hence in
-    its state dict: a resumed run goes on exactly, if `probe` returns what it would have. A choice
-    takes a copy of weights and state for its time.
+    It hooks the optimizer's `step`; the training loop stays the same. The choice and the number of
+    steps are stored in the optimizer's param groups (`green_chosen`, `green_step`,
+    `green_select_every`), and so in its state dict. A resumed run continues exactly, if `probe`
+    returns the same losses. A choice needs a temporary copy of weights and state.
 
     Args:
-        model: not wrapped.
-        optimizer: made from the model's parameters, before.
+        model: the model; it is not wrapped.
+        optimizer: an existing one, made from the model's parameters.
         probe: returns the loss of a batch, with its graph.
         budget: share of the backward pass's operations, in (0, 1].
         select_every: steps from one choice to the next; default 200.
 
     Raises:
-        TypeError, ValueError: an argument out of range; an optimizer that is under GreenTrainer
-            already, or fused into the backward pass; a budget that no tensor fits.
-        RuntimeError: no parameter has a gradient, or none is of importance.
+        TypeError, ValueError: an argument is out of range; the optimizer is already under
+            GreenTrainer, or fused into the backward pass; no tensor fits the budget.
+        RuntimeError: no parameter has a gradient, or none has a positive importance.
 
-    `remove()`, or leaving its `with` block, lets all parameters train again.
+    `remove()`, or leaving the `with` block, lets all parameters train again.
     DistributedDataParallel needs find_unused_parameters=True.
 
-    Differs from the paper, whose recursion misses the best choice in one of four small instances
-    (96 of 400 that were tried), and whose budget is one of the whole step: with t_f and t_b the
-    costs of forward and backward pass, rho of the step is rho (1 + t_f / t_b) - t_f / t_b here.
+    Differs from the paper in two ways. The paper's recursion misses the best choice in one of four
+    small instances (96 of 400 that were tried). Its budget rho refers to the whole step: with t_f
+    and t_b the costs of the forward and backward pass, the budget here is
+    rho (1 + t_f / t_b) - t_f / t_b.
 
     Example:
         >>> opt = zoopt.AdamW(model.named_parameters(), lr=2e-5)
@@ -89,7 +90,7 @@ class GreenTrainer:
             if param.requires_grad
         ]
         self._selecting = False
-        #: Of the last choice: the parameters' numbers in the order of the backward pass, and costs.
+        #: The parameters' numbers, in the order of the backward pass, and costs of the last choice.
         self.order: list[int] = []
         self.costs: list[Cost] = []
         self._run: dict[str, Any] = {
@@ -122,7 +123,7 @@ class GreenTrainer:
 
     @property
     def planned_share(self) -> float:
-        """The chosen set's share of the whole backward pass's operations, as last counted."""
+        """The chosen set's share of the operations of a full backward pass, as last counted."""
         chosen = set(self._run["green_chosen"])
         places = [place for place, number in enumerate(self.order) if number in chosen]
         reach = sum(cost.reach for cost in self.costs[: max(places, default=-1) + 1])
@@ -130,7 +131,7 @@ class GreenTrainer:
         return (reach + own) / sum(cost.reach + cost.own for cost in self.costs)
 
     def remove(self) -> None:
-        """Undo it: all parameters train again, and the optimizer is as it was."""
+        """Undo it: all parameters train again, and the optimizer's groups are as before."""
         for hook in self._hooks:
             hook.remove()
         for param in self._params:
@@ -167,7 +168,7 @@ class GreenTrainer:
                 param.grad = None
 
     def _select(self) -> list[int]:
-        """The numbers of the parameters to train next. Nothing else has changed after it."""
+        """Choose which parameters, by number, train next. Everything else is restored."""
         kept = [(param.grad, param.requires_grad) for param in self._params]
         self._selecting = True
         try:
@@ -204,7 +205,7 @@ class GreenTrainer:
 
     @torch.no_grad()
     def _importance(self) -> list[float]:
-        """I of each parameter, from a step of the optimizer that is taken back."""
+        """Compute I of each parameter, from a step of the optimizer that is undone."""
         optimizer = self._optimizer
         weights = [param.detach().clone() for param in self._params]
         gradients = [param.grad for param in self._params]
@@ -233,7 +234,7 @@ class GreenTrainer:
 
 
 def _least(costs: list[tuple[int, int]], worth: list[float]) -> int | None:
-    """The cost of the cheapest tensor of any worth."""
+    """The cost of the cheapest tensor with positive worth; None if there is none."""
     reached, least = 0, None
     for (reach, own), value in zip(costs, worth, strict=True):
         reached += reach

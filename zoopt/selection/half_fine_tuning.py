@@ -1,4 +1,4 @@
-"""Half fine-tuning: in each round half of the layers' parameters train, under any optimizer."""
+"""Half fine-tuning: half of each layer's parameters train in each round, with any optimizer."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Category = Literal["attention", "mlp", "norm"]
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """The own parameters of one module, which train or rest together.
+    """The parameters of one module, which train or rest together.
 
     Attributes:
-        layer: the number of the repeated layer that it is in.
-        category: the part of the layer of which a half trains.
-        params: for example its weight and bias.
+        layer: the number of the repeated layer that contains the module.
+        category: the part of the layer to which it belongs; half of each part trains.
+        params: its own parameters, for example weight and bias.
     """
 
     layer: int
@@ -38,11 +38,11 @@ class Unit:
 
 
 def units(model: nn.Module) -> list[Unit]:
-    """The modules of the repeated layers that have parameters of their own to train, in order.
+    """The modules of the repeated layers that have trained parameters of their own, in order.
 
-    Modules that hold only vectors are norms. Of the others, those with "attn" or "attention" in
-    their name inside the layer are attention's, the rest the MLP's. Parameters that are shared
-    between layers, or with modules outside them, are in no unit.
+    Modules that hold only vectors are norms. Others belong to attention if their name inside the
+    layer contains "attn" or "attention", and to the MLP otherwise. Parameters that several modules
+    share are in no unit.
     """
     layers = repeated_layers(model)
     owners: dict[Tensor, int] = {}
@@ -63,9 +63,10 @@ def units(model: nn.Module) -> list[Unit]:
 
 
 def trained_units(units: Sequence[Unit], *, seed: int, draw: int) -> list[bool]:
-    """Which units train in round `draw`: a random half of each layer and category.
+    """Draw which units train in round `draw`: a random half of each layer and category.
 
-    Of an odd number k, (k + 1) / 2 in half of the layers and (k - 1) / 2 in the others.
+    If the number k of units is odd, (k + 1) / 2 train in half of the layers and (k - 1) / 2 in the
+    others.
     """
     number = torch.arange(len(units) * 2)
     keys = words(number, seed=seed, stream=_STREAM, draw=draw)[:, 0].tolist()
@@ -90,15 +91,15 @@ def trained_units(units: Sequence[Unit], *, seed: int, draw: int) -> list[bool]:
 class HalfFineTuning:
     r"""Half fine-tuning (Hui et al., 2024, arXiv:2404.18466), over any optimizer.
 
-    In each round of `round_steps` steps a half of each repeated layer trains, drawn at random:
+    A round has `round_steps` steps. In each round a random half of each repeated layer trains:
 
-        attention: 2 of q, k, v, o (of a fused qkv and o, 1)
-        MLP: of up, down and gate 2 in half of the layers and 1 in the others; of two, 1
+        attention: 2 of q, k, v, o (1 of a fused qkv and o)
+        MLP: 2 of up, down and gate in half of the layers, 1 in the others (1 if there are two)
         norms: half of them
 
-    Parameters outside the layers (embeddings, head, last norm) always train. Parameters that rest
-    have requires_grad=False and no gradient, and keep their optimizer state. A bias goes with its
-    weight.
+    Parameters outside the layers (embeddings, head, last norm) always train. Resting parameters
+    have requires_grad=False and no gradient, and keep their optimizer state. A bias trains together
+    with its weight.
 
     It hooks the optimizer's `step`, so it works with torch's optimizers, zoopt's first-order and
     zeroth-order ones, `Hybrid`, schedulers and the Trainer. Seed, round length and the number of
@@ -109,14 +110,15 @@ class HalfFineTuning:
         model: with its repeated layers in an nn.ModuleList. Frozen parameters stay frozen.
         optimizer: an existing one, over the model's parameters.
         round_steps: steps of a round, for example of an epoch. In the paper a round is a task.
-        seed: draws the halves; default torch.initial_seed(), rank 0's in all processes.
+        seed: seed of the draws; default torch.initial_seed(), rank 0's in all processes.
 
     Raises:
-        TypeError, ValueError: an argument out of range; a model without repeated layers; an
-            optimizer that is under half fine-tuning already, or one whose window of past directions
-            (MeZO's `momentum_window`, ZOAdam's `state="window"`) would move parameters that rested.
+        TypeError, ValueError: an argument is out of range; the model has no repeated layers; the
+            optimizer is already under half fine-tuning, or keeps a window of past directions
+            (MeZO's `momentum_window`, ZOAdam's `state="window"`), which would move parameters that
+            rested.
 
-    `remove()`, or leaving its `with` block, lets all parameters train again.
+    `remove()`, or leaving the `with` block, lets all parameters train again.
     DistributedDataParallel needs find_unused_parameters=True.
 
     Differs from the paper: half of each layer's norms train, and the last norm always does.
@@ -159,11 +161,11 @@ class HalfFineTuning:
 
     @property
     def round(self) -> int:
-        """The number of the present round, from 0."""
+        """The number of the current round, from 0."""
         return self._run["hft_step"] // self._run["hft_round_steps"]
 
     def remove(self) -> None:
-        """Undo it: all parameters train again, and the optimizer is as it was."""
+        """Undo it: all parameters train again, and the optimizer's groups are as before."""
         for hook in self._hooks:
             hook.remove()
         for unit in self._units:
@@ -174,9 +176,9 @@ class HalfFineTuning:
                 group.pop(key, None)
 
     def _count(self) -> None:
-        """After a step: the next one may begin a round."""
+        """Count a step; the next step may begin a new round."""
         if called_by_checkpoint():
-            return  # It only made the optimizer's state; it was not a step.
+            return  # That call only created the optimizer's state; it was not a step.
         before = self.round
         self._run["hft_step"] += 1
         self._write()
@@ -188,8 +190,7 @@ class HalfFineTuning:
             group.update(self._run)
 
     def _load(self) -> None:
-        """After a state dict has been loaded: continue at its round if it has one, else at our
-        own."""
+        """Continue at the round of a loaded state dict, or at the current one if it has none."""
         saved: dict[str, Any] = self._optimizer.param_groups[0]
         if self._run.keys() <= saved.keys():
             self._run = {key: saved[key] for key in self._run}
@@ -215,7 +216,7 @@ def _category(name: str, params: Sequence[Tensor]) -> Category:
 
 
 def _windows(optimizer: Optimizer) -> Iterator[str]:
-    """The hyperparameters by which a group keeps a window of past directions."""
+    """The hyperparameters that make a group keep a window of past directions."""
     for group in optimizer.param_groups:
         if group.get("momentum_window") is not None:
             yield f"momentum_window={group['momentum_window']}"

@@ -1,4 +1,4 @@
-"""QES: integer weights that move by whole steps, what is rounded away carried to the next."""
+"""QES: integer weights move by whole codes, and each step carries its rounding error over."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from zoopt.nn.quantised import QuantisedLinear
 from zoopt.noise import normal, stream
 from zoopt.zeroth_order.engine.closure import PinnedRNG, check_closure, loss_values
 
-#: A step's directions: pairs of a draw and what its direction is multiplied by, in codes.
+#: A step's directions: pairs of a draw and the factor of its direction, in codes.
 Step = list[tuple[int, float]]
 
 
 def carried(
     steps: list[Step], direction: Callable[[int], Tensor], like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The whole steps of the last of `steps`, and what it leaves, all others replayed before it.
+    """Replay `steps`, and return the last one's move in whole codes and its rounding error.
 
         e_0 = 0,    d_i = round(u_i + e_{i-1}),    e_i = u_i + e_{i-1} - d_i,
         u_i = sum of the step's weights times their directions
@@ -32,7 +32,7 @@ def carried(
     Args:
         steps: oldest first.
         direction: draw -> z, of like's shape.
-        like: whose shape and device the results have.
+        like: the results have its shape and device.
 
     Returns:
         d and e of the last step.
@@ -49,35 +49,35 @@ def carried(
 class QES:
     r"""Evolution strategy on the codes of quantised layers (Quantized Evolution Strategies).
 
-    The codes q of a model's `zoopt.nn.QuantisedLinear` layers themselves train, by forward passes.
-    With z standard normal, of its own in each step and probe, and all in units of codes:
+    It trains the codes q of a model's `zoopt.nn.QuantisedLinear` layers, with forward passes only.
+    z is standard normal and new for each step and probe. All quantities are in units of codes:
 
         g_j = [L(q + sigma z_j) - L(q - sigma z_j)] / (2 sigma)
         u_t = -lr mean_j g_j z_j
         q <- clamp(q + round(u_t + e_{t-1})),    e_t = u_t + e_{t-1} - round(u_t + e_{t-1})
 
-    Steps are far smaller than one code: without e nothing would ever move. e is not stored: it is
-    made again in each step, layer by layer, from the last `window` steps' seeds and g, with e = 0
-    before them. For as many steps as that it is exact; older remainders, each below half a code,
-    are dropped. Scales and zero points stay.
+    Steps are far smaller than one code. Without the carried error e, nothing would ever move. e is
+    not stored. Each step recomputes it, layer by layer, from the seeds and g of the last `window`
+    steps, starting with e = 0. It is exact during the first `window` steps. After that, older
+    remainders are dropped; each is at most half a code. Scales and zero points do not change.
 
-    State: two numbers of each probe of the window. A step makes the window's directions of each
-    layer anew.
+    State: two numbers for each probe of the window. A step regenerates all directions of the window
+    for each layer.
 
     Args:
-        model: with `QuantisedLinear` layers; nothing else of it changes.
+        model: has `QuantisedLinear` layers; nothing else in it changes.
         lr: in codes; a g of 1 moves a code by lr z.
-        sigma: how far the probes stand off, in codes; default 0.5.
-        num_probes: directions a step; default 1.
-        window: h; default 100.
-        max_projected_grad: clip each g to this magnitude; default 100. None: not at all.
+        sigma: distance of the probes, in codes; default 0.5.
+        num_probes: directions per step; default 1.
+        window: number of past steps from which e is recomputed; default 100.
+        max_projected_grad: clip each g to this magnitude; default 100. None: no clipping.
         seed: default torch.initial_seed(), rank 0's in all processes.
 
     Raises:
-        TypeError, ValueError: an argument out of range; a model without quantised layers.
+        TypeError, ValueError: an argument is out of range; the model has no quantised layers.
 
-    Probes stand off by real numbers of codes, added where a layer makes its weight. A probe that is
-    not finite makes no step. All evaluations of a step see the same random numbers.
+    Probes move by fractions of a code, which are added when a layer computes its weight. If a probe
+    is not finite, the step moves nothing. All evaluations of a step see the same random numbers.
 
     Example:
         >>> zoopt.nn.convert_to_quantised(model, bits=4)
@@ -123,7 +123,7 @@ class QES:
         """Probe the closure, and move the codes.
 
         Returns:
-            The mean of the losses that were evaluated.
+            The mean of the evaluated losses.
         """
         check_closure(closure, type(self).__name__)
         pinned = PinnedRNG({layer.codes.device for layer in self._layers.values()})
@@ -156,10 +156,10 @@ class QES:
         return {"seed": self._seed, "step": self._step, "steps": [list(s) for s in self._steps]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As from `state_dict`; the model's codes are in its own.
+        """Load a state from `state_dict`. The codes are in the model's own state dict.
 
         Raises:
-            ValueError: it is none of these.
+            ValueError: it is not a state of QES.
         """
         if not {"seed", "step", "steps"} <= state.keys():
             raise ValueError(f"state must be one of QES.state_dict(), got the keys {list(state)}")
@@ -169,7 +169,7 @@ class QES:
     def _directions(
         self, name: str, layer: QuantisedLinear, rows: slice
     ) -> Callable[[int], Tensor]:
-        """draw -> z of a run of a layer's rows."""
+        """draw -> z for some rows of a layer."""
         first, last, _ = rows.indices(layer.out_features)
         n = layer.in_features
 
@@ -187,7 +187,7 @@ class QES:
         return direction
 
     def _stand_off(self, draw: int, distance: float) -> None:
-        """Let the layers make their weights of q + distance z."""
+        """Make the layers compute their weights from q + distance z."""
         for name, layer in self._layers.items():
 
             def offset(
@@ -201,7 +201,7 @@ class QES:
             layer.offset = offset
 
     def _move(self, name: str, layer: QuantisedLinear) -> None:
-        """q <- clamp(q + round(u + e)), in runs of rows."""
+        """q <- clamp(q + round(u + e)), some rows at a time."""
         for rows in _runs(layer):
             codes = unpack(layer.codes[rows], layer.in_features, layer.bits)
             direction = self._directions(name, layer, rows)
@@ -211,7 +211,7 @@ class QES:
 
 
 def _runs(layer: QuantisedLinear) -> Iterator[slice]:
-    """Runs of rows whose intermediates are small."""
+    """Split a layer's rows so that intermediate tensors stay small."""
     rows = max(1, CHUNK // layer.in_features)
     for start in range(0, layer.out_features, rows):
         yield slice(start, start + rows)

@@ -1,4 +1,4 @@
-"""SpIEL: a fixed number of entries of each tensor train; the dullest make way for better ones."""
+"""SpIEL: a fixed number of entries per tensor train; the least changed are regularly replaced."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from zoopt.registry import Variant, register
 
 State = dict[str, Tensor]
 Growth = Literal["accumulated", "momentum"]
-#: Ages stop here: with betas below `_MOST_BETA` the bias correction is then 1 in float32.
+#: The greatest age. With betas up to `_MOST_BETA` the bias correction is then 1 in float32.
 _OLDEST = 2**15 - 1
 _MOST_BETA = 0.9994
-#: Scores that are made, or compared, at a time.
+#: How many scores are computed or compared at a time.
 _CHUNK = 1 << 20
 
 
 def adam_entries(gradient: Tensor, state: State, betas: tuple[float, float], eps: float) -> Tensor:
     """mhat / (sqrt(vhat) + eps) of entries (k,), each corrected for its own age. Moments and ages
-    move on in place."""
+    are updated in place."""
     beta1, beta2 = betas
     age, m, v = state["age"], state["exp_avg"], state["exp_avg_sq"]
     age.clamp_(max=_OLDEST - 1).add_(1)
     m.mul_(beta1).add_(gradient * (1.0 - beta1))
     v.mul_(beta2).add_(gradient.square() * (1.0 - beta2))
-    # In float64: 1 - b2^age loses all but a few bits of float32 at first.
+    # In float64, because 1 - b2^age has only a few correct bits in float32 while age is small.
     exponent = age.double()
     mhat = m / (1.0 - beta1**exponent).to(m.dtype)
     vhat = v / (1.0 - beta2**exponent).to(v.dtype)
@@ -47,12 +47,12 @@ def adam_entries(gradient: Tensor, state: State, betas: tuple[float, float], eps
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """The positions of the `count` largest scores (n,), ascending; of equal ones the first."""
+    """The positions of the `count` largest scores (n,), ascending. Ties go to the first ones."""
     if is_fake(scores):
         return torch.topk(scores, count).indices
     top = torch.topk(scores, count).values
     least = top[-1]
-    wanted = count - int((top > least).sum())  # of those that are equal
+    wanted = count - int((top > least).sum())  # How many of the tied scores to take.
     found = []
     for start in range(0, scores.numel(), _CHUNK):
         run = scores[start : start + _CHUNK]
@@ -64,8 +64,8 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def seeded(total: Tensor, squares: Tensor, count: int, betas: tuple[float, float]) -> State:
-    """Adam's state of entries whose gradients have been summed over `count` steps: as if each of
-    these had brought their mean, and the mean of their squares."""
+    """Adam's state for entries whose gradients were summed over `count` steps. It is the state
+    after `count` steps that each had the mean gradient and the mean squared gradient."""
     return {
         "exp_avg": total / count * (1.0 - betas[0] ** count),
         "exp_avg_sq": squares / count * (1.0 - betas[1] ** count),
@@ -74,8 +74,8 @@ def seeded(total: Tensor, squares: Tensor, count: int, betas: tuple[float, float
 
 
 def products(rows: Tensor, columns: Tensor, active: Tensor, count: int) -> Tensor:
-    """The positions of the `count` largest r_i c_j that are not active, ascending: found in runs of
-    rows, so that no product of the tensor's size exists."""
+    """The positions of the `count` largest r_i c_j among inactive entries, ascending. Rows are
+    processed in chunks, so that the full product never exists."""
     n = columns.numel()
     step = max(1, _CHUNK // n)
     if is_fake(rows):
@@ -99,46 +99,48 @@ def products(rows: Tensor, columns: Tensor, active: Tensor, count: int) -> Tenso
 class SparseDeltaAdamW(FirstOrderOptimizer):
     r"""SpIEL (Ansell et al., 2024): Adam on a fixed number of entries of each tensor.
 
-    arXiv:2401.16405. k = density numel entries i of a tensor are active. With W0 their weights when
-    they became active, and moments and an age a of their own,
+    arXiv:2401.16405. k = density numel entries i of a tensor are active. W0 is an entry's weight
+    when it became active. Each active entry has its own moments and age a:
 
         m_i <- b1 m_i + (1 - b1) g_i,    v_i <- b2 v_i + (1 - b2) g_i^2
         W_i <- W_i - lr weight_decay (W_i - W0_i) - lr mhat_i / (sqrt(vhat_i) + eps)
 
-    with mhat_i = m_i / (1 - b1^a). Every `update_gap` steps the p k active entries of least
-    |W_i - W0_i| are dropped, W_i <- W0_i to the bit, and as many others become active:
+    with mhat_i = m_i / (1 - b1^a). Every `update_gap` steps the p k active entries with the
+    smallest |W_i - W0_i| are dropped: W_i <- W0_i, bit for bit. As many others become active:
 
-        growth="accumulated": those of largest |sum g|. In the last `window` steps before, the first
-            takes the largest |g| as candidates, and the others sum g and g^2 on them, n times;
-            m = (sum g / n)(1 - b1^n), v = (sum g^2 / n)(1 - b2^n), a = n.
-        growth="momentum": those of largest r_i c_j, with SM3's accumulators of rows and columns
-            over the active entries' gradients: for (i, j), nu = min(r_i, c_j) + g^2,
+        growth="accumulated": those with the largest |sum g|. The sum is over the last `window`
+            steps before. The first of these takes the entries with the largest |g| as candidates.
+            The other n sum their g and g^2. Then m = (sum g / n)(1 - b1^n),
+            v = (sum g^2 / n)(1 - b2^n), a = n.
+        growth="momentum": those with the largest r_i c_j. r and c are SM3's accumulators of rows
+            and columns over the active entries' gradients: for (i, j), nu = min(r_i, c_j) + g^2,
             r_i = max_j nu, c_j = max_i nu. m = v = a = 0.
 
-    The first active entries are those of largest |g| of the first gradient. Weights are changed in
-    place: nothing needs to be merged for inference. `sparse_delta` is what the run has changed, a
-    few MB; `zoopt.selection.apply_delta` and `remove_delta` put it onto its base and take it away,
-    bit for bit.
+    The first active entries are those with the largest |g| in the first gradient. Weights are
+    changed in place, so nothing has to be merged for inference. `sparse_delta` extracts what the
+    run has changed, a few MB. `zoopt.selection.apply_delta` and `remove_delta` apply it to the base
+    and remove it, bit for bit.
 
-    State, in bytes of an active entry: 4 for its index, those of a weight for W0, 8 for moments
-    (float64: 16), 2 for the age: 18 of float32 weights, 16 of bfloat16 ones, hence 0.18 and 0.16 a
-    parameter at density 1 %. "accumulated" has candidates, 12 bytes each and a third as many as
-    entries: 0.22 and 0.20 in all; "momentum" 4 (m + n) of a tensor (m, n). And 8 for `step`.
+    State, in bytes per active entry: 4 for its index, the size of a weight for W0, 8 for moments
+    (16 in float64) and 2 for the age. This is 18 for float32 weights and 16 for bfloat16, or 0.18
+    and 0.16 per parameter at density 1 %. "accumulated" adds 12 bytes per candidate, and there is
+    one candidate for every three entries: 0.22 and 0.20 in all. "momentum" adds 4 (m + n) for a
+    tensor (m, n). `step` takes 8 bytes.
 
     Args:
-        params: those that are to change, the matrices of a model's layers say; freeze the others.
-            Groups with `density=1` train whole.
+        params: the parameters to change, for example the matrices of a model's layers; freeze the
+            others. Groups with `density=1` train in full.
         lr: learning rate; default 1e-3.
         betas: decay of the moments; default (0.9, 0.999). The second is at most 0.9994.
         eps: added to the denominator; default 1e-8.
-        weight_decay: decoupled, of the change W - W0; default 0.
-        density: share of active entries, in (0, 1]; default 0.01. One entry is active at least.
+        weight_decay: decoupled decay of the change W - W0; default 0.
+        density: share of active entries, in (0, 1]; default 0.01. At least one entry is active.
         update_gap: S, steps from one change of the active entries to the next; default 20 (the
             authors' code).
-        window: gamma, the steps of "accumulated"; default 5 (the authors' code).
+        window: gamma, the number of steps that "accumulated" uses; default 5 (the authors' code).
         drop_fraction: p; default 0.2 (the authors' code).
-        total_steps: T; p is then drop_fraction (1 - t / T) (the authors' code). Default None:
-            p stays.
+        total_steps: T; p is then drop_fraction (1 - t / T) (the authors' code). Default None: p is
+            constant.
         growth: "accumulated" (default; SpIEL-AG) or "momentum" (SpIEL-MA).
         rounding, maximize, seed: as for `AdamW`.
 
@@ -146,11 +148,12 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
         TypeError, ValueError: an argument out of range.
         RuntimeError: in `step`, a sparse gradient. Nothing has changed then.
 
-    Differs from the paper: its first entries are random and are all replaced the first time; its
-    candidates are as many as entries, and may be active. Its "momentum" form is SM3 throughout,
-    here entries have Adam's moments in both. Differs from the authors' code, whose ages stay at 1
-    in bfloat16, and which makes r c^T of the tensor's size. A gradient that is not finite takes no
-    candidates, and nothing changes place on sums that are not finite.
+    Differs from the paper: there the first entries are random and all of them are replaced the
+    first time, and there are as many candidates as entries, which may be active already. The
+    paper's "momentum" form uses SM3 throughout; here entries have Adam's moments in both forms.
+    Differs from the authors' code: there ages stay at 1 in bfloat16, and r c^T is computed in full.
+    A gradient that is not finite selects no candidates, and no entries are replaced if the sums are
+    not finite.
 
     Example:
         >>> opt = zoopt.SparseDeltaAdamW(model.model.layers.named_parameters(), lr=1e-4)
@@ -180,7 +183,7 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
         super().__init__(params, hyperparameters(locals()), seed=seed)
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
-        """`step`; of active entries `index`, `base`, moments and `age`; and what growth needs."""
+        """`step`; `index`, `base`, moments and `age` of active entries; and the state of growth."""
         count, wide = active_count(param.numel(), group), accumulator_dtype(param.dtype)
         number, entry = TensorSpec((count,), wide), TensorSpec((count,), torch.int32)
         specs = {
@@ -232,7 +235,7 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
         if not gradient.numel():
             return None
         if int(state["step"]) == 0 and not _finite(gradient):
-            return None  # There are no entries yet, and none can be had from this gradient.
+            return None  # There are no entries yet, and this gradient cannot select any.
         return gradient
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
@@ -270,14 +273,14 @@ def active_count(numel: int, group: Group) -> int:
 
 
 def candidate_count(numel: int, group: Group) -> int:
-    """How many others may be next: a third as many, but for those that must grow."""
+    """How many candidates there are: a third of the entries, or more if more are replaced."""
     count = active_count(numel, group)
     most = max(math.ceil(count / 3), _moving(count, group, 0))
     return min(most, numel - count) if group["drop_fraction"] else 0
 
 
 def _moving(count: int, group: Group, step: int) -> int:
-    """p k: how many entries change places after that step."""
+    """p k: how many entries are replaced after that step."""
     total, share = group["total_steps"], group["drop_fraction"]
     left = 1.0 if total is None else max(0.0, 1.0 - step / total)
     moving: int = round(share * left * count)
@@ -285,7 +288,7 @@ def _moving(count: int, group: Group, step: int) -> int:
 
 
 def _accumulate(state: State, grad: Tensor, active: Tensor, group: Group, step: int) -> None:
-    """The window's first step takes candidates, the others add up."""
+    """Select candidates in the window's first step; sum their gradients in the others."""
     place = (step - 1) % group["update_gap"] - (group["update_gap"] - group["window"])
     if place < 0:
         return
@@ -305,7 +308,7 @@ def _accumulate(state: State, grad: Tensor, active: Tensor, group: Group, step: 
 
 
 def _sm3(state: State, own: Tensor, active: Tensor) -> None:
-    """SM3-II of the active entries' gradients, (k,)."""
+    """Update SM3-II's accumulators with the active entries' gradients, (k,)."""
     rows, columns = state["rows"], state["columns"]
     i, j = active // columns.numel(), active % columns.numel()
     nu = torch.minimum(rows[i], columns[j]) + own.square()
@@ -314,7 +317,7 @@ def _sm3(state: State, own: Tensor, active: Tensor) -> None:
 
 
 def _change_places(state: State, theta: Tensor, group: Group, step: int) -> None:
-    """Drop the entries that have changed least, and let as many others be active."""
+    """Drop the entries that have changed least, and activate as many others."""
     index, base = state["index"], state["base"]
     moving, fresh = _moving(index.numel(), group, step), {}
     if "rows" in state:
@@ -344,7 +347,7 @@ def _change_places(state: State, theta: Tensor, group: Group, step: int) -> None
 
 
 def _rounded(values: Tensor, site: Site, index: Tensor, step: int) -> Tensor:
-    """Entries in the weights' dtype, with each one's own bits where that is stochastic."""
+    """Round entries to the weights' dtype; if stochastically, with the bits of their positions."""
     draw = site.rounding_draw(step)
     if draw is None or is_fake(values):
         return values.to(site.param.dtype)

@@ -1,6 +1,7 @@
-"""The thin factors of many matrices' directions, made together: a launch for all of a kind.
+"""Generates the thin factors of many matrices' directions together, with few kernel launches.
 
-Where operations are launches, factors made one matrix after the other would be most of a step.
+On a GPU every operation is a launch. Making the factors one matrix at a time would take most of a
+step.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ Terms = tuple[tuple[int, float], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Normals:
-    """Weighted sums of draws of one noise, in rows.
+    """Weighted sums of draws of one noise.
 
     Attributes:
-        key: the noise, from the first number on.
-        shape: how the numbers of a sum lie.
-        sums: the terms of each sum; none for zeros.
+        key: the noise; every sum starts at its first number.
+        shape: the shape of a sum.
+        sums: the terms of each sum; a sum without terms is zero.
     """
 
     key: NoiseKey
@@ -39,8 +40,8 @@ class Normals:
 
 
 def make(wanted: Sequence[Normals], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """All that are wanted, (sums, *shape) each, in one buffer: a launch for those that have their
-    terms in common."""
+    """Compute the wanted sums, (sums, *shape) each, in one buffer. Sums with the same terms share a
+    launch."""
     flat = packed([len(each.sums) * math.prod(each.shape) for each in wanted], dtype, device)
     made = [values.view(-1, *each.shape) for values, each in zip(flat, wanted, strict=True)]
     torch._foreach_zero_(made)
@@ -55,7 +56,7 @@ def make(wanted: Sequence[Normals], dtype: torch.dtype, device: torch.device) ->
 
 
 def multiply(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """left right of each, (m, r) and (r, k): in a dtype, one launch."""
+    """Multiply each pair, (m, r) by (r, k), in one launch; the products have the given dtype."""
     sizes = [(len(a), b.shape[1]) for a, b in zip(left, right, strict=True)]
     flat = packed([m * k for m, k in sizes], dtype, left[0].device)
     torch._foreach_zero_(flat)
@@ -66,7 +67,7 @@ def multiply(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype
 
 
 def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors in a dtype: themselves, or copies in one buffer."""
+    """Cast the tensors into one buffer. Nothing is copied if all have the dtype already."""
     if all(tensor.dtype == dtype for tensor in tensors):
         return list(tensors)
     flat = packed([tensor.numel() for tensor in tensors], dtype, tensors[0].device)
@@ -76,5 +77,5 @@ def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def side_by_side(factor: Tensor) -> Tensor:
-    """(D, m, r) as (m, D r): a view of one, a copy of several."""
+    """Reshape (D, m, r) to (m, D r): a view if D is 1, otherwise a copy."""
     return factor[0] if len(factor) == 1 else factor.movedim(0, 1).flatten(1)

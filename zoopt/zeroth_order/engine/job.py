@@ -1,4 +1,4 @@
-"""A zeroth-order optimizer as one of several ranks that take its steps together."""
+"""A zeroth-order optimizer whose steps several ranks can take together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zoopt.zeroth_order.engine.probe import Evaluation, PendingProbe
 from zoopt.zeroth_order.engine.shared import SharedEvaluation, refuse
 from zoopt.zeroth_order.engine.updates import ZerothOrderUpdates
 
-#: Of a group, what is not compared between ranks.
+#: Group keys that are not compared between ranks.
 _APART = ("params", "param_names")
 
 
@@ -30,12 +30,13 @@ class ZerothOrderJob(ZerothOrderUpdates):
     """Steps that the ranks of a process group take together.
 
     Attributes:
-        check_every: after how many steps the ranks compare the checksums of their weights, which
-            takes a pass over these; besides, at the first step that a process takes. 0: only then.
+        check_every: how many steps pass between comparisons of the weights' checksums, each of
+            which reads all weights. The ranks always compare them at the first step that a process
+            takes; with 0 only then.
     """
 
     check_every: int = 100
-    # A copy, which torch makes without calling __init__, is one process's own.
+    # torch copies an optimizer without calling __init__; a copy then takes its steps alone.
     _exchange: Exchange | None = None
     _compared = False
     _warned_alone = False
@@ -59,16 +60,17 @@ class ZerothOrderJob(ZerothOrderUpdates):
         return self._exchange is not None
 
     def join(self, process_group: Job, parallel: Parallel = "data") -> None:
-        """Take the next steps together with other ranks, as if made with that process group.
+        """Take the next steps together with other ranks, as if made with this process group.
 
-        For an optimizer that has none yet, because `zoopt.trajectory.resume` has made it, say.
+        This is for an optimizer without a process group, for example from
+        `zoopt.trajectory.resume`.
 
         Args:
-            process_group: as for `MeZO`; None: take them alone.
+            process_group: as for `MeZO`; None: take steps alone.
             parallel: as for `MeZO`.
 
         Raises:
-            RuntimeError: probes are pending, which were made otherwise.
+            RuntimeError: probes are pending.
         """
         if self._pending is not None:
             raise RuntimeError(
@@ -80,7 +82,7 @@ class ZerothOrderJob(ZerothOrderUpdates):
     def _evaluation(
         self, closure: Closure, perturbation: Perturbation, pending: PendingProbe, weight: float
     ) -> Evaluation:
-        """The evaluations of a step: this process's, or those of all ranks."""
+        """The evaluations of a step, by this process alone or by all ranks."""
         exchange = self._exchange
         if exchange is None:
             self._refuse_shards()
@@ -104,16 +106,16 @@ class ZerothOrderJob(ZerothOrderUpdates):
         )
 
     def _own_evaluation(self, closure: Closure, perturbation: Perturbation) -> Evaluation:
-        """Evaluations of this process alone."""
+        """The evaluations of a step, by this process alone."""
         return Evaluation(closure, perturbation, self._params(), verify=self._verifies)
 
     @property
     def _verifies(self) -> bool:
-        """Whether the next evaluation is the run's first, which is repeated to be compared."""
+        """Whether the next evaluation is the run's first; it is repeated to verify the closure."""
         return self._pending is None and not self.param_groups[0]["step"]
 
     def _confirm(self, pending: PendingProbe) -> None:
-        """Raise in all ranks unless all take the step that has been probed."""
+        """Raise in all ranks unless all of them take the step with the same pending probes."""
         if self._exchange is None:
             return
         standing = self._standing(pending, "step() of what was probed")
@@ -123,7 +125,7 @@ class ZerothOrderJob(ZerothOrderUpdates):
         refuse(agreed)
 
     def _check_seed(self) -> None:
-        # Ranks that take steps together compare it with what else must be the same.
+        # Ranks that take steps together compare the seed along with everything else.
         if self._exchange is None:
             super()._check_seed()
 
@@ -139,14 +141,14 @@ class ZerothOrderJob(ZerothOrderUpdates):
         return not self._compared or (every > 0 and self.param_groups[0]["step"] % every == 0)
 
     def _compare(self, exchange: Exchange, standing: list[tuple[str, Any]]) -> None:
-        """Raise in all ranks unless all stand at the same place, with the same weights."""
+        """Raise in all ranks unless all are at the same position of the run with equal weights."""
         compare(exchange, standing, _names(self.param_groups))
         self._compared = True
 
     def _standing(
         self, pending: PendingProbe, call: str = "an evaluation"
     ) -> list[tuple[str, Any]]:
-        """What must be the same in all ranks, by name; of hyperparameters those that are plain."""
+        """What must be equal in all ranks, by name. Lists and larger tensors are left out."""
         standing: list[tuple[str, Any]] = [("call", call), ("class", type(self).__name__)]
         several = len(self.param_groups) > 1
         for number, group in enumerate(self.param_groups):
@@ -169,7 +171,7 @@ class ZerothOrderJob(ZerothOrderUpdates):
                 )
 
     def _warn_alone(self) -> None:
-        """Say once that replicas will drift apart."""
+        """Warn once that replicas will drift apart."""
         if not self._warned_alone and several_ranks():
             self._warned_alone = True
             name = type(self).__name__

@@ -1,11 +1,12 @@
-"""Evaluations that the ranks of a job make together.
+"""Evaluations that are divided over the ranks of a job.
 
-Each rank evaluates its part, and all have the losses of the whole, as if one process had evaluated
-them. So skipping, clipping, accepting and the update follow alike in all ranks, and a record of
-these losses is one of the run.
+Each rank evaluates its part, and all ranks receive all losses, as if one process had evaluated
+them. Skipping, clipping, accepting and the update are therefore the same in all ranks, and a record
+of these losses is a record of the run.
 
-Every rank makes every move of parameters that are perturbed in place, also to points that another
-rank evaluates and after an error: moves round, and weights must round alike everywhere.
+When parameters are perturbed in place, every rank makes every move. This includes moves to points
+that another rank evaluates, and moves after an error. The reason is rounding: each move rounds, and
+the weights must round equally in all ranks.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from zoopt.zeroth_order.engine.probe import Evaluation, agree
 
 
 class SharedEvaluation(Evaluation):
-    """As `Evaluation`, of which this rank makes its part.
+    """An `Evaluation` of which this rank makes its part.
 
     Args:
         closure, perturbation, params, verify: as for `Evaluation`.
-        exchange: with which ranks.
-        weight: what this rank's losses count for, where ranks have micro-batches of their own.
-        digest: where this rank stands in the run.
-        check: whether replicas are due to be compared.
-        sharded: whether parameters are sharded, and gathered as modules need them.
-        compare: compares them, in all ranks; raises if they differ.
-        heard: told what all ranks' losses make together, if somebody records them.
+        exchange: the ranks that evaluate together.
+        weight: the weight of this rank's losses, if ranks have their own micro-batches.
+        digest: hash of this rank's position in the run.
+        check: whether the replicas must be compared now.
+        sharded: whether parameters are sharded; modules then gather them when they need them.
+        compare: compares the replicas in all ranks, and raises if they differ.
+        heard: called with the combined losses, for a record; None: not recorded.
     """
 
     def __init__(
@@ -83,14 +84,14 @@ class SharedEvaluation(Evaluation):
         error: Exception | None = None
         for number, displacement in enumerate(displacements):
             own = number in share
-            # A rank without a share evaluates too, so that generators go on alike everywhere.
+            # A rank without a share evaluates too, so that generators advance equally everywhere.
             extra = number == 0 and (verify or not share)
             times = 0 if error is not None else int(own) + int(extra)
             try:
                 losses = self._visit(displacement, times)
             except Exception as raised:
                 if error is not None:
-                    raise  # The moves themselves cannot be made.
+                    raise  # A move itself has failed.
                 error, losses = raised, []
             if losses:
                 found += losses[:own]
@@ -101,7 +102,7 @@ class SharedEvaluation(Evaluation):
                 numbers = loss_values([*found, *again])
                 values, extras = numbers[: len(found)], numbers[len(found) :]
                 repeated = extras[0] if extras else None
-            except Exception as raised:  # a device's own, which comes late
+            except Exception as raised:  # A GPU may report an error only now.
                 error = raised
         if verify and not divided and repeated is not None:
             self._compare(values[0], repeated)
@@ -109,12 +110,12 @@ class SharedEvaluation(Evaluation):
             values, count=count, error=error, repeated=repeated if divided and verify else None
         )
         if self._heard is not None:
-            # A single process would have evaluated the first point twice.
+            # A single process evaluates the first point twice, so the record has it twice.
             self._heard([*agreed[:1], *agreed] if verify else agreed)
         return agreed
 
     def _visit(self, displacement: Displacement, times: int) -> list[Loss]:
-        """Move to a point, and evaluate the closure there so many times."""
+        """Move to a point, and evaluate the closure there `times` times."""
         self.perturbation.evaluated = times > 0
         with self.perturbation.at(displacement), self._gathering():
             losses = [self.rng.evaluate(self.closure) for _ in range(times)]
@@ -131,7 +132,7 @@ class SharedEvaluation(Evaluation):
         error: Exception | None,
         repeated: float | None = None,
     ) -> list[float]:
-        """All ranks' values, or an error in all of them."""
+        """Return the values of all ranks, or raise an error in all of them."""
         agreed = self._exchange.combine(
             values,
             count=count,
@@ -153,7 +154,7 @@ class SharedEvaluation(Evaluation):
         return agreed.values
 
     def _compare_ranks(self, losses: Sequence[float]) -> None:
-        """Warn unless the ranks that divide the evaluations have one loss at the first point."""
+        """Warn if ranks that divide the evaluations have different losses at the first point."""
         for rank, loss in enumerate(losses):
             if not agree(losses[0], loss):
                 warn(
@@ -166,10 +167,10 @@ class SharedEvaluation(Evaluation):
 
 
 def refuse(agreed: Agreed) -> None:
-    """Raise what all ranks have to raise, if the exchange has shown it.
+    """Raise an error in all ranks if the exchange has revealed one.
 
     Raises:
-        RuntimeError: a rank's closure has raised, or the ranks stand at different places.
+        RuntimeError: a rank's closure raised an error, or ranks are at different positions.
         ValueError: all weights are 0.
     """
     ranks, number = agreed.failed

@@ -1,10 +1,10 @@
-"""Temporaries of several parameters made by one launch, in the order in which operators read them.
+"""Makes the temporaries of several parameters in one launch, in the order of their reads.
 
-A virtual perturbation gives each operator a temporary theta + a z. Where operations are launches,
-one for each parameter would cost more than the forward pass. So the order of the reads is recorded,
-and when a parameter is read, the temporaries of those that follow it are made too, in one buffer:
-views that die with their operators, and the buffer with the last of them. Another order than
-expected costs a launch, and nothing else.
+A virtual perturbation gives each operator a temporary theta + a z. On a GPU, one launch for each
+parameter can cost more than the forward pass. The order of the reads is therefore recorded. When a
+parameter is read, the temporaries of those that follow it are made too, as views of one buffer. The
+views are freed with their operators, and the buffer with its last view. An unexpected order only
+costs another launch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WINDOW_BYTES = 64 << 20
 
 
 class Move(NamedTuple):
-    """A displacement alpha z(draw) of a parameter's noise."""
+    """A displacement alpha z(draw) of a parameter along its noise."""
 
     key: NoiseKey
     draw: int
@@ -46,10 +46,10 @@ class Window(NamedTuple):
 
 
 class Windows:
-    """The order in which parameters are read, kept from evaluation to evaluation.
+    """The order in which parameters are read, kept between evaluations.
 
     Attributes:
-        order: of the last evaluation.
+        order: the reads of the last evaluation, in order.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Windows:
         self._windows: dict[tuple[int, int], Window] = {}
 
     def learn(self, order: list[Tensor]) -> None:
-        """Remember the order of an evaluation that is over."""
+        """Remember the order of a finished evaluation."""
         if len(order) != len(self.order) or any(
             own is not other for own, other in zip(order, self.order, strict=True)
         ):
@@ -65,8 +65,8 @@ class Windows:
             self._windows.clear()
 
     def find(self, param: Tensor, position: int, moves: Mapping[int, Move]) -> Window:
-        """The parameter, and those behind its position that fit into its buffer and can share its
-        launch; made once, as long as they are displaced along the same noise."""
+        """The window of the parameter and those after it that fit in a buffer and can share a
+        launch. It is reused while its parameters are displaced along the same noise."""
         name = (id(param), position)
         known = self._windows.get(name)
         if known is None or not _still(known, moves, moves[id(param)]):
@@ -90,7 +90,7 @@ class Windows:
 
 
 def _still(window: Window, moves: Mapping[int, Move], first: Move) -> bool:
-    """Whether all of a window's parameters are displaced as its first one, along its keys."""
+    """Whether all parameters of a window still move like the first one, along the same keys."""
     found = [moves.get(number) for number in window.ids]
     return all(
         move is not None and move[1:] == first[1:] and move.key == key
@@ -102,9 +102,8 @@ class Reads:
     """The reads of one evaluation.
 
     Args:
-        windows: the order that is expected.
-        moves: id of a parameter -> how it is displaced; of those whose temporaries windows make,
-            which are contiguous.
+        windows: holds the expected order.
+        moves: id of a parameter -> its displacement. Only contiguous parameters are in it.
     """
 
     def __init__(self, windows: Windows, moves: Mapping[int, Move]) -> None:
@@ -125,7 +124,7 @@ class Reads:
 
     @OwnArithmetic()
     def _make(self, param: Tensor) -> Tensor:
-        self._made.clear()  # before the next buffer is made
+        self._made.clear()  # Free the old buffer before the next one is made.
         position = self._position(param)
         self._next = position + 1
         ids, batch = self._windows.find(param, position, self._moves)
@@ -135,8 +134,8 @@ class Reads:
         return self._made.pop(id(param))
 
     def _position(self, param: Tensor) -> int:
-        """Where the parameter stands in the order, the next place if it is there; len(order) if
-        nowhere."""
+        """The parameter's position in the order. The expected next position is preferred;
+        len(order) if it is not in the order."""
         order = self._windows.order
         if self._next < len(order) and order[self._next] is param:
             return self._next
