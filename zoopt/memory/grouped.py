@@ -1,4 +1,4 @@
-"""Operators on fake tensors, also those that torch runs and cannot simulate."""
+"""Runs operators on fake tensors, including some that torch itself cannot simulate."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from zoopt.kernels.dispatch import is_fake
 
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
-#: Rows of a result begin at multiples of this many bytes.
+#: The rows of a result are aligned to this many bytes.
 _ALIGNMENT = 16
 
 
 def run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The operator's result; grouped products by their shapes alone."""
+    """Run an operator. For grouped products, only the shape of the result is computed."""
     return (_grouped_mm if func is _GROUPED_MM else func)(*args, **kwargs)
 
 
 def _grouped_mm(
     a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any, **options: Any
 ) -> Any:
-    """`torch._grouped_mm`, which experts use: torch's own shape function takes bfloat16 alone.
+    """`torch._grouped_mm`, which experts use. torch's own shape function supports only bfloat16.
 
-    (M, K) x (G, K, N) and (G, M, K) x (K, N) make (M, N), the two other forms (G, M, N).
+    (M, K) x (G, K, N) and (G, M, K) x (K, N) give (M, N); the two other forms give (G, M, N).
     """
     if not is_fake(a) or a.dtype == torch.bfloat16 or a.dtype != b.dtype:
         return _GROUPED_MM(a, b, offs, *rest, **options)

@@ -1,4 +1,4 @@
-"""Bytes of live tensor storage, followed operator by operator, on real and on fake tensors."""
+"""Tracks the bytes of live tensor storage, operator by operator, for real and fake tensors."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _DEVICE = torch.ops.prim.device.default
 
 
 class Event(NamedTuple):
-    """What was alive after an operator had made something.
+    """What was alive after an operator had allocated memory.
 
     Attributes:
-        phase, name: the phase, and the operator ("track" and "phase" for the meter's own).
-        live: bytes of each of CATEGORIES.
+        phase, name: the phase, and the operator ("track" and "phase" for the meter's own events).
+        live: live bytes in each of CATEGORIES.
     """
 
     phase: str
@@ -35,12 +35,12 @@ class Event(NamedTuple):
     live: tuple[int, ...]
 
 
-#: Runs an operator: the operator, its arguments and keyword arguments -> its result.
+#: Runs an operator: (operator, arguments, keyword arguments) -> result.
 Run = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
 
 
 class _Storage(weakref.ref[UntypedStorage]):
-    """A storage that is followed: its address, its bytes and what they count as."""
+    """A tracked storage: its address, its bytes and their category."""
 
     __slots__ = ("address", "category", "nbytes")
     address: int
@@ -49,23 +49,23 @@ class _Storage(weakref.ref[UntypedStorage]):
 
 
 class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every tensor that an operator makes, until its storage dies.
+    """Tracks every tensor that an operator creates, until its storage is freed.
 
-    What is made in the phases `forward ...` and `backward` is an activation (autograd's saved
-    tensors and the operators' own results alike), what is made elsewhere is workspace, unless
-    `track` says otherwise. Not seen: memory that an operator takes and frees inside itself, and
-    what compiled kernels keep in caches and registers.
+    Tensors from the phases `forward ...` and `backward` are activations, whether autograd saves
+    them or not. Tensors from other phases are workspace. `track` can assign another category. The
+    meter does not see memory that an operator allocates and frees internally, nor what compiled
+    kernels keep in caches and registers.
 
     Attributes:
-        live: bytes by category at this moment.
-        peak: the most bytes at one time, and `at_peak`, their categories then.
-        phase: the present one.
-        phases: the peak of each phase, in the order of their first beginnings.
-        events: everything that was recorded, if asked for.
+        live: the current bytes by category.
+        peak: the greatest number of bytes so far; `at_peak` has them by category.
+        phase: the current phase.
+        phases: the peak of each phase, in the order in which the phases first began.
+        events: all recorded events, if kept.
 
     Args:
         keep_events: whether to keep `events`.
-        run: runs the operators; default, each is called.
+        run: runs the operators; by default it calls them.
     """
 
     def __init__(self, *, keep_events: bool = False, run: Run = run) -> None:
@@ -82,16 +82,16 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Nothing is compiled under a dispatch mode, and to exclude it takes longer than to count.
+        # Nothing is compiled under a dispatch mode, and skipping dynamo costs more than counting.
         return False
 
     @property
     def total(self) -> int:
-        """Bytes alive now."""
+        """The current number of live bytes."""
         return sum(self.live.values())
 
     def track(self, tensors: Iterable[Tensor], category: Category) -> None:
-        """Count the tensors' storages, from now on as of that category."""
+        """Count the tensors' storages in that category from now on."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             known = self._storages.get(storage._cdata)
@@ -104,21 +104,21 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.record("track")
 
     def overlook(self, tensors: Iterable[Tensor]) -> None:
-        """Count nothing for storages that are not yet followed."""
+        """Count the tensors' storages as 0 bytes, unless they are tracked already."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._storages:
                 self._follow(storage, "workspace", 0)
 
     def enter_phase(self, name: str) -> None:
-        """Begin a phase: what is made from here on, and peaks, belong to it."""
+        """Begin a phase, to which new tensors and peaks then belong."""
         self.phase = name
         passes = name.startswith(("forward", "backward"))
         self._made_as = "activations" if passes else "workspace"
         self.record("phase")
 
     def forget_peaks(self) -> None:
-        """Start new peaks from what is alive now."""
+        """Reset the peaks to the current bytes."""
         self.peak = 0
         self.phases.clear()
         if self.events is not None:
@@ -136,7 +136,7 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live[entry.category] -= entry.nbytes
 
     def record(self, name: str) -> None:
-        """Note what is alive after the operator of that name."""
+        """Record the live bytes after the operator of that name."""
         live = tuple(self.live.values())
         total = sum(live)
         if self.events is not None:
@@ -151,7 +151,7 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is _DEVICE and is_fake(args[0]):
-            # The most frequent by far: autograd asks at each of its operators.
+            # A fast path for by far the most frequent call: autograd makes it at each operator.
             return args[0].fake_device
         result = self._run(func, args, kwargs or {})
         grown = False
@@ -167,9 +167,9 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class LiveStorages(StorageMeter):  # type: ignore[no-untyped-call]
-    """Counts what is alive above the storages of `known` tensors.
+    """Counts live bytes beyond the storages of `known` tensors.
 
-    When one of those dies, the count falls by its size.
+    When a known tensor is freed, the count falls by its size.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -180,5 +180,5 @@ class LiveStorages(StorageMeter):  # type: ignore[no-untyped-call]
 
     @property
     def above(self) -> int:
-        """The most bytes alive at once, above those that were known."""
+        """The greatest number of live bytes beyond those of the known tensors."""
         return self.peak - self._known

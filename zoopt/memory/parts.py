@@ -1,4 +1,4 @@
-"""Parts of a step on fake tensors that methods share, so that each runs once."""
+"""The parts of a simulated step. Methods share them, so that each runs once."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from zoopt.optimizer import DeclaredStateOptimizer
 
 
 class Parts:
-    """The parts of steps of one model, under `fake`, each run once.
+    """The parts of a step of one model, under `fake`. Each part runs once.
 
-    Backpropagation does not depend on the optimizer: it runs once for all of them. Updates of
-    parameters of one shape take the same memory: one of them runs.
+    Backpropagation does not depend on the optimizer, so it runs once for all of them. Updates of
+    parameters of one shape take the same memory, so only one of them runs.
     """
 
     def __init__(self, spec: ModelSpec, model: nn.Module, recall: Recall | None) -> None:
-        """The model's tensors are on the meta device; it stays as it is.
+        """Copy the model, whose tensors are on the meta device; the model itself is not changed.
 
         Args:
-            recall: what is known of operators; with None all of them run, in each step.
+            recall: cache of operators' results; None: every operator runs in every step.
         """
         self.spec, self._meta, self._shared = spec, model, recall is not None
         self._run: Run = run if recall is None else recall
@@ -50,7 +50,7 @@ class Parts:
         self._tapes: dict[tuple[int, int], Tape | None] = {}
 
     def forward_only(self, method: Method, batch: int, seq: int) -> Timeline:
-        """Whole steps of a method that never has the gradients of all parameters."""
+        """Whole steps of a method that never holds the gradients of all parameters."""
         tape = (
             self._tape(batch, seq) if method.kind == "zeroth-order" and not method.graph else None
         )
@@ -67,14 +67,14 @@ class Parts:
         def played(model: nn.Module, inputs: Inputs) -> Any:
             return loss_of(model, inputs) if tape is None else tape.play(meter)
 
-        # A method that keeps its own graph makes its state in the first step: run a second.
+        # A method with its own graph creates its state in the first step, so measure a second one.
         steps = 2 if method.graph else 1
         try:
             with meter:
                 optimizer = run_steps(
                     self._plain, inputs, method, meter, steps=steps, forward=played
                 )
-            timeline = _timeline(meter)  # The optimizer's state is there at its end.
+            timeline = _timeline(meter)  # Before the optimizer's state is freed.
             del optimizer
         finally:
             for param in trained:
@@ -82,7 +82,7 @@ class Parts:
         return timeline
 
     def _tape(self, batch: int, seq: int) -> Tape | None:
-        """The model's forward pass; None if it has to run each time."""
+        """The recorded forward pass; None if the pass cannot be recorded."""
         if (batch, seq) not in self._tapes:
             self._tapes[batch, seq] = None
             if self._shared:
@@ -92,7 +92,7 @@ class Parts:
         return self._tapes[batch, seq]
 
     def passes(self, method: Method, batch: int, seq: int) -> Timeline:
-        """Forward and backward, without any optimizer."""
+        """Forward and backward pass, without an optimizer."""
         model = self._model(method)
         model.train()
         meter = StorageMeter(keep_events=True, run=self._run)
@@ -112,7 +112,7 @@ class Parts:
         return _timeline(meter)
 
     def update(self, method: Method) -> Timeline:
-        """One update, with all state and all gradients in memory (fused: one gradient)."""
+        """One update, with all state and all gradients in memory."""
         model = self._model(method)
         optimizer = method.build(model)
         params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -134,7 +134,8 @@ class Parts:
                 for param, like in repeated.items():
                     optimizer.state[param] = _copies(optimizer.state[like])
                 meter.track(tensors_of(list(optimizer.state.values())), "optimizer state")
-                # torch's keep temporaries of one parameter until the next one has its own.
+                # torch's optimizers keep one parameter's temporaries until the next allocates its
+                # own, so all parameters take part.
                 for param, gradient in zip(params, gradients, strict=True):
                     param.grad = gradient
             meter.forget_peaks()
@@ -143,7 +144,7 @@ class Parts:
         return _timeline(meter)
 
     def _made(self, adapter: Callable[[nn.Module], nn.Module] | None) -> nn.Module:
-        """The model that is trained."""
+        """The model to train, with fake tensors and possibly an adapter."""
         with _disable_current_modes(), torch.device("meta"):
             model = shortened(self._meta, [])
             model = model if adapter is None else adapter(model)
@@ -158,13 +159,13 @@ class Parts:
 
 
 def _timeline(meter: StorageMeter) -> Timeline:
-    meter.enter_phase(meter.phase)  # What was freed last is part of it.
+    meter.enter_phase(meter.phase)  # Record an event, so that the last frees are included.
     assert meter.events is not None
     return Timeline.of(meter.events)
 
 
 def _faked(model: nn.Module) -> nn.Module:
-    """The model with fake tensors, on the CPU, for its meta tensors, tied where those are."""
+    """Replace the model's meta tensors with fake CPU tensors; tied parameters stay tied."""
     made: dict[torch.Tensor, torch.Tensor] = {}
     for module in model.modules():
         for name, param in module._parameters.items():

@@ -1,6 +1,6 @@
-"""What operators make of fake tensors, remembered: of the same shapes they make the same.
+"""Caches the results of operators on fake tensors, which depend only on shapes.
 
-torch infers shapes anew at each call, which takes ten times as long as to look them up.
+torch infers shapes again at each call. This takes ten times as long as looking them up.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BEYOND_SHAPES = frozenset(
         torch.Tag.inplace_view,
     }
 )
-#: A view in all but name.
+#: This operator returns a view, but is not declared as one.
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 
 
@@ -38,9 +38,9 @@ class _Made(NamedTuple):
     """A new tensor, or a view of the first argument.
 
     Attributes:
-        shape, stride, offset, dtype, device: its own.
-        view: whether it lies in the first argument's storage.
-        attributes: what a fake tensor has besides.
+        shape, stride, offset, dtype, device: those of the tensor.
+        view: whether it shares the first argument's storage.
+        attributes: the other attributes of the fake tensor.
     """
 
     shape: torch.Size
@@ -52,22 +52,22 @@ class _Made(NamedTuple):
     attributes: dict[str, Any]
 
 
-#: What an operator returns: a tensor, the argument of that number, nothing, or several of them.
+#: An operator's result: a new tensor, the number of the argument it returned, None, or several.
 _Result = _Made | int | None | tuple["_Result", ...] | list["_Result"]
 
 
 class _Unknown(Exception):
-    """Shapes do not tell what the operator makes of these arguments."""
+    """The shapes of these arguments do not determine the operator's result."""
 
 
 class Recall:
-    """Runs operators on fake tensors, each once for all arguments of the same shapes."""
+    """Runs operators on fake tensors, once for all arguments of the same shapes."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], _Result] = {}
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the operator returns."""
+        """Return the operator's result, from the cache if it is known."""
         signature: list[Any] = [func, torch.get_default_dtype()]
         try:
             _describe(args, signature)
@@ -78,7 +78,7 @@ class Recall:
             return run(func, args, kwargs)
         key = tuple(signature)
         if key in self._known:
-            # Without dispatch: the fake mode would take the pieces for tensors of the model's.
+            # Disable dispatch, or the fake mode would treat the new tensors as the model's.
             with torch._C._DisableTorchDispatch():
                 return _remade(self._known[key], args)
         result = run(func, args, kwargs)
@@ -88,12 +88,12 @@ class Recall:
 
 
 def _describe(value: Any, signature: list[Any]) -> None:
-    """Append what a result can depend on."""
+    """Append everything that a result can depend on to the signature."""
     kind = type(value)
     if kind in _PLAIN:
         signature += (kind, value)
     elif isinstance(value, FakeTensor):
-        # Conjugates are lazy, and known values take part in further ones.
+        # Refuse complex tensors, whose conjugation is lazy, and constants, whose values matter.
         if value.layout != torch.strided or value.is_complex() or value.constant is not None:
             raise _Unknown
         signature += (value.shape, value.stride(), value.storage_offset())
@@ -149,7 +149,7 @@ def _remade(result: _Result, args: Sequence[Any]) -> Any:
         meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         if view:
             meta.set_(args[0].untyped_storage(), offset, shape, stride)
-        # As FakeTensor's constructor does, which takes as long as all else here.
+        # Do what FakeTensor's constructor does. Calling it would double the time of this function.
         tensor = Tensor._make_subclass(
             FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device
         )

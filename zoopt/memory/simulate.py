@@ -1,7 +1,7 @@
-"""A step on fake tensors, cut into parts that methods share, so that each part runs once.
+"""Simulates a step on fake tensors. Methods share the parts of a step, so that each runs once.
 
-Layers repeat: parts run on models of a few layers, and continue to the whole one's (see
-`zoopt.memory.timeline`).
+Because layers repeat, parts run on models of a few layers. The results are extrapolated to the
+whole model (see `zoopt.memory.timeline`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from zoopt.memory.recall import Recall
 from zoopt.memory.spec import ModelSpec
 from zoopt.memory.timeline import Part, Timeline, extended
 
-#: Repeated layers of the smaller model: the first, one that follows it, and the last.
+#: Repeated layers of the smaller model: the first, one in the middle, and the last.
 _LAYERS = 3
 
 
 @contextlib.contextmanager
 def fake(dtype: torch.dtype) -> Iterator[FakeTensorMode]:
-    """Tensors made inside have no values, and this dtype where none is asked for."""
+    """Tensors created inside have no values; their default dtype is the given one."""
     before = torch.get_default_dtype()
-    # The garbage collector could free tensors at any operator, so it waits.
+    # The garbage collector could free tensors at any operator, so it is disabled meanwhile.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -53,15 +53,15 @@ class Simulation:
     """The steps of one model, under `fake`.
 
     Args:
-        spec, checkpointing, seq: what is planned.
-        whole: run every layer of the model, where the default is a few of those that repeat.
+        spec, checkpointing, seq: the model and sequence length to plan.
+        whole: run every layer of the model; by default only a few of the repeated layers run.
     """
 
     def __init__(
         self, spec: ModelSpec, checkpointing: bool, seq: int, *, whole: bool = False
     ) -> None:
         self.spec, self.seq, self.whole = spec, seq, whole
-        # The whole model's simulation is the yardstick: there every operator runs.
+        # A simulation of the whole model serves as the reference, so every operator runs there.
         self._recall = None if whole else Recall()
         with _disable_current_modes(), torch.device("meta"):
             self._meta = spec.build(checkpointing)
@@ -72,7 +72,7 @@ class Simulation:
         self._updates: dict[Method, Part] = {}
 
     def estimate(self, method: Method, batch: int) -> Estimate:
-        """The method's memory at that batch."""
+        """Estimate the method's memory at that batch size."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             backward = method.kind == "backprop" or method.graph
@@ -112,7 +112,7 @@ class Simulation:
         return self._parts[key]
 
     def _part(self, name: str, method: Method, *sizes: int) -> Part:
-        """A part of the whole model's step: of `Parts`, the method of that name."""
+        """A part of the whole model's step; `name` is a method of `Parts`."""
         short = self._shortened(_LAYERS + method.layers)
         if short is not None:
             base, deeper = short
@@ -128,8 +128,9 @@ class Simulation:
         return whole.part
 
     def _shortened(self, units: int) -> tuple[Parts, list[tuple[Parts, int]]] | None:
-        """The parts of a model with that many of each repeated layer; and for each kind of them,
-        of one with one more, and how many more the whole one has. None if layers do not repeat."""
+        """The parts of a model with `units` of each repeated layer. For each kind of layer, also
+        the parts of a model with one layer more, and how many more layers the whole model has.
+        None if layers do not repeat."""
         if units not in self._short:
             families = [] if self.whole else stacks_of(self._meta, units + 2)
             self._short[units] = None
@@ -150,7 +151,7 @@ class Simulation:
 
     def _backprop(self, method: Method, batch: int) -> tuple[Part, int]:
         passes = self._passes(method, batch, self.seq)
-        # Fused or not, an optimizer's update is the same.
+        # An optimizer's update is the same whether it is fused or not.
         optimizer = dataclasses.replace(method, name="", fused=False)
         if optimizer not in self._updates:
             self._updates[optimizer] = self._part("update", method)
@@ -160,7 +161,7 @@ class Simulation:
         phases["update"] = update.peak
         categories, peak = passes.categories | {"optimizer state": state}, passes.peak + state
         if method.fused:
-            # Updates run while backward does.
+            # Updates run during the backward pass.
             workspace = update.categories["workspace"]
             categories, peak = categories | {"workspace": workspace}, peak + workspace
             phases["update"] = update.peak - update.categories["gradients"]
@@ -171,16 +172,16 @@ class Simulation:
     def _growth(
         self, backward: bool, batch: int
     ) -> tuple[dict[str, int], dict[str, tuple[float, float]]]:
-        """What an example and a token add to each pass over the model, see `Estimate`.
+        """What each example and each token add to the memory of each pass (see `Estimate`).
 
-        They are the plain model's: adapters and frozen layers change them little.
+        The figures are those of the plain model. Adapters and frozen layers change them little.
         """
 
         def phases(batch: int, seq: int) -> dict[str, int]:
             part = self._passes(_PLAIN, batch, seq) if backward else self._inference(batch, seq)
             return part.phases
 
-        # Shorter ones: twice as long could be more than the model's positions.
+        # Use shorter sequences: twice the length could exceed the model's positions.
         sizes = [self.seq, max(1, self.seq // 2), max(1, self.seq // 4)]
         here, half, quarter = (phases(batch, seq) for seq in sizes)
         wider = phases(2 * batch, self.seq)

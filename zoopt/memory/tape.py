@@ -1,7 +1,8 @@
-"""A forward pass on fake tensors, recorded once and played under every optimizer.
+"""A forward pass on fake tensors, recorded once and played for every optimizer.
 
-Optimizers that evaluate the loss and differentiate nothing differ in how parameters are read. So a
-tape runs the functions that read the trained ones, and tells a meter what the others left alive.
+Optimizers that only evaluate the loss differ in how parameters are read. A tape therefore runs just
+the functions that read trained parameters. For all others it reports the recorded memory to a
+meter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _PLAIN = (Tensor, int, float, bool, str, type(None), torch.dtype)
 
 
 class Unplayable(Exception):
-    """The pass has to run under each optimizer: a tape cannot tell what it takes."""
+    """The pass cannot be recorded or played, so it has to run for each optimizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +31,11 @@ class _Read:
     """A function that reads parameters.
 
     Attributes:
-        func, args, kwargs: the call; of its tensors only the parameters are those of the pass.
+        func, args, kwargs: the call. Of its tensors only the parameters are those of the pass;
+            stand-ins replace the others.
         params: the parameters.
-        first, last: which events it made.
-        before, after: bytes of activations as it began and as it ended.
+        first, last: the range of its events.
+        before, after: bytes of activations when it began and when it ended.
     """
 
     func: Callable[..., Any]
@@ -50,11 +52,11 @@ class Tape:
     """The forward pass of a model, without derivatives.
 
     Args:
-        model, inputs: what is called, on fake tensors, and what with.
-        run: the meter's.
+        model, inputs: the model and its inputs, on fake tensors.
+        run: runs the operators; as for `StorageMeter`.
 
     Raises:
-        Unplayable: as it says.
+        Unplayable: the pass cannot be recorded.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, run: Run) -> None:
@@ -80,10 +82,10 @@ class Tape:
         ]
 
     def play(self, meter: StorageMeter) -> None:
-        """Let the meter see the pass.
+        """Play the pass to the meter.
 
         Raises:
-            Unplayable: a read made another result than in the pass that was recorded.
+            Unplayable: a read allocated other memory than in the recorded pass.
         """
         for read in self._reads:
             meter.overlook(tensors_of([read.args, read.kwargs]))
@@ -110,7 +112,7 @@ class Tape:
 
 
 class _Recorder(Interception):
-    """Notes the calls that read parameters, without keeping other tensors of theirs alive."""
+    """Records the calls that read parameters, without keeping their other tensors alive."""
 
     def __init__(self, parameters: Iterable[Tensor], meter: StorageMeter) -> None:
         super().__init__(parameters)
@@ -139,7 +141,7 @@ class _Recorder(Interception):
 
 @dataclasses.dataclass(frozen=True)
 class _Outline:
-    """What another tensor like one of the pass is made from."""
+    """What is needed to create a stand-in for a tensor of the pass."""
 
     shape: torch.Size
     stride: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What the package promises of a GPU, as ratios within one run, beside what was measured."""
+"""What the package promises on a GPU, as ratios within one run, compared with the measurements."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from zoopt.doctor.gpu.rows import find, of_section
 from zoopt.doctor.machine import ROOT
 
 MIB = 1 << 20
-#: Of two forward passes, at each of a scale's settings.
+#: Limits as multiples of two forward passes, at each setting of a scale.
 FORWARDS: Mapping[str, tuple[float | None, float | None, float | None]] = {
     zeroth_order.IN_PLACE: (1.12, 1.30, 1.08),
     zeroth_order.VIRTUAL: (1.20, 1.60, 1.12),
     "LOZO": (1.10, None, None),
     "ZOAdam, window": (1.25, None, None),
 }
-#: Of torch's fused AdamW.
+#: Limits as multiples of torch's fused AdamW.
 FUSED_ADAMW = {
     "zoopt.AdamW, int8 state": 0.75,
     "zoopt.AdamW, bfloat16 state": 1.1,
@@ -29,12 +29,12 @@ FUSED_ADAMW = {
     "Apollo": 1.3,
     "Fira": 2.0,
 }
-#: Of the floor of a GaLore step.
+#: Limits as multiples of the floor of a GaLore step.
 GALORE = {first_order.NEAREST: 1.2, "GaLoreAdamW": 1.4}
 LARGE_BYTES, LARGE_STEP, IN_BACKWARD, OF_COPY = MIB, 1.1, 1.1, 0.85
-#: Kernels that arithmetic bounds, by how their labels begin, and the row of a checkout's
-#: bench/results/sass.json that counts an element's instructions (a direction each, in the loops).
-#: The bandwidth of an H100 leaves about 44 of them for four bytes, that of an H200 about 32.
+#: Kernels that are bound by arithmetic: the start of the label, and the row in a checkout's
+#: bench/results/sass.json with the instructions per element (in the loops: also per direction).
+#: While an H100 moves four bytes, it can execute about 44 of them, an H200 about 32.
 ARITHMETIC = {
     "apply_ 1 draw, stochastic normal": "apply, bf16, normal, stochastic, sm_90",
     "apply_ 10 draws normal": "apply, bf16, normal, nearest, sm_90",
@@ -43,20 +43,20 @@ ARITHMETIC = {
     "adam_window_ 10 draws rademacher": "adam_window, bf16, rademacher, nearest, sm_90",
     "add_product_": "product, bf16, none, stochastic, sm_90",
 }
-#: Not our kernels, or not a pass over memory.
+#: Labels of kernels that are not ours, or are not a pass over memory.
 OTHERS = ("copy_", "mul_", "published", "torch's", "addmm_")
 
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """A promise.
+    """A promise and its measurement.
 
     Attributes:
-        promise: what is promised, with its limit.
-        figure: what was measured; None if it was not.
-        limit: the most that it may be, or for a share the least.
-        holds: None if it was not measured.
-        note: what else there is to say.
+        promise: what is promised.
+        figure: the measured value; None if it was not measured.
+        limit: the greatest allowed value; for a share, the smallest.
+        holds: whether the promise is kept; None if it was not measured.
+        note: further information.
     """
 
     promise: str
@@ -67,7 +67,7 @@ class Bar:
 
 
 def judge(document: Mapping[str, Any]) -> list[Bar]:
-    """Every promise beside the document's figures."""
+    """Compare every promise with the document's figures."""
     rows: Sequence[Row] = document["rows"]
     names = [
         f"{setting['batch']} x {setting['seq']} {setting['dtype']}"
@@ -92,7 +92,7 @@ def _at_most(promise: str, figure: float | None, limit: float, note: str = "") -
 def _ratio(
     rows: Sequence[Row], setting: str, method: str, to: str, unit: str = "ms"
 ) -> float | None:
-    """Of two medians; of the rounds where the row's own ratio is to that very method."""
+    """The ratio by rounds if the row has one to this method, otherwise the ratio of the medians."""
     own, other = find(rows, setting, method, unit), find(rows, setting, to, unit)
     if own is None or other is None:
         return None
@@ -124,7 +124,7 @@ def _forwards(rows: Sequence[Row], names: Sequence[str]) -> Iterator[Bar]:
 
 
 def _published(rows: Sequence[Row], names: Sequence[str]) -> Iterator[Bar]:
-    """The slowest of ours over the published MeZO."""
+    """The slowest of our methods, as a multiple of the published MeZO."""
     for setting in names:
         ratios = {m: _ratio(rows, setting, m, PUBLISHED) for m in zeroth_order.OURS}
         known = {m: ratio for m, ratio in ratios.items() if ratio is not None}
@@ -170,7 +170,7 @@ def _in_backward(rows: Sequence[Row]) -> Iterator[Bar]:
 
 
 def _kernels(rows: Sequence[Row]) -> Bar:
-    """The slowest kernel that memory bounds; those that arithmetic bounds are named."""
+    """The slowest memory-bound kernel. The note names slow kernels that are bound by arithmetic."""
     shares: dict[str, float] = {}
     excused = []
     counts = instructions()
@@ -195,7 +195,7 @@ def _kernels(rows: Sequence[Row]) -> Bar:
 
 
 def instructions() -> dict[str, str]:
-    """Instructions an element, by kernel, as a checkout has them counted; none without one."""
+    """Instructions per element, by kernel, from a checkout's results; empty without a checkout."""
     path = ROOT / "bench" / "results" / "sass.json"
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""The chart of a report: steps over what they are compared with, and kernels."""
+"""The chart of a report: steps relative to their references, and the bandwidth of kernels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from zoopt.doctor.gpu import first_order, kernels, zeroth_order
 from zoopt.doctor.gpu.bars import OTHERS
 from zoopt.doctor.gpu.rows import of_section
 
-#: Of the weights that the kernels' panel is about.
+#: The dtype of the weights in the kernels' panel.
 DTYPE = "bfloat16"
 
 
 def draw(path: Path, document: Mapping[str, Any]) -> None:
-    """Draw what there is; nothing if there is no figure."""
+    """Draw the measured figures; write no file if there are none."""
     rows: list[Row] = document["rows"]
     panels = []
     settings = dict.fromkeys(row["setting"] for row in of_section(rows, zeroth_order.SECTION))

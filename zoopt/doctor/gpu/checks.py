@@ -1,4 +1,4 @@
-"""That results are right: the self-tests, and the checkout's tests of a GPU."""
+"""Checks that results are correct: the self-tests, and a checkout's tests for GPUs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from zoopt.doctor.gpu.scale import Scale
 from zoopt.doctor.machine import ROOT, cores
 
 SELF_TESTS, TESTS = "self-tests", "GPU tests"
-#: Of the tests, at most.
+#: The greatest number of processes that run tests.
 WORKERS = 8
-#: The figure of both: tests that failed.
+#: The figure of both sections: how many tests failed.
 FAILURES, UNIT = "failures", "tests"
 
 
 def run_self_tests(scale: Scale, device: torch.device, emit: Emit) -> None:
-    """Noise against known answers, kernels against the reference, on every device."""
+    """Compare noise with known answers, and kernels with the reference, on every device."""
     passed, failures = 0, list[str]()
     for name, test in selftest.self_tests():
         result = selftest.run(name, test)
@@ -34,7 +34,7 @@ def run_self_tests(scale: Scale, device: torch.device, emit: Emit) -> None:
 
 
 def run_tests(scale: Scale, device: torch.device, emit: Emit) -> None:
-    """The tests that need a GPU; what has been found so far is told after each."""
+    """Run the tests that need a GPU, and emit the count so far after each test."""
     missing = [name for name in scale.tests if not (ROOT / name).exists()]
     if missing:
         reason = f"a checkout of the repository is needed: {ROOT} has no {missing[0]}"
@@ -62,7 +62,7 @@ def run_tests(scale: Scale, device: torch.device, emit: Emit) -> None:
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-q"]
     workers = min(WORKERS, (cores() or 1) // 2)
     if workers > 1 and importlib.util.find_spec("xdist") is not None:
-        # What takes the time is compiling kernels, on the CPU.
+        # Most of the time goes into compiling kernels on the CPU.
         options += ["-n", str(workers)]
     status = pytest.main([*options, *scale.tests], plugins=[told])
     broken = [] if status in (0, 1) else [f"pytest ended with status {int(status)}"]

@@ -1,4 +1,4 @@
-"""First-order steps beside torch's fused AdamW, fused backward, and the plan beside the memory."""
+"""First-order steps compared with torch's fused AdamW, fused backward, and planned memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from zoopt.nn.modules import linear_layers
 
 SECTION, FUSED, PLAN = "first-order steps", "fused backward", "planned memory"
 SETTING = "step"
-#: torch's own, which all are compared with, and the floor of GaLore's steps.
+#: torch's AdamW, the reference for all methods, and the floor of GaLore's steps.
 REFERENCE, FLOOR = "torch.optim.AdamW(fused=True)", "GaLore's floor"
 NEAREST = "GaLoreAdamW, to nearest"
 OURS = (
@@ -32,16 +32,16 @@ OURS = (
     *("zoopt.AdamW, int4 state", "SM3", "GaLoreAdamW", "GaLoreAdamW, int8 state"),
     *("Apollo", "ApolloMini", "Fira"),
 )
-#: Unfused and fused, in this order.
+#: The two ways to step, in the order in which they are measured.
 UNFUSED, IN_BACKWARD = "forward, backward and step", "step in backward"
 FUSED_METHODS = ("zoopt.AdamW, int8 state", "GaLoreAdamW, int8 state")
 PLANNED = ("MeZO", "zoopt.AdamW, int8 state", "GaLoreAdamW, int8 state, fused backward")
-#: No subspace is made anew in a step that is timed.
+#: An update gap so long that no timed step computes a new subspace.
 NEVER = 1 << 30
 
 
 def measure(scale: Scale, device: torch.device, emit: Emit) -> None:
-    """The optimizer's step alone, one method at a time, each with its own state and peak."""
+    """Time the optimizer's step alone, one method at a time, each with its own state and peak."""
     model, inputs = _model(scale, device)
     loss_of(model, inputs).backward()  # type: ignore[no-untyped-call]
     reference = _step(model, Method(REFERENCE, "backprop", _fused_adamw), scale, device, emit)
@@ -53,7 +53,7 @@ def measure(scale: Scale, device: torch.device, emit: Emit) -> None:
 
 
 def measure_fused(scale: Scale, device: torch.device, emit: Emit) -> None:
-    """Forward, backward and update, with the update after the backward pass and within it."""
+    """Time forward, backward and update, with the update after the backward pass or within it."""
     model, inputs = _model(scale, device)
     known = {method.name: method for method in _methods(scale)}
     for name in FUSED_METHODS:
@@ -72,7 +72,7 @@ def measure_fused(scale: Scale, device: torch.device, emit: Emit) -> None:
 
 
 def measure_plan(scale: Scale, device: torch.device, emit: Emit) -> None:
-    """The peak of two steps as planned and as allocated; on a CPU, as counted."""
+    """The peak of two steps, as planned and as allocated (on a CPU: as counted)."""
     spec = models.spec(scale.model)
     known = {method.name: method for method in _methods(scale)}
     for name in PLANNED:
@@ -100,7 +100,7 @@ def _methods(scale: Scale) -> list[Method]:
 
 
 def _nearest(known: dict[str, Method]) -> Method:
-    """GaLore with weights that are rounded to nearest."""
+    """GaLore that rounds weights to nearest."""
 
     def build(model: nn.Module) -> torch.optim.Optimizer:
         optimizer = known["GaLoreAdamW"].build(model)
@@ -116,7 +116,7 @@ def _fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _floor(rank: int) -> Callable[[nn.Module], Any]:
-    """What a GaLore step cannot do without, and torch's fused AdamW on what is not projected."""
+    """The minimal work of a GaLore step, and torch's fused AdamW for parameters not projected."""
 
     class Floors:
         def __init__(self, model: nn.Module) -> None:
@@ -144,12 +144,12 @@ def _step(
     emit: Emit,
     to: list[float] | None = None,
 ) -> list[float] | None:
-    """Durations of the method's steps on the gradients that are there; None if it fails."""
+    """Durations of the method's steps with the existing gradients; None if it fails."""
     seconds = None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with _told(emit, SECTION, SETTING, method.name):
-        # A function of its own, whose end lets go of the state also where memory has run out.
+        # A separate function, so that the state is freed when it ends, even if memory ran out.
         seconds = _durations(model, method, scale, device)
         cuda = device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(device) if cuda else None
@@ -164,7 +164,7 @@ def _durations(model: nn.Module, method: Method, scale: Scale, device: torch.dev
 
 
 def _still(optimizer: Any) -> Any:
-    """The optimizer with a rate that moves nothing far, and a subspace that stays as it is."""
+    """The optimizer with a tiny learning rate, and a subspace that is never updated."""
     for group in optimizer.param_groups:
         rate = group["lr"]
         group["lr"] = (
@@ -179,7 +179,7 @@ def _still(optimizer: Any) -> Any:
 
 
 def _fix_bases(optimizer: Any) -> None:
-    """Any bases of the right sizes for the published GaLore: its first ones take an SVD each."""
+    """Give the published GaLore zero bases of the right size; otherwise each would take an SVD."""
     projector_class = sys.modules["galore_torch.galore_projector"].GaLoreProjector
     for group in optimizer.param_groups:
         for param in group["params"] if "rank" in group else ():
@@ -203,7 +203,7 @@ def _whole_step(model: nn.Module, inputs: dict[str, Any], optimizer: Any) -> Non
 
 @contextlib.contextmanager
 def _told(emit: Emit, section: str, setting: str, method: str, unit: str = "ms") -> Iterator[None]:
-    """What fails becomes a row, and the others go on."""
+    """Turn an error into a row, so that the other methods are still measured."""
     try:
         yield
     except Exception as error:

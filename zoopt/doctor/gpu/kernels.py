@@ -1,4 +1,4 @@
-"""The kernels' share of the bandwidth of a copy."""
+"""The kernels' bandwidth as a share of that of a copy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = ("bfloat16", "float32")
 
 
 def measure(scale: Scale, device: torch.device, emit: Emit) -> None:
-    """A row a kernel and dtype, of `zoopt bench kernels`."""
+    """Emit a row of `zoopt bench kernels` for each kernel and dtype."""
     options = argparse.Namespace(numel=scale.numel, repeats=scale.repeats)
     for dtype in DTYPES:
         for row in kernels.measure(dtype, device, options):

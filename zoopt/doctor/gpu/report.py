@@ -1,4 +1,4 @@
-"""All sections one after the other, within a time limit: figures, bars, a file and a chart."""
+"""Runs all sections within a time limit, and writes the figures, a verdict on each, and a chart."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from zoopt.doctor.gpu.scale import Scale
 from zoopt.doctor.gpu.sections import SECTIONS
 from zoopt.doctor.machine import identity
 
-#: How often a running section is looked at.
+#: How long to wait between looks at a running section.
 POLL_SECONDS = 0.1
-#: With less, a section is not begun.
+#: A section is not started with less time than this.
 LEAST_SECONDS = 5.0
 
 Progress = Callable[[str], None]
-#: The command of a section: its name, the scale's and the device.
+#: (name of the section, name of the scale, device) -> the section's command.
 Command = Callable[[str, str, str], list[str]]
 
 
 def command_of(section: str, scale: str, device: str) -> list[str]:
-    """The section in a process of its own."""
+    """The command that runs the section in its own process."""
     return [sys.executable, "-m", "zoopt.doctor.gpu.sections", section, scale, device]
 
 
@@ -48,20 +48,20 @@ def run(
     command: Command = command_of,
     typed: str = "zoopt doctor --gpu",
 ) -> tuple[dict[str, Any], Path]:
-    """Do all sections and write a JSON and a chart; the JSON also after each section.
+    """Run all sections, and write a JSON file and a chart. The JSON is updated after each section.
 
     Args:
-        scale: on what models.
-        device: where.
-        seconds: for all of it; a section that is cut off leaves the rows that it has.
-        folder: where the two files go, named after the device.
-        progress: called with what is being done.
-        command: of a section's process.
-        typed: how the user called it.
+        scale: the models and sizes.
+        device: the device to measure.
+        seconds: time limit for everything. A section that is stopped keeps its rows so far.
+        folder: where to write the two files, which are named after the device.
+        progress: called with a line for each thing that starts or ends.
+        command: makes the command of a section.
+        typed: the command line that the user typed.
 
     Returns:
-        The document (see `zoopt.bench.common.SCHEMA`), with `bars` and with `unfinished`, the
-        sections that are not whole and why; and the path of the JSON.
+        The document (see `zoopt.bench.common.SCHEMA`), with `bars` and `unfinished` (the incomplete
+        sections and the reasons), and the path of the JSON file.
     """
     deadline = time.monotonic() + seconds
     rows: dict[tuple[str, str], Row] = {}
@@ -103,7 +103,7 @@ def run(
 
 
 def run_section(command: list[str], seconds: float) -> tuple[list[Row], str | None]:
-    """The rows of a section's process, and why they are not all that there should be, or None."""
+    """Run a section's process. Return its rows, and why it is incomplete (None if it is not)."""
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as lines, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=lines, stderr=errors)
@@ -124,18 +124,18 @@ def run_section(command: list[str], seconds: float) -> tuple[list[Row], str | No
 
 
 def _rows(lines: TextIO) -> list[Row]:
-    """Those that have been written whole."""
+    """Read the rows, without a line that was only partly written."""
     lines.seek(0)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def slug(device: str) -> str:
-    """A device's name as part of a file's."""
+    """A device's name in a form that suits a file name."""
     return re.sub("[^a-z0-9]+", "_", device.lower()).strip("_")
 
 
 def missing(document: Mapping[str, Any]) -> list[str]:
-    """What could not be measured, a line each."""
+    """What could not be measured, one line each."""
     lines = [f"{name}: {reason}" for name, reason in document["unfinished"].items()]
     return lines + [
         f"{row['name']}: {row['reason']}" for row in document["rows"] if row["median"] is None

@@ -1,4 +1,4 @@
-"""What sections tell: rows of `zoopt.bench.common`, named by section, setting and method."""
+"""The output of sections: rows of `zoopt.bench.common`, named by section, setting and method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from zoopt.bench import common
 from zoopt.bench.common import Row
 
-#: Takes a row as soon as it is known.
+#: Called with each row as soon as it is measured.
 Emit = Callable[[Row], None]
 
 
@@ -23,7 +23,7 @@ def timed(
     to: Sequence[float] | None = None,
     **extra: Any,
 ) -> Row:
-    """The row of a method's durations, in milliseconds; its ratio is to durations `to`."""
+    """A row of a method's durations, in milliseconds. Its ratio is relative to durations `to`."""
     return common.measured(
         f"{setting}: {method}",
         [1e3 * second for second in seconds],
@@ -37,21 +37,21 @@ def timed(
 
 
 def counted(section: str, setting: str, method: str, value: float, unit: str, **extra: Any) -> Row:
-    """The row of what is counted: bytes, tests."""
+    """A row of a count, such as bytes or tests."""
     name = f"{setting}: {method}"
     what: dict[str, Any] = {"section": section, "setting": setting, "method": method}
     return common.counted(name, value, unit, **what, **extra)
 
 
 def failed(section: str, setting: str, method: str, unit: str, error: BaseException | str) -> Row:
-    """The row of what could not be measured, and why."""
+    """A row for something that could not be measured, with the reason."""
     reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     row = common.failed(f"{setting}: {method}", unit, (reason.strip().splitlines() or ["?"])[0])
     return {**row, "section": section, "setting": setting, "method": method}
 
 
 def find(rows: Iterable[Row], setting: str, method: str, unit: str) -> Row | None:
-    """The row of that name whose figure is known."""
+    """Find the row of that setting, method and unit, if it has a figure."""
     for row in rows:
         key = row.get("setting"), row.get("method"), row["unit"]
         if key == (setting, method, unit) and row["median"] is not None:
@@ -65,7 +65,7 @@ def of_section(rows: Iterable[Row], section: str) -> Iterator[Row]:
 
 
 def forget(device: torch.device) -> None:
-    """Give back what is no longer referred to."""
+    """Free the memory of objects that are no longer referenced."""
     import gc
 
     gc.collect()
@@ -74,7 +74,7 @@ def forget(device: torch.device) -> None:
 
 
 def _ratio(seconds: Sequence[float], to: Sequence[float]) -> float:
-    """Of the same rounds, round by round; of others, of the medians."""
+    """The ratio round by round if both have the same rounds, otherwise that of the medians."""
     if len(seconds) == len(to):
         return common.ratio(seconds, to)
     import statistics

@@ -1,4 +1,4 @@
-"""On what the sections of `zoopt doctor --gpu` measure: the models and sizes of the bars."""
+"""The models and sizes that the sections of `zoopt doctor --gpu` measure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A batch: `batch` sequences of `seq` tokens, on weights of a dtype."""
+    """A batch of `batch` sequences of `seq` tokens, with weights of a dtype."""
 
     batch: int
     seq: int
@@ -15,24 +15,24 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """As rows and bars call it."""
+        """The name in rows and bars."""
         return f"{self.batch} x {self.seq} {self.dtype}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What the figures are of.
+    """What is measured.
 
     Attributes:
-        name: what the command line calls it.
-        forward_model, settings: of zeroth-order steps; bars are by the settings' order: much work
-            a weight in bfloat16, little, and float32.
-        large_model, large_seq: of MeZO on a model whose weights alone fill a GPU; one sequence.
-        model, seq: of first-order steps, one sequence in bfloat16.
-        rank: of projections and of low-rank directions.
-        numel: elements of a kernel's tensor.
+        name: its name on the command line.
+        forward_model, settings: for zeroth-order steps. The limits depend on the settings' order:
+            much work per weight in bfloat16, little work in bfloat16, float32.
+        large_model, large_seq: for MeZO on a model whose weights alone fill a GPU; one sequence.
+        model, seq: for first-order steps, one sequence in bfloat16.
+        rank: the rank of projections and low-rank directions.
+        numel: elements of a tensor for kernels.
         repeats: rounds.
-        tests: of the checkout, as pytest takes them.
+        tests: the checkout's tests, as arguments of pytest.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""The sections of `zoopt doctor --gpu`, and one of them in a process of its own.
+"""The sections of `zoopt doctor --gpu`, and a command that runs one of them.
 
-`python -m zoopt.doctor.gpu.sections NAME SCALE DEVICE` prints a row a line as soon as it is known:
-what a time limit stops leaves what it has.
+`python -m zoopt.doctor.gpu.sections NAME SCALE DEVICE` prints each row on a line as soon as it is
+measured. If a time limit stops the process, the rows so far are kept.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Section:
     """A part of the report.
 
     Attributes:
-        summary: what it does, in words.
-        measure: does it, and tells each row.
-        share: of the whole time limit, that it may take at most.
+        summary: a description of it.
+        measure: runs it, and emits each row.
+        share: the greatest share of the whole time limit that it may use.
     """
 
     summary: str
@@ -34,7 +34,7 @@ class Section:
     share: float
 
 
-#: In order of importance: a time limit cuts off the last ones.
+#: In order of importance, because a time limit skips the last ones.
 SECTIONS = {
     zeroth_order.SECTION: Section(
         "MeZO and others beside two forward passes", zeroth_order.measure, 0.4
@@ -52,7 +52,7 @@ SECTIONS = {
 
 
 def main(name: str, scale: str, device: str) -> None:
-    """Do one section; its rows go to standard output, everything else to standard error."""
+    """Run one section. Its rows go to standard output, everything else to standard error."""
     lines, sys.stdout = sys.stdout, sys.stderr
 
     def emit(row: Row) -> None:

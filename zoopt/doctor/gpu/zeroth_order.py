@@ -1,4 +1,4 @@
-"""Zeroth-order steps beside two forward passes, and a model whose weights fill the GPU."""
+"""Zeroth-order steps compared with two forward passes, and MeZO on a model that fills the GPU."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from zoopt.doctor.gpu.rows import Emit
 from zoopt.doctor.gpu.scale import Scale, Setting
 
 SECTION, LARGE = "zeroth-order steps", "large model"
-#: What is measured: the alternatives, then ours.
+#: Our methods; they are measured after inference and the published MeZO.
 IN_PLACE, VIRTUAL = "MeZO, in place", "MeZO, virtual"
 OURS = (IN_PLACE, VIRTUAL, "LOZO", "LOZO, momentum", "SubZero", "ZOAdam, window")
-#: Elements and dtype of the copy that says what bandwidth is, on a GPU.
+#: Elements of the copy that measures the bandwidth of a GPU.
 COPY_NUMEL = 1 << 28
 PASSES = "three passes at copy bandwidth"
 
 
 def measure(scale: Scale, device: torch.device, emit: Emit) -> None:
-    """A step of each method at each setting, in turn, over two forward passes."""
+    """Time a step of each method at each setting, relative to two forward passes."""
     table = {entry.name: entry for entry in methods.table(scale.rank).values()}
     for setting in scale.settings:
         bench = _bench(scale.forward_model, setting, device)
@@ -46,7 +46,7 @@ def measure(scale: Scale, device: torch.device, emit: Emit) -> None:
 
 
 def measure_large(scale: Scale, device: torch.device, emit: Emit) -> None:
-    """Memory and time of MeZO in place and virtual, over inference, on one sequence."""
+    """Memory and time of MeZO, in place and virtual, relative to inference on one sequence."""
     setting = Setting(1, scale.large_seq, "bfloat16")
     table = {entry.name: entry for entry in methods.table(scale.rank).values()}
     entries: list[Entry] = [table[name] for name in (INFERENCE, IN_PLACE, VIRTUAL)]
@@ -72,7 +72,7 @@ def _bench(model: str, setting: Setting, device: torch.device) -> Bench:
 
 
 def _copy_bandwidth(scale: Scale, device: torch.device) -> list[float]:
-    """Bytes a second that a copy reads and writes, a round each."""
+    """Bytes per second that a copy reads and writes, for each round."""
     numel = COPY_NUMEL if device.type == "cuda" else scale.numel
     source = torch.zeros(numel, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)

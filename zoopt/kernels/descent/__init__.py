@@ -1,1 +1,1 @@
-"""Descent along estimates that are more than a sum of directions: shaped, averaged, signed."""
+"""Updates that are more than a sum of directions: with shaped, averaged or signed estimates."""

@@ -1,4 +1,4 @@
-"""The operations on the CPU: numba makes the sums of directions, torch the rest."""
+"""The operations on the CPU: numba computes the sums of directions, and torch the rest."""
 
 from __future__ import annotations
 

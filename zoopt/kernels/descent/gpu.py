@@ -1,4 +1,4 @@
-"""The operations on the GPU: Triton, one launch for each batch, as in noise's `gpu`."""
+"""The operations on the GPU, in Triton: one launch per batch, as in `gpu` of the noise kernels."""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zoopt.kernels.noise.gpu import ADAM_BLOCK, BLOCK, launch, place_of, rounds,
 BATCHES = True
 _RULES = {"none": 0, "momentum": 1, "sign": 2, "adam": 3}
 _SHAPES = {"plain": 0, "small": 1, "kept": 2, "scaled": 3, "cone": 4}
-#: The most numbers that a rule has.
+#: The greatest number of parameters of a rule.
 _NUMBERS = 7
 
 
@@ -95,7 +95,7 @@ def small(batch: Batch, limits: Sequence[Tensor], outs: Sequence[Tensor]) -> Non
 
 
 def energies(batch: Batch, coefficients: Sequence[float] | None, draws: Sequence[int]) -> Tensor:
-    """See op.energies: first of each block, then the sum over each tensor's blocks, in order."""
+    """See op.energies. Sums of blocks come first, and then the sum of each tensor's blocks."""
     place, programs = place_of(batch, ADAM_BLOCK)
     parts = torch.empty(programs, dtype=torch.float64, device=batch.device)
     out = torch.empty(len(batch), dtype=torch.float64, device=batch.device)

@@ -1,6 +1,6 @@
-"""The operations on the GPU, compiled: one program a block of elements of one of a batch's tensors.
+"""The compiled operations on the GPU: one program per block of elements of a tensor in the batch.
 
-Tables, directions and numbers are passed as to noise's kernels.
+Tables, directions and numbers are passed in the same way as to the noise kernels.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -42,7 +42,7 @@ def _sum(
     BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """total + sum_j a_j z_j, a_j in a column of the terms."""
+    """total + sum_j a_j z_j; the a_j are in column COLUMN of the terms."""
     one = tl.full([], 1.0, tl.float32)
     if UNROLLED:
         for j in tl.static_range(UNROLLED):
@@ -64,7 +64,7 @@ def _sum(
 
 @triton.jit
 def _shaped(total, beside, radial, SHAPE: tl.constexpr):
-    """The displacement of a sum of directions, see `Shape`."""
+    """Turn a sum of directions into a displacement, see `Shape`."""
     if SHAPE == 0:
         return total
     elif SHAPE <= 2:
@@ -112,7 +112,7 @@ def descend_kernel(
     BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """reference.descend; shapes and rules have the numbers of `gpu`."""
+    """reference.descend; SHAPE and RULE are the numbers in `gpu._SHAPES` and `gpu._RULES`."""
     tensor, block, numel, offset, number = _place(
         places, hints, shift, numel, offset, number, TABLE
     )
@@ -312,7 +312,7 @@ def small_kernel(
     BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out <- |theta| <= limit: one byte an element."""
+    """out <- |theta| <= limit, one byte per element."""
     tensor, block, numel, offset, number = _place(
         places, hints, shift, numel, offset, number, TABLE
     )
@@ -357,8 +357,8 @@ def energy_kernel(
     BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[program] <- the sum of squares of a block, float64: of theta, or (MADE) of
-    sum_j a_j z_j."""
+    """out[program] <- the sum of squares of a block of theta, or (MADE) of sum_j a_j z_j, in
+    float64."""
     tensor, block, numel, offset, number = _place(
         places, hints, shift, numel, offset, number, TABLE
     )

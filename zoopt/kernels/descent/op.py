@@ -1,7 +1,7 @@
-"""Updates that are more than a sum of directions, each one pass over a batch of tensors.
+"""Updates that are more than a sum of directions, each in one pass over a batch of tensors.
 
-They are for devices on which an operation is a launch. Elsewhere the optimizers' own loops make
-these updates chunk by chunk.
+They are for GPUs, where every operation is a launch. On a CPU the optimizers' own loops do these
+updates chunk by chunk.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ def descend_(
         theta: the batch. Its keys have density 1 unless the shape is plain.
         coefficients, gradients: one number for each direction.
         draws: the directions' numbers, 32 bits each.
-        first, second: the rule's state, for each tensor one of its shape, in the accumulator's
+        first, second: the rule's state. One for each tensor, of its shape, in the accumulator's
             dtype.
-        beside: the shape's operand, one for each tensor: of the tensor's shape, in the
-            accumulator's dtype or (`"kept"`) bool; or (`"small"`) one number.
+        beside: the shape's operand, one for each tensor. It has the tensor's shape and the
+            accumulator's dtype; for `"kept"` it is bool, for `"small"` it is one number.
         decay, rounding, rounding_draw, impl: as for `apply_`.
-        out: where the result goes, default theta itself: contiguous, one for each tensor.
+        out: where the result goes, one contiguous tensor for each; default theta itself.
 
     Returns:
         theta.
 
     Raises:
-        TypeError, ValueError: as for `apply_`; state that does not match or is missing.
+        TypeError, ValueError: as for `apply_`, or state is missing or does not match.
     """
     theta.check()
     check_directions(draws, coefficients=coefficients, gradients=gradients)
@@ -152,8 +152,8 @@ def small_elements(
 
     Args:
         theta: the batch.
-        limits: one float32 for each tensor.
-        out: bools, for each tensor one of its shape, contiguous.
+        limits: one float32 number for each tensor.
+        out: one contiguous bool tensor for each, of its shape.
     """
     theta.check_beside("out", out, torch.bool)
     backend = dispatch.choose(theta.tensors[0], impl, _FAMILY)
@@ -167,8 +167,9 @@ def energies(
     draws: Sequence[int] = (),
     impl: str | None = None,
 ) -> Tensor:
-    """The sum of squares of each tensor, or with coefficients of sum_j coefficients[j] z_j:
-    float64, one for each tensor, in the implementation's own order."""
+    """The sum of squares of each tensor, or with coefficients, of sum_j coefficients[j] z_j.
+
+    One float64 number for each tensor. Each implementation sums in its own order."""
     theta.check()
     if coefficients is not None:
         check_directions(draws, coefficients=coefficients)

@@ -1,7 +1,7 @@
-"""The operations, defined: plain PyTorch on any device, in chunks that bound the temporaries.
+"""The definition of the operations, in plain PyTorch on any device. Chunks bound the temporaries.
 
-Sums of directions are noise's; every other product is rounded before it is added, roots and
-quotients are exact.
+Sums of directions are computed by the noise kernels. Every other product is rounded before it is
+added. Roots and quotients are correctly rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from zoopt.kernels.descent.rule import Rule, Shape
 from zoopt.kernels.noise import reference as noise
 from zoopt.kernels.noise.key import NoiseKey
 
-#: The type of `weighted_sum`, of any implementation of the noise.
+#: The type of `weighted_sum` in any implementation of the noise.
 Sums = Callable[..., None]
 
 
@@ -58,7 +58,8 @@ def descend(
 
 
 def shaped(total: Tensor, theta: Tensor, beside: Tensor | None, kind: str, radial: float) -> Tensor:
-    """The displacement of a sum of directions, see `Shape`; all of one size but a limit."""
+    """Turn a sum of directions into a displacement, see `Shape`. `beside` has the sum's size, or
+    is a single limit."""
     if beside is None:
         return total
     if kind == "small":
@@ -71,7 +72,7 @@ def shaped(total: Tensor, theta: Tensor, beside: Tensor | None, kind: str, radia
 
 
 def ruled(estimate: Tensor, first: Tensor | None, second: Tensor | None, rule: Rule) -> Tensor:
-    """The update of theta, see `Rule`; changes the state in place."""
+    """The update of theta, see `Rule`. The state changes in place."""
     numbers = rule.numbers
     if rule.kind == "sign":
         return estimate.sign().mul_(numbers[0])
@@ -88,8 +89,9 @@ def ruled(estimate: Tensor, first: Tensor | None, second: Tensor | None, rule: R
 
 
 def exact_root(x: Tensor) -> Tensor:
-    """sqrt(x). torch's root in float32 is sometimes off by one unit. The root in float64, rounded,
-    is exact: the root of a float32 is at least 4 float64 units away from every tie."""
+    """sqrt(x), correctly rounded. torch's float32 root is sometimes off by one unit. The float64
+    root, rounded to float32, is correct: the root of a float32 number is at least 4 float64 units
+    away from every tie."""
     return x.double().sqrt().to(x.dtype)
 
 
@@ -143,7 +145,7 @@ def energy(
     key: NoiseKey,
     sums: Sums = noise.weighted_sum,
 ) -> Tensor:
-    """See op.energies: of one tensor, float64 ()."""
+    """See op.energies; for one tensor, float64 ()."""
     total = torch.zeros((), dtype=torch.float64, device=theta.device)
     for part in chunks(theta):
         values = theta[part].to(accumulator_dtype(theta.dtype))
@@ -161,5 +163,5 @@ def chunks(tensor: Tensor) -> Iterator[slice]:
 
 
 def _part(tensor: Tensor | None, part: slice) -> Tensor | None:
-    """The part of `beside` for a chunk; a limit holds for all chunks."""
+    """The part of an operand for a chunk; a single limit applies to all chunks."""
     return tensor if tensor is None or tensor.numel() == 1 else tensor[part]

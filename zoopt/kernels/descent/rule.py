@@ -14,14 +14,14 @@ class Shape:
     """How a sum s = sum_j a_j z_j becomes a displacement, element by element:
 
         plain    s
-        small    s where |theta| <= beside, one float32 a tensor; elsewhere 0
-        kept     s where beside, bools; elsewhere 0
+        small    s where |theta| <= beside, one float32 number per tensor; elsewhere 0
+        kept     s where beside is true; elsewhere 0
         scaled   s / sqrt(beside), float32
         cone     s + radial beside, float32
 
     Attributes:
-        radial: the cone's factor of `beside` in theta's displacement.
-        estimate: its factor in the estimate.
+        radial: the factor of `beside` in theta's displacement, for a cone.
+        estimate: the factor of `beside` in the estimate, for a cone.
     """
 
     kind: ShapeKind = "plain"
@@ -31,7 +31,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The update of theta for an estimate g; `numbers` are the rule's, in order:
+    """The update of theta for an estimate g. The rule's `numbers` are in brackets, in order:
 
     none       nothing
     momentum   first <- a first + g;  b first                                       (a, b)
@@ -45,5 +45,5 @@ class Rule:
 
     @property
     def states(self) -> int:
-        """How many float32 tensors the rule keeps besides theta."""
+        """How many state tensors the rule has."""
         return {"none": 0, "momentum": 1, "sign": 0, "adam": 2}[self.kind]

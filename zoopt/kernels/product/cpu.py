@@ -1,5 +1,5 @@
-"""theta plus a low-rank product on the CPU: BLAS multiplies a chunk of rows, and a kernel adds and
-rounds it while it is in the cache. Where BLAS itself rounds as required, it does everything."""
+"""theta plus a low-rank product on the CPU. BLAS multiplies a chunk of rows, and a kernel adds and
+rounds the chunk while it is in the cache. If BLAS itself rounds as required, it does everything."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add_product(
     key: NoiseKey,
     rounding_draw: int | None,
 ) -> None:
-    """See reference_product.add_product."""
+    """See reference.add_product."""
     product_alone = channel_scale is None and sign_of is None
     native = native_bfloat16(theta)
     if product_alone and blas_rounds(theta, rounding_draw):
@@ -44,7 +44,7 @@ def add_product(
         elif decay != 1.0:
             theta.mul_(decay)
         return
-    # Rounding factors and product to bfloat16 costs 2^-7 of a step, not of theta.
+    # Rounding factors and product to bfloat16 has an error of 2^-7 of the step, not of theta.
     if native and product_alone and left is not None and right is not None:
         assert rounding_draw is not None
         left, right = left.to(theta.dtype), right.to(theta.dtype)

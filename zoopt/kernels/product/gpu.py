@@ -1,7 +1,8 @@
-"""theta plus a low-rank product on the GPU: by BLAS if it rounds as required; by Triton, in one
-read and one write of theta, if terms of the gradient or random bits are added with the product.
+"""theta plus a low-rank product on the GPU. BLAS computes it if it rounds as required. Triton
+computes it, with one read and one write of theta, if there are terms of the gradient or stochastic
+rounding.
 
-For a batch of matrices, of one shape, Triton's kernel is launched once, and BLAS once for each.
+For a batch of matrices of one shape, the Triton kernel is launched once, BLAS once per matrix.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -25,11 +26,12 @@ __all__ = ["add_product", "add_products", "squares"]
 
 #: An operation takes a whole batch.
 BATCHES = True
-#: Rows and columns of a program's tile with a product, and the columns of a factor at a time.
+#: Rows and columns of a program's tile with a product, and how many columns of a factor it reads
+#: at a time.
 TILE, K = (64, 64), 16
 #: The same if theta has 16 bits and only a product is added.
 NARROW_TILE, NARROW_K = (128, 64), 32
-#: Elements of a program's tile without one.
+#: Elements of a program's tile without a product.
 PLAIN = 2048
 NUM_WARPS = {"cuda": 8, "hip": 8, "interpreter": 1}
 
@@ -38,7 +40,7 @@ Several = Sequence[Tensor] | None
 
 
 class Terms(NamedTuple):
-    """The operands of the terms that are added; None for terms that are absent."""
+    """The operands of the added terms; None for absent terms."""
 
     left: Several
     right: Several
@@ -60,7 +62,7 @@ def add_product(
     sign_step: float,
     rounding_draw: int | None,
 ) -> None:
-    """See reference.add_product, for every matrix of a batch; all have one shape."""
+    """See reference.add_product; for every matrix of a batch, all of one shape."""
     if not theta.numel:
         return
     alone = channel_scale is None and sign_of is None
@@ -69,7 +71,7 @@ def add_product(
     narrow = theta.dtype in (torch.bfloat16, torch.float16) and backend_name() != "interpreter"
     if narrow and left is not None and right is not None:
         left, right = ([factor.to(theta.dtype) for factor in part] for part in (left, right))
-    # In float32 the sum may be rounded in between, and BLAS's product is several times as fast.
+    # In float32 the sum may be rounded between terms, and BLAS is several times as fast.
     by_blas = blas_rounds(theta.tensors[0], rounding_draw) and (
         alone or theta.dtype == torch.float32
     )
@@ -169,7 +171,7 @@ def _type(tensors: Several) -> Any:
 
 
 def squares(gradients: Sequence[Tensor], axis: int, wide: torch.dtype) -> Tensor:
-    """See reference.squares: a norm is one launch, and widens what it reads."""
+    """See reference.squares. A norm is one launch, which converts to the wide dtype as it reads."""
     m, n = gradients[0].shape
     out = torch.empty(len(gradients), (n, m)[axis], dtype=wide, device=gradients[0].device)
     for gradient, norm in zip(gradients, out, strict=True):

@@ -1,4 +1,4 @@
-"""Products added to a batch of matrices on the GPU: one launch for all of one rank."""
+"""Adds low-rank products to a batch of matrices on the GPU, in one launch for each rank."""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
@@ -15,7 +15,7 @@ from zoopt.kernels.noise.gpu import _TYPES, Table, _addresses, _int32, backend_n
 from zoopt.kernels.operands import address
 from zoopt.kernels.product.gpu_kernels_batch import products_kernel
 
-#: Rows and columns of a program's tile, and the columns of a factor at a time.
+#: Rows and columns of a program's tile, and how many columns of a factor it reads at a time.
 TILE, K = (64, 64), 16
 NUM_WARPS = {"cuda": 8, "hip": 8, "interpreter": 1}
 
@@ -31,7 +31,7 @@ def add_products(
     alike: dict[tuple[int, int, bool], list[int]] = {}
     for i, (matrix, a, b) in enumerate(zip(batch.tensors, left, right, strict=True)):
         if matrix.numel():
-            # Of one column, or one row, both are contiguous.
+            # With a single row or column both b and its transpose are contiguous.
             kind = (a.shape[0], a.shape[2], not b.is_contiguous())
             alike.setdefault(kind, []).append(i)
     backend = backend_name()
@@ -81,7 +81,7 @@ def add_products(
 
 @functools.lru_cache(maxsize=256)
 def _tiles(rows: tuple[tuple[int, int, int, int], ...], device: torch.device) -> Table:
-    """The table of matrices of (m, n, offset, stream): first tile, m, n, offset, stream."""
+    """Make the table of matrices (m, n, offset, stream): first tile, m, n, offset, stream."""
     counts = [triton.cdiv(m, TILE[0]) * triton.cdiv(n, TILE[1]) for m, n, *_ in rows]
     places = [(m, n, offset, _int32(number)) for m, n, offset, number in rows]
     return table_of(counts, places, device)

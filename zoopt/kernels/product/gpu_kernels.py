@@ -1,7 +1,8 @@
-"""theta plus a low-rank product on the GPU, compiled: one program a tile of theta.
+"""The compiled kernel for theta plus a low-rank product on the GPU: one program per tile of theta.
 
-A batch of matrices of one shape comes as a table (TABLE): tensors are columns of addresses, int64,
-as in noise's `gpu_blocks`, and `places` has the first position and the stream of each matrix.
+A batch of matrices of one shape is passed as a table (TABLE): each operand is a column of int64
+addresses, as in `gpu_blocks` of the noise kernels, and `places` has the position of the first
+element and the stream of each matrix.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -31,9 +32,10 @@ def _product(
     COLUMNS: tl.constexpr,
     K: tl.constexpr,
 ):
-    """A tile of left right^T, both contiguous (m or n, RANK): float32, (ROWS, COLUMNS).
+    """A tile of left right^T, float32 (ROWS, COLUMNS). Both factors are contiguous, (m, RANK) and
+    (n, RANK).
 
-    Where both have 16 bits (NARROW), matrix units multiply them, exactly, and sum in float32.
+    If both have 16 bits (NARROW), matrix units multiply them exactly and sum in float32.
     """
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for begin in range(0, RANK, K):
@@ -64,9 +66,10 @@ def _bits(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """16 bits for each element of a tile whose first column is `left`: uint32, (ROWS, COLUMNS)."""
+    """16 random bits for each element of a tile, uint32 (ROWS, COLUMNS); `left` is its first
+    column."""
     if ALIGNED:
-        # Eight neighbours share a Philox call: rows and tiles begin at multiples of eight.
+        # Eight neighbours share a Philox call, because rows and tiles begin at multiples of eight.
         eighth = left // 8 + tl.arange(0, COLUMNS // 8)
         block = ((first + rows * n) // 8)[:, None] + eighth[None, :]
         c0, c1, c2, c3 = philox4x32(block, number, draw, k0, k1, _ROUNDING)
@@ -117,11 +120,11 @@ def product_kernel(
     COLUMNS: tl.constexpr,
     K: tl.constexpr,
 ):
-    """reference_product.add_product; terms whose tensors are None are not compiled.
+    """reference.add_product; terms whose tensors are None are not compiled.
 
     LEFT, RIGHT and GRADIENT are the dtypes of these operands; other factors are float32. The
-    gradient has strides gradient_row and gradient_column. The channels' scale has a number for each
-    row, for each column, or one for all.
+    gradient has strides gradient_row and gradient_column. channel_scale has a number for each row,
+    a number for each column, or a single number.
     """
     across = tl.cdiv(n, COLUMNS)
     tile = tl.program_id(0)
@@ -150,12 +153,12 @@ def product_kernel(
     x = decay * tl.load(theta + at, mask=inside, other=0.0).to(tl.float32)
     place = rows[:, None] * gradient_row + columns[None, :] * gradient_column
     if sign_left is not None:
-        # The gradient is read again below: kept until then, its tile would not fit in registers.
+        # The gradient is read again below. Its tile would not fit in registers until then.
         up = _product(
             sign_left, sign_right, rows, columns, m, n, SIGN_RANK, False, ROWS, COLUMNS, K
         )
         rest = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) - up
-        # A NaN remains one.
+        # This keeps NaN.
         x += sign_step * tl.where(rest > 0.0, 1.0, tl.where(rest < 0.0, -1.0, rest))
     if left is not None:
         x += alpha * _product(left, right, rows, columns, m, n, RANK, NARROW, ROWS, COLUMNS, K)

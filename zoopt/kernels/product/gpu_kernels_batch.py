@@ -1,7 +1,7 @@
-"""Products added to matrices on the GPU, compiled: one program a tile of one of a batch's matrices.
+"""The compiled kernel that adds products to matrices on the GPU: one program per tile of a matrix.
 
-`places` has a row a matrix, int64 (count + 1, 5): its first tile, its rows and columns, the
-position of its first element, its stream; `hints` are as in noise's `gpu_blocks`.
+`places`, int64 (count + 1, 5), has a row for each matrix: its first tile, rows, columns, the
+position of its first element, and its stream. `hints` are as in `gpu_blocks` of the noise kernels.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -40,9 +40,10 @@ def products_kernel(
     COLUMNS: tl.constexpr,
     K: tl.constexpr,
 ):
-    """theta <- round(decay theta + sum_d left[d] right[d]^T), `count` of them; right[d] is
-    (n, RANK), or (RANK, n) where TRANSPOSED. Where VECTORS, matrices begin at multiples of 16 bytes
-    and have multiples of 8 columns."""
+    """theta <- round(decay theta + sum_d left[d] right[d]^T), with `count` products.
+
+    right[d] is (n, RANK), or (RANK, n) if TRANSPOSED. With VECTORS, matrices are aligned to 16
+    bytes and their number of columns is a multiple of 8."""
     program = tl.program_id(0).to(tl.int64)
     matrix = tl.load(hints + (program >> shift))
     while tl.load(places + 5 * matrix + 5) <= program:

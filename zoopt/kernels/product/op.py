@@ -1,4 +1,4 @@
-"""theta plus a low-rank product and terms of the gradient, in one pass over theta."""
+"""Adds a low-rank product and terms of the gradient to theta, in one pass over theta."""
 
 from __future__ import annotations
 
@@ -75,27 +75,28 @@ def add_product_(
 
     Args:
         theta: (m, n), a dense float32, bfloat16, float16 or float64 tensor; or a batch of such
-            matrices, of one shape. The other operands are then sequences, with one for each matrix,
-            all of one dtype.
-        left, right: (m, r) and (n, r), in the accumulator's dtype or in theta's. Where matrices
-            of theta's 16 bits are multiplied as they are (bfloat16 on some processors, both on a
-            GPU), they are rounded to it.
+            matrices, all of one shape. The other operands are then sequences with one tensor for
+            each matrix, all of one dtype.
+        left, right: (m, r) and (n, r), in the accumulator's dtype or in theta's. They are rounded
+            to a 16-bit dtype of theta where the hardware multiplies such matrices directly
+            (bfloat16 on some processors, bfloat16 and float16 on a GPU).
         alpha: the product's factor.
         decay: theta's factor, for example 1 - lr weight_decay.
         gradient: (m, n), any of theta's dtypes.
         channel_scale: (m, 1) or (1, n) or (1, 1), in the accumulator's dtype.
-        sign_of: (m, r) and (n, r), the part of the gradient whose complement's signs are added.
+        sign_of: (m, r) and (n, r), factors of the part that is subtracted before the sign is taken.
         sign_step: the signs' factor.
-        key: the noise of theta, whose bits round it; a batch has its own.
-        rounding_draw: 32 bits; the draw whose bits round theta stochastically. Default: to nearest.
+        key: theta's noise key, whose random bits round theta; a batch has its own keys.
+        rounding_draw: 32 bits; the draw of the bits for stochastic rounding. Default: round to
+            nearest.
         impl: as for `perturb`. Each implementation sums r products in its own order, so results
-            agree up to rounding, not in all bits.
+            agree up to rounding, not bit for bit.
 
     Returns:
         theta.
 
     Raises:
-        TypeError, ValueError: an argument out of range, or tensors that do not match.
+        TypeError, ValueError: an argument is out of range, or tensors do not match.
     """
     batch = as_batch(theta, key)
     shape = batch.tensors[0].shape
@@ -113,7 +114,7 @@ def add_product_(
     alpha, decay, sign_step = scalars([alpha, decay, sign_step], batch.dtype)
     backend = dispatch.choose(batch.tensors[0], impl, "product")
     with batch.contiguous() as target, _precise(batch.tensors[0]):
-        # The product may be added in parts, so no operand may change in between.
+        # The product may be added in parts, so operands that share memory with theta are copied.
         operands = [
             _apart(own, *beside) for own, beside in zip(target.tensors, operands, strict=True)
         ]
@@ -135,7 +136,7 @@ def add_product_(
     return theta
 
 
-#: left, right, gradient, channel_scale and sign_of of one matrix.
+#: left, right, gradient, channel_scale and sign_of for one matrix.
 Operands = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Factors | None]
 
 
@@ -192,7 +193,7 @@ def _check(
     channel_scale: Tensor | None,
     sign_of: Factors | None,
 ) -> None:
-    """Raise unless these operands go with theta (m, n)."""
+    """Raise unless these operands match theta (m, n)."""
     m, n = theta.shape
     for name, tensor in (
         ("gradient", gradient),
@@ -233,13 +234,13 @@ def _check_pair(name: str, first: Tensor | None, second: Tensor | None, m: int, 
 
 
 def squares(gradient: Tensor | Sequence[Tensor], axis: int, *, impl: str | None = None) -> Tensor:
-    """The sums of squares of a matrix's rows (axis 1) or columns (axis 0), in the accumulator's
-    dtype and the implementation's own order: (m,) or (n,). On a GPU the matrix is read once.
+    """The sums of squares of a matrix's rows (axis 1) or columns (axis 0): (m,) or (n,).
 
-    Of several matrices of one shape: (count, m) or (count, n).
+    The result has the accumulator's dtype. Each implementation sums in its own order. On a GPU the
+    matrix is read once. For several matrices of one shape the result is (count, m) or (count, n).
 
     Raises:
-        TypeError, ValueError: not a dense matrix, matrices of several shapes, or another axis.
+        TypeError, ValueError: not a dense matrix, matrices of different shapes, or another axis.
     """
     gradients = (gradient,) if isinstance(gradient, Tensor) else gradient
     for own in gradients:
@@ -262,7 +263,7 @@ def squares(gradient: Tensor | Sequence[Tensor], axis: int, *, impl: str | None 
 
 
 def _precise(theta: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Without autocast: products keep the dtypes of their operands in every mode."""
+    """Disable autocast, so that products keep the dtypes of their operands."""
     device = theta.device.type
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)

@@ -1,4 +1,4 @@
-"""Low-rank products added to a batch of matrices: one pass, on a GPU one launch a rank."""
+"""Adds low-rank products to a batch of matrices in one pass; on a GPU, in one launch per rank."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ def add_products_(
 
     Args:
         theta: a batch of contiguous matrices, (m, n) each.
-        left, right: for each matrix (D, m, r) and (D, n, r), float32 (float64 for float64); a left
-            one is contiguous, a right one is or its transpose is.
+        left, right: for each matrix (D, m, r) and (D, n, r), float32 (float64 for float64). Each
+            left factor is contiguous; each right factor or its transpose is contiguous.
         decay: multiplies theta.
-        rounding_draw: 32 bits; the draw whose bits round theta stochastically. Default: to nearest.
-        impl: as for `add_product_`: products agree to rounding, not in all bits.
+        rounding_draw: 32 bits; the draw of the bits for stochastic rounding. Default: round to
+            nearest.
+        impl: as for `add_product_`; implementations agree up to rounding, not bit for bit.
 
     Returns:
         theta.
 
     Raises:
-        TypeError, ValueError: an argument out of range, or tensors that do not match.
+        TypeError, ValueError: an argument is out of range, or tensors do not match.
     """
     theta.check()
     wide = accumulator_dtype(theta.dtype)

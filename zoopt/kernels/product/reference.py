@@ -1,4 +1,5 @@
-"""theta plus a low-rank product, defined in plain PyTorch; chunks of rows bound the temporaries."""
+"""The definition of theta plus a low-rank product, in plain PyTorch. Chunks of rows bound the
+temporaries."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from zoopt.kernels.noise import philox
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.reference import round_nearest, round_stochastic
 
-#: Elements of theta a chunk of rows.
+#: Elements of theta in a chunk of rows.
 CHUNK = 1 << 20
 
 
@@ -56,7 +57,7 @@ def add_product(
 def scaled_factors(
     left: Tensor | None, right: Tensor | None, alpha: float, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The factors in this dtype, alpha being multiplied into one that has to be cast anyway."""
+    """Cast the factors to this dtype, and multiply alpha into one that must be cast anyway."""
     if left is None or right is None:
         return None, None
     if left.dtype == dtype and right.dtype != dtype:
@@ -71,14 +72,14 @@ def _times(factor: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
         return factor.to(dtype)
     if dtype.itemsize > factor.dtype.itemsize:
         return factor.to(dtype).mul_(alpha)
-    # Computed in the factor's dtype, and cast in the same pass.
+    # This computes in the factor's dtype, and casts in the same pass.
     product = torch.empty(factor.shape, dtype=dtype, device=factor.device)
     return torch.mul(factor, alpha, out=product)
 
 
 def blas_rounds(theta: Tensor, rounding_draw: int | None) -> bool:
-    """Whether BLAS can add a product to theta as required: summed in float32 and rounded once, to
-    nearest. A GPU's BLAS does so in float16 too."""
+    """Whether BLAS can add a product to theta as required: sum in float32, and round once, to
+    nearest. On a GPU this includes float16."""
     half = dispatch.on_gpu(theta) and theta.dtype == torch.float16
     rounds = rounding_draw is None and (half or native_bfloat16(theta))
     return theta.dtype == torch.float32 or rounds
@@ -106,7 +107,7 @@ def addend(
     sign_step: float,
     wide: torch.dtype,
 ) -> Tensor | None:
-    """What is added to theta[rows], in the accumulator's dtype; None if nothing is."""
+    """The sum of the terms for theta[rows], in the accumulator's dtype; None without terms."""
     total = None
     if left is not None and right is not None:
         total = (left[rows] @ right.t()).to(wide)
@@ -124,7 +125,7 @@ def addend(
 
 
 def squares(gradient: Tensor, axis: int, wide: torch.dtype) -> Tensor:
-    """The sums of squares along an axis of (m, n), in this dtype, a chunk of rows at a time."""
+    """Sum the squares along an axis of (m, n), in this dtype, one chunk of rows at a time."""
     m, n = gradient.shape
     rows = max(1, CHUNK // max(n, 1))
     parts = [
