@@ -1,9 +1,9 @@
 """The other one-word change: torch's AdamW becomes zoopt's, with its moments in 8 bits.
 
-The loop keeps its backward pass. Moments are held as codes with a scale for each 256 of them and
-rounded stochastically, so that averages which move by less than a level a step still move. The
-losses of the two runs stay together. The state takes a quarter of the memory in a large model, and
-a third here, since the moments of small tensors stay in float32.
+The loop keeps its backward pass. Moments are stored as 8-bit codes with a scale for each 256 of
+them. They are rounded stochastically, so that averages which change by less than one level per step
+still change. The losses of the two runs stay close. In a large model the state takes a quarter of
+the memory. Here it takes a third, because the moments of small tensors stay in float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import zoopt
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The memory of what the optimizer keeps."""
+    """The bytes of the optimizer's state."""
     values = (value for state in optimizer.state.values() for value in state.values())
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 

@@ -1,7 +1,7 @@
-"""Backward that updates: no more than one gradient at a time, and the same weights to the bit.
+"""Updates during the backward pass: only one gradient at a time, and bit for bit the same weights.
 
-`zoopt.fuse_backward` is one line between the optimizer and the loop, which stays as it is. A
-network is trained twice, with it and without; the gradients that are alive at once are counted.
+`zoopt.fuse_backward` is one line between the optimizer and the loop, and the loop does not change.
+The example trains a network with and without it, and counts the gradients in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import zoopt
 
 
 class GradientBytes:
-    """The most bytes of gradients that a model's parameters have at once."""
+    """The greatest number of bytes of gradients that exist at once."""
 
     def __init__(self, model: nn.Module) -> None:
         self.params = list(model.parameters())
@@ -25,7 +25,7 @@ class GradientBytes:
             param.register_hook(self.arrives)
 
     def arrives(self, gradient: Tensor) -> None:
-        """A gradient has been made, beside those that are still there."""
+        """Count a new gradient together with those that still exist."""
         there = sum(p.grad.nbytes for p in self.params if p.grad is not None)
         self.peak = max(self.peak, there + gradient.nbytes)
 

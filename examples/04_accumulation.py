@@ -1,8 +1,9 @@
-"""Gradient accumulation: a batch that does not fit at once, probed by micro-batches.
+"""Gradient accumulation: a batch that does not fit in memory is probed in micro-batches.
 
-`probe` evaluates a micro-batch and leaves the parameters alone. Until `step`, all of them are
-probed along the same direction and their losses add up, so the step is that of the whole batch, up
-to the rounding of the sum. As for backward passes, each loss carries its share of the batch.
+`probe` evaluates a micro-batch without changing the parameters. Until `step`, all micro-batches are
+probed along the same direction and their losses add up. The step is therefore that of the whole
+batch, up to the rounding of the sum. As with backward passes, each loss is multiplied by its share
+of the batch.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def mean_square(model: nn.Module, inputs: Tensor, targets: Tensor, share: float 
 def main(steps: int = 300, micro_batches: int = 4) -> dict[str, float]:
     """Train twice, by whole batches and by micro-batches; return the losses and the difference.
 
-    `difference` is the largest between the two runs' weights, `distance` the largest change of a
-    weight from where both began.
+    `difference` is the largest difference between the two runs' weights. `distance` is the largest
+    change of a weight from its start.
     """
     torch.manual_seed(0)
     inputs = torch.randn(1024, 8)

@@ -1,8 +1,8 @@
 """Training on accuracy itself, an objective that has no derivative.
 
-Accuracy is a step function: its gradient is zero wherever it exists, and backpropagation stands
-still. Comparing it at two points still tells which way is up, as long as the points lie far enough
-apart for some predictions to flip. That is what the larger `zo_eps` is for.
+Accuracy is a step function: its gradient is zero wherever it exists, so backpropagation cannot
+train on it. Comparing it at two points still shows a direction of improvement, if the points are
+far enough apart that some predictions flip. This is the purpose of the larger `zo_eps`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import zoopt
 
 
 def blobs(points: int, classes: int, features: int) -> tuple[Tensor, Tensor]:
-    """Points (points, features) around one centre a class, and their classes."""
+    """Points (points, features) around one centre for each class, and their classes."""
     generator = torch.Generator().manual_seed(0)
     targets = torch.arange(points) % classes
     centres = 2.0 * torch.randn(classes, features, generator=generator)

@@ -1,8 +1,8 @@
-"""LoRA adapters of a peft model, trained with forward passes; the base model stays as it is.
+"""LoRA adapters of a peft model, trained with forward passes; the base model does not change.
 
-The adapters alone require a gradient, so they alone are perturbed and updated: the optimizer takes
-all of the model's parameters and leaves the frozen ones out. The model is a tiny LLaMA with random
-weights that learns one sequence by heart.
+The optimizer takes all of the model's parameters. It perturbs and updates only those that require a
+gradient, which are the adapters. The model is a tiny LLaMA with random weights that learns one
+sequence by heart.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def build() -> peft.PeftModel:
 def main(steps: int = 500) -> dict[str, float]:
     """Train for `steps` steps; return the loss before and after and the sizes involved.
 
-    `changed_base_weights` counts the elements of the base model that are not what they were.
+    `changed_base_weights` counts the elements of the base model that have changed.
     """
     torch.manual_seed(0)
     model = build()

@@ -1,8 +1,8 @@
-"""Will it fit? The planner on a model of your own, before anything is allocated.
+"""Will it fit? Plan the memory of your own model before anything is allocated.
 
-A step of each optimizer runs on tensors that have shapes and no values. The plan says what the peak
-is made of, what fits into a budget and how far the batch can grow. For transformers models the
-command does the same: `zoopt plan path/to/config.json --gpu 24GB`.
+The planner runs a step of each optimizer on tensors that have shapes but no values. The plan shows
+the parts of the peak, which methods fit in a budget, and the largest batch. For transformers models
+a command does the same: `zoopt plan path/to/config.json --gpu 24GB`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def build(checkpointing: bool) -> nn.Module:
 
 
 def inputs(batch: int, seq: int) -> Mapping[str, Any]:
-    """What the model is called with."""
+    """The arguments of the model."""
     return {"tokens": torch.zeros(batch, seq, dtype=torch.long)}
 
 

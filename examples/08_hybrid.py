@@ -1,9 +1,9 @@
-"""Backprop on the last layer, forward passes alone for all others: how to split a model.
+"""Splits a model: backprop for the last layer, and forward passes only for all others.
 
-Two optimizers share the model's named parameters, told apart by their names, and `zoopt.Hybrid`
-makes one of them. Autograd keeps nothing of the layers before the head, so a step takes little more
-memory than MeZO's. The data are the two spirals of `01_mlp.py`; for comparison, the same network is
-trained by MeZO, by backprop on the head alone, and by backprop.
+Two optimizers share the model's named parameters, which are divided by name. `zoopt.Hybrid`
+combines them into one optimizer. Autograd stores nothing for the layers before the head, so a step
+takes little more memory than one of MeZO. The data are the two spirals of `01_mlp.py`. For
+comparison, the same network is trained by MeZO, by backprop on the head only, and by backprop.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def by_hybrid(model: Network) -> torch.optim.Optimizer:
 
 
 def by_head(model: Network) -> torch.optim.Optimizer:
-    """The head by backprop, the other layers not at all."""
+    """The head by backprop; the other layers are frozen."""
     model.body.requires_grad_(False)
     return torch.optim.AdamW(model.head.named_parameters(), lr=1e-2)
 
@@ -72,10 +72,10 @@ def by_backprop(model: Network) -> torch.optim.Optimizer:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows what operators return; `peak` is the most bytes of it alive at once.
+    """Tracks the results of operators; `peak` is the greatest number of their bytes alive at once.
 
     Args:
-        known: tensors that are there beforehand, which do not count.
+        known: existing tensors, which do not count.
     """
 
     def __init__(self, *known: Tensor) -> None:
@@ -84,7 +84,7 @@ class LiveBytes(TorchDispatchMode):
         self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, and count the storages of its results that are new."""
+        """Run the operator, and count the new storages among its results."""
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor) and value.untyped_storage() not in self.seen:
@@ -96,14 +96,14 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def freed(self, size: int) -> None:
-        """Count a storage that is no more."""
+        """Subtract a freed storage."""
         self.live -= size
 
 
 def train(
     optimizer_of: Callable[[Network], torch.optim.Optimizer], steps: int
 ) -> tuple[float, int]:
-    """Train for `steps` steps; return the loss, and the most bytes beside the weights."""
+    """Train for `steps` steps; return the loss, and the peak of bytes beside the weights."""
     torch.manual_seed(0)
     inputs, targets = spirals(256, torch.Generator().manual_seed(1))
     model = Network()
@@ -121,7 +121,7 @@ def train(
             optimizer.zero_grad()
 
     with LiveBytes(inputs, targets, *model.parameters()) as meter:
-        for _ in range(2):  # the first makes the optimizer's state, the second runs beside it
+        for _ in range(2):  # The first step creates the optimizer's state, the second has it.
             step()
     for _ in range(steps - 2):
         step()
@@ -130,7 +130,7 @@ def train(
 
 
 def main(steps: int = 500) -> dict[str, float]:
-    """Train in all four ways; return the losses, and the most bytes beside the weights."""
+    """Train in all four ways; return the losses, and the peaks of bytes beside the weights."""
     figures: dict[str, float] = {}
     for way in (by_mezo, by_hybrid, by_head, by_backprop):
         name = way.__name__.removeprefix("by_")

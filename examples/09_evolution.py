@@ -1,9 +1,9 @@
-"""A language model learns from a reward: its text is scored, and nothing is differentiated.
+"""A language model learns from a reward on its text, without any derivative.
 
-A small GPT-2 with random weights repeats itself; the reward is the share of distinct tokens in what
-it writes. Every generation, a population of models, each a step of its own away from the weights,
-writes in one batch (`evaluate_batched`): the model and its `generate` are the library's own. The
-weights then move towards the members that scored above average.
+A small GPT-2 with random weights repeats itself. The reward is the share of distinct tokens in the
+text that it writes. In every generation, a population of perturbed models writes text in one batch
+(`evaluate_batched`), with the library's own model and `generate`. The weights then move towards the
+members that scored above average.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(steps: int = 80) -> dict[str, float]:
         return torch.tensor(distinct) / WRITTEN
 
     def fitness() -> Tensor:
-        """Each member's mean reward; its prompts follow one another in the batch."""
+        """Each member's mean reward; a member's prompts are adjacent in the batch."""
         return rewards(prompts.repeat(MEMBERS, 1)).view(MEMBERS, PROMPTS).mean(1)
 
     before = {

@@ -1,7 +1,8 @@
 """The demo's fine-tuning through transformers.Trainer: evaluation, schedule, checkpoints, resuming.
 
-`ZOTrainer` is the Trainer for zeroth-order optimizers; nothing else about it is unusual. A run that
-was stopped goes on from its last checkpoint with --resume, to the bit as if it had not been.
+`ZOTrainer` is the Trainer for zeroth-order optimizers and is used like any other Trainer. With
+--resume, a stopped run continues from its last checkpoint. The result is bit for bit that of an
+uninterrupted run.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""MeZO on several processes, which exchange their losses and nothing else.
+"""MeZO on several processes, which exchange only their losses.
 
     torchrun --nproc-per-node 2 examples/11_distributed.py
 
-Each process has its own share of every batch. Directions come from the seed, so a step needs a few
-numbers of the others: no gradients, no weights. All processes end with equal weights, bit for bit.
+Each process has its own share of every batch. Directions come from the seed, so processes exchange
+only a few numbers per step, and neither gradients nor weights. All processes end with bit for bit
+equal weights.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CLASSES, FEATURES, BATCH = 4, 16, 128
 
 
 def data(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points around one centre a class."""
+    """Points around one centre for each class."""
     centres = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=generator)
@@ -30,7 +31,7 @@ def data(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main(steps: int = 400) -> dict[str, float]:
-    """Train on the share of this process; return what was measured."""
+    """Train on this process's share of the data; return the figures."""
     launched = "RANK" in os.environ
     if launched:
         dist.init_process_group("gloo")

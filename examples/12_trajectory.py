@@ -1,7 +1,8 @@
-"""A fine-tune as a file of kilobytes: replayed, taken back, and merged with another one.
+"""A fine-tuning run as a file of a few kilobytes: replay it, revert it, merge it with another one.
 
-A step of MeZO is two losses, so a run of 400 steps is a file of 7 KB, whatever the model's size.
-Whoever has the base weights remakes the trained ones from it, to the bit, without any data.
+A step of MeZO is recorded as two losses, so a run of 400 steps is a file of 7 KB, whatever the
+model's size. With the base weights, the file rebuilds the trained weights bit for bit, without any
+data.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from zoopt.trajectory import merge, revert
 
 
 def task(frequency: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A function of two numbers to learn: a sine, on a part of the plane of its own."""
+    """A function of two numbers to learn: a sine, on a separate part of the plane for each task."""
     generator = torch.Generator().manual_seed(int(10 * frequency))
     x = torch.rand(256, 2, generator=generator) + torch.tensor([frequency, -frequency])
     return x, torch.sin(frequency * x.sum(1, keepdim=True)) + 0.5 * x[:, :1]
 
 
 def main(steps: int = 400) -> dict[str, float]:
-    """Train on two tasks, each a recorded run; return losses, and what the files have cost."""
+    """Record a run on each of two tasks; return the losses and the size of a file."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1))
     tasks = {"one": task(1.0), "two": task(2.0)}

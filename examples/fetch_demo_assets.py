@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# OpenMP's threads sleep while they wait; read once, when torch is imported.
+# Let OpenMP's threads sleep while they wait. OpenMP reads this once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DATA_DIR = Path(__file__).resolve().parent.parent / ".data"
@@ -166,7 +166,7 @@ def ensure(target: Path, build: Callable[[Path, Path], None], what: str) -> None
         downloads.mkdir()
         finished.mkdir()
         build(finished / target.name, downloads)
-        # The target itself moves last: what stands beside it must be there once it exists.
+        # Move the target last, so that the files beside it exist as soon as it does.
         for path in sorted(finished.iterdir(), key=lambda path: path.name == target.name):
             path.replace(target.parent / path.name)
     print(f"{what}: {target}")

@@ -15,8 +15,8 @@ from sentiment.errors import InputError
 from sentiment.options import parse
 from sentiment.pace import Stages
 
-# OpenMP's threads sleep while they wait. Spinning, they take the processor from each other where
-# another program is busy. It is read once, when torch is imported, which happens further down.
+# Let OpenMP's threads sleep while they wait. If they spin while another program is busy, they take
+# the processor from each other. OpenMP reads this once, when torch is imported further down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 #: Measuring memory loads the model three times and takes steps that last about three times as long
 #: as the evaluation of the test sentences.
