@@ -50,6 +50,7 @@ SIDE_ROOMS = {
         "distributed/sharding.py",
         "first_order/projected/residuals.py:no_specs",
         "first_order/projected/stacks.py",
+        "first_order/projected/state.py",
         "optimizer.py",
         "zeroth_order/engine/blocks.py",
         "zeroth_order/engine/groups.py",

@@ -12,8 +12,8 @@ from zoopt.checks import check_bool
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.projected.residuals import (
-    Parts,
     Residual,
+    Step,
     Terms,
     channel_norms,
     check_channels,
@@ -30,32 +30,34 @@ from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.registry import Recipe, Variant, register
 
 
-def apollo(parts: Parts, *, mini: bool = False) -> Terms:
-    """Algorithm 1 of APOLLO, from R and Adam's direction N of it, both (channels, r), on:
+def apollo(step: Step, *, mini: bool = False) -> None:
+    """Algorithm 1 of APOLLO, for a gradient G (m, n) and a random projection P (n, r):
 
-        s_j = ||N_j|| / ||R_j||        or for mini, of a whole tensor, s = ||N|| / ||R||
+        R   = G P                      (m, r); for a wide matrix G^T P (n, r), with P (m, r)
+        N   = adam(R)                  of R's shape
+        s_j = ||N_j|| / ||R_j||        of each row; for mini, of all of them, s = ||N|| / ||R||
         U_j = s_j G_j
         U <- U min(1, gamma ||U_prev|| / ||U||)
         theta <- theta - lr alpha U
 
     U is not formed: its norm is that of the s_j ||G_j||, and it is a multiple of each channel of G.
     """
-    group, alpha = parts.group, parts.group["scale"]
-    assert parts.norms is not None
-    n, r = parts.norms  # ||N_j|| and ||R_j||: (k, channels)
+    group, alpha = step.group, step.group["scale"]
+    R = step.down()  # (k, channels, r)
+    _, (n, r) = step.rule_and_norms(R)  # ||N_j|| and ||R_j||: (k, channels)
     if mini:
-        n, r = (norm_over_channels(norms, parts).unsqueeze(1) for norms in (n, r))
+        n, r = (norm_over_channels(norms, step).unsqueeze(1) for norms in (n, r))
     s = quotient(n, r)
-    if group["norm_growth_limit"] is not None and parts.gradients is not None:
-        g = channel_norms(parts.gradients, parts.geo, s.dtype, parts.sharded)
-        u = norm_over_channels(times_norm(s, g), parts)
-        s = s * limited(u, parts.states, group).unsqueeze(1)
-    return Terms(None, channel_scale=s * alpha)
+    if group["norm_growth_limit"] is not None and step.gradients is not None:
+        g = channel_norms(step.gradients, step.geo, s.dtype, step.sharded)
+        u = norm_over_channels(times_norm(s, g), step)
+        s = s * limited(u, step.states, group).unsqueeze(1)
+    step.descend(Terms(None, channel_scale=s * alpha))
 
 
 #: The gradient itself, its channels, or the whole of it, scaled as the rule scales R.
-CHANNELS = Residual(norm_specs, apollo, needs_gradient=True, needs_reduced=False, needs_norms=True)
-TENSOR = CHANNELS._replace(terms=functools.partial(apollo, mini=True))
+CHANNELS = Residual(norm_specs, apollo, needs_gradient=True, needs_reduced=False)
+TENSOR = CHANNELS._replace(algorithm=functools.partial(apollo, mini=True))
 
 
 class GradientScaling(AdamFamily):

@@ -260,11 +260,14 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         if is_sharded(site.param):
             self._step_shard(site, gradient)
         else:
-            gradient = operand(gradient)
-            reduced = self._reduce(site, gradient)
-            if reduced is not None:
-                self._apply(site, reduced, gradient)
+            self._update(site, operand(gradient))
         self._written(site.param)
+
+    def _update(self, site: Site, gradient: Tensor) -> None:
+        """Update a prepared parameter and its state from its gradient."""
+        reduced = self._reduce(site, gradient)
+        if reduced is not None:
+            self._apply(site, reduced, gradient)
 
     def _written(self, param: Tensor) -> None:
         """Tell autograd, which does not see the kernels' writes: going backward through an older

@@ -11,8 +11,8 @@ from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.projected.residuals import (
     OneSided,
-    Parts,
     Residual,
+    Step,
     Terms,
     channel_norms,
     check_channels,
@@ -31,9 +31,11 @@ from zoopt.registry import register
 OrthonormalProjector = Literal["svd", "gram", "randomized", "warm"]
 
 
-def fira(parts: Parts) -> Terms:
-    """Fira's step, from R = G P and Adam's direction N of it, both (channels, r), on:
+def fira(step: Step) -> None:
+    """Fira's step, for a gradient G (m, n) and a basis P (n, r) of its row space:
 
+        R     = G P                (m, r); for a wide matrix G^T P (n, r), with P (m, r)
+        N     = adam(R)            of R's shape
         phi_j = ||N_j|| / ||R_j||
         S_j = phi_j (G_j - R_j P^T)
         S <- S min(1, gamma ||S_prev|| / ||S||)
@@ -42,20 +44,20 @@ def fira(parts: Parts) -> Terms:
     S is not formed. Its norm is that of the phi_j (||G_j||^2 - ||R_j||^2)^(1/2), P's columns being
     orthonormal, and S + alpha N P^T is phi_j G_j plus (alpha N_j - phi_j R_j) P^T.
     """
-    group, alpha = parts.group, parts.group["scale"]
-    assert parts.norms is not None
-    n, r = parts.norms  # ||N_j|| and ||R_j||: (k, channels)
+    group, alpha = step.group, step.group["scale"]
+    R = step.down()  # (k, channels, r)
+    N, (n, r) = step.rule_and_norms(R)  # and ||N_j||, ||R_j||: (k, channels)
     phi = quotient(n, r)
-    if group["norm_growth_limit"] is not None and parts.gradients is not None:
-        g = channel_norms(parts.gradients, parts.geo, phi.dtype, parts.sharded)
-        s = norm_over_channels(times_norm(phi, energy_outside(g, r).sqrt()), parts)
-        phi = phi * limited(s, parts.states, group).unsqueeze(1)
-    inner = parts.direction * alpha - phi.unsqueeze(2) * parts.reduced
-    return Terms(inner, channel_scale=phi)
+    if group["norm_growth_limit"] is not None and step.gradients is not None:
+        g = channel_norms(step.gradients, step.geo, phi.dtype, step.sharded)
+        s = norm_over_channels(times_norm(phi, energy_outside(g, r).sqrt()), step)
+        phi = phi * limited(s, step.states, group).unsqueeze(1)
+    inner = N * alpha - phi.unsqueeze(2) * R
+    step.descend(Terms(inner, channel_scale=phi))
 
 
 #: The part outside the subspace, its channels scaled as the rule scales R's.
-COMPLEMENT = Residual(norm_specs, fira, needs_gradient=True, needs_norms=True)
+COMPLEMENT = Residual(norm_specs, fira, needs_gradient=True)
 
 
 @register("fira", "low-rank")

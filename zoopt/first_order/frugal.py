@@ -24,8 +24,8 @@ from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
 from zoopt.first_order.projected.residuals import (
     OneSided,
-    Parts,
     Residual,
+    Step,
     Terms,
     energy_outside,
     no_specs,
@@ -53,24 +53,27 @@ def sign_rate(group: Group, geo: Geometry) -> float:
     return 0.0 if geo.rank == dim else float(group["lr"]) * group["sign_lr_scale"]
 
 
-def frugal(parts: Parts) -> Terms:
-    """Algorithm 1 of FRUGAL, from R = G P and the rule's direction N of it, (channels, r), on:
+def frugal(step: Step) -> None:
+    """Algorithm 1 of FRUGAL, for a gradient G (m, n) and a basis P (n, r) of a part of the space:
 
+        R      = G P               (m, r); for a wide matrix G^T P (n, r), with P (m, r)
+        N      = rule(R)           of R's shape
         theta <- theta - lr N P^T - lr sign_lr_scale sign(G - R P^T)
 
     without the signs where the part outside, by its norm, is nothing but rounding. Where P is
-    columns of the identity, `Frugal._apply_matrices` does the same without a product.
+    columns of the identity, `Frugal._step_matrices` does the same without a product.
     """
-    step = sign_rate(parts.group, parts.geo)
-    steps = [step] * len(parts.direction)
-    assert parts.gradients is not None
-    if step and parts.group["projector"] not in BLIND:
-        dtype = parts.reduced.dtype
-        whole = [torch.linalg.vector_norm(own, dtype=dtype) for own in parts.gradients]
-        inside = [torch.linalg.vector_norm(own) for own in parts.reduced]
+    R = step.down()  # (k, channels, r)
+    N = step.rule(R)
+    rate = sign_rate(step.group, step.geo)
+    rates = [rate] * len(N)
+    assert step.gradients is not None
+    if rate and step.group["projector"] not in BLIND:
+        whole = [torch.linalg.vector_norm(G, dtype=R.dtype) for G in step.gradients]
+        inside = [torch.linalg.vector_norm(own) for own in R]
         outside = energy_outside(torch.stack(whole), torch.stack(inside)) > 0.0
-        steps = [step * heard for heard in all_known(outside, True)]
-    return Terms(parts.direction, sign_steps=steps)
+        rates = [rate * heard for heard in all_known(outside, True)]
+    step.descend(Terms(N, sign_steps=rates, reduced=R))
 
 
 #: Of the part outside, the signs.
@@ -280,23 +283,25 @@ class Frugal(ProjectedOptimizer):
 
     def _update_matrices(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
         if _selects(sites[0]):
-            self._apply_matrices(sites, self._project(sites, gradients), gradients)
+            self._step_matrices(sites, gradients)
         else:
             super()._update_matrices(sites, gradients)
 
-    def _apply_matrices(
+    def _step_matrices(
         self,
         sites: Sequence[Site],
-        reduced: Tensor,
         gradients: Sequence[Tensor] | None,
         bases: Sequence[dict[str, Tensor]] | None = None,
+        reduced: Tensor | None = None,
     ) -> None:
         site = sites[0]
         group, geo = site.group, geometry(site.param, site.group)
         if geo is None or not _selects(site):
-            super()._apply_matrices(sites, reduced, gradients, bases)
+            super()._step_matrices(sites, gradients, bases, reduced)
             return
         assert gradients is not None
+        if reduced is None:
+            reduced = self._project(sites, gradients)
         states = [self.state[own.param] for own in sites]
         for state in states:
             state["step"] += 1

@@ -10,25 +10,30 @@ from zoopt.checks import check_bool, check_choice
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.projected.geometry import ProjType
-from zoopt.first_order.projected.residuals import Parts, Residual, Terms, no_specs
+from zoopt.first_order.projected.residuals import Residual, Step, Terms, no_specs
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters
 from zoopt.registry import Variant, register
 
 
-def galore(parts: Parts) -> Terms:
-    """Algorithm 1 of GaLore, for a gradient G (m, n) and a basis P (n, r) of its row space:
+def galore(step: Step) -> None:
+    """Algorithm 2 of GaLore (Adam), on k matrices theta (m, n) with gradients G (m, n):
 
-        R      = G P
-        N      = Mhat / (sqrt(Vhat) + eps)          Adam's direction of R, (m, r)
-        theta <- theta - lr alpha N P^T
+        R      = G Q                                (m, r), with Q (n, r); for a wide matrix
+                                                    G^T P (n, r), with P (m, r)
+        M      <- b1 M + (1 - b1) R
+        V      <- b2 V + (1 - b2) R^2
+        N      = Mhat / (sqrt(Vhat) + eps)          of R's shape, and so are M and V
+        theta <- theta - lr (alpha N Q^T + weight_decay theta)          or P N^T
 
-    R comes from the reduction, and `Parts` has it with N. The part of G outside the subspace is
-    dropped.
+    The part of G outside the subspace is dropped. Q, of the leading singular vectors of G, is made
+    anew every `update_proj_gap` steps, before any parameter is written: linear algebra can fail.
     """
-    N, alpha = parts.direction, parts.group["scale"]
-    return Terms(N, rate=alpha)
+    alpha = step.group["scale"]
+    R = step.down()  # G Q, or G^T P: (k, channels, r)
+    N = step.rule(R)  # Adam's direction; it updates M and V
+    step.descend(Terms(N, rate=alpha))  # theta <- theta - lr (alpha N Q^T + weight_decay theta)
 
 
 #: Nothing of the part outside the subspace.

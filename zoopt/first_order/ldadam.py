@@ -279,6 +279,9 @@ class LDAdamW(AdamFamily):
         norm = torch.linalg.vector_norm(gradient, dtype=accumulator_dtype(gradient.dtype))
         return gradient if known(norm.isfinite(), True) else None
 
+    def _update(self, site: Site, gradient: Tensor) -> None:
+        self._apply(site, gradient, gradient)
+
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
         param, group = site.param, site.group
         geo = geometry(param, group)
@@ -320,7 +323,7 @@ class LDAdamW(AdamFamily):
             store_moment(values, moment, group, step, key)
         state["step"] += 1
         stack = direction.unsqueeze(0)
-        self._write([site], Terms(stack), stack, None, [{"basis": following}], geo, step)
+        self._write([site], Terms(stack), None, [{"basis": following}], geo, step)
 
     def _first_basis(self, site: Site, gradient: Tensor, geo: Geometry) -> Tensor:
         return subspace(

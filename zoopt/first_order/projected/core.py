@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from zoopt.distributed.sharding import anywhere, greatest_, local, local_like, offset, sum_
 from zoopt.dtypes import NARROW, accumulator_dtype
 from zoopt.first_order.base import Site, batch_kind, batch_of, descent_rate
-from zoopt.first_order.projected.basis import (
-    basis_specs,
-    load_all_bases,
-    load_bases,
-    refresh,
-    refresh_due,
-)
-from zoopt.first_order.projected.geometry import Geometry, geometry, in_stack, matrices_of, matrix
-from zoopt.first_order.projected.residuals import Parts, Residual, Terms
-from zoopt.first_order.projected.rules import ADAM, Rule
-from zoopt.first_order.projected.sharded import first_row, refresh_together, rows_of
-from zoopt.first_order.projected.stacks import StackedMatrices, alone
+from zoopt.first_order.projected.basis import load_all_bases
+from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
+from zoopt.first_order.projected.residuals import Step, Terms
+from zoopt.first_order.projected.sharded import ShardedMatrices
 from zoopt.first_order.projected.subspace import (
     BLIND,
     down,
@@ -35,70 +24,22 @@ from zoopt.first_order.projected.subspace import (
 )
 from zoopt.kernels import dispatch
 from zoopt.kernels.batch import Batch
-from zoopt.kernels.dispatch import known, launches
+from zoopt.kernels.dispatch import launches
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
-from zoopt.optimizer import STEP, Group, TensorSpec
+from zoopt.optimizer import Group
 
 Item = TypeVar("Item")
 #: The matrices that are stepped together have about so many elements of R: 32 MiB in float32.
 WINDOW = 1 << 23
 
 
-class ProjectedOptimizer(StackedMatrices):
+class ProjectedOptimizer(ShardedMatrices):
     """A rule inside a subspace of each matrix's gradient; parameters of groups with `rank=None`,
     and those of fewer than two dimensions, get the rule itself.
 
-    A subclass picks the parts: `_rule` and `_residual`. Hyperparameters are in the param groups:
-    `rank`, `update_proj_gap`, `scale`, `proj_type`, `projector`, `state_dtype`, `state_rounding`.
+    A step is the residual's algorithm, with the operations of this class.
     """
-
-    def _rule(self, group: Group) -> Rule:
-        return ADAM
-
-    def _residual(self, group: Group) -> Residual:
-        raise NotImplementedError
-
-    def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
-        """`step`, the bases, the rule's moments, and what the residual keeps; of a stack of
-        matrices those of all, along a first axis."""
-        count = matrices_of(param, group)
-        if count == 1:
-            return self._declared(param, group)
-        one = self._declared(in_stack(param.detach(), count)[0], alone(group))
-        return {
-            name: dataclasses.replace(spec, shape=(count, *spec.shape))
-            for name, spec in one.items()
-        }
-
-    def _declared(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
-        """The state of one matrix, or of a parameter that is not projected."""
-        geo = geometry(param, group)
-        accumulator = accumulator_dtype(param.dtype)
-        rule, step = self._rule(group), {"step": STEP}
-        if geo is None:
-            return {**step, **rule.specs(tuple(param.shape), group, accumulator)}
-        return {
-            **step,
-            **self._basis_specs(geo, group, param.dtype),
-            **rule.specs(geo.reduced_shape, group, accumulator),
-            **self._residual(group).specs(geo, accumulator),
-        }
-
-    def _prepare(self, site: Site, gradient: Tensor) -> bool:
-        """Make the bases anew if it is time: linear algebra, which can fail."""
-        geo = geometry(site.param, site.group)
-        if geo is None or site.continues:
-            return True
-        state = self._state(site.param, site.group)
-        if not self._refresh_due(site, state):
-            return True
-        # A norm makes no temporaries of the gradient's size.
-        if known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True):
-            self._refresh(site, state, geo, matrix(gradient))
-            return True
-        # At first there is no basis yet, and none can be had from this gradient.
-        return int(state["step"]) > 0
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         if geometry(site.param, site.group) is None:
@@ -126,111 +67,85 @@ class ProjectedOptimizer(StackedMatrices):
             return reduced
         return reduced.to(accumulator_dtype(reduced.dtype))
 
-    def _rounded_bases(
-        self, sites: Sequence[Site], gradients: Sequence[Tensor], geo: Geometry
-    ) -> list[dict[str, Tensor]]:
-        """The bases of the next step, random ones in the dtype of the way down."""
-        # Made when the step was prepared.
-        states = [self.state[site.param] for site in sites]
-        dtype = factor_dtype(gradients[0], geo)
-        return load_all_bases(sites, states, geo, int(states[0]["step"]), dtype)
-
-    def _basis_specs(
-        self, geo: Geometry, group: Group, dtype: torch.dtype
-    ) -> Mapping[str, TensorSpec]:
-        """The state that the refresh of a parameter's bases writes."""
-        return basis_specs(geo, group, dtype)
-
-    def _refresh_due(self, site: Site, state: dict[str, Tensor]) -> bool:
-        """Whether the next step makes the bases anew."""
-        return refresh_due(site, int(state["step"]), site.group["update_proj_gap"])
-
-    def _refresh(
-        self, site: Site, state: dict[str, Tensor], geo: Geometry, gradient: Tensor
-    ) -> None:
-        """Make the bases anew from the gradient (m, n)."""
-        refresh(site, state, gradient, geo)
-
-    def bases(self, param: Tensor) -> dict[str, Tensor]:
-        """The subspace of the parameter's last step, columns orthonormal (random: N(0, 1/r)).
-
-        Returns:
-            `"basis"`, (n, r) or (m, r), and for two-sided projections `"basis_left"`, (m, r) too,
-            each of all matrices of a stack along a first axis; nothing for a parameter that is not
-            projected or has not been stepped.
-        """
-        for site in self._sites():
-            geo = geometry(param, site.group)
-            if site.param is param and geo is not None and self.state.get(param):
-                if matrices_of(param, site.group) > 1:
-                    with self._apart([site], every=True) as parts:
-                        each = [self._bases(part, geo) for part in parts]
-                    return {name: torch.stack([own[name] for own in each]) for name in each[0]}
-                return self._bases(site, geo)
-        return {}
-
-    def _bases(self, site: Site, geo: Geometry) -> dict[str, Tensor]:
-        """The bases of the last step of a matrix that has state."""
-        state = self.state[site.param]
-        return load_bases(site, state, geo, max(0, int(state["step"]) - 1))
+    def _update(self, site: Site, gradient: Tensor) -> None:
+        if geometry(site.param, site.group) is None:
+            super()._update(site, gradient)
+        else:
+            self._step_matrices([site], [gradient])
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
         param, group = site.param, site.group
         if geometry(param, group) is not None:
             gradients = None if gradient is None else [gradient]
-            self._apply_matrices([site], reduced.unsqueeze(0), gradients)
+            self._step_matrices([site], gradients, reduced=reduced.unsqueeze(0))
             return
         state = self._state(param, group)
         state["step"] += 1
         self._apply_whole(site, reduced, state, int(state["step"]))
 
-    def _apply_matrices(
+    def _step_matrices(
         self,
         sites: Sequence[Site],
-        reduced: Tensor,
         gradients: Sequence[Tensor] | None,
         bases: Sequence[dict[str, Tensor]] | None = None,
+        reduced: Tensor | None = None,
     ) -> None:
-        """Update k matrices of one geometry and their state from R, (k, channels, r); `bases` as
-        for `_project`."""
+        """Step k prepared matrices of one geometry, with `bases` as for `_project`: from their
+        gradients, or from R, (k, channels, r), if that has been made."""
         geo = geometry(sites[0].param, sites[0].group)
         assert geo is not None
-        # Made by the reductions.
+
+        def down() -> Tensor:
+            if reduced is not None:
+                return reduced
+            assert gradients is not None
+            return self._project(sites, gradients, bases)
+
+        # Made when the step was prepared.
         states = [self.state[site.param] for site in sites]
-        for state in states:
-            state["step"] += 1
-        step = int(states[0]["step"])
         grads = None if gradients is None else [matrix(gradient) for gradient in gradients]
         keys = [site.key for site in sites]
-        terms = self._terms(sites, reduced, grads, states, geo, step, keys)
-        if terms.product is None and not terms.sign_steps:
-            bases = [{}] * len(sites)
-        elif bases is None:
-            bases = load_all_bases(sites, states, geo, step - 1)
-        self._write(sites, terms, reduced, grads, bases, geo, step)
+        self._run(down, sites, states, keys, grads, bases, geo)
 
-    def _terms(
+    def _run(
         self,
+        down: Callable[[], Tensor],
         sites: Sequence[Site],
-        reduced: Tensor,
-        grads: Sequence[Tensor] | None,
         states: Sequence[dict[str, Tensor]],
-        geo: Geometry,
-        step: int,
         keys: Sequence[NoiseKey],
+        grads: Sequence[Tensor] | None,
+        bases: Sequence[dict[str, Tensor]] | None,
+        geo: Geometry,
         sharded: Tensor | None = None,
-    ) -> Terms:
-        """The rule's direction of R, and the residual's terms; `sharded` as in `Parts`."""
-        group = sites[0].group
-        residual, rule, norms = self._residual(group), self._rule(group), None
-        if residual.needs_norms:
-            assert rule.norms is not None
-            norms = rule.norms(reduced, states)
-        direction = self._direction(sites, reduced, states, step, keys, norms)
-        if norms is not None:
+    ) -> None:
+        """The residual's algorithm; `down` and `sharded` as in `Step`."""
+        group, step = sites[0].group, int(states[0]["step"]) + 1
+
+        def rule(reduced: Tensor, norms: Tensor | None = None) -> Tensor:
+            # Moments change from here on. What came before can be done again.
+            for state in states:
+                state["step"] += 1
+            return self._direction(sites, reduced, states, step, keys, norms)
+
+        def rule_and_norms(reduced: Tensor) -> tuple[Tensor, Tensor]:
+            make = self._rule(group).norms
+            assert make is not None
+            norms = make(reduced, states)
+            direction = rule(reduced, norms)
             wide = accumulator_dtype(reduced.dtype)
-            norms = norms.to(wide).sqrt_().view(2, *reduced.shape[:2])
-        return residual.terms(Parts(direction, reduced, grads, norms, states, group, geo, sharded))
+            return direction, norms.to(wide).sqrt_().view(2, *reduced.shape[:2])
+
+        def descend(terms: Terms) -> None:
+            own = bases
+            if terms.product is None and not terms.sign_steps:
+                own = [{}] * len(sites)
+            elif own is None:
+                own = load_all_bases(sites, states, geo, step - 1)
+            self._write(sites, terms, grads, own, geo, step)
+
+        self._residual(group).algorithm(
+            Step(down, rule, rule_and_norms, descend, grads, states, group, geo, sharded)
+        )
 
     def _direction(
         self,
@@ -255,40 +170,10 @@ class ProjectedOptimizer(StackedMatrices):
         """Whether the direction may go where R is, which then may have the gradient's dtype."""
         return self._rule(group).overwrites and not self._residual(group).needs_reduced
 
-    def _step_shard(self, site: Site, gradient: Tensor) -> None:
-        param, group = site.param, site.group
-        geo = geometry(param, group)
-        if geo is None:
-            super()._step_shard(site, gradient)
-            return
-        state = {name: local(value) for name, value in self._state(param, group).items()}
-        completed, grad = int(state["step"]), matrix(local_like(gradient, param))
-        if self._refresh_due(site, state):
-            if not anywhere(not grad.isfinite().all(), param):
-                refresh = functools.partial(self._refresh, site, state, geo)
-                refresh_together(site, state, self._basis_specs(geo, group, param.dtype), refresh)
-            elif not completed:
-                return
-        bases = rows_of(load_bases(site, state, geo, completed), param, geo)
-        reduced = down([grad], [bases], geo)[0].to(accumulator_dtype(grad.dtype))
-        if geo.side != "right":
-            sum_(reduced, param)
-        if group["projector"] not in BLIND:
-            silence_rounding_(reduced, geo, greatest=functools.partial(greatest_, param=param))
-        state["step"] += 1
-        part = dataclasses.replace(site, param=local(param), offset=offset(param))
-        first = first_row(param) * geo.rank if geo.side == "right" else 0
-        key = NoiseKey(site.seed, site.stream, first)
-        needed = [grad] if self._residual(group).needs_gradient else None
-        stack = reduced.unsqueeze(0)
-        terms = self._terms([part], stack, needed, [state], geo, completed + 1, [key], param)
-        self._write([part], terms, stack, needed, [bases], geo, completed + 1)
-
     def _write(
         self,
         sites: Sequence[Site],
         terms: Terms,
-        reduced: Tensor,
         grads: Sequence[Tensor] | None,
         bases: Sequence[dict[str, Tensor]],
         geo: Geometry,
@@ -309,7 +194,8 @@ class ProjectedOptimizer(StackedMatrices):
             column = (1, -1) if geo.side == "left" else (-1, 1)
             scales = [own.view(column) for own in terms.channel_scale * descent]
         if any(terms.sign_steps):
-            inside = zip(reduced, bases, strict=True)
+            assert terms.reduced is not None
+            inside = zip(terms.reduced, bases, strict=True)
             signs_of = [
                 factors(own, {name: kept.to(own.dtype) for name, kept in basis.items()}, geo)
                 for own, basis in inside
@@ -374,9 +260,7 @@ class ProjectedOptimizer(StackedMatrices):
             for basis, target in zip(bases, narrow, strict=True):
                 target.copy_(basis["basis"])
             bases = [{"basis": basis} for basis in narrow]
-        reduced = self._project(sites, gradients, bases)
-        needed = gradients if self._residual(sites[0].group).needs_gradient else None
-        self._apply_matrices(sites, reduced, needed, bases)
+        self._step_matrices(sites, gradients, bases)
 
     def _write_whole(self, sites: Sequence[Site], gradients: Sequence[Tensor], step: int) -> None:
         """theta <- decay theta + rate (the rule's direction), of parameters of one kind."""
@@ -425,31 +309,6 @@ class ProjectedOptimizer(StackedMatrices):
             param.copy_(theta.reshape(param.shape))
         if after and decay != 1.0:
             param.mul_(decay)
-
-    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
-        geo = geometry(param, group)
-        if geo is None:
-            return super()._follows_rows(name, spec, param, group)
-        return geo.side == "right" and name not in geo.bases and spec.shape == geo.reduced_shape
-
-    def _can_shard(self, param: Tensor, group: Group) -> bool:
-        """Where the rule is one of single elements, and so is the state of what is sharded: no
-        codes in blocks. In a subspace too, if the class knows how."""
-        if not self._rule(group).elementwise or matrices_of(param, group) > 1:
-            return False
-        geo = geometry(param, group)
-        if geo is not None:
-            return self.shards and (
-                geo.side != "right" or group["state_dtype"] in ("float32", "bfloat16")
-            )
-        specs = self.declared_state(param, group)
-        return all(
-            name == "step" or spec.shape == tuple(param.shape) for name, spec in specs.items()
-        )
-
-    def _needs_gradient(self, site: Site) -> bool:
-        geo = geometry(site.param, site.group)
-        return geo is not None and self._residual(site.group).needs_gradient
 
 
 def _windows(count: int, numel: int) -> Iterator[slice]:

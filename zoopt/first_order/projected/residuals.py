@@ -1,8 +1,8 @@
-"""The residual rule: what becomes of the part of a gradient outside its subspace.
+"""The residual seam: a method's algorithm, and what becomes of a gradient outside its subspace.
 
-A residual turns the rule's direction N (channels, r) of the projected gradient R into the terms of
-one write of theta: a low-rank product, and a multiple of the gradient for each channel. It does so
-for k matrices of one geometry at once, stacked.
+The algorithm takes a gradient down to R, has the rule make a direction N (channels, r) of it, and
+descends terms in one write of theta: a low-rank product, and a multiple of the gradient for each
+channel. It does so for k matrices of one geometry at once, stacked.
 """
 
 from __future__ import annotations
@@ -32,30 +32,38 @@ class Terms(NamedTuple):
         product: (k, channels, r), which the write may use up, or None.
         channel_scale: (k, channels), or (k, 1) for all channels, or None.
         sign_steps: a number for each of the k; empty for no such term.
+        reduced: R, (k, channels, r), which the signs need.
         rate: a number.
     """
 
     product: Tensor | None
     channel_scale: Tensor | None = None
     sign_steps: Sequence[float] = ()
+    reduced: Tensor | None = None
     rate: float = 1.0
 
 
-class Parts(NamedTuple):
-    """What a residual makes its terms of.
+class Step(NamedTuple):
+    """A step of k matrices of one geometry: the operations of an algorithm, and its operands.
 
     Attributes:
-        direction, reduced: the rule's N and R, (k, channels, r).
-        gradients: of each (m, n), where they are needed.
-        norms: of the rows of N and of R, (2, k, channels), where they are needed.
-        states: each parameter's; group, geo: those of all.
+        down: () -> R, (k, channels, r): G Q, or G^T P, or P^T G Q, as `Geometry` says. Where
+            gradients are freed as they come, R is already there, summed over micro-batches.
+        rule: R -> the rule's direction N, of R's shape. It updates the moments, and takes the place
+            of R if the residual does not need that.
+        rule_and_norms: R -> N, and the norms of the rows of N and of R, (2, k, channels), from the
+            rule's pass over its moments.
+        descend: terms -> the write of theta.
+        gradients: G of each, (m, n); where they are freed as they come, only if they are needed.
+        states: each matrix's; group, geo: those of all.
         sharded: the parameter whose rows these are some of, where they are not all.
     """
 
-    direction: Tensor
-    reduced: Tensor
+    down: Callable[[], Tensor]
+    rule: Callable[[Tensor], Tensor]
+    rule_and_norms: Callable[[Tensor], tuple[Tensor, Tensor]]
+    descend: Callable[[Terms], None]
     gradients: Sequence[Tensor] | None
-    norms: Tensor | None
     states: Sequence[State]
     group: Group
     geo: Geometry
@@ -63,22 +71,19 @@ class Parts(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """A residual's state and its terms.
+    """A residual's state and its algorithm.
 
     Attributes:
         specs: geometry, accumulator's dtype -> the state tensors.
-        terms: the parts -> what is descended.
-        needs_gradient: whether `terms` has one that multiplies the whole gradient.
-        needs_reduced: whether it reads R, or the write does.
-        needs_norms: whether it takes the norms of the direction's and R's rows, as the rule's pass
-            over its moments gives them.
+        algorithm: takes a step.
+        needs_gradient: whether it descends terms that multiply the whole gradient.
+        needs_reduced: whether it reads R after the rule, or the write does.
     """
 
     specs: Callable[[Geometry, torch.dtype], dict[str, TensorSpec]]
-    terms: Callable[[Parts], Terms]
+    algorithm: Callable[[Step], None]
     needs_gradient: bool
     needs_reduced: bool = True
-    needs_norms: bool = False
 
 
 def no_specs(geo: Geometry, accumulator: torch.dtype) -> dict[str, TensorSpec]:
@@ -98,14 +103,14 @@ def channel_norms(
     return total.sqrt()
 
 
-def norm_over_channels(values: Tensor, parts: Parts) -> Tensor:
+def norm_over_channels(values: Tensor, step: Step) -> Tensor:
     """The norm, (k,), of a number for each channel, (k, channels): of all processes' channels,
     where those are rows that lie apart."""
     norm: Tensor = torch.linalg.vector_norm(values, dim=1)
-    if parts.sharded is None or parts.geo.side == "left":
+    if step.sharded is None or step.geo.side == "left":
         return norm
     square = norm.square()
-    sum_(square, parts.sharded)
+    sum_(square, step.sharded)
     return square.sqrt()
 
 

@@ -8,16 +8,99 @@ whole and equal everywhere.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from zoopt.distributed.sharding import broadcast_, is_owner, local, offset, whole
+from zoopt.distributed.sharding import (
+    anywhere,
+    broadcast_,
+    greatest_,
+    is_owner,
+    local,
+    local_like,
+    offset,
+    sum_,
+    whole,
+)
+from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.base import Site
-from zoopt.first_order.projected.geometry import Geometry, matrix
+from zoopt.first_order.projected.basis import load_bases
+from zoopt.first_order.projected.geometry import Geometry, geometry, matrices_of, matrix
+from zoopt.first_order.projected.state import ProjectedState
+from zoopt.first_order.projected.subspace import BLIND, down, silence_rounding_
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.optimizer import Group, TensorSpec
 
 State = dict[str, Tensor]
+
+
+class ShardedMatrices(ProjectedState):
+    """Projected optimizers that step the rows of a matrix which this process has."""
+
+    def _run(
+        self,
+        down: Callable[[], Tensor],
+        sites: Sequence[Site],
+        states: Sequence[State],
+        keys: Sequence[NoiseKey],
+        grads: Sequence[Tensor] | None,
+        bases: Sequence[dict[str, Tensor]] | None,
+        geo: Geometry,
+        sharded: Tensor | None = None,
+    ) -> None:
+        """Run the residual's algorithm; `down` and `sharded` as in `Step`."""
+        raise NotImplementedError
+
+    def _step_shard(self, site: Site, gradient: Tensor) -> None:
+        param, group = site.param, site.group
+        geo = geometry(param, group)
+        if geo is None:
+            super()._step_shard(site, gradient)
+            return
+        state = {name: local(value) for name, value in self._state(param, group).items()}
+        completed, grad = int(state["step"]), matrix(local_like(gradient, param))
+        if self._refresh_due(site, state):
+            if not anywhere(not grad.isfinite().all(), param):
+                refresh = functools.partial(self._refresh, site, state, geo)
+                refresh_together(site, state, self._basis_specs(geo, group, param.dtype), refresh)
+            elif not completed:
+                return
+        bases = rows_of(load_bases(site, state, geo, completed), param, geo)
+        reduced = down([grad], [bases], geo)[0].to(accumulator_dtype(grad.dtype))
+        if geo.side != "right":
+            sum_(reduced, param)
+        if group["projector"] not in BLIND:
+            silence_rounding_(reduced, geo, greatest=functools.partial(greatest_, param=param))
+        part = dataclasses.replace(site, param=local(param), offset=offset(param))
+        first = first_row(param) * geo.rank if geo.side == "right" else 0
+        key = NoiseKey(site.seed, site.stream, first)
+        stack = reduced.unsqueeze(0)
+        self._run(lambda: stack, [part], [state], [key], [grad], [bases], geo, param)
+
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
+        geo = geometry(param, group)
+        if geo is None:
+            return super()._follows_rows(name, spec, param, group)
+        return geo.side == "right" and name not in geo.bases and spec.shape == geo.reduced_shape
+
+    def _can_shard(self, param: Tensor, group: Group) -> bool:
+        """Where the rule is one of single elements, and so is the state of what is sharded: no
+        codes in blocks. In a subspace too, if the class knows how."""
+        if not self._rule(group).elementwise or matrices_of(param, group) > 1:
+            return False
+        geo = geometry(param, group)
+        if geo is not None:
+            return self.shards and (
+                geo.side != "right" or group["state_dtype"] in ("float32", "bfloat16")
+            )
+        specs = self.declared_state(param, group)
+        return all(
+            name == "step" or spec.shape == tuple(param.shape) for name, spec in specs.items()
+        )
 
 
 def refresh_together(
