@@ -1,4 +1,4 @@
-"""Shared by comparisons of methods: learning rates to try, figures over seeds, processes."""
+"""Shared code of the comparisons of methods: learning rates, figures over seeds, processes."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def to_two_digits(value: float) -> float:
 
 
 def lr_grid(centre: float, ratio: float = 2.0, points: int = 3) -> tuple[float, ...]:
-    """Learning rates around one, each `ratio` times the one before, to two digits."""
+    """Learning rates around `centre`, each `ratio` times the previous one, to two digits."""
     half = points // 2
     return tuple(to_two_digits(centre * ratio**i) for i in range(-half, points - half))
 
 
 @dataclasses.dataclass(frozen=True)
 class Halving(Generic[R]):
-    """A method's plan: a grid of learning rates on a small budget, seeds of the best on the full.
+    """A method's plan: a grid of learning rates on a small budget, then seeds of the best in full.
 
-    While the best is at an edge of the grid, one more is added beyond it, `extensions` at most. If
-    every run has diverged, the lowest is the best.
+    While the best rate is at an edge of the grid, another one is added beyond it, up to
+    `extensions` times. If every run has diverged, the lowest rate counts as the best.
 
     Attributes:
-        lrs: the grid to begin with, ascending and evenly spaced in their logarithm.
-        extensions: how many may be added.
+        lrs: the initial grid, ascending and evenly spaced in the logarithm.
+        extensions: how many rates may be added.
         grid_run: learning rate -> its run on the small budget.
         final_runs: learning rate -> its runs on the full budget, seed 0 first.
-        score: a run's result -> what the learning rate is chosen by, lower is better.
+        score: a run's result -> the criterion for the learning rate; lower is better.
         results: the result of a run, or None.
     """
 
@@ -58,11 +58,11 @@ class Halving(Generic[R]):
 
     @property
     def ratio(self) -> float:
-        """From one learning rate of the grid to the next."""
+        """The ratio of successive learning rates in the grid."""
         return math.exp(math.log(self.lrs[-1] / self.lrs[0]) / (len(self.lrs) - 1))
 
     def grid(self) -> tuple[list[float], float | None]:
-        """The learning rates to try as far as results tell, and the best if all have been tried."""
+        """The rates to try, judging from the results so far; and the best, once all are tried."""
         lrs = sorted(self.lrs)
         for added in range(self.extensions + 1):
             found = [self.results(self.grid_run(lr)) for lr in lrs]
@@ -85,7 +85,7 @@ class Halving(Generic[R]):
         return [run for run in runs if self.results(run) is None]
 
     def left(self) -> int:
-        """How many runs the method still takes, if its grid need not be extended again."""
+        """How many runs the method still needs, if its grid is not extended again."""
         count = len(self.missing())
         lrs, best = self.grid()
         if best is not None:
@@ -96,7 +96,7 @@ class Halving(Generic[R]):
 
 
 def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float] | None:
-    """The mean and the standard deviation (0 of one value), or None if a value is missing."""
+    """The mean and the standard deviation (0 for one value); None if a value is missing."""
     known = [math.nan if value is None else value for value in values]
     if not known or not all(map(math.isfinite, known)):
         return None
@@ -104,7 +104,7 @@ def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float] | Non
 
 
 def figure(values: Sequence[float | None]) -> dict[str, Any]:
-    """A record's entry for one figure: a value a seed, their mean and standard deviation."""
+    """A record's entry for one figure: a value per seed, their mean and standard deviation."""
     both = mean_and_spread(values)
     return {
         "values": list(values),
@@ -114,7 +114,7 @@ def figure(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def row(name: str, values: Sequence[float | None], unit: str) -> common.Row:
-    """The row of a method in a results file: a value a seed."""
+    """The row of a method in a results file, with a value per seed."""
     finite_values = [value for value in values if value is not None and math.isfinite(value)]
     if len(finite_values) < len(values):
         return common.failed(name, unit, "diverged")
@@ -122,7 +122,7 @@ def row(name: str, values: Sequence[float | None], unit: str) -> common.Row:
 
 
 class Inline(concurrent.futures.Executor):
-    """Does the work at once, in this process, after `prepare`."""
+    """Runs the work immediately, in this process, after `prepare`."""
 
     def __init__(self, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         prepare(*arguments)
@@ -142,7 +142,7 @@ def executor(
     """Processes that call `prepare` with the arguments before their first run."""
     if workers == 1:
         return Inline(prepare, arguments)
-    # Set before the workers start, so that their kernels do not share each other's cores.
+    # Set this before the workers start, so that their kernels do not compete for cores.
     os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(workers, context, prepare, arguments)
@@ -155,17 +155,17 @@ def run_all(
     pool: Callable[[], concurrent.futures.Executor],
     workers: int,
 ) -> tuple[int, dict[str, str]]:
-    """Do all the runs that are missing, `workers` at a time, method after method.
+    """Do all missing runs, `workers` at a time, method by method.
 
     Args:
-        methods: their names.
-        plan: of a method.
-        work: does one run and leaves its file, in a worker.
+        methods: names of the methods.
+        plan: makes the plan of a method.
+        work: does one run in a worker, and writes its file.
         pool: makes the workers.
 
     Returns:
-        How many runs there were, and the methods that failed, with the reason: their other runs
-        are left out.
+        The number of runs, and the methods that failed with the reasons. The other runs of a failed
+        method are skipped.
     """
     failed: dict[str, str] = {}
     running: dict[concurrent.futures.Future[R], R] = {}
@@ -206,7 +206,7 @@ def run_all(
 
 
 def add_arguments(arguments: Parser, results: Path, chart: str) -> None:
-    """Where runs and the report go, and how many processes there are."""
+    """Add the options for the folders of runs and report, and the number of processes."""
     arguments.add_argument(
         "--workers", type=common.positive, default=1, help="processes, a thread each"
     )
@@ -227,7 +227,7 @@ def add_arguments(arguments: Parser, results: Path, chart: str) -> None:
 
 
 def make_folders(arguments: Parser, options: argparse.Namespace) -> None:
-    """Make the report's folders; exit if it could not be written."""
+    """Make the report's folders; exit if the report could not be written there."""
     for path in (options.json, options.plot):
         path.parent.mkdir(parents=True, exist_ok=True)
     common.check_json(arguments, options.json)

@@ -1,14 +1,14 @@
-"""Files of runs that are damaged, and runs that are killed: no wrong weights, and no step lost.
+"""Damages recorded files and kills runs, and checks that no weights are wrong and no step is lost.
 
     python bench/durability.py --json bench/results/durability.json
 
-A *damage* is a flipped bit, a cut, two stretches that change places, or one that is there twice. A
-replay of the file must raise, or have the weights of the run after as many steps as it says; and if
-those are fewer than the file had, it must have said so, unless the file was cut.
+A *damage* is a flipped bit, a cut, two swapped stretches, or a repeated stretch. A replay of the
+file must raise an error, or give the weights of the run after as many steps as it reports. If these
+are fewer steps than the file had, it must have warned, unless the file was cut.
 
 A *kill* is SIGKILL to a process that trains and records, at a random instant. Its file must then
-hold each step that had returned, and the weights after them to the bit; the next process goes on
-from there.
+hold every step that had returned, and give the weights after them bit for bit. The next process
+continues from there.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ import zoopt
 from zoopt.bench import common
 from zoopt.trajectory import TrajectoryError, replay, resume
 
-#: Steps of the run whose file is damaged, and the most of one that is killed again and again.
+#: Steps of the run whose file is damaged, and the greatest number of steps of a run that is killed.
 STEPS, MOST = 12, 400
-#: Kills of one run, and seconds at most from its start to a kill.
+#: Kills of one run, and the greatest number of seconds from its start to a kill.
 KILLS, LATEST = 10, 0.12
-#: Seconds after which a child that says nothing is hung.
+#: A child that is silent for this many seconds counts as hung.
 PATIENCE = 60.0
 
 
 def model() -> nn.Module:
-    """A small one, the same each time."""
+    """A small model, always the same."""
     generator = torch.Generator().manual_seed(1)
     made = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 2))
     with torch.no_grad():
@@ -55,13 +55,13 @@ def model() -> nn.Module:
 
 
 def closure_of(net: nn.Module) -> Callable[[], torch.Tensor]:
-    """Its loss on a batch, the same each time."""
+    """The model's loss on a batch, always the same."""
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(2))
     return lambda: (net(x).sum(1) - x.sum(1)).square().mean()
 
 
 def optimizer_of(net: nn.Module) -> zoopt.MeZO:
-    """What trains it."""
+    """The optimizer of the run."""
     return zoopt.MeZO(net.named_parameters(), lr=1e-2, seed=3, perturbation="inplace")
 
 
@@ -72,7 +72,7 @@ def bits(net: nn.Module) -> bytes:
 
 
 class Undisturbed:
-    """The run that nothing disturbs, as far as it is asked for."""
+    """The undisturbed run, computed as far as it is needed."""
 
     def __init__(self) -> None:
         self._net = model()
@@ -80,7 +80,7 @@ class Undisturbed:
         self._states = [bits(self._net)]
 
     def after(self, steps: int) -> bytes:
-        """Its weights after so many steps."""
+        """The weights after that many steps."""
         while len(self._states) <= steps:
             self._optimizer.step(closure_of(self._net))
             self._states.append(bits(self._net))
@@ -88,7 +88,7 @@ class Undisturbed:
 
 
 def damaged(data: bytes, choose: random.Random) -> tuple[str, bytes]:
-    """A kind of damage, and data that have it."""
+    """Damage the data at random. Return the kind of damage and the damaged data."""
     kind = choose.choice(("flip", "cut", "swap", "twice"))
     at, length = choose.randrange(len(data)), choose.randrange(1, 60)
     if kind == "flip":
@@ -107,12 +107,12 @@ def damaged(data: bytes, choose: random.Random) -> tuple[str, bytes]:
 
 
 def damages(count: int, seed: int, folder: Path) -> dict[str, int]:
-    """What came of so many damages.
+    """Damage files, and count the outcomes.
 
     Returns:
-        kind and outcome -> how many. Outcomes: "whole" (nothing was damaged, or only the length of
-        what was cut off anyway), "error", "said" (shorter, with a warning), "cut" (at the end of a
-        record, which nobody can tell from a shorter run), and "wrong" of what must not be.
+        kind and outcome -> count. Outcomes: "whole" (nothing was damaged, or only the length of
+        a part that was cut off anyway), "error", "said" (shorter, with a warning), "cut" (at the
+        end of a record, which looks like a shorter run), and "wrong", which must not occur.
     """
     path = folder / "run"
     net = model()
@@ -157,13 +157,13 @@ def _outcome(path: Path, net: nn.Module, expected: list[bytes], kind: str, same:
 
 
 def kills(count: int, seed: int, folder: Path) -> dict[str, int]:
-    """What came of so many kills.
+    """Kill runs, and count the outcomes.
 
     Returns:
-        "kills"; "steps", that had returned before one; "unfinished", steps that had not and are in
-        the file, "torn", files that end within a record, "empty", within the header before any
-        step; and of what must not be: "lost", steps that had returned and are not in the file,
-        and "wrong" weights.
+        "kills"; "steps", which had returned before a kill; "unfinished", steps that had not
+        returned but are in the file; "torn", files that end inside a record; "empty", files that
+        end in the header before any step. These must not occur: "lost", steps that had returned but
+        are not in the file, and "wrong" weights.
     """
     expected, choose = Undisturbed(), random.Random(seed)
     found: collections.Counter[str] = collections.Counter(
@@ -183,7 +183,7 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, int]:
             try:
                 steps = replay(net, path).param_groups[0]["step"]
             except (TrajectoryError, FileNotFoundError):
-                # Killed as it began: nothing was recorded, so nothing may have been learnt.
+                # It was killed at its start. Nothing was recorded, so no step may have returned.
                 found["empty" if returned == 0 else "lost"] += 1
                 path.unlink(missing_ok=True)
                 continue
@@ -196,11 +196,11 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, int]:
 
 
 def _killed(path: Path, after: float) -> int:
-    """Train in a process that is killed so many seconds after it has begun; how many steps
+    """Train in a process that is killed after that many seconds. Return how many of its steps
     returned."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of forks where there are threads.
+        warnings.simplefilter("ignore")  # Python warns about forks of processes with threads.
         child = os.fork()
     if not child:
         os.close(reading)
@@ -219,7 +219,7 @@ def _killed(path: Path, after: float) -> int:
 
 
 def _said(reading: int) -> None:
-    """Wait for the child's first byte, or its end."""
+    """Wait for the child's first byte or its end."""
     ready, _, _ = select.select([reading], [], [], PATIENCE)
     if not ready:
         raise TimeoutError(f"a child must say something within {PATIENCE} seconds, got nothing")
@@ -227,9 +227,9 @@ def _said(reading: int) -> None:
 
 
 def _train(path: Path, writing: int) -> None:
-    """Train and record for as long as nobody kills it; a byte as it begins, and one a step."""
+    """Train and record until killed. Write a byte at the start, and one for each step."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # Of a record that was cut off.
+    warnings.simplefilter("ignore")  # A resumed run warns about an incomplete record.
     net = model()
     os.write(writing, b"!")
     optimizer: Any
@@ -252,7 +252,7 @@ def _folder() -> Iterator[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run both, print what came of them, and return 1 if anything was wrong or lost."""
+    """Run both, print the outcomes, and return 1 if anything was wrong or lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--damages", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=1_000)

@@ -46,7 +46,7 @@ BETAS, SCALE = (0.9, 0.999), 0.25
 
 
 class Size(NamedTuple):
-    """A LLaMA's width d, its MLP's h, the GaLore paper's rank, and how many layers it has."""
+    """A LLaMA's width d, its MLP's width h, the GaLore paper's rank, and the number of layers."""
 
     width: int
     mlp_width: int
@@ -61,24 +61,24 @@ SIZES = {
     "1b": Size(2048, 5461, 512, 24),
     "7b": Size(4096, 11008, 1024, 32),
 }
-#: What the weights of one shape may take.
+#: The greatest number of bytes for the matrices of one shape.
 MAX_BYTES = 2 * 10**9
 
 
 def shapes(size: Size) -> dict[str, tuple[int, int, int]]:
-    """m, n, and how many a layer has."""
+    """For each shape: m, n, and how many matrices of it a layer has."""
     d, h = size.width, size.mlp_width
     return {"attention": (d, d, 4), "up": (h, d, 2), "down": (d, h, 1)}
 
 
 def layers_held(size: Size, m: int, n: int, count: int) -> int:
-    """How many layers' matrices of a shape are stepped together: all, or those that fit."""
+    """How many layers' matrices of a shape are stepped together: all, or as many as fit."""
     of_a_layer = count * m * n * 4 * 8  # Weights and gradients of four methods, in float32.
     return max(1, min(size.layers, MAX_BYTES // of_a_layer))
 
 
 def steps(theta: Tensor, rank: int, count: int) -> dict[str, Callable[[], Any]]:
-    """A step of each method on that many matrices like theta, without a refresh."""
+    """A step of each method on `count` matrices like theta, without a refresh."""
 
     def parameters() -> list[torch.nn.Parameter]:
         params = [torch.nn.Parameter(theta.clone()) for _ in range(count)]
@@ -153,7 +153,7 @@ def new_basis(
 
 
 def step_rows(options: argparse.Namespace, device: torch.device) -> list[common.Row]:
-    """A row a size, dtype, matrix and method; the layer last."""
+    """A row for each size, dtype, matrix and method; the whole layer comes last."""
     rows = []
     for name in options.sizes:
         size = SIZES[name]
@@ -180,7 +180,7 @@ def step_rows(options: argparse.Namespace, device: torch.device) -> list[common.
 def method_rows(
     label: str, times: dict[str, list[float]], refreshes: dict[str, float]
 ) -> list[common.Row]:
-    """A row a method: its step, and its refresh spread over T steps."""
+    """A row for each method: its step, plus its refresh spread over T steps."""
     floor = times["floor"]
     amortised = {
         method: [second + refreshes.get(method, 0.0) / GAP for second in own]
@@ -206,9 +206,9 @@ class Drift:
     """Minibatch gradients (dim, dim) of a signal that turns from one refresh to the next.
 
     Args:
-        dim: of the square matrix.
-        rank: of the signal, singular values 1/k.
-        angle: by which its directions turn, in radians.
+        dim: size of the square matrix.
+        rank: rank of the signal; its singular values are 1/k.
+        angle: how far its directions turn at each refresh, in radians.
     """
 
     def __init__(self, dim: int, rank: int, angle: float, device: torch.device) -> None:
@@ -220,7 +220,7 @@ class Drift:
         for side in (self.left, self.right):
             fresh = _orthonormal(len(side), side.shape[1], side.device)
             q, r = torch.linalg.qr(math.cos(self.angle) * side + math.sin(self.angle) * fresh)
-            # Without Householder's signs, so that a direction stays itself.
+            # Undo the signs of Householder's QR, so that no direction flips.
             side.copy_(q * r.diagonal().sign())
 
     def minibatch(self) -> Tensor:
@@ -240,18 +240,18 @@ def captured(gradient: Tensor, basis: Tensor) -> float:
 
 
 def timed(work: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
-    """Seconds, and what was made."""
+    """The duration in seconds, and the result."""
     made: list[Tensor] = []
     spent = common.seconds(lambda: made.append(work()), device)
     return spent, made[0]
 
 
 def refresh_rows(options: argparse.Namespace, device: torch.device) -> list[common.Row]:
-    """A row a projector: its time, and the held-out energy of its bases over the best one's."""
+    """A row for each projector: its time, and its bases' held-out energy relative to the best."""
     rank = options.refresh_rank
     drift = Drift(options.refresh_dim, min(4 * rank, options.refresh_dim), 0.2, device)
     previous = new_basis(drift.minibatch(), rank, True, "randomized", None)
-    # The warm basis is made last: the next one starts from it.
+    # The warm basis is computed last, because the next one starts from it.
     times: dict[str, list[float]] = {"svd": [], "warm": []}
     energies: dict[str, list[float]] = {"svd": [], "warm": []}
     for turn in range(options.refreshes + 1):

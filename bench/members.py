@@ -84,7 +84,7 @@ class Bench:
 
 
 def measure(options: argparse.Namespace, bench: Bench) -> list[common.Row]:
-    """A row a method."""
+    """A row for each method."""
     names = [name for name in METHODS if name == "plain" or name in options.methods]
     times = common.round_robin(
         {name: bench.method(name) for name in names},

@@ -1,11 +1,11 @@
-"""What 16-bit weights lose: to probing in place, and to updates that are rounded to nearest.
+"""What 16-bit weights lose by probing in place, and by rounding updates to nearest.
 
-Drift: steps at learning rate 0, which should change nothing. A probe in place adds zo_eps z, takes
-2 zo_eps z away and adds zo_eps z again; each pass rounds. The figure is the root mean square change
-of a weight over that of the weights.
+Drift: steps at learning rate 0 should change nothing. A probe in place adds zo_eps z, subtracts
+2 zo_eps z and adds zo_eps z again, and each pass rounds. The figure is the root mean square change
+of the weights, relative to the root mean square of the weights.
 
-Arrival: steps of AdamW under a constant gradient, each of which should move every weight by lr. The
-figure is how much of the sum of these steps the weights have moved by, on average.
+Arrival: under a constant gradient each step of AdamW should move every weight by lr. The figure is
+the average movement of the weights, as a share of the sum of these steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import zoopt
 from zoopt.bench import common
 from zoopt.bench.published_mezo import PublishedMeZO
 
-#: Of the weights, as a trained language model's matrices have it.
+#: Standard deviation of the weights, typical of a trained language model's matrices.
 DEVIATION = 0.02
 SEED = 0
 
@@ -77,7 +77,7 @@ def drift(weight: nn.Parameter, optimizer: Any, steps: int) -> list[float]:
 
 
 def arrival(weight: nn.Parameter, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    """How far the weights have moved down a constant gradient after each step, on average."""
+    """The average movement of the weights down a constant gradient, after each step."""
     start = weight.detach().clone().float()
     curve = []
     for _ in range(steps):
@@ -88,7 +88,7 @@ def arrival(weight: nn.Parameter, optimizer: torch.optim.Optimizer, steps: int) 
 
 
 def rows(options: argparse.Namespace) -> list[common.Row]:
-    """One a method, its curve included."""
+    """A row for each method, with its curve."""
     found = []
     for name, (dtype, build) in DRIFT.items():
         common.progress(f"drift: {name}")

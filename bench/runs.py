@@ -1,7 +1,7 @@
 """Results of runs on disk: a file for each run in a folder, or a line in the folder's archive.
 
-An interrupted comparison continues where it was. `pack` moves the files into one compressed file
-beside the folder, runs.jsonl.xz, which is committed. Both are read.
+An interrupted comparison continues with the missing runs. `pack` moves the files into one
+compressed file beside the folder, runs.jsonl.xz, which is committed. Both are read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Run(Protocol):
 
     @property
     def file(self) -> str:
-        """Where its result goes, ending in .json."""
+        """The name of its result file, ending in .json."""
 
     def __hash__(self) -> int: ...
 
@@ -52,7 +52,7 @@ def archive(folder: Path) -> Path:
 
 
 def unpack(path: Path) -> dict[str, dict[str, Any]]:
-    """Results by the names of the files that they came in; none if the archive is not there."""
+    """Results by the names of their original files; empty if there is no archive."""
     if not path.exists():
         return {}
     with lzma.open(path, "rt", encoding="utf-8") as lines:
@@ -95,7 +95,7 @@ class Store(Generic[R]):
 
     Args:
         folder: where the files are; the archive is beside it.
-        configuration: of a run: all that its figures depend on.
+        configuration: run -> everything that its figures depend on.
     """
 
     def __init__(self, folder: Path, configuration: Callable[[R], Mapping[str, Any]]) -> None:

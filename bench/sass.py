@@ -1,7 +1,7 @@
-"""What the compiler made of the Triton kernels: machine instructions, registers, spills, accesses.
+"""Statistics of the compiled Triton kernels: instructions, registers, spills, memory accesses.
 
-Needs no GPU: kernels are launched on a stub of one and, for NVIDIA targets, the cubin is
-disassembled by the nvdisasm that triton ships; for AMD targets the assembly is read as it is.
+This needs no GPU, because kernels are launched on a stub. For NVIDIA targets, the nvdisasm that
+triton ships disassembles the cubin. For AMD targets the assembly is read directly.
 
 `python -m bench.sass` counts every variant of every kernel for each target.
 """
@@ -37,7 +37,7 @@ COLUMNS = {
     "spills": "spills",
     "access_bits": "access bits",
 }
-#: Instructions that do nothing but fill the end of a program.
+#: Instructions that only pad the end of a program.
 PADDING = ("NOP", "BRA", "s_nop", "s_code_end")
 SASS_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 SASS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
@@ -60,7 +60,7 @@ class Report:
 
 
 def _read_cubin(cubin: bytes, tool: str, option: str) -> str:
-    """What one of the programs that triton ships prints about a cubin."""
+    """Run one of the programs that triton ships on a cubin, and return its output."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -79,7 +79,7 @@ def _nvidia(compiled: Any) -> tuple[list[str], int, int, list[int]]:
     widths = [
         next((SASS_BITS[part] for part in parts if part in SASS_BITS), 32) for parts in accesses
     ]
-    # What a thread is given, which can be more than the listing names.
+    # The registers allocated to a thread can be more than those in the listing.
     usage = _read_cubin(compiled.asm["cubin"], "cuobjdump", "-res-usage")
     [registers] = re.findall(r"\bREG:(\d+)", usage)
     return opcodes, int(registers), spills, widths
@@ -97,13 +97,13 @@ def _amd(compiled: Any) -> tuple[list[str], int, int, list[int]]:
 
 
 def report(variant: Variant, target: str) -> Report:
-    """Compile one kernel for one target, as its launch asks for it, and count.
+    """Compile one kernel for one target, with the options of its launch, and count.
 
-    What is compiled for blocks at a tensor's end counts too, though few programs run it. The
-    instructions of a loop over directions are counted once: the figure is that of one direction.
-    `access_bits` is 128 if every load and store of theta (and of a buffer, an addend, a gradient
-    or moments) is: loads of coefficients, bounds, draws and row numbers are scalar by nature, and
-    int4 codes come in 64 bits.
+    The code for blocks at a tensor's end counts too, although few programs run it. Instructions in
+    a loop over directions are counted once, so the figure is for one direction. `access_bits` is
+    128 if every load and store of theta (and of a buffer, an addend, a gradient or moments) has 128
+    bits. Loads of coefficients, bounds, draws and row numbers are always scalar, and int4 codes are
+    loaded in 64 bits.
     """
     launch = variant.launch(target)
     compiled = launch.compiled

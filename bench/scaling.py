@@ -1,15 +1,15 @@
-"""What a zeroth-order step exchanges, and what that costs on more ranks than there are here.
+"""The cost of a zeroth-order step's exchange: measured on a few ranks, and modelled for more.
 
     python -m bench.scaling [--ranks 1 2 4] [--steps 200]
 
-Measured, on processes of this machine over gloo: a step's time with half the batch on one rank and
-on two, and the latency of the exchange alone. Modelled from these, with the assumptions printed: 8
-to 10,000 ranks, by a ring and by a tree, with stragglers.
+Measured, with processes on this machine over gloo: a step's time with half the batch on one rank
+and on two, and the latency of the exchange alone. Modelled from these, under the assumptions that
+are printed: 8 to 10,000 ranks, with a ring or a tree, and with stragglers.
 
-    ring      2 (n - 1) messages one after the other, each of the vector's n-th part
-    tree      2 ceil(log2 n) messages one after the other, each of the whole vector
-    straggler a step waits for the slowest of n ranks; with times that are normal with a relative
-              standard deviation s, that is some s sqrt(2 ln n) beyond the mean
+    ring      2 (n - 1) successive messages, each with one n-th of the vector
+    tree      2 ceil(log2 n) successive messages, each with the whole vector
+    straggler a step waits for the slowest of n ranks; if times are normal with relative standard
+              deviation s, that is about s sqrt(2 ln n) beyond the mean
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results" / "scaling.json"
 #: Bytes of a vector in an exchange: a head of 6 numbers and the losses, padded to 16 float64.
 PAYLOAD = 128
 MODELLED = (8, 64, 512, 1000, 4096, 10_000)
-#: Of a step's time from rank to rank, relative.
+#: Relative standard deviation of a step's time between ranks.
 STRAGGLER = 0.05
 #: A network's latency for a message between machines, and its bandwidth in bytes a second.
 NETWORK = {"latency": 20e-6, "bandwidth": 12.5e9}
@@ -51,7 +51,7 @@ def model_and_batch(width: int, batch: int) -> tuple[nn.Module, torch.Tensor]:
 
 
 def seconds(call: Callable[[], Any], count: int) -> list[float]:
-    """The times of `count` calls, after some that warm up."""
+    """The times of `count` calls, after some warm-up calls."""
     times = []
     for i in range(count + 5):
         start = time.perf_counter()
@@ -87,7 +87,7 @@ def work(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> Non
 
 
 def measured(options: argparse.Namespace) -> list[dict[str, float]]:
-    """Median seconds of a step, and of the exchange in it, on so many ranks with equal batches."""
+    """Median seconds of a step and of its exchange, for each number of ranks with equal batches."""
     rows = []
     for _ in range(options.rounds):
         for ranks in options.ranks:
@@ -111,10 +111,10 @@ def measured(options: argparse.Namespace) -> list[dict[str, float]]:
 
 
 def modelled(step: float, payload: int = PAYLOAD) -> list[dict[str, float]]:
-    """Seconds of a step on more ranks, each with the batch of one.
+    """Seconds of a step on more ranks, each with the same batch size.
 
     Args:
-        step: of one rank alone.
+        step: seconds of a step on one rank.
         payload: bytes of the vector.
     """
     rows = []
@@ -137,7 +137,7 @@ def modelled(step: float, payload: int = PAYLOAD) -> list[dict[str, float]]:
 
 
 def chart(figures: dict[str, Any], path: Path) -> None:
-    """A drawing of the parts of a step's time by the number of ranks."""
+    """Draw the parts of a step's time by the number of ranks."""
     import matplotlib
 
     matplotlib.use("agg")

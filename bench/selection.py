@@ -1,11 +1,11 @@
-"""Which parameters train: methods of zoopt.selection on the demo's model and sentences.
+"""Compares the methods of zoopt.selection on the demo's model and sentences.
 
     python -m bench.selection [--model DIRECTORY] [--data FILE] [METHOD ...]
 
-trains the last layers of the demo's language model, by each method at three learning rates for few
-steps, and at the best of them for more steps on three seeds. Every run is a file in
-bench/results/selection, so that an interrupted comparison goes on where it was; the table of what
-there is goes to bench/results/selection.json.
+trains the last layers of the demo's language model. Each method takes few steps at three learning
+rates, and then more steps at the best of them with three seeds. Every run is a file in
+bench/results/selection, so that an interrupted comparison continues with the missing runs. The
+table of the finished runs goes to bench/results/selection.json.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ LAYERS = ["*.layers.*"]
 
 @dataclasses.dataclass
 class Training:
-    """What a method makes of a classifier: an optimizer, and what must live as long.
+    """How a method trains a classifier: its optimizer, and objects that must be kept alive.
 
     Attributes:
-        forward_only: the optimizer's step takes the closure, and no backward pass is made.
+        forward_only: whether the optimizer's step takes the closure, without a backward pass.
     """
 
     optimizer: Any
@@ -54,7 +54,7 @@ Build = Callable[[Any, float, int, list[Callable[[], torch.Tensor]]], Training]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A line of the table: how it trains, and the middle of its learning rates."""
+    """A line of the table: how the method trains, and the middle one of its learning rates."""
 
     build: Build
     lr: float
@@ -157,7 +157,7 @@ METHODS = {
 
 
 def execute(name: str, lr: float, seed: int, steps: int, task: Task) -> dict[str, Any]:
-    """Train and evaluate: on the validation set, and after a run of all steps on the test set."""
+    """Train, and evaluate on the validation set; after a run of all steps, also on the test set."""
     classifier = copy.deepcopy(task.classifier)
     classifier.model.train()
     first, batches = task.batches(1000 + seed), task.batches(seed)
@@ -199,7 +199,7 @@ def execute(name: str, lr: float, seed: int, steps: int, task: Task) -> dict[str
 
 
 def run(name: str, lr: float, seed: int, steps: int, task: Callable[[], Task]) -> dict[str, Any]:
-    """The run's result, from its file if there is one."""
+    """Return the run's result, from its file if it exists."""
     path = RESULTS / f"{name}-lr{lr:g}-n{steps}-s{seed}.json"
     known = load(path)
     if known is None:
@@ -210,7 +210,7 @@ def run(name: str, lr: float, seed: int, steps: int, task: Callable[[], Task]) -
 
 
 def summary() -> dict[str, Any]:
-    """What the runs that there are say of each method, over its seeds at the best rate."""
+    """The results of each method at its best learning rate, over the seeds that have run."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob(f"*-n{STEPS}-s*.json")):
         result = json.loads(path.read_text())
@@ -235,7 +235,7 @@ def summary() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is missing, and write the table."""
+    """Do the missing runs, and write the table."""
     defaults = Settings()
     parser = argparse.ArgumentParser(prog="python -m bench.selection", description=__doc__)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(METHODS))

@@ -1,9 +1,9 @@
-"""Time of SM3's kernel against the same update in plain PyTorch, and against a plain pass.
+"""Time of SM3's kernel, compared with the same update in plain PyTorch and with a plain pass.
 
-Plain is what ports do: nu, its root and the quotient are tensors of theta's size, and the maxima
-passes of their own. The floor is theta.mul_(c), which reads and writes theta in place; the kernel
-reads the gradient besides. All of a dtype's methods are timed in turn, round by round, and a ratio
-is the median of the rounds' own.
+Plain PyTorch is the way of most ports: nu, its root and the quotient are tensors of theta's size,
+and the maxima take separate passes. The floor is theta.mul_(c), which reads and writes theta in
+place; the kernel also reads the gradient. All methods of a dtype are timed in turn, round by round.
+A ratio is the median of the ratios of the rounds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from zoopt.bench import common
 from zoopt.kernels import NoiseKey, sm3_
 
-#: GPU calls are short: this many are queued and timed together.
+#: GPU calls are short, so this many are queued and timed together.
 CUDA_CALLS = 20
 UNIT, FLOOR = "ns/element", "mul_ (floor)"
 COLUMNS = {"name": "method", "median": UNIT, "spread": "+-", "ratio": "/ floor"}

@@ -71,7 +71,7 @@ def recorded(path: Path, net: nn.Module, steps: int, **options: Any) -> None:
 
 
 def published(net: nn.Module, steps: int, lr: float = 1e-6, zo_eps: float = 1e-3) -> None:
-    """The passes of the authors' code: out, across, back and the update, from a seed."""
+    """The four passes of the authors' code, from a seed: three moves and the update."""
     for step in range(steps):
         for scale in (zo_eps, -2 * zo_eps, zo_eps, -lr):
             torch.manual_seed(step)
@@ -81,7 +81,7 @@ def published(net: nn.Module, steps: int, lr: float = 1e-6, zo_eps: float = 1e-3
 
 
 def replayed(net: nn.Module, path: Path, steps: int, *, one_by_one: bool) -> None:
-    """So many steps of the file."""
+    """Replay that many steps of the file."""
     module = sys.modules["zoopt.trajectory.replay"]
     own = {"side_effect": NotScriptedError} if one_by_one else {"wraps": module.Scripted}  # type: ignore[attr-defined]
     with mock.patch.object(module, "Scripted", **own):
@@ -89,7 +89,8 @@ def replayed(net: nn.Module, path: Path, steps: int, *, one_by_one: bool) -> Non
 
 
 def _ways(path: Path, steps: int) -> dict[str, tuple[int, Callable[[nn.Module], None]]]:
-    """way -> how many steps are timed, and what takes them; the slow ones take a tenth."""
+    """way -> the number of timed steps, and the function that takes them. Slow ways take a tenth
+    of the steps."""
     few = max(2, steps // 10)
     return {
         "passes": (steps, lambda net: replayed(net, path, steps, one_by_one=False)),
@@ -180,7 +181,7 @@ def hashing(megabytes: int = 256) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and return 1 if recording costs more than it may."""
+    """Measure, print, and return 1 if recording exceeds its limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000, help="steps of a replay")
     parser.add_argument("--recorded", type=int, default=200, help="steps that are recorded")

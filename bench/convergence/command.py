@@ -15,8 +15,8 @@ another is added beyond it, --extensions at most; what is at the edge even then 
 Nothing is chosen by the test sentences.
 
 Every run leaves a file under --runs that is not computed again while its configuration is the
-same: an interrupted comparison goes on where it was, and more --seeds only add to it. --pack moves
-the files into one compressed file beside the folder, which is read as they are.
+same. An interrupted comparison continues with the missing runs, and more --seeds only add runs.
+--pack moves the files into one compressed file beside the folder, which is read in the same way.
 """
 
 from __future__ import annotations

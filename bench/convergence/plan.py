@@ -1,4 +1,4 @@
-"""Which runs bench.convergence still needs, and what the finished ones say."""
+"""Which runs bench.convergence still needs, and the results of the finished ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RULE = (
 
 
 def grid_score(result: Mapping[str, Any]) -> float:
-    """What the learning rate is chosen by: the last validation cross-entropy."""
+    """The criterion for the learning rate: the last validation cross-entropy."""
     value = result["validation"][-1]["cross_entropy"]
     return math.inf if value is None or not math.isfinite(value) else value
 

@@ -31,7 +31,7 @@ class Run:
 
 
 def configuration(run: Run, settings: Settings) -> dict[str, Any]:
-    """Everything that a run's figures depend on, but the machine and the versions."""
+    """Everything that a run's figures depend on, except the machine and the versions."""
     method = METHODS[run.method]
     steps = method.steps(run.forwards)
     shared = settings.as_dict()
@@ -60,7 +60,7 @@ def execute(run: Run, settings: Settings, task: Task) -> dict[str, Any]:
     """Train and evaluate; a run of the full budget ends on the test set.
 
     Raises:
-        RuntimeError: the optimizer made another number of forward passes than the table says.
+        RuntimeError: the number of the optimizer's forward passes is not the one in the table.
     """
     method, config = METHODS[run.method], configuration(run, settings)
     steps, cost = config["steps"], config["forwards_per_step"]
@@ -83,7 +83,7 @@ def execute(run: Run, settings: Settings, task: Task) -> dict[str, Any]:
 
         began_cpu, began = time.process_time(), time.perf_counter()
         with warnings.catch_warnings():
-            # A learning rate that is too high ends in losses that are not finite.
+            # If the learning rate is too high, losses become infinite or NaN.
             warnings.filterwarnings("ignore", "skipped .* because")
             value = float(optimizer.step(closure))
         cpu, wall = cpu + time.process_time() - began_cpu, wall + time.perf_counter() - began

@@ -33,7 +33,7 @@ class Run:
 
 
 def configuration(run: Run, settings: Settings) -> dict[str, Any]:
-    """Everything that a run's figures depend on, but the machine and the versions."""
+    """Everything that a run's figures depend on, except the machine and the versions."""
     method = METHODS[run.method]
     of_comparison = ("steps", "grid_steps", "seeds", "extensions", "transferred")
     shared = {k: v for k, v in settings.as_dict().items() if k not in of_comparison}
@@ -53,7 +53,7 @@ def configuration(run: Run, settings: Settings) -> dict[str, Any]:
 
 
 def execute(run: Run, settings: Settings, task: Task) -> dict[str, Any]:
-    """Train and evaluate; a run whose loss is no longer finite ends there."""
+    """Train and evaluate. A run ends early if its loss is no longer finite."""
     config = configuration(run, settings)
     model, optimizer = METHODS[run.method].build(task.model(run.seed), run.lr, run.seed, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(
