@@ -1,8 +1,8 @@
-"""A GPU that is not there: Triton's launcher, from the binder to the compiler, without a device.
+"""A stub GPU: runs Triton's launcher, from the binder to the compiler, without a device.
 
-`stub_gpu(target)` makes zoopt launch Triton kernels on CPU tensors; nothing runs, so results mean
-nothing. `launches(function)` counts what a call asks of the device. Run it in a process of its own:
-Triton's driver is one a process.
+`stub_gpu(target)` makes zoopt launch Triton kernels on CPU tensors. Nothing is executed, so results
+mean nothing. `launches(function)` counts the requests of a call to the device. Use it in a separate
+process, because a process has only one Triton driver.
 
     with stub_gpu("sm_90"):
         recorded = launches(lambda: optimizer.step(closure))
@@ -33,15 +33,15 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-#: Triton keeps compiled kernels by device number: these are no real GPU's.
+#: Triton caches compiled kernels by device number, so use numbers that no real GPU has.
 _FIRST_DEVICE = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel's name, its grid, arguments and options, and what was compiled.
+    """One launch: the kernel's name, grid, arguments and options, and the compiled kernel.
 
-    `specialization` is what Triton tells variants apart by; `compiled` is None unless asked for.
+    `specialization` is Triton's key for variants. `compiled` is None unless requested.
     """
 
     kernel: str
@@ -54,14 +54,15 @@ class Launch:
 
 @dataclasses.dataclass
 class Recorded:
-    """What one call asked of the device.
+    """The requests of one call to the device.
 
     Attributes:
-        launches: in order.
-        copies: tensors made from Python numbers, each of which goes to the device by a copy.
-        waits: values of tensors that Python read (`.item()`, `bool(tensor)`), each of which waits.
-        others: torch's own operations that compute something, each of which is a launch or more;
-            but for those on numbers, int64 (), which lie on the CPU in real runs too.
+        launches: the launches in order.
+        copies: tensors created from Python numbers; each needs a copy to the device.
+        waits: tensor values that Python read (`.item()`, `bool(tensor)`); each waits for the
+            device.
+        others: torch's own operations that compute something; each is at least one launch.
+            Operations on int64 () counters are left out, which are on the CPU in real runs too.
     """
 
     launches: list[Launch] = dataclasses.field(default_factory=list)
@@ -75,7 +76,7 @@ class Recorded:
 
 
 class _Driver:
-    """What Triton asks its driver, answered for a target."""
+    """A driver that answers Triton's questions for a target."""
 
     def __init__(self, target: str) -> None:
         self.target = TARGETS[target]
@@ -102,7 +103,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def stub_gpu(target: str = "sm_90") -> Iterator[None]:
-    """Have zoopt take CPU tensors for a GPU's: a key of `TARGETS`."""
+    """Make zoopt treat CPU tensors as a GPU's; `target` is a key of `TARGETS`."""
 
     def best(theta: Tensor) -> str:
         return "reference" if theta.dtype == torch.float64 else "triton"
@@ -128,7 +129,7 @@ _torch_mm = torch.mm
 
 
 def _mm(a: Tensor, b: Tensor, *, out_dtype: Any = None, out: Tensor | None = None) -> Tensor:
-    """torch.mm, and on the CPU's tensors the products that only a GPU's torch.mm has."""
+    """torch.mm, extended for CPU tensors by the products that only a GPU's torch.mm supports."""
     if out_dtype is None:
         return _torch_mm(a, b, out=out)
     if a.dtype not in (torch.float16, torch.bfloat16) or b.dtype != a.dtype:
@@ -142,11 +143,11 @@ def _mm(a: Tensor, b: Tensor, *, out_dtype: Any = None, out: Tensor | None = Non
 
 
 def launches(function: Callable[[], Any], *, compiled: bool = False) -> Recorded:
-    """Call the function and say what it asked of the stub GPU.
+    """Call the function, and return its requests to the stub GPU.
 
     Args:
-        compiled: also compile each kernel, for the target of the stub. By default launches go as
-            far as the compiler, which takes most of the time.
+        compiled: also compile each kernel for the stub's target. By default launches stop before
+            the compiler, which takes most of the time.
     """
     recorded, run = Recorded(), JITFunction.run
 
@@ -172,12 +173,12 @@ def launches(function: Callable[[], Any], *, compiled: bool = False) -> Recorded
     return recorded
 
 
-#: The meter of the call that is running, if any.
+#: The meter of the current call, if any.
 _METERS: list[_Meter] = []
 
 
 class _Reads(TorchFunctionMode):
-    """Counts reads of whole tensors, each of which waits once."""
+    """Counts reads of whole tensors; each waits once."""
 
     def __init__(self, recorded: Recorded) -> None:
         super().__init__()
@@ -189,7 +190,7 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-#: What makes or names memory and computes nothing.
+#: Operations that only allocate or refer to memory.
 _MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh"}
 _MEMORY |= {"_local_scalar_dense", "is_set_to", "_unsafe_view", "set_", "resize_"}
 _MEMORY |= {"_record_function_enter_new", "_record_function_exit"}
@@ -204,7 +205,7 @@ class _Meter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside does not count."""
+        """Do not count operations inside."""
         self.counts = False
         try:
             yield
@@ -224,7 +225,7 @@ class _Meter(TorchDispatchMode):
 
 
 def _counter(args: Any) -> bool:
-    """Whether the first argument is a counter, which lies on the CPU."""
+    """Whether the first argument is a counter, which is on the CPU."""
     return any(
         isinstance(value, Tensor) and value.dtype == torch.int64 and not value.dim()
         for value in args

@@ -1,7 +1,7 @@
 """What bench.convergence trains: the demo's language model and sentences, its last layers only.
 
-The layers below are frozen, so what comes out of them is computed once a sentence; a forward pass
-is one through the trained layers. Prompt, words, loss, batches and metrics are those of
+The layers below are frozen, so their output is computed once per sentence. A forward pass only runs
+the trained layers. Prompt, words, loss, batches and metrics are those of
 examples/finetune_sentiment.py.
 """
 
@@ -74,7 +74,7 @@ class Settings:
 
 
 class LastLayers(Classifier):
-    """A classifier whose examples enter the model behind the frozen layers.
+    """A classifier whose examples enter the model after the frozen layers.
 
     Args:
         classifier: the whole model; it is cut in two and must not be used afterwards.
@@ -114,7 +114,7 @@ class LastLayers(Classifier):
         return hidden
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Pad the frozen layers' output, (sentence, token, d), which takes the token ids' place."""
+        """Pad the frozen layers' output, (sentence, token, d), which replaces the token ids."""
         batch = super().collate(examples)
         rows = [self._hidden[example.token_ids] for example in examples]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -126,7 +126,7 @@ def _as_embeddings(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any,
 
 
 class Task:
-    """A model that can be put back to where it began, its batches, and its metrics."""
+    """A model that can be reset to its initial weights, its batches, and its metrics."""
 
     def __init__(self, settings: Settings) -> None:
         splits = split(read_sentences(Path(settings.data), settings.max_words))
@@ -145,7 +145,7 @@ class Task:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Put the parameters back to where they began."""
+        """Reset the parameters to their initial values."""
         for name, parameter in self.parameters():
             parameter.copy_(self._initial[name])
 

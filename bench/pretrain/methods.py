@@ -26,15 +26,15 @@ class Method:
         name: what it is called on the command line and in the files.
         label: what it is called in tables and charts.
         optimizer: module and class, looked up when the method is run.
-        lrs: the learning rates to choose from, ascending and evenly spaced in their logarithm.
-        best_lr: the one that the 1m model was trained best with.
-        matrix_rate: the decoder's matrices' learning rate, as a share of the others'.
+        lrs: the learning rates to choose from, ascending and evenly spaced in the logarithm.
+        best_lr: the best learning rate for the 1m model.
+        matrix_rate: the learning rate of the decoder's matrices, as a share of the others'.
         options: the class's options, beside lr and seed.
-        groups: what makes the param groups of a projected method, from the model and a rank.
-        rank: the projection's, from the settings' rank.
-        refreshes: the projection is refreshed every `update_proj_gap` steps.
-        convert: what makes the model's layers anew, from the model, the settings' rank and a seed.
-        scale: alpha over the rank, of the layers made anew; None for the default.
+        groups: makes the param groups of a projected method from the model and a rank.
+        rank: settings' rank -> the rank of the projection.
+        refreshes: whether the projection is refreshed every `update_proj_gap` steps.
+        convert: replaces the model's layers, given the model, the settings' rank and a seed.
+        scale: alpha over the rank in the replaced layers; None for the default.
     """
 
     name: str
@@ -121,7 +121,7 @@ def _projected(
 
 TABLE = (
     _adam("adamw", "torch.optim.AdamW", "torch.optim.AdamW"),
-    # What the projected methods' default scale of 1/4 does, without a projection.
+    # The effect of the projected methods' default scale of 1/4, without a projection.
     Method(
         *("adamw-quarter", "torch.optim.AdamW, matrices at lr / 4", "torch.optim.AdamW"),
         *(lr_grid(1e-2), 1e-2),
@@ -130,7 +130,7 @@ TABLE = (
     _adam("zoopt-adamw", "AdamW", "zoopt.AdamW"),
     _adam("zoopt-adamw-8bit", "AdamW, int8", "zoopt.AdamW", state_dtype="int8"),
     _projected("galore-svd", "GaLoreAdamW", "svd", projector="svd"),
-    # As exact, by another way: what differs from the SVD is signs and rounding.
+    # An exact basis by another algorithm; only signs and rounding differ from the SVD.
     _projected("galore-gram", "GaLoreAdamW", "gram", projector="gram"),
     _projected("galore", "GaLoreAdamW", "warm"),
     _projected("galore-8bit", "GaLoreAdamW", "warm, int8", state_dtype="int8"),
@@ -148,7 +148,7 @@ TABLE = (
     # Factors of the settings' rank, projected to half of it.
     Method(
         *("gradnormlorp", "GradNormLoRP", "zoopt.GradNormLoRP", lr_grid(1e-2), 1e-2),
-        # By the names that they had when the kept runs were made: names are part of what runs are.
+        # These are the names from the time of the stored runs, whose configuration includes them.
         convert="zoopt.lowrank.gradnormlorp.convert",
         groups="zoopt.lowrank.gradnormlorp.param_groups",
         rank=lambda rank: max(1, rank // 2),
@@ -160,7 +160,7 @@ METHODS = {method.name: method for method in TABLE}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, params: Any = None) -> int:
-    """Bytes of the storages of the optimizer's state, of these parameters alone if given."""
+    """Bytes of the optimizer's state; if parameters are given, only of theirs."""
     chosen = None if params is None else set(params)
     storages = {
         value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()

@@ -65,8 +65,8 @@ def fuse_backward(
             computed from the gradients of the first pass.
         max_grad_norm: the largest norm of R; default None, no clipping.
         clip: whether all parameters are clipped as one vector or each by itself; default
-            "global", as in torch.nn.utils.clip_grad_norm_. That function itself finds no gradients
-            here: called by hand it returns 0 and clips nothing, and nobody can tell.
+            "global", as in torch.nn.utils.clip_grad_norm_. Do not call that function yourself: it
+            finds no gradients here, so it returns 0 and clips nothing, without an error.
 
     Returns:
         A handle: `remove()` undoes it, and so does leaving its `with` block.

@@ -181,10 +181,10 @@ class MeZO(MomentumSGD):
         maximize: ascend instead of descend.
         seed: 64 bits; default, that of torch (`torch.initial_seed()`, which is read, not changed);
             in a process group rank 0's, and processes whose seeds differ are refused.
-        process_group: the ranks that take steps together, `torch.distributed.group.WORLD` say, or
-            a DeviceMesh of one dimension, or of two that are named "data" and "probes". They
-            exchange numbers alone, and have equal weights to the bit. Default None: this process
-            steps alone.
+        process_group: the ranks that take steps together: a group such as
+            `torch.distributed.group.WORLD`, a DeviceMesh of one dimension, or a DeviceMesh of two
+            dimensions named "data" and "probes". Ranks exchange only numbers, and have bit for bit
+            equal weights. Default None: this process steps alone.
         parallel: `"data"`: each rank has its own micro-batch, evaluated along the same directions;
             the loss is the mean of the ranks' losses by `step(closure, weight=...)`. `"probes"`:
             all ranks have the same micro-batch, and the evaluations are divided over them.

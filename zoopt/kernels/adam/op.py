@@ -215,7 +215,7 @@ def adamw_(
         theta: a dense float32, bfloat16, float16 or float64 tensor, or a batch.
         gradient: of theta's shape, in any layout; those of a batch have one dtype.
         scale: as for `adam_`, times -lr to descend.
-        decay: multiplies theta, 1 - lr weight_decay say.
+        decay: multiplies theta, for example 1 - lr weight_decay.
         rounding_draw: 32 bits; the draw whose bits round theta stochastically. Default: to nearest.
         first, second, betas, eps, key, moment_draw, impl: as for `adam_`.
 

@@ -212,8 +212,8 @@ def _numbers(draws: Sequence[int], *columns: Sequence[float]) -> tuple[float, ..
 
 
 def _in_memory(numbers: Sequence[float], device: torch.device) -> Tensor:
-    """Numbers in the device's memory: float32, written there by launches that bring them by value,
-    so that nothing is copied and nobody waits."""
+    """Numbers as float32 in the device's memory. Launches pass them by value and write them there,
+    so there is no copy from the host and no wait."""
     page = next((size for size in _PAGE if size >= len(numbers)), _PAGE[-1])
     count = triton.cdiv(len(numbers), page)
     out = torch.empty(count, page, dtype=torch.float32, device=device)

@@ -40,7 +40,7 @@ def apply_(
         theta: a dense float32, bfloat16, float16 or float64 tensor of any shape, or a batch.
         coefficients: one number a direction (rounded to float32, or float64 for float64).
         draws: the directions' numbers, 32 bits each.
-        decay: multiplies theta, 1 - lr weight_decay say.
+        decay: multiplies theta, for example 1 - lr weight_decay.
         rounding: `"nearest"`, or `"stochastic"`: up or down with the probability that makes the
             expectation exact, by random bits that belong to a draw. Without effect on float32 and
             float64, which are the accumulator's own type.

@@ -1,7 +1,7 @@
 """The compiled kernels on disk: a damaged, full or unwritable cache never stops a step.
 
 numba's own cache raises an error for a truncated file or a full disk, in every process, until
-somebody deletes the file. Here each file has a checksum and is read whole or not at all. What
+the file is deleted. Here each file has a checksum and is read whole or not at all. A kernel that
 cannot be read or written is compiled again, with one warning that names the path.
 """
 

@@ -77,8 +77,8 @@ class ZerothOrderOptimizer(ZerothOrderJob):
                 under the same random state, and must compute the same function each time: the
                 run's first probe calls it once more, and warns if it does not. What it cannot see
                 is a closure that begins to draw new data later.
-            weight: in a process group with data of their own, what this rank's losses count for:
-                how many tokens or examples it has, say. The others' are combined with it.
+            weight: the weight of this rank's losses in a process group whose ranks have their own
+                data, for example the number of its tokens or examples.
 
         Returns:
             The mean of the probe's losses (of all ranks').
@@ -297,7 +297,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         try:
             perturbation.restore()
         except BaseException:
-            # Memory, say. Whatever comes next begins with this.
+            # A lack of memory, for example. The next call begins by restoring the parameters.
             self._unfinished = perturbation.restore
 
     def _settle(self) -> None:

@@ -144,7 +144,7 @@ class PinnedRNG:
         #: The relative spacing of numbers like the losses, where one was of 16 bits; otherwise 0.
         self.eps = 0.0
 
-    # A mode that is active, of fake tensors say, would make tensors of its own of the states.
+    # An active mode, such as that of fake tensors, would turn the states into its own tensors.
 
     def _get(self) -> list[Any]:
         with _disable_current_modes():

@@ -225,8 +225,9 @@ class Elementwise(Direction):
         """Whether an update is made later, together with others (see `descend_`).
 
         Args:
-            coefficients, gradient: of what the parameter receives, and of the estimate.
-            rule, state: what the update makes of the estimate; flat or of the parameter's shape.
+            coefficients, gradient: coefficients of the parameter's displacement and the estimate.
+            rule, state: the rule that turns the estimate into an update, and its state; flat or of
+                the parameter's shape.
             options: decay, rounding and rounding_draw.
         """
         if progress is None or progress.passes is None or not progress.passes.takes(param):

@@ -1,8 +1,8 @@
-"""Passes over the weights that break off, and how they are finished.
+"""Completes passes over the weights that were interrupted.
 
-An exception may come before a kernel has written, or after it has, when nobody has noted it yet. To
-take a displacement away twice, or never, would leave the weights off by a whole zo_eps z. So a pass
-is noted before it begins, and where one has broken off, the values themselves tell how far it came.
+An exception can come before a kernel has written, or after it has written but before this is noted.
+Removing a displacement twice, or never, would leave the weights off by a whole zo_eps z. A pass is
+therefore noted before it begins. After an interruption, the values themselves show how far it came.
 """
 
 from __future__ import annotations
@@ -164,10 +164,11 @@ def count_write(param: Tensor) -> None:
 
 
 class Commit:
-    """What a step changes, as tasks in order. Once begun, it is finished.
+    """The changes of a step, as tasks in order. Once begun, they are completed.
 
     Args:
-        tasks: each, made again after it broke off or was done, continues where it was.
+        tasks: each can be called again after an interruption or its end, and then only does what
+            is left.
 
     Attributes:
         begun: whether a task has begun.
@@ -178,9 +179,10 @@ class Commit:
         self.begun = False
 
     def run(self) -> None:
-        """Make what is left. If it breaks off, it is tried once more; then the error is raised.
+        """Do the remaining tasks. After an error, try once more, and then raise the error.
 
-        Signals wait. So what breaks it off is a task's own error, from lack of memory say.
+        Signals wait meanwhile. An error therefore comes from a task itself, for example from a lack
+        of memory.
         """
         with uninterrupted():
             self.begun = True
