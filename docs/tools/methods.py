@@ -1,11 +1,11 @@
 """Tables of the optimizers, made from the registry.
 
-README.md is read without being built, so its table stands between the lines `<!-- methods -->` and
-`<!-- end of methods -->`, and
+README.md is read without a build, so it contains its table, between the lines `<!-- methods -->`
+and `<!-- end of methods -->`. This command writes the table:
 
     python docs/tools/methods.py README.md
 
-writes it. A test compares the two. The site's tables are made when it is built.
+A test checks that it is up to date. The site's tables are made when the site is built.
 """
 
 from __future__ import annotations
