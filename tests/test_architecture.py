@@ -89,6 +89,7 @@ OPERATIONS = {("op",): 8, ("cpu", "gpu", "reference"): 13}
 #: Other functions that may take ten parameters or more, with the reason.
 LONG = {
     "memory.measure.measure": "public, and its arguments are those of the command line",
+    "memory.plan.plan": "public, and its arguments are those of the command line",
     "first_order.projected.subspace.subspace": "options of the projectors, by keyword",
     "trajectory.script._adam_window": "the operands of `adam_window_`, by name",
 }

@@ -15,14 +15,16 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import zoopt
 from bench import paper_memory
 from zoopt.cli import main
 from zoopt.memory import measure, plan, simulate
 from zoopt.memory.measure import measure_here
 from zoopt.memory.meter import StorageMeter
-from zoopt.memory.methods import methods
+from zoopt.memory.methods import Method, methods
 from zoopt.memory.models import names, resolve
 from zoopt.memory.spec import ModelSpec
+from zoopt.zeroth_order.engine.windows import WINDOW_BYTES
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {
@@ -125,6 +127,44 @@ def test_every_method_can_be_planned(spec: ModelSpec, monkeypatch: pytest.Monkey
     assert planned["AdamW"].peak > planned["GaLoreAdamW, int8 state"].peak > 1.5 * forward
     with pytest.raises(KeyError, match="'Adam' is not in the plan"):
         planned["Adam"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "limit"), [("llama", WINDOW_BYTES), ("opt", 100_000)], indirect=["spec"]
+)
+def test_a_gpu_has_buffers_of_perturbed_weights(
+    spec: ModelSpec, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One, or two that meet at an operator of several parameters; in methods that are perturbed
+    virtually and by independent elements, in their forward passes."""
+    monkeypatch.setattr(simulate, "WINDOW_BYTES", limit)
+    names = [method.name for method in methods() if method.kind == "zeroth-order"]
+    options: dict[str, Any] = {"seq": 4, "rank": RANK, "optimizers": [*names, "AdamW"]}
+    cpu, gpu = (plan(spec, gpu=gpu, **options) for gpu in (False, True))
+    assert (cpu.gpu, gpu.gpu) == (False, True)
+    with torch.device("meta"):
+        params = list(spec.build(False).parameters())
+    small = sum(2 * param.numel() for param in params if 2 * param.numel() < limit)
+    buffers = min(limit * (1 if spec.name.startswith("llama") else 2), small)
+    grown = {}
+    for name in names:
+        before, after = cpu[name], gpu[name]
+        assert sum(after.categories.values()) == after.peak == max(after.phases.values())
+        grown[name] = {phase: peak - before.phases[phase] for phase, peak in after.phases.items()}
+        assert after.state == before.state
+        for phase, more in grown[name].items():
+            assert more == 0 or phase.startswith("forward"), name
+    assert grown["MeZO"]["forward -"] == buffers
+    workspace = gpu["MeZO"].categories["workspace"] - cpu["MeZO"].categories["workspace"]
+    assert workspace == buffers
+    assert 0 < max(grown["LOZO"].values()) <= buffers  # vectors, if any, have whole directions
+    assert gpu["AdamW"] == cpu["AdamW"]
+    in_place = Method(
+        "in place",
+        "zeroth-order",
+        lambda model: zoopt.MeZO(model.parameters(), 1e-3, perturbation="inplace"),
+    )
+    assert plan(spec, seq=4, optimizers=[in_place], gpu=True)["in place"].peak < gpu["MeZO"].peak
 
 
 @pytest.mark.parametrize("spec", ["llama"], indirect=True)
@@ -248,3 +288,4 @@ def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str])
     document = json.loads(capsys.readouterr().out)
     assert [estimate["name"] for estimate in document["estimates"]] == ["MeZO", "AdamW"]
     assert document["parameters"] == 124439808
+    assert document["gpu"]

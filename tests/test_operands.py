@@ -377,5 +377,5 @@ def test_addresses_are_taken_in_one_place() -> None:
         for path in kernels.rglob("*.py")
         if re.search(r"\.data_ptr\(", path.read_text())
     }
-    # A batch compares its tensors' places, and hands none to a kernel.
+    # A batch compares its tensors' places, and hands on those that it has just checked.
     assert found == {"operands.py", "batch.py"}

@@ -74,7 +74,12 @@ def add_parser(subparsers: Any) -> None:
         choices=("bfloat16", "float16", "float32"),
         help="of weights, gradients and activations",
     )
-    parser.add_argument("--gpu", type=size, metavar="SIZE", help="mark what fits, 24GB say")
+    parser.add_argument(
+        "--gpu",
+        type=size,
+        metavar="SIZE",
+        help="plan for a GPU, with its buffers of perturbed weights; mark what fits, 24GB say",
+    )
     parser.add_argument(
         "--checkpointing", action="store_true", help="compute activations again in backward"
     )
@@ -104,6 +109,7 @@ def run(options: argparse.Namespace) -> int:
                 checkpointing=options.checkpointing,
                 rank=options.rank,
                 lora_rank=options.lora_rank,
+                gpu=options.gpu is not None,
                 progress=lambda name: status.update(f"planning: {name}"),
             )
     except (ImportError, TypeError, ValueError) as error:

@@ -13,6 +13,7 @@ from zoopt.dtypes import DTYPES
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.operands import (
+    address,
     check_like,
     check_tensor,
     check_unshared,
@@ -111,6 +112,13 @@ class Batch:
         """The elements that are worked on, of each tensor."""
         return [each.numel() for each in self.indices or self.tensors]
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors are, in row-major memory, as the check before the operation found."""
+        if self._checked is None or not self._row_major:
+            return tuple([address(tensor, tensor.dtype) for tensor in self.tensors])
+        return tuple([place[0] for place in self._checked])
+
     def __len__(self) -> int:
         return len(self.tensors)
 
@@ -205,7 +213,22 @@ def packed(counts: Sequence[int], dtype: torch.dtype, device: torch.device) -> l
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
-def packed_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+class Packed(list[Tensor]):
+    """Contiguous tensors in one buffer, and their addresses."""
+
+    def __init__(self, tensors: Iterable[Tensor], addresses: tuple[int, ...]) -> None:
+        super().__init__(tensors)
+        self.addresses = addresses
+
+
+def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """The addresses of contiguous tensors."""
+    if isinstance(tensors, Packed):
+        return tensors.addresses
+    return tuple([address(tensor, tensor.dtype) for tensor in tensors])
+
+
+def packed_like(tensors: Sequence[Tensor]) -> Packed:
     """New tensors of the shapes of contiguous ones of one dtype, as `packed`."""
     step = max(1, 16 // tensors[0].itemsize)
     starts = [0]
@@ -213,10 +236,12 @@ def packed_like(tensors: Sequence[Tensor]) -> list[Tensor]:
         starts.append(starts[-1] + -(-tensor.numel() // step) * step)
     first = tensors[0]
     buffer = torch.empty(starts[-1], dtype=first.dtype, device=first.device)
-    return [
+    views = [
         buffer.as_strided(tensor.shape, tensor.stride(), start)
         for tensor, start in zip(tensors, starts, strict=False)
     ]
+    base = settled(buffer)
+    return Packed(views, tuple([base + first.itemsize * start for start in starts[:-1]]))
 
 
 def as_batch(theta: Tensor | Batch, key: NoiseKey | None) -> Batch:
@@ -238,8 +263,8 @@ def _check_apart(name: str, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors
         if tensor.is_contiguous() and tensor.numel()
     )
-    for (address, size), (following, _) in itertools.pairwise(spans):
-        if following < address + size:
+    for (start, size), (following, _) in itertools.pairwise(spans):
+        if following < start + size:
             raise ValueError(
                 f"{name} must be tensors that share no memory, got two that do; pass one of them, "
                 f"or a clone"

@@ -45,7 +45,7 @@ class Parts:
         """
         self.spec, self._meta, self._shared = spec, model, recall is not None
         self._run: Run = run if recall is None else recall
-        self._plain = self._made(None)
+        self._plain = whole_model(model)
         self._adapted: dict[str, nn.Module] = {}
         self._tapes: dict[tuple[int, int], Tape | None] = {}
 
@@ -143,19 +143,22 @@ class Parts:
             model.zero_grad()
         return _timeline(meter)
 
-    def _made(self, adapter: Callable[[nn.Module], nn.Module] | None) -> nn.Module:
-        """The model to train, with fake tensors and possibly an adapter."""
-        with _disable_current_modes(), torch.device("meta"):
-            model = shortened(self._meta, [])
-            model = model if adapter is None else adapter(model)
-        return _faked(model)
-
     def _model(self, method: Method) -> nn.Module:
         if method.adapter is None:
             return self._plain
         if method.name not in self._adapted:
-            self._adapted[method.name] = self._made(method.adapter)
+            self._adapted[method.name] = whole_model(self._meta, method.adapter)
         return self._adapted[method.name]
+
+
+def whole_model(
+    meta: nn.Module, adapter: Callable[[nn.Module], nn.Module] | None = None
+) -> nn.Module:
+    """The model that is trained, of fake tensors; that on the meta device stays as it is."""
+    with _disable_current_modes(), torch.device("meta"):
+        model = shortened(meta, [])
+        model = model if adapter is None else adapter(model)
+    return _faked(model)
 
 
 def _timeline(meter: StorageMeter) -> Timeline:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zoopt.checks import check_choice, check_positive_int
+from zoopt.checks import check_bool, check_choice, check_positive_int
 from zoopt.memory.estimate import Estimate
 from zoopt.memory.methods import Method, methods
 from zoopt.memory.models import resolve
@@ -25,7 +25,7 @@ class Plan:
     """The estimates for one model, the smallest first.
 
     Attributes:
-        model, batch, seq, dtype, checkpointing: what was planned.
+        model, batch, seq, dtype, checkpointing, gpu: what was planned.
         parameters: how many the model has.
         longest: the longest sequence for which it has positions; None if there is no limit.
         sequential: whether its inputs grow with the sequence length.
@@ -38,6 +38,7 @@ class Plan:
     seq: int
     dtype: str
     checkpointing: bool
+    gpu: bool
     parameters: int
     longest: int | None
     sequential: bool
@@ -65,6 +66,7 @@ def plan(
     checkpointing: bool = False,
     rank: int = 128,
     lora_rank: int = 8,
+    gpu: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Predict the peak memory of a training step, for each optimizer; nothing is allocated.
@@ -87,6 +89,10 @@ def plan(
         checkpointing: activations are computed again in the backward pass.
         rank: of the low-rank projections.
         lora_rank: of LoRA's adapters.
+        gpu: plan for a GPU, where parameters that are perturbed virtually have temporaries made
+            ahead of their operators, in buffers of 64 MiB (or of one larger parameter). They count
+            as workspace: 64 MiB at most, twice that where an operator reads several parameters and
+            two buffers can meet. A CPU has one operator's temporaries at a time.
         progress: called with the name of each method before it is planned.
 
     Returns:
@@ -101,6 +107,7 @@ def plan(
         check_positive_int("seq", seq)
     check_positive_int("rank", rank)
     check_positive_int("lora_rank", lora_rank)
+    check_bool("gpu", gpu)
     check_choice("dtype", dtype, DTYPES)
     chosen = select(optimizers, methods(rank, lora_rank))
     spec = resolve(model) if isinstance(model, str) else model
@@ -108,7 +115,7 @@ def plan(
         seq = min(DEFAULT_SEQ, spec.longest or DEFAULT_SEQ)
     with fake(DTYPES[dtype]):
         spec.inputs(batch, seq)
-        simulation = Simulation(spec, checkpointing, seq)
+        simulation = Simulation(spec, checkpointing, seq, gpu=gpu)
         estimates = []
         left_out = {}
         for method in chosen:
@@ -130,6 +137,7 @@ def plan(
         seq,
         dtype,
         checkpointing,
+        gpu,
         parameters,
         spec.longest,
         spec.sequential,

@@ -10,19 +10,22 @@ import contextlib
 import dataclasses
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from zoopt.memory.depth import shortened, stacks_of
 from zoopt.memory.estimate import Estimate, parabola
 from zoopt.memory.methods import Method
-from zoopt.memory.parts import Parts
+from zoopt.memory.parts import Parts, whole_model
 from zoopt.memory.recall import Recall
 from zoopt.memory.spec import ModelSpec
 from zoopt.memory.timeline import Part, Timeline, extended
+from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
+from zoopt.zeroth_order.engine.windows import WINDOW_BYTES
 
 #: Repeated layers of the smaller model: the first, one in the middle, and the last.
 _LAYERS = 3
@@ -49,18 +52,37 @@ _INFERENCE = Method("inference", "inference", lambda model: None)  # type: ignor
 _PLAIN = dataclasses.replace(_INFERENCE, kind="backprop")
 
 
+def window_bytes(params: Sequence[Tensor], model: nn.Module) -> int:
+    """How many bytes more than the temporaries of one operator a GPU holds at once, for parameters
+    whose temporaries are made ahead.
+
+    A buffer is of WINDOW_BYTES, or of one larger parameter, whose operator needs it all. A weight
+    may end one buffer and its bias begin the next: both live as long as their operator.
+    """
+    several = any(len(module._parameters) > 1 for module in model.modules())
+    total = sum(param.nbytes for param in params if param.nbytes < WINDOW_BYTES)
+    return min(WINDOW_BYTES * (2 if several else 1), total)
+
+
 class Simulation:
     """The steps of one model, under `fake`.
 
     Args:
         spec, checkpointing, seq: the model and sequence length to plan.
+        gpu: count the buffers of temporaries that only GPUs have.
         whole: run every layer of the model; by default only a few of the repeated layers run.
     """
 
     def __init__(
-        self, spec: ModelSpec, checkpointing: bool, seq: int, *, whole: bool = False
+        self,
+        spec: ModelSpec,
+        checkpointing: bool,
+        seq: int,
+        *,
+        gpu: bool = False,
+        whole: bool = False,
     ) -> None:
-        self.spec, self.seq, self.whole = spec, seq, whole
+        self.spec, self.seq, self.gpu, self.whole = spec, seq, gpu, whole
         # A simulation of the whole model serves as the reference, so every operator runs there.
         self._recall = None if whole else Recall()
         with _disable_current_modes(), torch.device("meta"):
@@ -81,7 +103,8 @@ class Simulation:
             elif method.kind == "inference":
                 part, state = self._inference(batch, self.seq), 0
             else:
-                part = self._part("forward_only", method, batch, self.seq)
+                buffers = self._buffers(method) if self.gpu else 0
+                part = self._part("forward_only", method, batch, self.seq, buffers=buffers)
                 state = part.last["optimizer state"]
             per_example, per_token = self._growth(backward, batch)
         if method.kind == "zeroth-order":
@@ -111,8 +134,23 @@ class Simulation:
             self._parts[key] = self._part("forward_only", _INFERENCE, batch, seq)
         return self._parts[key]
 
-    def _part(self, name: str, method: Method, *sizes: int) -> Part:
-        """A part of the whole model's step; `name` is a method of `Parts`."""
+    def _buffers(self, method: Method) -> int:
+        """The bytes of a GPU's temporaries beyond those of one operator, in a forward pass."""
+        model = method.prepare(whole_model(self._meta))
+        optimizer = method.build(model)
+        if not isinstance(optimizer, ZerothOrderOptimizer):
+            return 0
+        return window_bytes(optimizer.in_windows(), model)
+
+    def _part(self, name: str, method: Method, *sizes: int, buffers: int = 0) -> Part:
+        """A part of the whole model's step; `name` is a method of `Parts`.
+
+        Args:
+            buffers: bytes that forward passes hold besides.
+        """
+        return self._timeline(name, method, *sizes).buffered("forward", buffers).part
+
+    def _timeline(self, name: str, method: Method, *sizes: int) -> Timeline:
         short = self._shortened(_LAYERS + method.layers)
         if short is not None:
             base, deeper = short
@@ -121,11 +159,11 @@ class Simulation:
                 [(getattr(parts, name)(method, *sizes), more) for parts, more in deeper],
             )
             if timeline is not None:
-                return timeline.part
+                return timeline
         if self._whole is None:
             self._whole = Parts(self.spec, self._meta, self._recall)
         whole: Timeline = getattr(self._whole, name)(method, *sizes)
-        return whole.part
+        return whole
 
     def _shortened(self, units: int) -> tuple[Parts, list[tuple[Parts, int]]] | None:
         """The parts of a model with `units` of each repeated layer. For each kind of layer, also

@@ -61,6 +61,13 @@ class Timeline:
         """What each event changed: int64 (events, categories)."""
         return np.diff(self.live, axis=0, prepend=np.zeros_like(self.live[:1]))
 
+    def buffered(self, prefix: str, nbytes: int) -> Timeline:
+        """With a buffer of so many bytes, of the workspace, in the phases that begin like that."""
+        held = np.array([phase.startswith(prefix) for phase in self.phases])
+        live = self.live.copy()
+        live[held, CATEGORIES.index("workspace")] += nbytes
+        return dataclasses.replace(self, live=live)
+
     @property
     def part(self) -> Part:
         """Its peaks."""

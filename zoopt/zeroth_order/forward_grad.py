@@ -57,7 +57,7 @@ def forward_gradient(
         torch.inference_mode(False),  # which has no derivatives
         forward_ad.dual_level(),
         sdpa_kernel(SDPBackend.MATH),
-        perturbation.substituted(theta, lambda w, rows: theta(w)[rows], lambda w: None),
+        perturbation.substituted(theta, lambda w, rows: theta(w)[rows], None),
     ):
         loss = evaluate(primal)
     return loss, s[0]

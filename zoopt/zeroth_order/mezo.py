@@ -63,9 +63,10 @@ class MomentumSGD(SparseZerothOrder):
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """`momentum_buffer` if it is stored, in the accumulator's dtype; a mask's `threshold`."""
         declared = super().declared_state(param, group)
-        moving = self._moving(param, group)
-        if moving is not None and _stores_buffer(group):
-            declared["momentum_buffer"] = moving
+        if _stores_buffer(group):
+            moving = self._moving(param, group)
+            if moving is not None:
+                declared["momentum_buffer"] = moving
         return declared
 
     def _check_group(self, group: Group) -> None:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoopt.kernels.batch import Batch
+from zoopt.kernels.batch import Batch, addresses
 from zoopt.kernels.dispatch import interpreting
 from zoopt.kernels.noise.gpu_kernels import (
     momentum_kernel,
@@ -31,7 +31,6 @@ from zoopt.kernels.noise.gpu_kernels import (
 from zoopt.kernels.noise.gpu_writes import writes_kernel
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.writes import Script
-from zoopt.kernels.operands import address
 
 #: An operation takes a whole batch.
 BATCHES = True
@@ -178,8 +177,9 @@ def launch(
         if tensors is None or alone:
             arguments[name] = None if tensors is None else tensors[0]
         else:
-            addresses = tuple([address(tensor, tensor.dtype) for tensor in tensors])
-            arguments[name] = _addresses(addresses, batch.device)
+            own_memory = tensors is batch.tensors
+            places = batch.addresses if own_memory else addresses(tensors)
+            arguments[name] = _addresses(places, batch.device)
     with torch.cuda.device_of(batch.tensors[0]):
         kernel[(programs,)](
             **arguments,

@@ -79,25 +79,30 @@ def perturb(
     batch = as_batch(theta, key)
     check_unsigned("draw", draw, 32)
     backend = dispatch.choose(batch.tensors[0], impl)
-    if out is None:
-        outs: Sequence[Tensor] = [
+    terms = (scalars([alpha], batch.dtype), [draw], 1.0, None)
+    if out is None and batch.indices is None:
+        made = [
             torch.empty_like(tensor, memory_format=torch.contiguous_format)
             for tensor in batch.tensors
         ]
-    else:
+        run(backend, "weighted_sum", batch.row_major(), (made, None), *terms)
+        return made if isinstance(theta, Batch) else made[0]
+    outs: Sequence[Tensor] = ()
+    if out is not None:
         outs = (out,) if isinstance(out, Tensor) else out
         if len(outs) != len(batch):
             raise ValueError(
                 f"out must have a tensor for each of the batch's {len(batch)}, got {len(outs)}"
             )
-    in_place = all(target is own for own, target in zip(batch.tensors, outs, strict=True))
+    in_place = bool(outs) and all(
+        target is own for own, target in zip(batch.tensors, outs, strict=True)
+    )
     if batch.indices is not None and not in_place:
         raise ValueError("out must be the batch's own tensors where it has indices")
     for own, target in zip(batch.tensors, outs, strict=True):
         if target is not own:
             check_tensor("out", target)
             check_like("out", target, own, batch.dtype)
-    terms = (scalars([alpha], batch.dtype), [draw], 1.0, None)
     if in_place:
         with batch.contiguous() as dense:
             run(backend, "weighted_sum", dense, (dense.tensors, None), *terms)

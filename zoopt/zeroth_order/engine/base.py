@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.checks import check_number
@@ -223,6 +224,11 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         if self._windows is None:
             self._windows = Windows()
         return Perturbation(pending.sites, self._queue, self._windows)
+
+    def in_windows(self) -> list[Tensor]:
+        """The parameters for which, on a GPU, several operators' temporaries are made at once."""
+        sites = self._new_pending().sites
+        return [s.param for s in sites if s.virtual and s.direction.window_key is not None]
 
     def _note_changes(self) -> None:
         """Let the recorder see what was changed since the last step."""

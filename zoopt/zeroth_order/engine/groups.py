@@ -97,26 +97,25 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
                 continue
             if block is not None and block_of(blocks, group_index, name) != block:
                 continue
-            self._ready_state(param, group, stream(name))
-            part = self._part(param)
+            number, sharded = stream(name), is_sharded(param)
+            self._ready_state(param, group, number)
+            part = self._part(param) if sharded else param
             if not param.numel():
                 continue
             virtual, copied = self._virtual(param, group), False
-            if is_sharded(param):
+            if sharded:
                 # Its operators read what is gathered from the shards.
                 virtual, copied = False, virtual
-            direction = self._direction(part, group, stream(name), virtual=virtual)
+            direction = self._direction(part, group, number, virtual=virtual)
             if direction is not None:
-                if isinstance(direction, Elementwise):
+                if sharded and isinstance(direction, Elementwise):
                     direction.key = direction.key.shifted(offset(param))
                 scale = float(group[self._names.scale])
                 rounding = resolved_rounding(group["rounding"], param.dtype)
                 yield Site(part, group, direction, virtual, rounding, scale, copied)
 
     def _part(self, param: Tensor) -> Tensor:
-        """The part of a sharded parameter that lies here; any other parameter itself."""
-        if not is_sharded(param):
-            return param
+        """The part of a sharded parameter that lies here."""
         part = local(param)
         self._wholes[part] = param
         return part
@@ -148,7 +147,8 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
     def _ready_state(self, param: Tensor, group: Group, number: int) -> None:
         """Make the missing state of a parameter, before the evaluations, so that a lack of memory
         shows before anything has changed."""
-        missing = self.declared_state(param, group).keys() - self.state.get(param, {}).keys()
+        declared = self.declared_state(param, group)
+        missing = declared.keys() - self.state.get(param, {}).keys() if declared else ()
         if not missing:
             return
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from zoopt.ambient import OwnArithmetic
 from zoopt.dtypes import Rounding
 from zoopt.kernels import dispatch
+from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction
 from zoopt.zeroth_order.engine.factors import side_by_side
@@ -81,6 +83,23 @@ class Perturbation:
         self._offset: dict[Tensor, Coefficients] = {}
         self._flights: dict[Tensor, _Flight] = {}
 
+    @functools.cached_property
+    def _windowed(self) -> list[tuple[int, NoiseKey, Site]]:
+        """The virtual parameters whose temporaries windows can make, those of independent elements:
+        their ids and noise."""
+        return [
+            (id(site.param), key, site)
+            for site in self._virtual.values()
+            if (key := site.direction.window_key) is not None
+            and dispatch.launches(site.param)
+            and site.param.is_contiguous()
+        ]
+
+    @functools.cached_property
+    def _thin(self) -> bool:
+        """Whether a virtual displacement is a product of thin factors."""
+        return any(site.direction.thin for site in self._virtual.values())
+
     def offset(self, site: Site) -> Coefficients:
         """By how much the parameter stands off theta."""
         return self._offset.get(site.param, {})
@@ -109,19 +128,11 @@ class Perturbation:
                 made.update(_thin_factors(self._virtual.values(), displacement))
             return made[site.param]
 
-        def move_of(param: Tensor) -> Move | None:
-            """How a window displaces the parameter: by one draw of independent elements."""
-            site = self._virtual.get(param)
-            if site is None or site.direction.window_key is None:
-                return None
+        in_windows = {}
+        for number, key, site in self._windowed:
             coefficients = displacement(site)
-            if len(coefficients) != 1 or not param.is_contiguous():
-                return None
-            [(draw, alpha)] = coefficients.items()
-            return Move(site.direction.window_key, draw, alpha)
-
-        moves = {id(param): move_of(param) for param in self._virtual if dispatch.launches(param)}
-        in_windows = {number: move for number, move in moves.items() if move is not None}
+            if len(coefficients) == 1:
+                in_windows[number] = Move(key, *next(iter(coefficients.items())))
         reads = Reads(self._windows, in_windows)
 
         @OwnArithmetic()
@@ -154,7 +165,7 @@ class Perturbation:
             return together(site) or site.direction.factors(coefficients)
 
         # At theta itself too: modules take the path that they take at theta + a z.
-        with self.substituted(perturbed, perturbed_rows, factors):
+        with self.substituted(perturbed, perturbed_rows, factors if self._thin else None):
             yield
         if in_windows:
             self._windows.learn(reads.order)
@@ -164,7 +175,7 @@ class Perturbation:
         self,
         perturbed: Callable[[Tensor], Tensor],
         perturbed_rows: Callable[[Tensor, Tensor], Tensor],
-        factors: Callable[[Tensor], tuple[Tensor, Tensor] | None],
+        factors: Callable[[Tensor], tuple[Tensor, Tensor] | None] | None,
     ) -> Iterator[None]:
         """Let operators read the virtual parameters as the functions say (see `Substitution`).
 

@@ -8,8 +8,9 @@ low-rank displacement makes no temporary at all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,39 @@ _WRITES = frozenset(
     }
 )
 _EMBEDDINGS = (torch.nn.functional.embedding, torch.embedding)
+
+
+_CONTAINERS = (list, tuple)
+
+
+class _Use(NamedTuple):
+    """What a torch function does with its tensors.
+
+    Attributes:
+        metadata: it reads no elements.
+        writes: it writes to its first argument.
+        sets: it sets an attribute.
+    """
+
+    metadata: bool = False
+    writes: bool = False
+    sets: bool = False
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", "")
+
+
+@functools.lru_cache(maxsize=1024)
+def _use(func: Callable[..., Any]) -> _Use:
+    name = _name(func)
+    if name in ("__get__", "__set__"):
+        attribute = func.__self__.__name__  # type: ignore[attr-defined]
+        if name == "__get__":
+            return _Use(metadata=attribute not in _ELEMENT_ATTRIBUTES)
+        return _Use(writes=attribute == "data", sets=True)
+    in_place = name in _WRITES or (name.endswith("_") and not name.startswith("_"))
+    return _Use(metadata=name in _METADATA, writes=in_place)
 
 
 class Interception(TorchFunctionMode):
@@ -71,16 +105,14 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Run `func`, by `_run` if it reads elements of registered parameters."""
         kwargs = kwargs or {}
-        if not self._mentioned(args) and not self._mentioned(kwargs.values()):
+        if not self._mentioned(args) and not (kwargs and self._mentioned(kwargs.values())):
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            if func.__self__.__name__ not in _ELEMENT_ATTRIBUTES:  # type: ignore[attr-defined]
-                return func(*args, **kwargs)
-        elif name in _METADATA:
+        use = _use(func)
+        if use.metadata:
             return func(*args, **kwargs)
-        self._refuse_writes(func, name, args, kwargs)
-        if name == "__set__":
+        if use.writes or kwargs:
+            self._refuse_writes(func, args if use.writes else (), kwargs)
+        if use.sets:
             return func(*args, **kwargs)
         self.read = True
         if func in (torch.nn.functional.embedding, torch.nn.functional.embedding_bag):
@@ -88,11 +120,11 @@ class Interception(TorchFunctionMode):
         return self._run(func, args, kwargs)
 
     def _mentioned(self, values: Iterable[Any]) -> bool:
+        ids = self._ids
         for value in values:
-            if isinstance(value, Tensor):
-                if id(value) in self._ids:
-                    return True
-            elif isinstance(value, list | tuple) and self._mentioned(value):
+            if id(value) in ids:
+                return True
+            if isinstance(value, _CONTAINERS) and self._mentioned(value):
                 return True
         return False
 
@@ -123,17 +155,15 @@ class Interception(TorchFunctionMode):
     def _refuse_writes(
         self,
         func: Callable[..., Any],
-        name: str,
-        args: tuple[Any, ...],
+        written: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        in_place = name in _WRITES or (name.endswith("_") and not name.startswith("_"))
-        in_place |= name == "__set__" and func.__self__.__name__ == "data"  # type: ignore[attr-defined]
-        target = args[:1] if in_place else ()
-        if self._mentioned(target) or self._mentioned([kwargs.get("out")]):
+        """Raise if the first of what is written, or `out`, is registered."""
+        if self._mentioned(written[:1]) or self._mentioned([kwargs.get("out")]):
             raise RuntimeError(
-                f"the closure writes to a parameter (by {name!r}), which virtual perturbation "
-                f"cannot allow; use perturbation='inplace', or take the write out of the closure"
+                f"the closure writes to a parameter (by {_name(func)!r}), which virtual "
+                f"perturbation cannot allow; use perturbation='inplace', or take the write out of "
+                f"the closure"
             )
 
 
@@ -144,7 +174,8 @@ class Substitution(Interception):
         parameters: those to be replaced.
         perturb: parameter -> its perturbed copy.
         perturb_rows: parameter, row numbers -> the perturbed copies of those rows.
-        factors: parameter -> the thin factors of its displacement, or None if it has none.
+        factors: parameter -> the thin factors of its displacement, or None if it has none; None if
+            no parameter has any.
     """
 
     def __init__(
@@ -152,7 +183,7 @@ class Substitution(Interception):
         parameters: Iterable[Tensor],
         perturb: Callable[[Tensor], Tensor],
         perturb_rows: Callable[[Tensor, Tensor], Tensor],
-        factors: Callable[[Tensor], tuple[Tensor, Tensor] | None],
+        factors: Callable[[Tensor], tuple[Tensor, Tensor] | None] | None,
     ) -> None:
         super().__init__(parameters)
         self._perturb = perturb
@@ -164,12 +195,24 @@ class Substitution(Interception):
         lookup = self._embedding(func, args, kwargs)
         if lookup is not None:
             return self._perturb_rows(*lookup)
-        product = displaced_product(
-            func, args, kwargs, self._is_registered, self._factors, self._replace
-        )
-        if product is not None:
-            return product
-        return func(*self._replace(args), **{k: self._replace(v) for k, v in kwargs.items()})
+        if self._factors is not None:
+            product = displaced_product(
+                func, args, kwargs, self._is_registered, self._factors, self._replace
+            )
+            if product is not None:
+                return product
+        ids, perturb = self._ids, self._perturb
+        values = [
+            perturb(value)
+            if id(value) in ids
+            else self._replace(value)
+            if isinstance(value, _CONTAINERS)
+            else value
+            for value in args
+        ]
+        if not kwargs:
+            return func(*values)
+        return func(*values, **{name: self._replace(value) for name, value in kwargs.items()})
 
     def _replace(self, value: Any) -> Any:
         if isinstance(value, Tensor):
