@@ -29,6 +29,14 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 if not torch.cuda.is_available():
     collect_ignore.append("test_gpu.py")
 
+#: Files whose single tests take longest. They go first, so that no worker ends with one of them.
+LONG_FILES = ("test_triton.py", "test_wheel.py", "test_examples.py", "test_memory.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first; the others keep their order."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
