@@ -96,6 +96,76 @@ def test_large_parameters_and_other_dtypes_are_alone(made: list[int]) -> None:
     assert made == [2, 1, 2, 1]
 
 
+@pytest.mark.parametrize("how", ["moved", "grown", "cast", "tied", "emptied", "transposed"])
+def test_parameters_may_change_between_evaluations(how: str, made: list[int]) -> None:
+    """A window that was made before follows them, or is made again."""
+    params, known = params_of(3), Windows()
+    for _ in range(2):
+        read(known, params, [0, 1, 2])
+    params[1].data = {
+        "moved": params[1].clone(),
+        "grown": torch.randn(100, 3),
+        "cast": params[1].bfloat16(),
+        "tied": params[0].data,
+        "emptied": torch.empty(0, 3),
+        "transposed": torch.randn(3, 40).t(),
+    }[how]
+    made.clear()
+    moves = moves_of(params)
+    if not params[1].is_contiguous():
+        del moves[id(params[1])]
+    reads = Reads(known, moves)
+    taken = [(param, reads.take(param)) for param in params if id(param) in moves]
+    for param, temporary in taken:
+        key, draw, alpha = moves[id(param)]
+        assert torch.equal(temporary, perturb(param, alpha, draw=draw, key=key))
+    assert len(made) == {"moved": 1, "emptied": 1, "transposed": 2}.get(how, 3 - (how == "tied"))
+
+
+@pytest.mark.parametrize("perturbation", ["inplace", "virtual"])
+@pytest.mark.parametrize("how", ["moved", "resized", "cast", "tied"])
+def test_parameters_may_change_between_steps(
+    how: str, perturbation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where operations are launches, as where they are not."""
+
+    def trained(launching: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        layers = [nn.Linear(6, 6, bias=False) for _ in range(4)]
+        net = nn.Sequential(*layers)
+        optimizer = zoopt.MeZO(net.parameters(), 1e-2, perturbation=perturbation, seed=1)
+        x = torch.randn(5, 6)
+
+        def loss() -> Tensor:
+            h = x
+            for layer in layers:
+                h = nn.functional.linear(h.to(layer.weight.dtype), layer.weight)
+            return h.double().square().mean()
+
+        monkeypatch.setattr(dispatch, "launches", lambda tensor: launching)
+        for _ in range(2):
+            optimizer.step(loss)
+        weights = [layer.weight for layer in layers]
+        old = weights[1].data
+        if how == "moved":
+            weights[1].data = old.clone()
+        elif how == "resized":
+            weights[1].data, weights[2].data = torch.randn(9, 6), torch.randn(6, 9)
+        elif how == "cast":
+            weights[1].data = old.bfloat16()
+        else:
+            weights[1].data = weights[0].data
+        kept = old.clone()
+        for _ in range(2):
+            optimizer.step(loss)
+        assert torch.equal(old, kept)  # Nothing is written where a parameter was before.
+        monkeypatch.undo()
+        return [weight.detach() for weight in weights]
+
+    for own, other in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(own, other)
+
+
 def test_a_step_has_the_bits_of_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows on the CPU, where there are none otherwise: tied weights, an embedding, dropout."""
 

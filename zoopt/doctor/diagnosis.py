@@ -103,6 +103,10 @@ def _impl_of(module: str) -> str:
 
 def _reason(device: str, impl: str) -> str:
     package = "triton" if device.startswith("cuda") else "numba"
+    if package == "triton" and impl == "reference":
+        obstacle = dispatch.triton_obstacle(torch.device(device).index or 0)
+        if obstacle is not None:
+            return obstacle
     installed = machine.version(package)
     if impl == "numba":
         return f"numba {installed} is installed; {cpu_threads.kind()}"

@@ -1,4 +1,4 @@
-"""Chooses the implementation: Triton on CUDA, numba on the CPU, the reference everywhere else."""
+"""Chooses the implementation: Triton on a GPU, numba on the CPU, the reference everywhere else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from types import ModuleType
 from typing import Literal, TypeVar, get_args
 
@@ -14,12 +15,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from zoopt.dtypes import NARROW
+from zoopt.warn import warn
 
 Number = TypeVar("Number", bool, int, float)
 Impl = Literal["reference", "numba", "triton"]
 
 _MODULES = {"reference": "reference", "numba": "cpu", "triton": "gpu"}
 _REMEDY = {"numba": "pip install 'zoopt-torch[cpu]'", "triton": "pip install 'zoopt-torch[gpu]'"}
+#: The oldest Triton that is supported, as the extra `gpu` requires.
+LEAST_TRITON = (3, 2)
+#: The least compute capability of an NVIDIA GPU for which every kernel compiles.
+LEAST_CAPABILITY = (7, 0)
 
 
 def interpreting() -> bool:
@@ -92,16 +98,71 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def _package_obstacle() -> str | None:
+    """Why the installed Triton cannot compile the kernels; None if it can."""
+    found = _triton_version() if _installed("triton") else "none"
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) >= LEAST_TRITON:
+        return None
+    return f"Triton {'.'.join(map(str, LEAST_TRITON))} or newer is needed, got {found}"
+
+
+@functools.cache
+def _triton_version() -> str:
+    """That of the package by its own account, for the names of its distributions differ."""
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except Exception as error:
+        return f"one that cannot be imported ({type(error).__name__})"
+
+
+@functools.cache
+def _device_obstacle(index: int) -> str | None:
+    """Why there are no kernels for a GPU; None if there are."""
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    own, least = (".".join(map(str, each)) for each in (capability, LEAST_CAPABILITY))
+    return f"compute capability {least} or higher is needed, and cuda:{index} has {own}"
+
+
+def triton_obstacle(index: int) -> str | None:
+    """Why Triton's kernels cannot run on that GPU; None if they can."""
+    return _package_obstacle() or _device_obstacle(index)
+
+
+@functools.cache
+def _runs_triton(index: int) -> bool:
+    """Whether Triton's kernels run on that GPU. The first time that they do not, it warns."""
+    obstacle = triton_obstacle(index)
+    if obstacle is not None:
+        _warn_once(obstacle)
+    return obstacle is None
+
+
+@functools.cache
+def _warn_once(obstacle: str) -> None:
+    remedy = _REMEDY["triton"]
+    if obstacle != _package_obstacle():
+        remedy = f"train on a GPU of capability {'.'.join(map(str, LEAST_CAPABILITY))} or higher"
+    warn(
+        f"{obstacle}, so PyTorch operations do what the GPU kernels do, many times slower; "
+        f"remedy: {remedy}"
+    )
+
+
 def available_impls() -> tuple[Impl, ...]:
     """The implementations that can run in this process, best last.
 
-    `"triton"` needs the triton package and a GPU, or the environment variable TRITON_INTERPRET=1
-    (set before triton is first imported), which runs the kernels slowly on the CPU.
+    `"triton"` needs the triton package (3.2 or newer) and a GPU, or the environment variable
+    TRITON_INTERPRET=1 (set before triton is first imported), which runs the kernels slowly on the
+    CPU.
     """
     impls: list[Impl] = ["reference"]
     if _installed("numba"):
         impls.append("numba")
-    if _installed("triton") and (torch.cuda.is_available() or interpreting()):
+    if (torch.cuda.is_available() or interpreting()) and _package_obstacle() is None:
         impls.append("triton")
     return tuple(impls)
 
@@ -124,15 +185,19 @@ def choose(theta: Tensor, impl: str | None, family: str = "noise") -> ModuleType
         raise ValueError(f"impl must be None or one of {known}, got {impl!r}")
     elif impl not in available_impls():
         remedy = _REMEDY[impl]
-        if _installed(impl):
+        if impl == "triton" and _package_obstacle() is None:
             remedy = "use a machine with a GPU, or set TRITON_INTERPRET=1 before importing triton"
         raise ValueError(f"impl={impl!r} is not available here; remedy: {remedy}, or impl=None")
     elif impl != "reference" and theta.dtype == torch.float64:
         raise ValueError(f"impl={impl!r} has no float64 kernel; use impl='reference' or impl=None")
     elif impl == "numba" and theta.device.type != "cpu":
         raise ValueError(f"impl='numba' needs a CPU tensor, got one on {theta.device}")
-    elif impl == "triton" and not (theta.is_cuda or interpreting()):
+    elif impl == "triton" and not (on_gpu(theta) or interpreting()):
         raise ValueError(f"impl='triton' needs a CUDA tensor, got one on {theta.device}")
+    elif impl == "triton" and on_gpu(theta) and not interpreting():
+        obstacle = triton_obstacle(theta.get_device())
+        if obstacle is not None:
+            raise ValueError(f"impl='triton' cannot run: {obstacle}; use impl=None")
     return _module(f"{family}.{_MODULES[impl]}")
 
 
@@ -143,8 +208,8 @@ def _module(name: str) -> ModuleType:
 
 def _best(theta: Tensor) -> Impl:
     if theta.dtype != torch.float64:
-        if theta.is_cuda and _installed("triton"):
-            return "triton"
+        if on_gpu(theta):
+            return "triton" if _runs_triton(theta.get_device()) else "reference"
         if theta.is_cpu and _installed("numba"):
             return "numba"
     return "reference"

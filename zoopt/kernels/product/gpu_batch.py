@@ -45,17 +45,18 @@ def add_products(
             ]
         )
         table = _tiles(rows, batch.device)
-        memories = [
-            _addresses(tuple([address(each, each.dtype) for each in tensors]), batch.device)
+        addresses = [
+            tuple([address(each, each.dtype) for each in tensors])
             for tensors in (
                 own,
                 [left[i] for i in places],
                 [right[i].mT if transposed else right[i] for i in places],
             )
         ]
+        vectors = not any(at % 16 for at in addresses[0]) and not any(n % 8 for _, n, *_ in rows)
         with torch.cuda.device_of(own[0]):
             products_kernel[(table.programs,)](
-                *memories,
+                *(_addresses(each, batch.device) for each in addresses),
                 table.places,
                 table.hints,
                 table.shift,
@@ -68,7 +69,7 @@ def add_products(
                 RANK=rank,
                 TRANSPOSED=transposed,
                 STOCHASTIC=rounding_draw is not None,
-                VECTORS=not any(each.data_ptr() % 16 or each.shape[1] % 8 for each in own),
+                VECTORS=vectors,
                 ALIGNED=not any((offset | n) % 8 for _, n, offset, _ in rows),
                 BACKEND=backend,
                 ROWS=TILE[0],

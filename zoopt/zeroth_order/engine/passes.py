@@ -37,6 +37,7 @@ class _Alike:
         self.indices: list[Tensor] = []
         self.beside: dict[str, list[Any]] = {}
         self.progress: list[Progress] = []
+        self.places: set[int] = set()
 
     def make(self) -> None:
         """Do the operation on all of them."""
@@ -50,7 +51,7 @@ class Passes:
     """A queue of operations, each on one parameter, that change nothing until `make`."""
 
     def __init__(self) -> None:
-        self._queue: dict[tuple[int, Hashable], _Alike] = {}
+        self._queue: dict[tuple[int, Hashable, int], _Alike] = {}
 
     def put(
         self,
@@ -85,11 +86,16 @@ class Passes:
         noise = (key.seed, key.distribution, key.density)
         classes = tuple((own, type(value)) for own, value in beside.items())
         kind = (theta.dtype, theta.device, *noise, indices is None, classes)
-        name = (progress.stage, (operation, tuple(sorted(options.items())), kind))
-        if name not in self._queue:
+        what = (operation, tuple(sorted(options.items())), kind)
+        place, turn = theta.data_ptr(), 0
+        # Parameters tied by their data are written one after the other.
+        while (alike := self._queue.get((progress.stage, what, turn))) and place in alike.places:
+            turn += 1
+        if alike is None:
             function = _OPERATIONS[operation] if isinstance(operation, str) else operation
-            self._queue[name] = _Alike(function, options)
-        alike = self._queue[name]
+            alike = self._queue[progress.stage, what, turn] = _Alike(function, options)
+        if theta.numel():
+            alike.places.add(place)
         alike.thetas.append(theta)
         alike.keys.append(key)
         if indices is not None:

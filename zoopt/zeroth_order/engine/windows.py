@@ -76,21 +76,35 @@ class Windows:
     def _made(self, param: Tensor, position: int, moves: Mapping[int, Move]) -> Window:
         first = moves[id(param)]
         params, keys, room = [param], [first.key], WINDOW_BYTES - param.nbytes
+        places = {param.data_ptr()}
         for other in self.order[position + 1 :]:
             room -= other.nbytes
             move = moves.get(id(other))
-            alike = (other.dtype, other.device) == (param.dtype, param.device)
-            if room < 0 or not alike or move is None or not move.shares(first):
+            if room < 0 or not _alike(other, param) or move is None or not move.shares(first):
                 break
-            if any(other is own for own in params):
+            if other.data_ptr() in places:  # The same one again, or one that is tied by its data.
                 break
+            if other.numel():
+                places.add(other.data_ptr())
             params.append(other)
             keys.append(move.key)
         return Window(list(map(id, params)), Batch(params, keys))
 
 
+def _alike(param: Tensor, other: Tensor) -> bool:
+    return param.dtype == other.dtype and param.device == other.device
+
+
 def _still(window: Window, moves: Mapping[int, Move], first: Move) -> bool:
-    """Whether all parameters of a window still move like the first one, along the same keys."""
+    """Whether all parameters of a window still move like the first one, along the same keys, and
+    can share its buffer and its launch."""
+    params = window.batch.tensors
+    if len(params) > 1:
+        places = [param.data_ptr() for param in params if param.numel()]
+        room = WINDOW_BYTES - sum(param.nbytes for param in params)
+        alike = all(_alike(param, params[0]) for param in params)
+        if room < 0 or not alike or len(set(places)) < len(places):
+            return False
     found = [moves.get(number) for number in window.ids]
     return all(
         move is not None and move[1:] == first[1:] and move.key == key
