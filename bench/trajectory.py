@@ -1,6 +1,6 @@
 """What recording costs, and how fast runs are replayed.
 
-    python -m bench.trajectory --json bench/results/trajectory_cpu.json
+    python -m bench.trajectory --json bench/results/trajectory.json
 
 Record: the time spent in the recorder during a step of a model of 8 million parameters, over the
 step's own; bytes a step; a file of 20,000 steps; and the rate at which base weights are hashed, on

@@ -30,7 +30,10 @@ if not torch.cuda.is_available():
     collect_ignore.append("test_gpu.py")
 
 #: Files whose single tests take longest. They go first, so that no worker ends with one of them.
-LONG_FILES = ("test_triton.py", "test_wheel.py", "test_examples.py", "test_memory.py")
+LONG_FILES = (
+    *("test_triton.py", "test_fused_backward.py", "test_doctor_gpu.py"),
+    *("test_wheel.py", "test_examples.py", "test_memory.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -492,7 +492,7 @@ def test_refuses_to_let_the_loss_rise(tmp_path: Path) -> None:
         ("accelerator", "scaler", object(), "fp16 must be False, got True: its gradient scaler"),
         ("", "is_deepspeed_enabled", True, "whole parameters, but DeepSpeed is enabled"),
         ("", "is_fsdp_enabled", True, "whole parameters, but FSDP is enabled"),
-        ("args", "_n_gpu", 2, "without DataParallel, got 2 GPUs in DataParallel"),
+        ("args", "_n_gpu", 2, "without DataParallel, got 2 GPUs in one process"),
     ],
 )
 def test_refuses_set_ups_that_it_cannot_serve(

@@ -20,7 +20,8 @@ from zoopt.lowrank import param_groups
 STACKED = [
     row
     for row in ROWS
-    if row.cls not in (zoopt.AdamW, zoopt.SM3) and row.options.get("density") != 1.0
+    if row.cls not in (zoopt.AdamW, zoopt.SM3, zoopt.SparseDeltaAdamW)
+    and row.options.get("density") != 1.0
 ]
 E, M, N = 3, 12, 20
 
