@@ -48,6 +48,7 @@ SIDE_ROOMS = {
         "distributed/checkpoint.py",
         "distributed/seed.py",
         "distributed/sharding.py",
+        "first_order/projected/groups.py",
         "first_order/projected/residuals.py:no_specs",
         "first_order/projected/stacks.py",
         "first_order/projected/state.py",

@@ -11,7 +11,6 @@ from torch import Tensor
 from zoopt.checks import check_betas, check_number
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.projected.core import ProjectedOptimizer
-from zoopt.first_order.projected.geometry import geometry
 from zoopt.first_order.torch_state import from_torch, is_torchs, to_torch, without_torchs_options
 from zoopt.kernels.adam.moments import Format
 from zoopt.optimizer import Group, Params, hyperparameters
@@ -44,7 +43,7 @@ class AdamFamily(ProjectedOptimizer):
             return state_dict
         specs = [
             [
-                None if geometry(param, group) else self.declared_state(param, group)
+                None if self._geometry(param, group) else self.declared_state(param, group)
                 for param in group["params"]
             ]
             for group in self.param_groups

@@ -21,7 +21,7 @@ from zoopt.first_order.adamw import StateRounding
 from zoopt.first_order.base import Site, descent_rate, draw_of
 from zoopt.first_order.projected.basis import age, cycle
 from zoopt.first_order.projected.core import ProjectedOptimizer
-from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
+from zoopt.first_order.projected.geometry import Geometry, Side, matrix
 from zoopt.first_order.projected.residuals import (
     OneSided,
     Residual,
@@ -43,6 +43,9 @@ from zoopt.registry import register
 
 FrugalRule = Literal["adam", "lion", "momentum"]
 FrugalProjector = Literal["columns", "orthogonal", "svd", "gram", "randomized", "warm"]
+
+#: Projectors whose bases can span more than the gradient does.
+SPANNING = ("columns", "orthogonal")
 
 RULES: dict[str, Rule] = {"adam": ADAM, "lion": LION, "momentum": MOMENTUM}
 
@@ -188,6 +191,17 @@ class Frugal(ProjectedOptimizer):
         if group["betas"] is None:
             group["betas"] = (0.9, 0.99 if group["rule"] == "lion" else 0.999)
 
+    def _is_projected(self, group: Group) -> bool:
+        """Not with a density that covers the whole matrix."""
+        return group["density"] not in (None, 1)
+
+    def _rank(self, m: int, n: int, side: Side, group: Group) -> int:
+        """The density as a share of the projected side."""
+        dim = m if side == "left" else n
+        most = dim if group["projector"] in SPANNING else min(m, n)
+        rank: int = max(1, round(group["density"] * dim))
+        return min(rank, most)
+
     def _declared(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """As GaLore's, with the rule's moments; random columns have no basis."""
         declared = super()._declared(param, group)
@@ -226,7 +240,7 @@ class Frugal(ProjectedOptimizer):
 
     def _prepare(self, site: Site, gradient: Tensor) -> bool:
         """As GaLore's; a gradient that is not finite changes no subspace, and moves nothing."""
-        if geometry(site.param, site.group) is None or site.continues:
+        if self._geometry(site.param, site.group) is None or site.continues:
             return True
         state = self._state(site.param, site.group)
         if not self._refresh_due(site, state):
@@ -242,7 +256,7 @@ class Frugal(ProjectedOptimizer):
         bases: Sequence[dict[str, Tensor]] | None = None,
     ) -> Tensor:
         site = sites[0]
-        geo = geometry(site.param, site.group)
+        geo = self._geometry(site.param, site.group)
         assert geo is not None
         if not _selects(site):
             return super()._project(sites, gradients, bases)
@@ -257,7 +271,7 @@ class Frugal(ProjectedOptimizer):
     def _kind(self, site: Site) -> Hashable:
         """Steps are counted from the last change of the subspace, which comes at different ones."""
         kind = super()._kind(site)
-        if kind is None or geometry(site.param, site.group) is None:
+        if kind is None or self._geometry(site.param, site.group) is None:
             return kind
         return kind, age(site, int(self.state[site.param]["step"]))
 
@@ -272,7 +286,7 @@ class Frugal(ProjectedOptimizer):
     ) -> Tensor:
         """The rule's, counted from the last change of the subspace, where moments start from 0."""
         group = sites[0].group
-        if geometry(sites[0].param, group) is not None:
+        if self._geometry(sites[0].param, group) is not None:
             # A step's number names its rounding's bits too. They are those of the last subspace's
             # step of this age, whose moments have been dropped.
             step = age(sites[0], step - 1)
@@ -295,7 +309,7 @@ class Frugal(ProjectedOptimizer):
         reduced: Tensor | None = None,
     ) -> None:
         site = sites[0]
-        group, geo = site.group, geometry(site.param, site.group)
+        group, geo = site.group, self._geometry(site.param, site.group)
         if geo is None or not _selects(site):
             super()._step_matrices(sites, gradients, bases, reduced)
             return

@@ -11,7 +11,6 @@ from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.base import Site
 from zoopt.first_order.galore import INSIDE
-from zoopt.first_order.projected.geometry import geometry
 from zoopt.first_order.projected.residuals import Residual
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
@@ -152,7 +151,7 @@ class GradNormLoRP(AdamFamily):
     def _prepare(self, site: Site, gradient: Tensor) -> bool:
         state = self.state.get(site.param, {})
         begun = site.continues or (bool(state) and int(state["step"]) > 0)
-        if not begun and geometry(site.param, site.group) and not known(gradient.any(), True):
+        if not begun and self._geometry(site.param, site.group) and not known(gradient.any(), True):
             # A gradient of zeros has no subspace, and Adam makes no step of it.
             self.state.pop(site.param, None)
             return False

@@ -14,7 +14,7 @@ from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.base import Mark, Site, betas_of
 from zoopt.first_order.galore import INSIDE
-from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
+from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.residuals import OneSided, Residual, Terms
 from zoopt.first_order.projected.rules import adam_moments, adam_numbers, store_moment
 from zoopt.first_order.projected.subspace import (
@@ -219,7 +219,7 @@ class LDAdamW(AdamFamily):
     def _declared(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """As GaLore's, but a basis in the accumulator's dtype, for it is turned in every step; and
         `error`, of the parameter's shape and dtype."""
-        declared, geo = super()._declared(param, group), geometry(param, group)
+        declared, geo = super()._declared(param, group), self._geometry(param, group)
         if geo is None:
             return declared
         declared |= {
@@ -248,7 +248,7 @@ class LDAdamW(AdamFamily):
     def _prepare(self, site: Site, gradient: Tensor) -> bool:
         """Make the next basis, by linear algebra, which can fail; it is kept apart until the
         update, whose moments turn from the last one to it."""
-        geo = geometry(site.param, site.group)
+        geo = self._geometry(site.param, site.group)
         if geo is None:
             return True
         if self._reduce(site, gradient) is None:
@@ -259,7 +259,7 @@ class LDAdamW(AdamFamily):
 
     def _kind(self, site: Site) -> Hashable:
         """Projected matrices are updated one by one: each has a basis of its own to turn to."""
-        return super()._kind(site) if geometry(site.param, site.group) is None else None
+        return super()._kind(site) if self._geometry(site.param, site.group) is None else None
 
     def _next_basis(self, site: Site, gradient: Tensor, geo: Geometry) -> Tensor:
         """P+, (n, r), on the left (m, r)."""
@@ -274,7 +274,7 @@ class LDAdamW(AdamFamily):
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         """The gradient itself: the basis is one of the whole step's, and so is the error."""
         known_finite = self._following is not None and site.param in self._following
-        if known_finite or geometry(site.param, site.group) is None:
+        if known_finite or self._geometry(site.param, site.group) is None:
             return gradient
         norm = torch.linalg.vector_norm(gradient, dtype=accumulator_dtype(gradient.dtype))
         return gradient if known(norm.isfinite(), True) else None
@@ -284,7 +284,7 @@ class LDAdamW(AdamFamily):
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
         param, group = site.param, site.group
-        geo = geometry(param, group)
+        geo = self._geometry(param, group)
         if geo is None:
             super()._apply(site, reduced, gradient)
             return

@@ -12,7 +12,7 @@ from torch import Tensor
 from zoopt.dtypes import NARROW, accumulator_dtype
 from zoopt.first_order.base import Site, batch_kind, batch_of, descent_rate
 from zoopt.first_order.projected.basis import load_all_bases
-from zoopt.first_order.projected.geometry import Geometry, geometry, matrix
+from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.residuals import Step, Terms
 from zoopt.first_order.projected.sharded import ShardedMatrices
 from zoopt.first_order.projected.subspace import (
@@ -42,7 +42,7 @@ class ProjectedOptimizer(ShardedMatrices):
     """
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
-        if geometry(site.param, site.group) is None:
+        if self._geometry(site.param, site.group) is None:
             return gradient
         if not self._prepare(site, gradient):
             return None
@@ -56,7 +56,7 @@ class ProjectedOptimizer(ShardedMatrices):
     ) -> Tensor:
         """R of k matrices of one geometry: (k, channels, r). `bases`: if they are at hand."""
         site = sites[0]
-        geo = geometry(site.param, site.group)
+        geo = self._geometry(site.param, site.group)
         assert geo is not None
         if bases is None:
             bases = self._rounded_bases(sites, gradients, geo)
@@ -68,14 +68,14 @@ class ProjectedOptimizer(ShardedMatrices):
         return reduced.to(accumulator_dtype(reduced.dtype))
 
     def _update(self, site: Site, gradient: Tensor) -> None:
-        if geometry(site.param, site.group) is None:
+        if self._geometry(site.param, site.group) is None:
             super()._update(site, gradient)
         else:
             self._step_matrices([site], [gradient])
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
         param, group = site.param, site.group
-        if geometry(param, group) is not None:
+        if self._geometry(param, group) is not None:
             gradients = None if gradient is None else [gradient]
             self._step_matrices([site], gradients, reduced=reduced.unsqueeze(0))
             return
@@ -92,7 +92,7 @@ class ProjectedOptimizer(ShardedMatrices):
     ) -> None:
         """Step k prepared matrices of one geometry, with `bases` as for `_project`: from their
         gradients, or from R, (k, channels, r), if that has been made."""
-        geo = geometry(sites[0].param, sites[0].group)
+        geo = self._geometry(sites[0].param, sites[0].group)
         assert geo is not None
 
         def down() -> Tensor:
@@ -227,7 +227,7 @@ class ProjectedOptimizer(ShardedMatrices):
         projected ones on a GPU, their step and geometry; on the CPU these are updated one by one,
         each while its R is in the cache."""
         param, group = site.param, site.group
-        geo = geometry(param, group)
+        geo = self._geometry(param, group)
         if not (launches(param) if geo is not None else self._rule(group).write):
             return None
         state = self._state(param, group)
@@ -237,7 +237,7 @@ class ProjectedOptimizer(ShardedMatrices):
         return None if kind is None else (kind, geo)
 
     def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
-        geo = geometry(sites[0].param, sites[0].group)
+        geo = self._geometry(sites[0].param, sites[0].group)
         if geo is not None:
             for part in _windows(len(sites), math.prod(geo.reduced_shape)):
                 self._update_matrices(sites[part], gradients[part])
@@ -249,7 +249,7 @@ class ProjectedOptimizer(ShardedMatrices):
 
     def _update_matrices(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
         """Update matrices of one geometry from their gradients."""
-        geo = geometry(sites[0].param, sites[0].group)
+        geo = self._geometry(sites[0].param, sites[0].group)
         assert geo is not None
         bases = self._rounded_bases(sites, gradients, geo)
         dtype = factor_dtype(gradients[0], geo)

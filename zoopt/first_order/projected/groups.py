@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.first_order.base import FirstOrderOptimizer
-from zoopt.first_order.projected.geometry import ProjType, geometry
+from zoopt.first_order.projected.geometry import Geometry, ProjType, Side, geometry, projected_side
 from zoopt.first_order.projected.selection import LARGE, is_plain_by_name
 from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
@@ -61,11 +61,35 @@ class ProjectedGroups(FirstOrderOptimizer):
             del self.param_groups[known:]
             raise
 
+    def _geometry(self, param: Tensor, group: Group) -> Geometry | None:
+        """How the parameter, or each matrix of a stack, is projected: from its shape alone; None if
+        it is not."""
+        if param.dim() < 2 or not self._is_projected(group):
+            return None
+        count = self._matrices_of(param, group)
+        m, n, side = projected_side(tuple(param.shape), count, group["proj_type"])
+        return geometry(m, n, self._rank(m, n, side, group), side) if m and n else None
+
+    def _matrices_of(self, param: Tensor, group: Group) -> int:
+        """How many matrices are stacked along the parameter's first axis, each with its own
+        subspace and state: the group's `matrices` if the parameter is projected."""
+        count: int = group.get("matrices", 1)
+        return count if param.dim() > 1 and self._is_projected(group) else 1
+
+    def _is_projected(self, group: Group) -> bool:
+        """Whether matrices of the group are projected."""
+        return group.get("rank") is not None
+
+    def _rank(self, m: int, n: int, side: Side, group: Group) -> int:
+        """The subspace's dimensions: at most the matrix's own."""
+        rank: int = group["rank"]
+        return min(rank, m, n)
+
     def _say_full_rank(self, group: Group) -> None:
         """Warn of a large matrix whose projection has its full rank, and of a parameter that looks
         like a stack of matrices and is projected as one matrix."""
         for i, param in enumerate(group["params"] if group.get("rank") is not None else ()):
-            geo = geometry(param, group)
+            geo = self._geometry(param, group)
             if geo is not None and looks_stacked(param) and group.get("matrices", 1) == 1:
                 names, shape = group.get("param_names", range(i + 1)), tuple(param.shape)
                 warnings.warn(

@@ -29,7 +29,7 @@ from zoopt.distributed.sharding import (
 from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.base import Site
 from zoopt.first_order.projected.basis import load_bases
-from zoopt.first_order.projected.geometry import Geometry, geometry, matrices_of, matrix
+from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.state import ProjectedState
 from zoopt.first_order.projected.subspace import BLIND, down, silence_rounding_
 from zoopt.kernels.noise.key import NoiseKey
@@ -57,7 +57,7 @@ class ShardedMatrices(ProjectedState):
 
     def _step_shard(self, site: Site, gradient: Tensor) -> None:
         param, group = site.param, site.group
-        geo = geometry(param, group)
+        geo = self._geometry(param, group)
         if geo is None:
             super()._step_shard(site, gradient)
             return
@@ -82,7 +82,7 @@ class ShardedMatrices(ProjectedState):
         self._run(lambda: stack, [part], [state], [key], [grad], [bases], geo, param)
 
     def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
-        geo = geometry(param, group)
+        geo = self._geometry(param, group)
         if geo is None:
             return super()._follows_rows(name, spec, param, group)
         return geo.side == "right" and name not in geo.bases and spec.shape == geo.reduced_shape
@@ -90,9 +90,9 @@ class ShardedMatrices(ProjectedState):
     def _can_shard(self, param: Tensor, group: Group) -> bool:
         """Where the rule is one of single elements, and so is the state of what is sharded: no
         codes in blocks. In a subspace too, if the class knows how."""
-        if not self._rule(group).elementwise or matrices_of(param, group) > 1:
+        if not self._rule(group).elementwise or self._matrices_of(param, group) > 1:
             return False
-        geo = geometry(param, group)
+        geo = self._geometry(param, group)
         if geo is not None:
             return self.shards and (
                 geo.side != "right" or group["state_dtype"] in ("float32", "bfloat16")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zoopt.checks import check_positive_int
 from zoopt.first_order.base import Site, operand
-from zoopt.first_order.projected.geometry import in_stack, matrices_of
+from zoopt.first_order.projected.geometry import in_stack
 from zoopt.first_order.projected.groups import ProjectedGroups
 from zoopt.kernels.dispatch import is_fake
 from zoopt.optimizer import Group
@@ -52,7 +52,7 @@ class StackedMatrices(ProjectedGroups):
         groups: dict[int, Group] = {}
         try:
             for site in sites:
-                count = matrices_of(site.param, site.group)
+                count = self._matrices_of(site.param, site.group)
                 if count == 1:
                     parts.append(site)
                     continue
@@ -66,7 +66,7 @@ class StackedMatrices(ProjectedGroups):
                     self.state.pop(part.param, None)
 
     def _is_parted(self, site: Site) -> bool:
-        return matrices_of(site.param, site.group) > 1
+        return self._matrices_of(site.param, site.group) > 1
 
     def _parts(self, site: Site, count: int, group: Group, every: bool) -> Iterator[Site]:
         """The matrices of a stack, each with its own state in place of the parameter's."""
@@ -89,7 +89,7 @@ class StackedMatrices(ProjectedGroups):
             )
 
     def _reduce_parts(self, site: Site, gradient: Tensor, kept: Tensor | None) -> Tensor | None:
-        count = matrices_of(site.param, site.group)
+        count = self._matrices_of(site.param, site.group)
         if count == 1:
             return self._reduce(site, gradient)
         gradients, reduced = in_stack(gradient, count), {}
@@ -107,7 +107,7 @@ class StackedMatrices(ProjectedGroups):
         return torch.stack([reduced.get(number, nothing) for number in range(count)])
 
     def _apply_parts(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
-        count = matrices_of(site.param, site.group)
+        count = self._matrices_of(site.param, site.group)
         if count == 1:
             self._apply(site, reduced, gradient)
             return

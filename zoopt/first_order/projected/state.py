@@ -18,7 +18,7 @@ from zoopt.first_order.projected.basis import (
     refresh,
     refresh_due,
 )
-from zoopt.first_order.projected.geometry import Geometry, geometry, in_stack, matrices_of, matrix
+from zoopt.first_order.projected.geometry import Geometry, in_stack, matrix
 from zoopt.first_order.projected.residuals import Residual
 from zoopt.first_order.projected.rules import ADAM, Rule
 from zoopt.first_order.projected.stacks import StackedMatrices, alone
@@ -43,7 +43,7 @@ class ProjectedState(StackedMatrices):
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """`step`, the bases, the rule's moments, and what the residual keeps; of a stack of
         matrices those of all, along a first axis."""
-        count = matrices_of(param, group)
+        count = self._matrices_of(param, group)
         if count == 1:
             return self._declared(param, group)
         one = self._declared(in_stack(param.detach(), count)[0], alone(group))
@@ -54,7 +54,7 @@ class ProjectedState(StackedMatrices):
 
     def _declared(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """The state of one matrix, or of a parameter that is not projected."""
-        geo = geometry(param, group)
+        geo = self._geometry(param, group)
         accumulator = accumulator_dtype(param.dtype)
         rule, step = self._rule(group), {"step": STEP}
         if geo is None:
@@ -68,7 +68,7 @@ class ProjectedState(StackedMatrices):
 
     def _prepare(self, site: Site, gradient: Tensor) -> bool:
         """Make the bases anew if it is time: linear algebra, which can fail."""
-        geo = geometry(site.param, site.group)
+        geo = self._geometry(site.param, site.group)
         if geo is None or site.continues:
             return True
         state = self._state(site.param, site.group)
@@ -115,9 +115,9 @@ class ProjectedState(StackedMatrices):
             projected or has not been stepped.
         """
         for site in self._sites():
-            geo = geometry(param, site.group)
+            geo = self._geometry(param, site.group)
             if site.param is param and geo is not None and self.state.get(param):
-                if matrices_of(param, site.group) > 1:
+                if self._matrices_of(param, site.group) > 1:
                     with self._apart([site], every=True) as parts:
                         each = [self._bases(part, geo) for part in parts]
                     return {name: torch.stack([own[name] for own in each]) for name in each[0]}
@@ -130,5 +130,5 @@ class ProjectedState(StackedMatrices):
         return load_bases(site, state, geo, max(0, int(state["step"]) - 1))
 
     def _needs_gradient(self, site: Site) -> bool:
-        geo = geometry(site.param, site.group)
+        geo = self._geometry(site.param, site.group)
         return geo is not None and self._residual(site.group).needs_gradient
