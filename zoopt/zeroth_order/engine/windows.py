@@ -98,18 +98,21 @@ def _alike(param: Tensor, other: Tensor) -> bool:
 def _still(window: Window, moves: Mapping[int, Move], first: Move) -> bool:
     """Whether all parameters of a window still move like the first one, along the same keys, and
     can share its buffer and its launch."""
-    params = window.batch.tensors
-    if len(params) > 1:
-        places = [param.data_ptr() for param in params if param.numel()]
-        room = WINDOW_BYTES - sum(param.nbytes for param in params)
-        alike = all(_alike(param, params[0]) for param in params)
-        if room < 0 or not alike or len(set(places)) < len(places):
+    tensors = window.batch.tensors
+    shared, room, places = len(tensors) > 1, WINDOW_BYTES, set[int]()
+    dtype, device = tensors[0].dtype, tensors[0].device
+    # A plain loop: this runs at every operator, and generators would double its calls.
+    for number, key, param in zip(window.ids, window.batch.keys, tensors, strict=True):
+        move = moves.get(number)
+        if move is None or move[1:] != first[1:] or move.key != key:
             return False
-    found = [moves.get(number) for number in window.ids]
-    return all(
-        move is not None and move[1:] == first[1:] and move.key == key
-        for move, key in zip(found, window.batch.keys, strict=True)
-    )
+        if shared:
+            place, room = param.data_ptr(), room - param.nbytes
+            tied = place in places and param.numel() > 0
+            if tied or room < 0 or param.dtype != dtype or param.device != device:
+                return False
+            places.add(place)
+    return True
 
 
 class Reads:
