@@ -83,6 +83,7 @@ def work(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> Non
     if rank == 0:
         medians = {name: statistics.median(values) for name, values in times.items()}
         Path(folder, f"{ranks}.json").write_text(json.dumps(medians), encoding="utf-8")
+    dist.barrier()  # A rank that leaves while another still waits for it aborts that one.
     dist.destroy_process_group()
 
 
