@@ -8,10 +8,11 @@ from __future__ import annotations
 import datetime
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -37,6 +38,22 @@ def failure(scenario: Scenario, processes: int, folder: Path) -> str | None:
     """What went wrong in one of the processes."""
     files = sorted(folder.glob(f"{scenario.__name__}{processes}.*"))
     return files[0].read_text(encoding="utf-8") if files else None
+
+
+def scenario_cases(scenarios: Mapping[int, Sequence[Scenario]]) -> pytest.MarkDecorator:
+    """A test for each number of processes and scenario."""
+    return pytest.mark.parametrize(
+        ("processes", "scenario"),
+        [(processes, scenario) for processes, each in scenarios.items() for scenario in each],
+        ids=lambda value: getattr(value, "__name__", str(value)),
+    )
+
+
+def run_all(scenarios: Mapping[int, Sequence[Scenario]], folder: Path) -> Path:
+    """The folder of the scenarios' failures, after all of them have run."""
+    for processes, each in scenarios.items():
+        run(each, processes, folder)
+    return folder
 
 
 def connect(rank: int, processes: int, store: Path, patience: float) -> None:

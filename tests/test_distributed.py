@@ -25,6 +25,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import zoopt
 from tests.first_order_table import ROWS, backward
 from tests.first_order_table import net as network
+from tests.processes import scenario_cases
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 #: Seconds after which a process that waits for another gives up.
@@ -457,11 +458,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("processes", "scenario"),
-    [(processes, scenario) for processes, each in SCENARIOS.items() for scenario in each],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
+@scenario_cases(SCENARIOS)
 def test_sharded(processes: int, scenario: Callable[[Path], None], ran: Path) -> None:
     failures = sorted(ran.glob(f"{scenario.__name__}{processes}.*"))
     assert not failures, failures[0].read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from torch.distributed.tensor import Shard
 
 import zoopt
 from tests.optimizer_table import CASES, INDICES, ROWS, mlp, regression
-from tests.processes import Scenario, bits, everywhere, failure, refusal, run
+from tests.processes import Scenario, bits, everywhere, failure, refusal, run_all, scenario_cases
 from tests.test_distributed import whole
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -221,18 +221,10 @@ SCENARIOS: dict[int, list[Scenario]] = {
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the scenarios' failures, after all of them have run."""
-    folder = tmp_path_factory.mktemp("shards")
-    for processes, scenarios in SCENARIOS.items():
-        run(scenarios, processes, folder)
-    return folder
+    return run_all(SCENARIOS, tmp_path_factory.mktemp("shards"))
 
 
-@pytest.mark.parametrize(
-    ("processes", "scenario"),
-    [(processes, scenario) for processes, each in SCENARIOS.items() for scenario in each],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
+@scenario_cases(SCENARIOS)
 def test_sharded(processes: int, scenario: Scenario, ran: Path) -> None:
     message = failure(scenario, processes, ran)
     assert message is None, message

@@ -18,7 +18,16 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import zoopt
 from tests.optimizer_table import CASES, ROWS, closure_of, mlp, regression
-from tests.processes import Scenario, bits, connect, everywhere, failure, refusal, run
+from tests.processes import (
+    Scenario,
+    bits,
+    connect,
+    everywhere,
+    failure,
+    refusal,
+    run_all,
+    scenario_cases,
+)
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 STEPS = 3
@@ -445,18 +454,10 @@ SCENARIOS: dict[int, list[Scenario]] = {
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the scenarios' failures, after all of them have run."""
-    folder = tmp_path_factory.mktemp("steps")
-    for processes, scenarios in SCENARIOS.items():
-        run(scenarios, processes, folder)
-    return folder
+    return run_all(SCENARIOS, tmp_path_factory.mktemp("steps"))
 
 
-@pytest.mark.parametrize(
-    ("processes", "scenario"),
-    [(processes, scenario) for processes, each in SCENARIOS.items() for scenario in each],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
+@scenario_cases(SCENARIOS)
 def test_together(processes: int, scenario: Scenario, ran: Path) -> None:
     message = failure(scenario, processes, ran)
     assert message is None, message

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +23,7 @@ from zoopt.first_order.fused_checks import (
     check_sites,
     check_unscaled,
 )
+from zoopt.removable import Removable
 
 Clip = Literal["global", "parameter"]
 
@@ -114,7 +114,7 @@ def fuse_backward(
     return FusedBackward(model, optimizer, accumulation_steps, max_grad_norm, clip)
 
 
-class FusedBackward:
+class FusedBackward(Removable):
     """The handle that `fuse_backward` returns."""
 
     def __init__(
@@ -166,17 +166,6 @@ class FusedBackward:
             self._loading.remove()
             optimizer._fusion = None
             del optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
-
-    def __enter__(self) -> FusedBackward:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
 
     def discard(self) -> None:
         """Drop what has arrived since the last step.

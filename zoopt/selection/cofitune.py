@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.nn.modules import Target, is_conv1d, linear_layers
 from zoopt.noise import stream
+from zoopt.removable import Removable
 
 
 def normalised_importance(gates: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def normalised_importance(gates: Tensor) -> Tensor:
     return torch.where(spread > 0, standard.tanh().abs(), torch.zeros_like(sizes))
 
 
-class CoFiTune:
+class CoFiTune(Removable):
     r"""CoFiTune (Zhang et al., 2024, arXiv:2404.10306), over any first-order optimizer.
 
     Coarse: only the linear layers that match `target` train, for example the up and down
@@ -113,17 +113,6 @@ class CoFiTune:
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
-
-    def __enter__(self) -> CoFiTune:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
 
     def remove(self) -> None:
         """Undo it: parameters that trained before train again, and steps are not reduced."""

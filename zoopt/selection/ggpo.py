@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.noise import normal, stream
+from zoopt.removable import Removable
 
 
 def row_scales(weight: Tensor, squares: Tensor | None, sigma: float, beta: float) -> Tensor:
@@ -32,7 +32,7 @@ def row_scales(weight: Tensor, squares: Tensor | None, sigma: float, beta: float
     return scales / math.sqrt(weight.shape[0])
 
 
-class LoRAGGPO:
+class LoRAGGPO(Removable):
     r"""LoRA-GGPO (Chang et al., 2025, arXiv:2502.14538), over any first-order optimizer.
 
     During training the model computes with W + c z instead of W, for each matrix W (m, n) that the
@@ -114,17 +114,6 @@ class LoRAGGPO:
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
-
-    def __enter__(self) -> LoRAGGPO:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
 
     def remove(self) -> None:
         """Restore the weights and remove the hooks."""

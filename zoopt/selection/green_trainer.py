@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,14 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zoopt.checks import check_number, check_positive_int
-from zoopt.distributed.checkpoint import called_by_checkpoint
 from zoopt.selection.budget import Cost, backward_costs, choose, in_units
+from zoopt.selection.rounds import Rounds
 
 #: The cost of a whole backward pass, in units of the knapsack.
 UNITS = 10_000
 
 
-class GreenTrainer:
+class GreenTrainer(Rounds):
     r"""GreenTrainer (Huang et al., 2023, arXiv:2309.13192), over any first-order optimizer.
 
     It chooses the most important of the optimizer's trained parameters, such that their backward
@@ -93,28 +92,12 @@ class GreenTrainer:
         #: The parameters' numbers, in the order of the backward pass, and costs of the last choice.
         self.order: list[int] = []
         self.costs: list[Cost] = []
-        self._run: dict[str, Any] = {
+        run = {
             "green_step": 0,
             "green_select_every": select_every,
             "green_chosen": self._select(),
         }
-        self._write()
-        self._follow()
-        self._hooks = [
-            optimizer.register_step_post_hook(lambda *_: self._count()),
-            optimizer.register_load_state_dict_post_hook(lambda *_: self._load()),
-        ]
-
-    def __enter__(self) -> GreenTrainer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
+        super().__init__(optimizer, run)
 
     @property
     def chosen(self) -> list[nn.Parameter]:
@@ -130,18 +113,8 @@ class GreenTrainer:
         own = sum(self.costs[place].own for place in places)
         return (reach + own) / sum(cost.reach + cost.own for cost in self.costs)
 
-    def remove(self) -> None:
-        """Undo it: all parameters train again, and the optimizer's groups are as before."""
-        for hook in self._hooks:
-            hook.remove()
-        for param in self._params:
-            param.requires_grad_(True)
-        for group in self._optimizer.param_groups:
-            for key in self._run:
-                group.pop(key, None)
-
     def _count(self) -> None:
-        if self._selecting or called_by_checkpoint():
+        if self._selecting:
             return
         self._run["green_step"] += 1
         if self._run["green_step"] % self._run["green_select_every"] == 0:
@@ -149,23 +122,10 @@ class GreenTrainer:
             self._follow()
         self._write()
 
-    def _write(self) -> None:
-        for group in self._optimizer.param_groups:
-            group.update(self._run)
-
-    def _load(self) -> None:
-        saved: dict[str, Any] = self._optimizer.param_groups[0]
-        if self._run.keys() <= saved.keys():
-            self._run = {key: saved[key] for key in self._run}
-        self._write()
-        self._follow()
-
-    def _follow(self) -> None:
+    def _choice(self) -> Iterator[tuple[nn.Parameter, bool]]:
         chosen = set(self._run["green_chosen"])
         for number, param in enumerate(self._params):
-            param.requires_grad_(number in chosen)
-            if number not in chosen:
-                param.grad = None
+            yield param, number in chosen
 
     def _select(self) -> list[int]:
         """Choose which parameters, by number, train next. Everything else is restored."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zoopt.checks import check_positive_int
-from zoopt.distributed.checkpoint import called_by_checkpoint
 from zoopt.distributed.seed import SharedSeed
 from zoopt.kernels.noise.philox import words
 from zoopt.nn.modules import repeated_layers
 from zoopt.noise import stream
+from zoopt.selection.rounds import Rounds
 
 _STREAM = stream("zoopt half fine-tuning")
 Category = Literal["attention", "mlp", "norm"]
@@ -88,7 +87,7 @@ def trained_units(units: Sequence[Unit], *, seed: int, draw: int) -> list[bool]:
     return trained
 
 
-class HalfFineTuning:
+class HalfFineTuning(Rounds):
     r"""Half fine-tuning (Hui et al., 2024, arXiv:2404.18466), over any optimizer.
 
     A round has `round_steps` steps. In each round a random half of each repeated layer trains:
@@ -138,75 +137,30 @@ class HalfFineTuning:
         check_positive_int("round_steps", round_steps)
         seed = SharedSeed(seed, type(self).__name__).value
         _check(optimizer)
-        self._optimizer = optimizer
         self._units = units(model)
-        self._run = {"hft_seed": seed, "hft_round_steps": round_steps, "hft_step": 0}
-        self._write()
-        self._hooks = [
-            optimizer.register_step_post_hook(lambda *_: self._count()),
-            optimizer.register_load_state_dict_post_hook(lambda *_: self._load()),
-        ]
-        self._select()
-
-    def __enter__(self) -> HalfFineTuning:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
+        run = {"hft_seed": seed, "hft_round_steps": round_steps, "hft_step": 0}
+        super().__init__(optimizer, run)
 
     @property
     def round(self) -> int:
         """The number of the current round, from 0."""
-        return self._run["hft_step"] // self._run["hft_round_steps"]
-
-    def remove(self) -> None:
-        """Undo it: all parameters train again, and the optimizer's groups are as before."""
-        for hook in self._hooks:
-            hook.remove()
-        for unit in self._units:
-            for param in unit.params:
-                param.requires_grad_(True)
-        for group in self._optimizer.param_groups:
-            for key in self._run:
-                group.pop(key, None)
+        return int(self._run["hft_step"] // self._run["hft_round_steps"])
 
     def _count(self) -> None:
-        """Count a step; the next step may begin a new round."""
-        if called_by_checkpoint():
-            return  # That call only created the optimizer's state; it was not a step.
         before = self.round
         self._run["hft_step"] += 1
         self._write()
         if self.round != before:
-            self._select()
+            self._follow()
 
-    def _write(self) -> None:
-        for group in self._optimizer.param_groups:
-            group.update(self._run)
-
-    def _load(self) -> None:
-        """Continue at the round of a loaded state dict, or at the current one if it has none."""
-        saved: dict[str, Any] = self._optimizer.param_groups[0]
-        if self._run.keys() <= saved.keys():
-            self._run = {key: saved[key] for key in self._run}
-        self._write()
-        self._select()
-
-    def _select(self) -> None:
-        """Let the round's units train, and the others rest."""
+    def _choice(self) -> Iterator[tuple[nn.Parameter, bool]]:
+        """The round's units train, and the others rest."""
         trained = trained_units(
             self._units, seed=self._run["hft_seed"], draw=self.round & 0xFFFFFFFF
         )
         for unit, trains in zip(self._units, trained, strict=True):
             for param in unit.params:
-                param.requires_grad_(trains)
-                if not trains:
-                    param.grad = None
+                yield param, trains
 
 
 def _category(name: str, params: Sequence[Tensor]) -> Category:

@@ -1,0 +1,72 @@
+"""Parameters that train and rest in turn; the run's numbers are kept in the param groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from zoopt.distributed.checkpoint import called_by_checkpoint
+from zoopt.removable import Removable
+
+
+class Rounds(Removable):
+    """Chooses which parameters train, by the number of the optimizer's steps.
+
+    The optimizer's param groups hold the run's numbers, so its state dict has them.
+
+    Args:
+        optimizer: its steps are counted.
+        run: the numbers at the start, by group key.
+    """
+
+    def __init__(self, optimizer: Optimizer, run: dict[str, Any]) -> None:
+        self._optimizer, self._run = optimizer, run
+        self._write()
+        self._follow()
+        self._hooks = [
+            optimizer.register_step_post_hook(lambda *_: self._stepped()),
+            optimizer.register_load_state_dict_post_hook(lambda *_: self._load()),
+        ]
+
+    def remove(self) -> None:
+        """Undo it: all parameters train again, and the optimizer's groups are as before."""
+        for hook in self._hooks:
+            hook.remove()
+        for param, _ in self._choice():
+            param.requires_grad_(True)
+        for group in self._optimizer.param_groups:
+            for key in self._run:
+                group.pop(key, None)
+
+    def _choice(self) -> Iterable[tuple[nn.Parameter, bool]]:
+        """Each parameter that trains or rests, and whether it trains now."""
+        raise NotImplementedError
+
+    def _count(self) -> None:
+        """Count a step; the next step may begin with another choice."""
+        raise NotImplementedError
+
+    def _stepped(self) -> None:
+        if not called_by_checkpoint():  # That call only creates the optimizer's state.
+            self._count()
+
+    def _write(self) -> None:
+        for group in self._optimizer.param_groups:
+            group.update(self._run)
+
+    def _load(self) -> None:
+        """Continue where a loaded state dict was, or go on if it does not say."""
+        saved: dict[str, Any] = self._optimizer.param_groups[0]
+        if self._run.keys() <= saved.keys():
+            self._run = {key: saved[key] for key in self._run}
+        self._write()
+        self._follow()
+
+    def _follow(self) -> None:
+        for param, trains in self._choice():
+            param.requires_grad_(trains)
+            if not trains:
+                param.grad = None
