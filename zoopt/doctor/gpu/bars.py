@@ -41,7 +41,7 @@ ARITHMETIC = {
     "apply_ 10 draws rademacher": "apply, bf16, rademacher, nearest, sm_90",
     "adam_window_ 10 draws normal": "adam_window, bf16, normal, nearest, sm_90",
     "adam_window_ 10 draws rademacher": "adam_window, bf16, rademacher, nearest, sm_90",
-    "add_product_": "product, bf16, none, stochastic, sm_90",
+    "add_product_": "product, bf16, stochastic, sm_90",
 }
 #: Labels of kernels that are not ours, or are not a pass over memory.
 OTHERS = ("copy_", "mul_", "published", "torch's", "addmm_")
