@@ -259,6 +259,44 @@ def test_a_run_can_be_recorded_from_the_start(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("row", {row.name: row for row, _ in RECORDABLE}.values(), ids=str)
+def test_every_class_that_can_be_recorded_has_the_argument(row: Row, tmp_path: Path) -> None:
+    """It begins the same file as `record`, and is no hyperparameter."""
+    model = mlp()
+    optimizer = row.build(model, record=tmp_path / "argument")
+    assert "record" not in optimizer.param_groups[0]
+    row.build(model).record(tmp_path / "method", model)
+    assert (tmp_path / "argument").read_bytes() == (tmp_path / "method").read_bytes()
+    optimizer.step(closure_of(model))
+    assert read(tmp_path / "argument").steps == 1
+
+
+def test_a_run_goes_on_after_an_earlier_step(tmp_path: Path) -> None:
+    """The later steps are gone from the file, and the others are as they were."""
+    base = mlp()
+    path = tmp_path / "run"
+    optimizer = mezo(model := copy.deepcopy(base))
+    optimizer.record(path, model)
+    for _ in range(2):
+        optimizer.step(closure_of(model))
+    kept = path.read_bytes()
+    for _ in range(3):
+        optimizer.step(closure_of(model))
+    optimizer.recorder.close()  # type: ignore[union-attr]
+    whole, going_on = path.read_bytes(), copy.deepcopy(base)
+    with pytest.raises(ValueError, match=r"until must be in \[0, 5\]"):
+        resume(going_on, path, until=6)
+    assert path.read_bytes() == whole
+    resumed = resume(going_on, path, until=2)
+    assert path.read_bytes() == kept
+    resumed.step(lambda: closure_of(going_on)() * 2)
+    resumed.recorder.close()  # type: ignore[union-attr]
+    assert read(path).steps == 3
+    replay(base, path)
+    assert same(base, going_on)
+    assert not same(base, model)
+
+
 def test_weights_that_somebody_else_writes_are_told(tmp_path: Path) -> None:
     model = mlp()
     optimizer = mezo(model)

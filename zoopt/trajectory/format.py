@@ -125,19 +125,20 @@ class Contents:
         events: the complete records.
         size: bytes up to the end of the last of them.
         torn: bytes after it, of a record that was cut off.
-        last_step: where the record of the last step ends, and the chain there.
+        step_ends: where the record of each step ends, and the chain there; those of the header
+            come first.
     """
 
     header: dict[str, Any]
     events: list[Event]
     size: int
     torn: int
-    last_step: tuple[int, int]
+    step_ends: list[tuple[int, int]]
 
     @property
     def steps(self) -> int:
         """How many steps were taken."""
-        return sum(event.kind in STEPS for event in self.events)
+        return len(self.step_ends) - 1
 
 
 def read(path: str | Path) -> Contents:
@@ -151,7 +152,7 @@ def read(path: str | Path) -> Contents:
     header, end, chain = _header(data, path)
     groups = len(header["groups"])
     events: list[Event] = []
-    last_step = end, chain
+    step_ends = [(end, chain)]
     while end < len(data):
         try:
             event, after, chain = _record(data, end, chain, groups)
@@ -165,8 +166,8 @@ def read(path: str | Path) -> Contents:
         events.append(event)
         end = after
         if event.kind in STEPS:
-            last_step = end, chain
-    return Contents(header, events, end, len(data) - end, last_step)
+            step_ends.append((end, chain))
+    return Contents(header, events, end, len(data) - end, step_ends)
 
 
 class _Torn(Exception):

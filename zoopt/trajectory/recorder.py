@@ -92,12 +92,17 @@ class Recorder:
 
     @classmethod
     def going_on(
-        cls, optimizer: ZerothOrderOptimizer, path: str | Path, *, sync_every: float = 1.0
+        cls,
+        optimizer: ZerothOrderOptimizer,
+        path: str | Path,
+        *,
+        until: int | None = None,
+        sync_every: float = 1.0,
     ) -> Recorder:
-        """Continue a file whose steps the optimizer has taken.
+        """Continue a file whose steps the optimizer has taken: all of them, or those to `until`.
 
-        Everything after the last step is removed: an incomplete record, or probes that no step has
-        used. The optimizer has not seen these.
+        Everything after the last of these steps is removed: later steps, an incomplete record, or
+        probes that no step has used. The optimizer has not seen these.
 
         Raises:
             TrajectoryError: another process is writing to the file, or the optimizer has taken a
@@ -108,13 +113,14 @@ class Recorder:
         file = locked(path, os.O_RDWR)
         contents = read(path)
         taken = optimizer.param_groups[0]["step"]
-        if contents.steps != taken:
+        steps = contents.steps if until is None else min(until, contents.steps)
+        if steps != taken:
             os.close(file)
             raise TrajectoryError(
-                f"the optimizer must have taken the {contents.steps} steps of {path}, got {taken}; "
+                f"the optimizer must have taken the first {steps} steps of {path}, got {taken}; "
                 f"let zoopt.replay take them"
             )
-        end, chain = contents.last_step
+        end, chain = contents.step_ends[steps]
         os.ftruncate(file, end)
         return cls(optimizer, path, file, chain, float(sync_every))
 

@@ -193,18 +193,33 @@ class _Steps:
 
 
 def resume(
-    model: Any, path: str | Path, *, check_base: bool = True, sync_every: float = 1.0
+    model: Any,
+    path: str | Path,
+    *,
+    until: int | None = None,
+    check_base: bool = True,
+    sync_every: float = 1.0,
 ) -> ZerothOrderOptimizer:
     """Replay a run, and continue to record it to the same file.
 
     This continues a run whose process was killed. Only the step in progress is lost. An incomplete
     record at the end of the file is removed.
 
+    Args:
+        model, path, check_base: as for `replay`.
+        until: continue after this step. The file's later steps are removed once the replay has
+            succeeded; to keep them, resume from a copy of the file. Default: after the last one.
+        sync_every: as for the optimizer's `record`.
+
+    Returns:
+        The optimizer, with its recorder.
+
     Raises:
-        TrajectoryError: as for `replay`, or another process is writing to the file.
+        TrajectoryError, ValueError: as for `replay`, or another process is writing to the file. The
+            file is then unchanged.
     """
-    optimizer = replay(model, path, check_base=check_base)
-    optimizer.recorder = Recorder.going_on(optimizer, path, sync_every=sync_every)
+    optimizer = replay(model, path, until=until, check_base=check_base)
+    optimizer.recorder = Recorder.going_on(optimizer, path, until=until, sync_every=sync_every)
     return optimizer
 
 

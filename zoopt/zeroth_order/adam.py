@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -108,7 +109,7 @@ class ZOAdam(SparseZerothOrder):
     Args:
         params, zo_eps, weight_decay, num_probes, estimator, distribution, perturbation, rounding,
             max_projected_grad, mask, density, blocks, block_order, maximize, seed, process_group,
-            parallel: as for `MeZO`.
+            parallel, record: as for `MeZO`.
         lr: learning rate; default 1e-5 (a hundredth of Adam's own: because of the estimate's noise,
             a step is as long as Adam's but nearly random in direction). Scalar: as for `MeZO`.
         betas: decay of the moments; default by state, (0.9, 0.999), or (0.7, 0.9) for a window,
@@ -156,6 +157,7 @@ class ZOAdam(SparseZerothOrder):
         seed: int | None = None,
         process_group: Job = None,
         parallel: Parallel = "data",
+        record: str | Path | None = None,
     ) -> None:
         defaults = hyperparameters(locals())
         check_choice("state", state, get_args(AdamState))
@@ -163,7 +165,12 @@ class ZOAdam(SparseZerothOrder):
             defaults["betas"] = (0.7, 0.9) if state == "window" else (0.9, 0.999)
         defaults |= {"past": (), "updates": 0, "exp_avg_sq": 0.0}
         super().__init__(
-            params, defaults, seed=seed, process_group=process_group, parallel=parallel
+            params,
+            defaults,
+            seed=seed,
+            process_group=process_group,
+            parallel=parallel,
+            record=record,
         )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:

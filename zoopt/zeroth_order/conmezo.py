@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ class ConMeZO(ZerothOrderOptimizer):
 
     Args:
         params, lr, zo_eps, weight_decay, num_probes, estimator, perturbation, rounding,
-            max_projected_grad, maximize, seed, process_group, parallel: as for `MeZO`.
+            max_projected_grad, maximize, seed, process_group, parallel, record: as for `MeZO`.
         cone_angle: t in radians, in (0, pi/2]; default 1.35 (paper). pi/2 is MeZO.
         beta: decay of m; default 0.95 (paper).
         beta_start: the first b; default 0.1 (paper).
@@ -142,6 +143,7 @@ class ConMeZO(ZerothOrderOptimizer):
         seed: int | None = None,
         process_group: Job = None,
         parallel: Parallel = "data",
+        record: str | Path | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -149,6 +151,7 @@ class ConMeZO(ZerothOrderOptimizer):
             seed=seed,
             process_group=process_group,
             parallel=parallel,
+            record=record,
         )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -86,7 +87,7 @@ class ZOConservativeSGD(SparseZerothOrder):
     Args:
         params, lr, zo_eps, weight_decay, num_probes, distribution, rounding, max_projected_grad,
             mask, density, blocks, block_order, maximize, seed, process_group,
-            parallel: as for `MeZO`.
+            parallel, record: as for `MeZO`.
         candidates: `"three"` or `"reused"`.
         estimator: `"two-sided"` or `"one-sided"`; default by candidates, `"reused"` is one-sided.
         perturbation: as for `MeZO`, but `"auto"` is virtual for all dtypes: a step that is not
@@ -130,12 +131,18 @@ class ZOConservativeSGD(SparseZerothOrder):
         seed: int | None = None,
         process_group: Job = None,
         parallel: Parallel = "data",
+        record: str | Path | None = None,
     ) -> None:
         defaults = hyperparameters(locals())
         if estimator is None:
             defaults["estimator"] = "one-sided" if candidates == "reused" else "two-sided"
         super().__init__(
-            params, defaults, seed=seed, process_group=process_group, parallel=parallel
+            params,
+            defaults,
+            seed=seed,
+            process_group=process_group,
+            parallel=parallel,
+            record=record,
         )
 
     def _check_options(self, group: Group) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from torch import Tensor
@@ -88,7 +89,8 @@ class EvolutionStrategy(ZerothOrderOptimizer):
     State, in bytes: 0. The run's position (seed, step, draw) is in the param groups.
 
     Args:
-        params, weight_decay, blocks, block_order, seed, process_group, parallel: as for `MeZO`.
+        params, weight_decay, blocks, block_order, seed, process_group, parallel, record: as for
+            `MeZO`.
         lr: learning rate alpha; default 5e-4 (Qiu et al., arXiv:2509.24372).
         sigma: perturbation scale; default 1e-3 (Qiu et al.).
         population_size: N, at least 2; default 30 (Qiu et al.).
@@ -152,6 +154,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         seed: int | None = None,
         process_group: Job = None,
         parallel: Parallel = "data",
+        record: str | Path | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -159,6 +162,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
             seed=seed,
             process_group=process_group,
             parallel=parallel,
+            record=record,
         )
 
     @opaque

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class FZOO(MomentumSGD):
 
     Args:
         params, weight_decay, momentum, momentum_window, perturbation, rounding, mask, density,
-            blocks, block_order, maximize, seed, process_group, parallel: as for `MeZO`.
+            blocks, block_order, maximize, seed, process_group, parallel, record: as for `MeZO`.
         lr: learning rate; default 5e-5 (paper).
         zo_eps: perturbation scale; default 1e-4 (paper).
         num_probes: the N, at least 2; default 8 (paper).
@@ -84,10 +85,16 @@ class FZOO(MomentumSGD):
         seed: int | None = None,
         process_group: Job = None,
         parallel: Parallel = "data",
+        record: str | Path | None = None,
     ) -> None:
         defaults = {**hyperparameters(locals()), "estimator": "one-sided", "window": ()}
         super().__init__(
-            params, defaults, seed=seed, process_group=process_group, parallel=parallel
+            params,
+            defaults,
+            seed=seed,
+            process_group=process_group,
+            parallel=parallel,
+            record=record,
         )
 
     def _check_options(self, group: Group) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -89,7 +90,7 @@ class HiZOO(ZerothOrderOptimizer):
     Args:
         params, lr, zo_eps, weight_decay, num_probes, distribution, perturbation, rounding,
             max_projected_grad, blocks, block_order, maximize, seed, process_group,
-            parallel: as for `MeZO`.
+            parallel, record: as for `MeZO`.
         hessian_smooth: alpha; default 1e-8 (paper; 1e-6 for small models).
 
     Raises:
@@ -122,6 +123,7 @@ class HiZOO(ZerothOrderOptimizer):
         seed: int | None = None,
         process_group: Job = None,
         parallel: Parallel = "data",
+        record: str | Path | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -129,6 +131,7 @@ class HiZOO(ZerothOrderOptimizer):
             seed=seed,
             process_group=process_group,
             parallel=parallel,
+            record=record,
         )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:

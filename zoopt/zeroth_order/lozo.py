@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -142,7 +143,7 @@ class LOZO(LowRankZerothOrder):
 
     Args:
         params, lr, zo_eps, weight_decay, num_probes, estimator, rounding, max_projected_grad,
-            blocks, block_order, maximize, seed, process_group, parallel: as for `MeZO`.
+            blocks, block_order, maximize, seed, process_group, parallel, record: as for `MeZO`.
         rank: r; default 2 (paper: 1 or 2 for OPT, 4 for RoBERTa).
         basis_update_gap: steps between new V; default 50 (paper: 50 or 100).
         momentum: b; default 0 (paper's LOZO-M: 0.7).
@@ -180,6 +181,7 @@ class LOZO(LowRankZerothOrder):
         seed: int | None = None,
         process_group: Job = None,
         parallel: Parallel = "data",
+        record: str | Path | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -187,6 +189,7 @@ class LOZO(LowRankZerothOrder):
             seed=seed,
             process_group=process_group,
             parallel=parallel,
+            record=record,
         )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:

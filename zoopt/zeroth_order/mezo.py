@@ -249,9 +249,8 @@ class MeZO(MomentumSGD):
             seed=seed,
             process_group=process_group,
             parallel=parallel,
+            record=record,
         )
-        if record is not None:
-            self.record(record)
 
 
 def _length(group: Group) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,7 +144,7 @@ class ZOMuon(LowRankZerothOrder):
 
     Args:
         params, zo_eps, weight_decay, rounding, max_projected_grad, blocks, block_order, maximize,
-            seed, process_group, parallel: as for `MeZO`.
+            seed, process_group, parallel, record: as for `MeZO`.
         lr: learning rate, the spectral norm of a step; default 1e-2 (paper).
         rank: r; default 64 (paper).
         basis_update_gap: steps between new P; default 100 (paper).
@@ -182,6 +183,7 @@ class ZOMuon(LowRankZerothOrder):
         seed: int | None = None,
         process_group: Job = None,
         parallel: Parallel = "data",
+        record: str | Path | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -189,6 +191,7 @@ class ZOMuon(LowRankZerothOrder):
             seed=seed,
             process_group=process_group,
             parallel=parallel,
+            record=record,
         )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -52,7 +53,7 @@ class ZOSignSGD(SparseZerothOrder):
     Args:
         params, zo_eps, weight_decay, num_probes, estimator, distribution, perturbation, rounding,
             max_projected_grad, mask, density, blocks, block_order, maximize, seed, process_group,
-            parallel: as for `MeZO`.
+            parallel, record: as for `MeZO`.
         lr: learning rate, the distance that each element moves in a step; default 1e-6 (as for
             `MeZO`).
         form: `"elementwise"` or `"projected"`.
@@ -89,6 +90,7 @@ class ZOSignSGD(SparseZerothOrder):
         seed: int | None = None,
         process_group: Job = None,
         parallel: Parallel = "data",
+        record: str | Path | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -96,6 +98,7 @@ class ZOSignSGD(SparseZerothOrder):
             seed=seed,
             process_group=process_group,
             parallel=parallel,
+            record=record,
         )
 
     def _check_options(self, group: Group) -> None:

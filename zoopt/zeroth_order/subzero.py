@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ class SubZero(LowRankZerothOrder):
 
     Args:
         params, lr, zo_eps, weight_decay, num_probes, estimator, rounding, max_projected_grad,
-            blocks, block_order, maximize, seed, process_group, parallel: as for `MeZO`.
+            blocks, block_order, maximize, seed, process_group, parallel, record: as for `MeZO`.
         rank: r; default 24 (paper: 8 to 128).
         basis_update_gap: steps between new U and V; default 1000 (paper: 500 to 2000).
         perturbation: as for `MeZO`, but `"auto"` is virtual for all dtypes.
@@ -142,6 +143,7 @@ class SubZero(LowRankZerothOrder):
         seed: int | None = None,
         process_group: Job = None,
         parallel: Parallel = "data",
+        record: str | Path | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -149,6 +151,7 @@ class SubZero(LowRankZerothOrder):
             seed=seed,
             process_group=process_group,
             parallel=parallel,
+            record=record,
         )
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:

@@ -19,7 +19,9 @@ from zoopt.distributed.checkpoint import (
     called_by_get,
     called_by_load,
 )
+from zoopt.distributed.exchange import Job, Parallel
 from zoopt.distributed.sharding import is_sharded
+from zoopt.optimizer import Params
 from zoopt.parameters import named_params
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
@@ -64,6 +66,22 @@ class ZerothOrderOptimizer(ZerothOrderJob):
     _windows: Windows | None = None
     #: How many differences of 16-bit losses have been judged, and how coarse they were.
     _judged = _coarse = 0
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        seed: int | None,
+        process_group: Job = None,
+        parallel: Parallel = "data",
+        record: str | Path | None = None,
+    ) -> None:
+        super().__init__(
+            params, defaults, seed=seed, process_group=process_group, parallel=parallel
+        )
+        if record is not None:
+            self.record(record)
 
     @opaque
     def probe(self, closure: Closure, *, weight: float = 1.0) -> float:
