@@ -13,8 +13,8 @@ from zoopt.checks import check_number
 from zoopt.distributed.seed import SharedSeed
 from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.product.op import add_product_
-from zoopt.noise import normal, stream
+from zoopt.kernels.noise.op import perturb
+from zoopt.noise import stream
 from zoopt.removable import Removable
 
 
@@ -136,25 +136,11 @@ class LoRAGGPO(Removable):
         for name, param in self._params.items():
             squares = self._squares.get(name)
             scales = row_scales(param.detach(), squares, self._sigma, self._beta)
+            theta = param.detach()
+            self._saved[name] = theta.clone()
             key = NoiseKey(self._seed, stream(f"ggpo {name}"))
-            z = normal(
-                param.numel(),
-                seed=key.seed,
-                stream=key.stream,
-                draw=self._step & 0xFFFFFFFF,
-                device=param.device,
-            )
-            self._saved[name] = param.detach().clone()
-            theta = param.detach().contiguous()
-            add_product_(
-                theta,
-                None,
-                None,
-                gradient=z.view(param.shape),
-                channel_scale=scales.unsqueeze(1),
-                key=key,
-            )
-            param.copy_(theta)
+            draw = self._step & 0xFFFFFFFF
+            perturb(theta, 1.0, draw=draw, key=key, row_scale=scales, out=theta)
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, the number of steps taken, and the squared row norms of the last gradients."""
