@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import gc
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -70,6 +71,7 @@ def work(run: Run, settings: Settings, folder: Path) -> Run:
     assert _task is not None
     final = run.steps == METHODS[run.method].longer * STEPS
     store(execute(run, settings, _task, final=final), folder / run.file)
+    gc.collect()  # Models with hooks are in cycles, and few runs fit in memory.
     return run
 
 
