@@ -45,7 +45,7 @@ class LoRAGGPO(Removable):
     for each row i, with G the last step's gradient. This leads to flatter minima, above all in rows
     with large gradients. Before the optimizer's step, W is restored bit for bit.
 
-    It hooks the optimizer's `step`, and the forward pass of the model and of every module that holds
+    It hooks the optimizer's `step`, and the forward pass of the model and of each module that holds
     such a matrix. A forward pass in training mode perturbs the weights; one in evaluation mode
     restores them. All micro-batches of a step see the same noise. A step from gradients of weights
     without noise gives a warning: then none of these modules has been called.
