@@ -186,7 +186,7 @@ class LoRAGGPO(Removable):
             for name, squares in state["squares"].items()
         }
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward(self, module: nn.Module) -> None:
         # Not if gradients are enabled: checkpointing evaluates without them first.
         if module.training:
