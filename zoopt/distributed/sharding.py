@@ -45,7 +45,7 @@ def local_like(value: Tensor, param: Tensor) -> Tensor:
 
 
 def sharded_as(value: Tensor, param: Tensor) -> Tensor:
-    """A value with as many rows as the sharded parameter, sharded like it.
+    """A value that is sharded along its first dimension as the parameter is.
 
     A plain value is the whole tensor, the same in every process.
     """
@@ -54,9 +54,8 @@ def sharded_as(value: Tensor, param: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     like, value = _dtensor(param), value.contiguous()
-    part = like.to_local()
-    first = offset(param) // max(math.prod(param.shape[1:]), 1)
-    mine = value[first : first + part.shape[0]].to(part.device)
+    first, count = rows_here(value.shape[0], param)
+    mine = value[first : first + count].to(like.to_local().device)
     return DTensor.from_local(
         *(mine, like.device_mesh, like.placements),
         run_check=False,
@@ -66,7 +65,7 @@ def sharded_as(value: Tensor, param: Tensor) -> Tensor:
 
 
 def sharded_zeros(shape: tuple[int, ...], dtype: torch.dtype, param: Tensor) -> Tensor:
-    """Zeros with as many rows as the sharded parameter, sharded like it."""
+    """Zeros that are sharded along their first dimension as the parameter is."""
     from torch.distributed.tensor import zeros
 
     whole = _dtensor(param)
@@ -77,16 +76,25 @@ def offset(param: Tensor) -> int:
     """The position of the local part's first element in the whole tensor, row-major."""
     if not is_sharded(param) or not param.dim():
         return 0
-    whole = _dtensor(param)
-    coordinate = whole.device_mesh.get_coordinate()
-    first, rows = 0, param.shape[0]
-    for i, placement in enumerate(whole.placements):
-        if placement.is_shard():
-            # Shards have ceil(rows / size) rows; the last ones have fewer or none.
-            size = -(-rows // whole.device_mesh.size(i))
-            skipped = min(size * (coordinate[i] if coordinate else 0), rows)
-            first, rows = first + skipped, min(size, rows - skipped)
-    return first * math.prod(param.shape[1:])
+    return rows_here(param.shape[0], param)[0] * math.prod(param.shape[1:])
+
+
+def rows_here(rows: int, param: Tensor) -> tuple[int, int]:
+    """Of a tensor of so many rows, sharded as the parameter is, this process's first row, and how
+    many it has."""
+    mesh, first = _dtensor(param).device_mesh, 0
+    coordinate = mesh.get_coordinate()
+    for i in shard_dimensions(param):
+        # Shards have ceil(rows / size) rows; the last ones have fewer or none.
+        size = -(-rows // mesh.size(i))
+        skipped = min(size * (coordinate[i] if coordinate else 0), rows)
+        first, rows = first + skipped, min(size, rows - skipped)
+    return first, rows
+
+
+def shard_dimensions(param: Tensor) -> list[int]:
+    """The dimensions of its mesh over which a DTensor is sharded."""
+    return [i for i, placement in enumerate(_dtensor(param).placements) if placement.is_shard()]
 
 
 @contextlib.contextmanager
@@ -133,9 +141,57 @@ def greatest_(values: Tensor, param: Tensor) -> None:
 def sum_(values: Tensor, param: Tensor) -> None:
     """Replace each value by its sum over the parts of a sharded parameter."""
     mesh = _dtensor(param).device_mesh
-    for i, placement in enumerate(_dtensor(param).placements):
-        if placement.is_shard():
-            torch.distributed.all_reduce(values, group=mesh.get_group(i))
+    for i in shard_dimensions(param):
+        torch.distributed.all_reduce(values, group=mesh.get_group(i))
+
+
+class Rows:
+    """The rows that this process has of a sharded parameter, and of tensors sharded alike.
+
+    Attributes:
+        param: the parameter.
+        count: of all rows.
+    """
+
+    def __init__(self, param: Tensor) -> None:
+        self.param, self.count = param, param.shape[0] if param.dim() else 1
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of each process's values, which are not used afterwards."""
+        values = values.contiguous()
+        sum_(values, self.param)
+        return values
+
+    def norm(self, norm: Tensor) -> Tensor:
+        """The norm of all rows, from each process's."""
+        return self.total(norm.square()).sqrt()
+
+    def greatest_(self, values: Tensor) -> None:
+        """Replace each value by its maximum over the processes."""
+        greatest_(values, self.param)
+
+    @property
+    def first(self) -> int:
+        """The number of this process's first row."""
+        return rows_here(self.count, self.param)[0]
+
+    def mine(self, values: Tensor) -> Tensor:
+        """This process's rows of a tensor that has them all."""
+        first, count = rows_here(self.count, self.param)
+        return values[first : first + count]
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """The rows of all processes, from each process's: float32 or float64, bit for bit."""
+        every = values.new_zeros(self.count, *values.shape[1:])
+        self.mine(every).copy_(values)
+        return self.assembled(every)
+
+    def assembled(self, values: Tensor) -> Tensor:
+        """The values of all processes, of which each has some and zeros elsewhere: float32 or
+        float64, contiguous, and bit for bit."""
+        # As integers: the sum of a negative zero and a zero would be another zero.
+        sum_(values.view(torch.int64 if values.itemsize == 8 else torch.int32), self.param)
+        return values
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Site:
         continues: whether the step has already been prepared, or one of its micro-batches reduced.
             Whatever the reduction uses, such as a basis, then stays the same.
         offset: for a shard, the position of its first element in the whole parameter.
+        sharded: for a shard, that parameter.
     """
 
     param: Tensor
@@ -51,6 +52,18 @@ class Site:
     count: int
     continues: bool = False
     offset: int = 0
+    sharded: Tensor | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        """The parameter, or the one that it is a shard of."""
+        return self.param if self.sharded is None else self.sharded
+
+    @property
+    def shard(self) -> Site:
+        """This process's part of a sharded parameter."""
+        param = self.param
+        return dataclasses.replace(self, param=local(param), offset=offset(param), sharded=param)
 
     @property
     def seed(self) -> int:
@@ -283,7 +296,9 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         # A view of the whole state: writes to it go to the whole state.
         self.state[part] = {name: local(value) for name, value in state.items()}
         try:
-            shard = dataclasses.replace(site, param=part, offset=offset(site.param))
+            shard = dataclasses.replace(
+                site, param=part, offset=offset(site.param), sharded=site.param
+            )
             reduced = self._reduce(shard, gradient)
             if reduced is not None:
                 self._apply(shard, reduced, gradient)
@@ -335,8 +350,8 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
                 raise ValueError(
                     f"{type(self).__name__} must have whole parameters under these "
                     f"hyperparameters, got {name!r}, which is sharded; use one of "
-                    f"{', '.join(_sharding_classes())}, with state_dtype 'float32' or 'bfloat16' "
-                    f"where there is one, or keep the parameter out of fully_shard"
+                    f"{', '.join(_sharding_classes())}, without matrices in its group, or keep the "
+                    f"parameter out of fully_shard"
                 )
 
     def _check_gradient(self, site: Site) -> None:

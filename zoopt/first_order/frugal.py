@@ -16,6 +16,7 @@ from zoopt.checks import (
     check_number,
     check_positive_int,
 )
+from zoopt.distributed.sharding import Rows, anywhere, local, local_like
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
 from zoopt.first_order.base import Site, descent_rate, draw_of
@@ -72,9 +73,12 @@ def frugal(step: Step) -> None:
     rates = [rate] * len(N)
     assert step.gradients is not None
     if rate and step.group["projector"] not in BLIND:
-        whole = [torch.linalg.vector_norm(G, dtype=R.dtype) for G in step.gradients]
-        inside = [torch.linalg.vector_norm(own) for own in R]
-        outside = energy_outside(torch.stack(whole), torch.stack(inside)) > 0.0
+        whole = torch.stack([torch.linalg.vector_norm(G, dtype=R.dtype) for G in step.gradients])
+        inside = torch.stack([torch.linalg.vector_norm(own) for own in R])
+        if step.sharded is not None:
+            whole = Rows(step.sharded).norm(whole)
+            inside = Rows(step.sharded).norm(inside) if step.geo.side == "right" else inside
+        outside = energy_outside(whole, inside) > 0.0
         rates = [rate * heard for heard in all_known(outside, True)]
     step.descend(Terms(N, sign_steps=rates, reduced=R))
 
@@ -161,6 +165,8 @@ class Frugal(ProjectedOptimizer):
     _remedies: ClassVar[Mapping[str, str]] = {
         "rank": "give its density, the rank as a share of the side that is projected, or None"
     }
+
+    shards = True
 
     def __init__(
         self,
@@ -286,12 +292,13 @@ class Frugal(ProjectedOptimizer):
     ) -> Tensor:
         """The rule's, counted from the last change of the subspace, where moments start from 0."""
         group = sites[0].group
-        if self._geometry(sites[0].param, group) is not None:
+        geo = self._geometry(sites[0].whole, group)
+        if geo is not None:
             # A step's number names its rounding's bits too. They are those of the last subspace's
             # step of this age, whose moments have been dropped.
             step = age(sites[0], step - 1)
             if step == 1:
-                names = self._rule(group).specs(reduced.shape[1:], group, reduced.dtype)
+                names = self._rule(group).specs(geo.reduced_shape, group, reduced.dtype)
                 torch._foreach_zero_([state[name] for state in states for name in names])
         return super()._direction(sites, reduced, states, step, keys, norms)
 
@@ -309,7 +316,7 @@ class Frugal(ProjectedOptimizer):
         reduced: Tensor | None = None,
     ) -> None:
         site = sites[0]
-        group, geo = site.group, self._geometry(site.param, site.group)
+        geo = self._geometry(site.param, site.group)
         if geo is None or not _selects(site):
             super()._step_matrices(sites, gradients, bases, reduced)
             return
@@ -317,13 +324,46 @@ class Frugal(ProjectedOptimizer):
         if reduced is None:
             reduced = self._project(sites, gradients)
         states = [self.state[own.param] for own in sites]
+        completed = int(states[0]["step"])
+        columns = [_columns(own, geo, completed) for own in sites]
+        keys = [own.key for own in sites]
+        directions = self._columns_direction(sites, reduced, states, keys)
+        grads = [matrix(gradient) for gradient in gradients]
+        self._write_columns(sites, directions, grads, columns, geo, completed + 1)
+
+    def _columns_direction(
+        self,
+        sites: Sequence[Site],
+        reduced: Tensor,
+        states: Sequence[dict[str, Tensor]],
+        keys: Sequence[NoiseKey],
+    ) -> Tensor:
+        """The rule's direction of the chosen columns, of a step that counts from here on."""
         for state in states:
             state["step"] += 1
         step = int(states[0]["step"])
-        keys = [NoiseKey(own.seed, own.stream) for own in sites]
-        directions = self._direction(sites, reduced, states, step, keys).to(reduced.dtype)
+        return self._direction(sites, reduced, states, step, keys).to(reduced.dtype)
+
+    def _write_columns(
+        self,
+        sites: Sequence[Site],
+        directions: Tensor | Sequence[Tensor],
+        grads: Sequence[Tensor],
+        columns: Sequence[Tensor],
+        geo: Geometry,
+        step: int,
+        before: int = 0,
+    ) -> None:
+        """Descend the directions of the chosen columns, and the signs of all others.
+
+        Args:
+            directions: of each, (channels, r).
+            grads: of each, (m, n).
+            columns: of each, int64 (r,).
+            before: of how many elements of the whole's chosen columns these are behind.
+        """
+        site, group = sites[0], sites[0].group
         thetas = [matrix(own.param.detach()) for own in sites]
-        columns = [_columns(own, geo, step - 1) for own in sites]
         blocks = [
             theta.index_select(_axis(geo), chosen)
             for theta, chosen in zip(thetas, columns, strict=True)
@@ -333,10 +373,10 @@ class Frugal(ProjectedOptimizer):
             "rounding_draw": site.rounding_draw(step),
         }
         # The bits after those of the whole matrix.
-        numel = site.param.numel()
-        rate = directions.new_full((1, 1), descent_rate(group))
+        first = site.whole.numel() + before
+        rate = directions[0].new_full((1, 1), descent_rate(group))
         add_product_(
-            Batch(blocks, [NoiseKey(own.seed, own.stream, numel) for own in sites]),
+            Batch(blocks, [NoiseKey(own.seed, own.stream, first) for own in sites]),
             None,
             None,
             gradient=[_channels_first(direction, geo) for direction in directions],
@@ -344,12 +384,13 @@ class Frugal(ProjectedOptimizer):
             **options,
         )
         # The signs of all columns, in one pass, and then the block in the place of its own.
-        nothing = directions.new_zeros(geo.m, 1), directions.new_zeros(geo.n, 1)
+        rows, width = thetas[0].shape
+        nothing = rate.new_zeros(rows, 1), rate.new_zeros(width, 1)
         add_product_(
-            Batch(thetas, keys),
+            Batch(thetas, [own.key for own in sites]),
             None,
             None,
-            gradient=[matrix(gradient) for gradient in gradients],
+            gradient=grads,
             sign_of=[nothing] * len(sites),
             sign_step=sign_rate(group, geo) * (1.0 if group["maximize"] else -1.0),
             **options,
@@ -358,6 +399,38 @@ class Frugal(ProjectedOptimizer):
             theta.index_copy_(_axis(geo), chosen, block)
             if not own.param.is_contiguous():
                 own.param.copy_(theta.reshape(own.param.shape))
+
+    def _waits(self, completed: int) -> bool:
+        return True
+
+    def _step_shard(self, site: Site, gradient: Tensor) -> None:
+        param, geo = site.param, self._geometry(site.param, site.group)
+        if geo is None or not _selects(site):
+            super()._step_shard(site, gradient)
+            return
+        state = {name: local(value) for name, value in self._state(param, site.group).items()}
+        completed, grad = int(state["step"]), matrix(local_like(gradient, param))
+        if self._refresh_due(site, state) and anywhere(not grad.isfinite().all(), param):
+            return
+        rows, part, chosen = Rows(param), site.shard, _columns(site, geo, completed)
+        wide, key = accumulator_dtype(param.dtype), NoiseKey(site.seed, site.stream)
+        if geo.side == "right":
+            before = rows.first * geo.rank
+            reduced, key = grad.index_select(1, chosen).to(wide), key.shifted(before)
+            [own] = self._columns_direction([part], reduced.unsqueeze(0), [state], [key])
+        else:
+            # Every process has all of R and its moments, and here are some of the chosen rows.
+            skipped = int((chosen < rows.first).sum())
+            chosen = chosen[(chosen >= rows.first) & (chosen < rows.first + len(grad))] - rows.first
+            every, mine = (
+                grad.new_zeros(geo.rank, geo.n, dtype=wide),
+                slice(skipped, skipped + len(chosen)),
+            )
+            every[mine] = grad.index_select(0, chosen).to(wide)
+            reduced = rows.assembled(every).t().contiguous()
+            [direction] = self._columns_direction([part], reduced.unsqueeze(0), [state], [key])
+            own, before = direction[:, mine], skipped * geo.n
+        self._write_columns([part], [own], [grad], [chosen], geo, completed + 1, before)
 
 
 def _selects(site: Site) -> bool:
