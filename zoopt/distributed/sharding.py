@@ -54,7 +54,7 @@ def sharded_as(value: Tensor, param: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     like, value = _dtensor(param), value.contiguous()
-    first, count = rows_here(value.shape[0], param)
+    first, count = chunk_here(value.shape[0], param)
     mine = value[first : first + count].to(like.to_local().device)
     return DTensor.from_local(
         *(mine, like.device_mesh, like.placements),
@@ -76,10 +76,10 @@ def offset(param: Tensor) -> int:
     """The position of the local part's first element in the whole tensor, row-major."""
     if not is_sharded(param) or not param.dim():
         return 0
-    return rows_here(param.shape[0], param)[0] * math.prod(param.shape[1:])
+    return chunk_here(param.shape[0], param)[0] * math.prod(param.shape[1:])
 
 
-def rows_here(rows: int, param: Tensor) -> tuple[int, int]:
+def chunk_here(rows: int, param: Tensor) -> tuple[int, int]:
     """Of a tensor of so many rows, sharded as the parameter is, this process's first row, and how
     many it has."""
     mesh, first = _dtensor(param).device_mesh, 0
@@ -173,11 +173,11 @@ class Rows:
     @property
     def first(self) -> int:
         """The number of this process's first row."""
-        return rows_here(self.count, self.param)[0]
+        return chunk_here(self.count, self.param)[0]
 
     def mine(self, values: Tensor) -> Tensor:
         """This process's rows of a tensor that has them all."""
-        first, count = rows_here(self.count, self.param)
+        first, count = chunk_here(self.count, self.param)
         return values[first : first + count]
 
     def gathered(self, values: Tensor) -> Tensor:

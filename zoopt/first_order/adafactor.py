@@ -264,12 +264,11 @@ class GaLoreAdafactor(ProjectedOptimizer):
     ) -> Tensor:
         """The rule's, times alpha / lr."""
         direction = super()._direction(sites, reduced, states, step, keys, norms)
-        group, sharded = sites[0].group, sites[0].sharded
+        group, rows = sites[0].group, sites[0].rows
         if not group["relative_step"]:
             return direction
         # min(lr, 1 / sqrt(t)) / lr, of a rate of 0 too.
         share = max(1.0, float(group["lr"]) * math.sqrt(step))
-        rows = None if sharded is None else Rows(sharded)
         for site, own in zip(sites, direction, strict=True):
             own.mul_(root_mean_square(site.param, rows).clamp_min(group["eps"][1]) / share)
         return direction
@@ -279,7 +278,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
             return {}
         geo = self._geometry(site.sharded, site.group)
         # On the left, and between two bases, every process has the whole of R.
-        return {"rows": Rows(site.sharded)} if geo is None or geo.side == "right" else {}
+        return {"rows": site.rows} if geo is None or geo.side == "right" else {}
 
     def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
         """The mean squares of rows too, and of more than two axes those of columns."""

@@ -16,6 +16,7 @@ from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.checks import check_bool, check_choice, check_number
 from zoopt.distributed.checkpoint import asks_for_state
 from zoopt.distributed.sharding import (
+    Rows,
     check_placement,
     is_sharded,
     local,
@@ -58,6 +59,11 @@ class Site:
     def whole(self) -> Tensor:
         """The parameter, or the one that it is a shard of."""
         return self.param if self.sharded is None else self.sharded
+
+    @property
+    def rows(self) -> Rows | None:
+        """The rows that a shard has."""
+        return None if self.sharded is None else Rows(self.sharded)
 
     @property
     def shard(self) -> Site:
@@ -324,6 +330,10 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
     def _needs_gradient(self, site: Site) -> bool:
         """Whether `_apply` needs the whole gradient besides the result of `_reduce`."""
         return False
+
+    def _keeps_gradient(self, site: Site) -> bool:
+        """Whether the result of `_reduce` is the whole gradient."""
+        return True
 
     def _sites(self) -> Iterator[Site]:
         """Every parameter, with its place."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from zoopt.checks import (
 from zoopt.distributed.sharding import Rows, anywhere, local, local_like
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
-from zoopt.first_order.base import Site, descent_rate, draw_of
-from zoopt.first_order.projected.basis import age, cycle
+from zoopt.first_order.base import Site
+from zoopt.first_order.projected.basis import age
+from zoopt.first_order.projected.columns import axis_of, channels_first, columns_of, write_columns
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import Geometry, Side, matrix
 from zoopt.first_order.projected.residuals import (
@@ -34,11 +35,8 @@ from zoopt.first_order.projected.residuals import (
 from zoopt.first_order.projected.rules import ADAM, LION, MOMENTUM, Rule
 from zoopt.first_order.projected.subspace import BLIND
 from zoopt.kernels.adam.moments import Format
-from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import all_known, known
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.product.op import add_product_
-from zoopt.noise import normal
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 
@@ -85,18 +83,6 @@ def frugal(step: Step) -> None:
 
 #: Of the part outside, the signs.
 SIGNS = Residual(no_specs, frugal, needs_gradient=True)
-
-
-def random_columns(
-    dim: int, rank: int, *, seed: int, stream: int, draw: int, device: torch.device
-) -> Tensor:
-    """`rank` of the numbers below `dim`, each set as likely as any other, in order: int64, (rank,).
-
-    Args:
-        seed, stream, draw: name the noise that decides.
-    """
-    noise = normal(dim, seed=seed, stream=stream, draw=draw, device=device)
-    return noise.argsort(stable=True)[:rank].sort().values
 
 
 @register("frugal", "low-rank")
@@ -222,7 +208,7 @@ class Frugal(ProjectedOptimizer):
         side = geo.m if geo.side == "left" else geo.n
         dtype = accumulator_dtype(site.param.dtype)
         eye = torch.eye(side, dtype=dtype, device=site.param.device)
-        return {"basis": eye[:, _columns(site, geo, completed)]}
+        return {"basis": eye[:, columns_of(site, geo, completed)]}
 
     def _rule(self, group: Group) -> Rule:
         return RULES[group["rule"]]
@@ -270,8 +256,8 @@ class Frugal(ProjectedOptimizer):
         wide = accumulator_dtype(site.param.dtype)
         blocks = []
         for own, gradient in zip(sites, gradients, strict=True):
-            block = matrix(gradient).index_select(_axis(geo), _columns(own, geo, completed))
-            blocks.append(_channels_first(block, geo).to(wide).contiguous())
+            block = matrix(gradient).index_select(axis_of(geo), columns_of(own, geo, completed))
+            blocks.append(channels_first(block, geo).to(wide).contiguous())
         return blocks[0].unsqueeze(0) if len(blocks) == 1 else torch.stack(blocks)
 
     def _kind(self, site: Site) -> Hashable:
@@ -325,11 +311,12 @@ class Frugal(ProjectedOptimizer):
             reduced = self._project(sites, gradients)
         states = [self.state[own.param] for own in sites]
         completed = int(states[0]["step"])
-        columns = [_columns(own, geo, completed) for own in sites]
+        columns = [columns_of(own, geo, completed) for own in sites]
         keys = [own.key for own in sites]
         directions = self._columns_direction(sites, reduced, states, keys)
         grads = [matrix(gradient) for gradient in gradients]
-        self._write_columns(sites, directions, grads, columns, geo, completed + 1)
+        signs = sign_rate(site.group, geo)
+        write_columns(sites, directions, grads, columns, geo, completed + 1, signs=signs)
 
     def _columns_direction(
         self,
@@ -344,62 +331,6 @@ class Frugal(ProjectedOptimizer):
         step = int(states[0]["step"])
         return self._direction(sites, reduced, states, step, keys).to(reduced.dtype)
 
-    def _write_columns(
-        self,
-        sites: Sequence[Site],
-        directions: Tensor | Sequence[Tensor],
-        grads: Sequence[Tensor],
-        columns: Sequence[Tensor],
-        geo: Geometry,
-        step: int,
-        before: int = 0,
-    ) -> None:
-        """Descend the directions of the chosen columns, and the signs of all others.
-
-        Args:
-            directions: of each, (channels, r).
-            grads: of each, (m, n).
-            columns: of each, int64 (r,).
-            before: of how many elements of the whole's chosen columns these are behind.
-        """
-        site, group = sites[0], sites[0].group
-        thetas = [matrix(own.param.detach()) for own in sites]
-        blocks = [
-            theta.index_select(_axis(geo), chosen)
-            for theta, chosen in zip(thetas, columns, strict=True)
-        ]
-        options: dict[str, Any] = {
-            "decay": 1.0 - float(group["lr"]) * group["weight_decay"],
-            "rounding_draw": site.rounding_draw(step),
-        }
-        # The bits after those of the whole matrix.
-        first = site.whole.numel() + before
-        rate = directions[0].new_full((1, 1), descent_rate(group))
-        add_product_(
-            Batch(blocks, [NoiseKey(own.seed, own.stream, first) for own in sites]),
-            None,
-            None,
-            gradient=[_channels_first(direction, geo) for direction in directions],
-            channel_scale=[rate] * len(sites),
-            **options,
-        )
-        # The signs of all columns, in one pass, and then the block in the place of its own.
-        rows, width = thetas[0].shape
-        nothing = rate.new_zeros(rows, 1), rate.new_zeros(width, 1)
-        add_product_(
-            Batch(thetas, [own.key for own in sites]),
-            None,
-            None,
-            gradient=grads,
-            sign_of=[nothing] * len(sites),
-            sign_step=sign_rate(group, geo) * (1.0 if group["maximize"] else -1.0),
-            **options,
-        )
-        for own, theta, chosen, block in zip(sites, thetas, columns, blocks, strict=True):
-            theta.index_copy_(_axis(geo), chosen, block)
-            if not own.param.is_contiguous():
-                own.param.copy_(theta.reshape(own.param.shape))
-
     def _waits(self, completed: int) -> bool:
         return True
 
@@ -412,7 +343,7 @@ class Frugal(ProjectedOptimizer):
         completed, grad = int(state["step"]), matrix(local_like(gradient, param))
         if self._refresh_due(site, state) and anywhere(not grad.isfinite().all(), param):
             return
-        rows, part, chosen = Rows(param), site.shard, _columns(site, geo, completed)
+        rows, part, chosen = Rows(param), site.shard, columns_of(site, geo, completed)
         wide, key = accumulator_dtype(param.dtype), NoiseKey(site.seed, site.stream)
         if geo.side == "right":
             before = rows.first * geo.rank
@@ -430,30 +361,12 @@ class Frugal(ProjectedOptimizer):
             reduced = rows.assembled(every).t().contiguous()
             [direction] = self._columns_direction([part], reduced.unsqueeze(0), [state], [key])
             own, before = direction[:, mine], skipped * geo.n
-        self._write_columns([part], [own], [grad], [chosen], geo, completed + 1, before)
+        signs = sign_rate(site.group, geo)
+        write_columns(
+            [part], [own], [grad], [chosen], geo, completed + 1, signs=signs, before=before
+        )
 
 
 def _selects(site: Site) -> bool:
     """Whether R is columns of the gradient themselves."""
     return bool(site.group["projector"] == "columns")
-
-
-def _columns(site: Site, geo: Geometry, completed: int) -> Tensor:
-    """The columns (rows on the left) of the step after `completed` ones: int64, (r,)."""
-    return random_columns(
-        geo.m if geo.side == "left" else geo.n,
-        geo.rank,
-        seed=site.seed,
-        stream=site.stream,
-        draw=draw_of(cycle(site, completed)),
-        device=site.param.device,
-    )
-
-
-def _axis(geo: Geometry) -> int:
-    return 0 if geo.side == "left" else 1
-
-
-def _channels_first(block: Tensor, geo: Geometry) -> Tensor:
-    """(m, r) as it is, (r, n) as (n, r); and back."""
-    return block.t() if geo.side == "left" else block

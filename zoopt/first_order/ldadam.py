@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import get_args
 
@@ -15,11 +14,11 @@ from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.base import Mark, Site, betas_of
 from zoopt.first_order.galore import INSIDE
-from zoopt.first_order.projected.coded_shards import whole_blocks
 from zoopt.first_order.projected.geometry import Geometry, matrix
+from zoopt.first_order.projected.moments_of_rows import load_moments, store_moments
 from zoopt.first_order.projected.residuals import OneSided, Residual, Terms
-from zoopt.first_order.projected.rules import adam_moments, adam_numbers, store_moment
-from zoopt.first_order.projected.sharded import first_row, rows_of
+from zoopt.first_order.projected.rules import adam_numbers
+from zoopt.first_order.projected.sharded import rows_of
 from zoopt.first_order.projected.subspace import (
     balanced,
     factors,
@@ -28,7 +27,7 @@ from zoopt.first_order.projected.subspace import (
     subspace,
     times,
 )
-from zoopt.kernels.adam.moments import Format, Moment, decode
+from zoopt.kernels.adam.moments import Format, Moment
 from zoopt.kernels.adam.op import adam_
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
@@ -296,10 +295,12 @@ class LDAdamW(AdamFamily):
         completed = int(state["step"])
         if not completed:
             return self._first_basis(site, gradient, geo)
-        first, _ = adam_moments(state, math.prod(geo.reduced_shape))
-        average = decode(first).view(geo.reduced_shape).to(state["basis"].dtype)
+        average, _ = load_moments(site, state, geo, {})
         average = average / (1.0 - betas_of(group)[0] ** completed or 1.0)
         return next_basis(_parts(gradient, state), average, state["basis"], group["rho"], geo)
+
+    def _keeps_gradient(self, site: Site) -> bool:
+        return True
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         """The gradient itself: the basis is one of the whole step's, and so is the error."""
@@ -335,8 +336,8 @@ class LDAdamW(AdamFamily):
         """Step a matrix, or the rows of one that are here, and turn its moments to the basis that
         follows."""
         group, step = site.group, int(state["step"]) + 1
-        rows = None if site.sharded is None else Rows(site.sharded)
-        average, square = self._moments(site, state, geo)
+        rows, units = site.rows, self._coded(site)
+        average, square = load_moments(site, state, geo, units)
         projected, moved, square = ldadam(
             *(_parts(grad, state), average, square, state["basis"], following),
             step=step,
@@ -363,54 +364,16 @@ class LDAdamW(AdamFamily):
                 rounding_draw=site.rounding_draw(step),
             )
         state["basis"].copy_(following)
-        self._store_moments(site, state, (moved, square), geo, step)
+        store_moments(site, state, (moved, square), geo, units, step)
         state["step"] += 1
         up = {"basis": following}
         if site.sharded is not None:
             up = rows_of(up, site.sharded, geo)
         self._write([site], Terms(direction.unsqueeze(0)), None, [up], geo, step)
 
-    def _moments(
-        self, site: Site, state: dict[str, Tensor], geo: Geometry
-    ) -> tuple[Tensor, Tensor]:
-        """m and v, (channels, r) or this process's rows of them, in the basis's dtype."""
-        wide, param = state["basis"].dtype, site.sharded
-        own = rows_of_reduced(site.sharded, geo)
-        units = {} if param is None else self._units(param, site.group)
-        if param is None or not units:
-            first, second = adam_moments(state, math.prod(own))
-            return decode(first).view(own).to(wide), decode(second).view(own).to(wide)
-        values = torch.zeros(2, *own, dtype=wide, device=site.param.device)
-        average, square = values
-        with whole_blocks(param, geo.reduced_shape, state, units, writes=[average, square]) as cut:
-            for stored, written in zip(
-                adam_moments(cut.state, cut.writes[0].numel()), cut.writes, strict=True
-            ):
-                written.copy_(decode(stored))
-        return average, square
-
-    def _store_moments(
-        self,
-        site: Site,
-        state: dict[str, Tensor],
-        values: tuple[Tensor, Tensor],
-        geo: Geometry,
-        step: int,
-    ) -> None:
-        """Round m and v to their format."""
-        param, group, key = site.sharded, site.group, NoiseKey(site.seed, site.stream)
-        units = {} if param is None else self._units(param, group)
-        if param is None or not units:
-            if param is not None and geo.side == "right":
-                key = key.shifted(first_row(param) * geo.rank)
-            stored = adam_moments(state, values[0].numel())
-            for value, moment in zip(values, stored, strict=True):
-                store_moment(value, moment, group, step, key)
-            return
-        with whole_blocks(param, geo.reduced_shape, state, units, reads=values) as cut:
-            stored = adam_moments(cut.state, cut.reads[0].numel())
-            for value, moment in zip(cut.reads, stored, strict=True):
-                store_moment(value, moment, group, step, key.shifted(cut.first))
+    def _coded(self, site: Site) -> Mapping[str, int]:
+        """`coded_units` of a shard."""
+        return {} if site.sharded is None else self._units(site.sharded, site.group)
 
     def _step_shard(self, site: Site, gradient: Tensor) -> None:
         param, group = site.param, site.group
@@ -426,7 +389,7 @@ class LDAdamW(AdamFamily):
             return
         following = torch.empty_like(state["basis"])
         if int(state["step"]):
-            average, _ = self._moments(site.shard, state, geo)
+            average, _ = load_moments(site.shard, state, geo, self._coded(site.shard))
             average = average / (1.0 - betas_of(group)[0] ** int(state["step"]) or 1.0)
             parts = _parts(grad, state)
             made = next_basis(parts, average, state["basis"], group["rho"], geo, rows)
@@ -475,12 +438,6 @@ def _adam(
         eps=eps,
         key=key,
     )
-
-
-def rows_of_reduced(sharded: Tensor | None, geo: Geometry) -> tuple[int, int]:
-    """The shape of what is here of R, or of all of it."""
-    channels, rank = geo.reduced_shape
-    return (len(local(sharded)) if sharded is not None and geo.side == "right" else channels), rank
 
 
 def _parts(gradient: Tensor, state: Mapping[str, Tensor]) -> list[Tensor]:

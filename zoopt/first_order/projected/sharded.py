@@ -72,7 +72,8 @@ class ShardedMatrices(ProjectedState):
         if self._refresh_due(site, state):
             if not anywhere(not grad.isfinite().all(), param):
                 refresh = functools.partial(self._refresh, site, state, geo)
-                refresh_together(site, state, self._basis_specs(geo, group, param.dtype), refresh)
+                names = self._basis_specs(geo, group, param.dtype)
+                refresh_together(site, gradient, state, names, refresh)
             elif self._waits(completed):
                 return
         bases = rows_of(load_bases(site, state, geo, completed), param, geo)
@@ -166,17 +167,21 @@ class ShardedMatrices(ProjectedState):
 
 
 def refresh_together(
-    site: Site, state: State, names: Iterable[str], refresh: Callable[[Tensor], None]
+    site: Site,
+    gradient: Tensor,
+    state: State,
+    names: Iterable[str],
+    refresh: Callable[[Tensor], None],
 ) -> None:
     """Make new bases in one of the processes that share the parameter, and send them to the others.
 
     Args:
+        gradient: the parameter's, sharded like it.
         names: of the state that `refresh` computes from the whole gradient, (m, n).
     """
-    assert site.param.grad is not None
-    gradient = matrix(whole(site.param.grad))
+    every = matrix(whole(gradient))
     if is_owner(site.param, site.position):
-        refresh(gradient)
+        refresh(every)
     for name in names:
         broadcast_(state[name], site.param, site.position)
 
