@@ -16,6 +16,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import zoopt
 from tests.processes import Scenario, failure, run_all, scenario_cases
@@ -178,6 +184,75 @@ def replicas_of_shards(folder: Path) -> None:
         assert_same_run(model, optimizer, plain, other)
 
 
+def by_columns(model: nn.Module, *placements: Any) -> nn.Module:
+    """Parameters sharded along their second dimension; vectors along their only one."""
+    mesh = dist.device_mesh.init_device_mesh(
+        "cpu", (dist.get_world_size() // len(placements), len(placements))[: len(placements)]
+    )
+    for name, param in list(model.named_parameters()):
+        own = placements if param.dim() > 1 else [Shard(0) for _ in placements]
+        value = distribute_tensor(param.detach(), mesh, own)
+        model.register_parameter(name, nn.Parameter(value))
+    return model
+
+
+COLUMNS: dict[str, Callable[[nn.Module], Any]] = {
+    "AdamW": adamw,
+    "bfloat16 moments": lambda m: adamw(m, state_dtype="bfloat16"),
+    "SM3": lambda m: zoopt.SM3(m.named_parameters(), momentum=0.5, rounding="nearest", seed=7),
+    "lion": lambda m: frugal(m, density=None, rule="lion"),
+}
+
+
+def columns_equal_the_unsharded_run(folder: Path) -> None:
+    """Unequal numbers of them, and none in some processes."""
+    for name, build in COLUMNS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            both = name != "SM3" and dist.get_world_size() == 4
+            for placements in ([Shard(1)], [Shard(0), Shard(1)])[: 1 + both]:
+                plain, model = bag(dtype), by_columns(bag(dtype), *placements)
+                optimizer, other = build(model), build(plain)
+                go_on(model, optimizer, range(2))
+                go_on(plain, other, range(2))
+                optimizer.load_state_dict(other.state_dict())
+                go_on(model, optimizer, range(2, 3))
+                go_on(plain, other, range(2, 3))
+                try:
+                    assert_same_run(model, optimizer, plain, other)
+                except AssertionError as error:
+                    raise AssertionError(f"{name}, {dtype}, {placements}") from error
+
+
+def tensor_parallel_layers_train(folder: Path) -> None:
+    """In float64, where products of 16 numbers of size 1 are summed in another order."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    x = torch.linspace(-1.0, 1.0, 24, dtype=torch.float64).view(3, 8)
+    for build in (adamw, lambda m: zoopt.SM3(m.named_parameters(), seed=7)):
+        models = []
+        for parallel in (False, True):
+            torch.manual_seed(0)
+            model: nn.Module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+            if parallel:
+                model = parallelize_module(model, mesh, plan)
+            optimizer = build(model)
+            for _ in range(3):
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            models.append(model)
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(whole(q), p, rtol=0.0, atol=1e-10)
+
+
+def what_columns_cannot_be_is_refused(folder: Path) -> None:
+    model = by_columns(bag(torch.bfloat16, odd=(130, 64)), Shard(1))
+    rest = "must have parameters sharded along dimension 0 .*, got dimension 1 for 'odd'; use AdamW"
+    for build in (EXACT["int8"], ldadam, lambda m: zoopt.SM3(m.named_parameters())):
+        with pytest.raises(ValueError, match=rest):
+            build(model)
+
+
 SAVED = {
     **{name: EXACT[name] for name in ("int8", "int4", "columns, int8", "rows")},
     **{name: SUMMED[name] for name in ("LDAdam int8", "Adafactor, averaged", "GaLore int8")},
@@ -284,6 +359,7 @@ SCENARIOS: dict[int, list[Scenario]] = {
         equals_the_unsharded_run,
         equals_the_unsharded_run_to_rounding,
         replicas_of_shards,
+        columns_equal_the_unsharded_run,
         checkpoints_resume_to_the_bit,
         fused_equals_unfused,
     ],
@@ -291,6 +367,9 @@ SCENARIOS: dict[int, list[Scenario]] = {
         equals_the_unsharded_run,
         equals_the_unsharded_run_to_rounding,
         what_is_not_finite_waits_everywhere,
+        columns_equal_the_unsharded_run,
+        tensor_parallel_layers_train,
+        what_columns_cannot_be_is_refused,
         checkpoints_resume_to_the_bit,
         fused_equals_unfused,
     ],

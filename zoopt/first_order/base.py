@@ -18,6 +18,7 @@ from zoopt.distributed.checkpoint import asks_for_state
 from zoopt.distributed.sharding import (
     Rows,
     check_placement,
+    inner_dimension,
     is_sharded,
     local,
     local_like,
@@ -356,6 +357,13 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             if not is_sharded(param):
                 continue
             check_placement(param, name)
+            if inner_dimension(param) and not self._can_shard(param, group):
+                raise ValueError(
+                    f"{type(self).__name__} must have parameters sharded along dimension 0 under "
+                    f"these hyperparameters, got dimension {inner_dimension(param)} for {name!r}; "
+                    f"use AdamW with state_dtype 'float32' or 'bfloat16', a group with rank=None, "
+                    f"or SM3 (in 16 bits with rounding='nearest')"
+                )
             if not self._can_shard(param, group):
                 raise ValueError(
                     f"{type(self).__name__} must have whole parameters under these "

@@ -13,16 +13,20 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from zoopt.distributed.sharding import (
     anywhere,
     broadcast_,
     greatest_,
+    in_runs,
+    inner_dimension,
     is_owner,
     local,
     local_like,
     offset,
+    runs,
     shard_dimensions,
     sum_,
     whole,
@@ -64,6 +68,8 @@ class ShardedMatrices(ProjectedState):
         if geo is None:
             if self._rule(group).elementwise and self._units(param, group):
                 self._step_blocks(site, gradient)
+            elif inner_dimension(param) and self._is_rounded(param, group):
+                self._step_runs(site, gradient)
             else:
                 super()._step_shard(site, gradient)
             return
@@ -91,6 +97,34 @@ class ShardedMatrices(ProjectedState):
         """Whether a parameter is not stepped if new bases are due, after so many steps, and cannot
         be had from this gradient."""
         return completed == 0
+
+    def _is_rounded(self, param: Tensor, group: Group) -> bool:
+        """Whether a step by itself rounds numbers, which depends on their places in the whole."""
+        specs = self.declared_state(param, group).values()
+        return param.itemsize == 2 or any(spec.dtype == torch.bfloat16 for spec in specs)
+
+    def _step_runs(self, site: Site, gradient: Tensor) -> None:
+        """Step a parameter by itself whose part here consists of runs, as if each were one."""
+        param, group = site.param, site.group
+        state = {name: local(value) for name, value in self._state(param, group).items()}
+        part, starts = local(param), runs(param)
+        divided = {name: in_runs(own, param) for name, own in state.items() if name != "step"}
+        grads = in_runs(local_like(gradient, param), param)
+        sites = []
+        for i, (own, start) in enumerate(zip(in_runs(part, param), starts, strict=True)):
+            sites.append(dataclasses.replace(site, param=own, offset=start))
+            self.state[own] = {name: values[i] for name, values in divided.items()}
+            self.state[own]["step"] = state["step"].clone()
+        try:
+            if sites and self._rule(group).write is not None:
+                self._update_together(sites, grads)
+            else:
+                for each, grad in zip(sites, grads, strict=True):
+                    self._apply(each, grad, grad)
+        finally:
+            for each in sites:
+                del self.state[each.param]
+        state["step"] += 1
 
     def _step_blocks(self, site: Site, gradient: Tensor) -> None:
         """Step a parameter by itself whose moments are coded: whole blocks of it."""
@@ -160,9 +194,11 @@ class ShardedMatrices(ProjectedState):
         one dimension of processes only."""
         if self._matrices_of(param, group) > 1:
             return False
+        alone = self._geometry(param, group) is None and self._rule(group).elementwise
+        if inner_dimension(param):
+            return alone and not self._units(param, group)
         if len(shard_dimensions(param)) > 1 and self._units(param, group):
             return False
-        alone = self._geometry(param, group) is None and self._rule(group).elementwise
         return alone or self.shards
 
 
