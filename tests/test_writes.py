@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.writes import RULES, batch, one_by_one, script
 from zoopt import kernels
 from zoopt.kernels import NoiseKey, Write
+from zoopt.kernels.noise.writes import kept_directions
 
 SIZES = (5000, 37, 2048, 1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -40,6 +43,23 @@ def test_writes_have_the_bits_of_each_made_alone(dtype: torch.dtype, noise: dict
 def test_the_reference_has_all_rules() -> None:
     check(torch.float32, {}, RULES, "reference")
     check(torch.float64, {"density": 0.5}, RULES, "reference")
+
+
+@given(draws=st.lists(st.integers(0, 9), max_size=40), room=st.integers(1, 5))
+def test_directions_are_where_terms_look_for_them(draws: list[int], room: int) -> None:
+    """What a term finds at its place is its direction, and nothing is made twice without need."""
+    places, made, last = kept_directions(draws, room)
+    held: dict[int, tuple[int, int]] = {}
+    for j, (draw, place, new) in enumerate(zip(draws, places, made, strict=True)):
+        assert 0 <= place < room
+        if new:
+            assert draw not in {d for d, _ in held.values()}
+            held[place] = draw, j
+        assert held[place][0] == draw
+        assert last[held[place][1]] >= j
+        assert last[j] == j or new
+    if len({*draws}) <= room:
+        assert sum(made) == len({*draws})
 
 
 def test_a_write_of_more_directions_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,16 +83,19 @@ def one_by_one(theta: Tensor, key: NoiseKey, writes: list[Write]) -> None:
 
 
 def tensors(dtype: torch.dtype, sizes: tuple[int, ...]) -> list[Tensor]:
-    """Weights of all sizes, -0.0 among them."""
+    """Weights of all sizes, -0.0, infinity and NaN among them."""
     generator = torch.Generator().manual_seed(3)
     made = [torch.randn(size, generator=generator) for size in sizes]
     for tensor in made:
         tensor.view(-1)[::7] = -0.0
+        tensor.view(-1)[3::1009] = float("inf")
+        tensor.view(-1)[4::1009] = float("nan")
     return [tensor.to(dtype) for tensor in made]
 
 
 def batch(dtype: torch.dtype, sizes: tuple[int, ...], **options: Any) -> Batch:
-    """Weights with keys, whose offsets are none, small and of more than 32 bits."""
-    offsets = [(0, 5, 1 << 33)[i % 3] for i in range(len(sizes))]
+    """Weights with keys, whose offsets are none, small, and just before more than 32 bits of
+    blocks."""
+    offsets = [(0, 5, (1 << 35) - 700)[i % 3] for i in range(len(sizes))]
     keys = [NoiseKey(77, 5 + i, offset, **options) for i, offset in enumerate(offsets)]
     return Batch(tensors(dtype, sizes), keys)

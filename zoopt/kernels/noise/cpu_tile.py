@@ -52,7 +52,7 @@ _MASK = philox.PURPOSE_MASK
 
 
 @jit
-def _words(out, first_block, blocks, stream, draw, purpose, k0, k1):
+def make_blocks(out, first_block, blocks, stream, draw, purpose, k0, k1):
     """Fill out[: 4 blocks], uint32, with the words of consecutive blocks.
 
     A word has a lane of 64 bits, where the products are made, so that none is moved between lanes.
@@ -108,13 +108,13 @@ def generate(z, words, random, index, count, per_word, stream, draw, k0, k1, thr
     first = index // per_block
     lead = index - per_block * first
     blocks = (lead + count + per_block - 1) // per_block
-    _words(words, first, blocks, stream, draw, _DIRECTION, k0, k1)
+    make_blocks(words, first, blocks, stream, draw, _DIRECTION, k0, k1)
     if per_word == NORMALS_PER_WORD:
         _normals(z[: 8 * blocks], words.view(np.int16)[: 8 * blocks])
     if threshold is not None:
         # From the same element on, so that both have the same lead.
         eighths = per_block // 8
-        _words(random, first * eighths, blocks * eighths, stream, draw, _MASK, k0, k1)
+        make_blocks(random, first * eighths, blocks * eighths, stream, draw, _MASK, k0, k1)
     return lead
 
 
@@ -166,7 +166,7 @@ def halfwords(words, index, count, stream, draw, purpose, k0, k1):
     """16 bits for each of elements index ... index + count - 1: uint16, a slice of the scratch."""
     first = index // 8
     lead = index - 8 * first
-    _words(words, first, (lead + count + 7) // 8, stream, draw, purpose, k0, k1)
+    make_blocks(words, first, (lead + count + 7) // 8, stream, draw, purpose, k0, k1)
     return words.view(np.uint16)[lead : lead + count]
 
 

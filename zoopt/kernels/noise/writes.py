@@ -21,6 +21,10 @@ RULES: dict[str, int] = {"none": 0, "sign": 1, "adam": 2}
 _MOST_KEPT = 64
 
 
+#: The writes that the CPU makes at once along one direction.
+_LONGEST_RUN = 3
+
+
 @dataclasses.dataclass(frozen=True)
 class Write:
     """theta <- round(decay theta + sum_j coefficients[j] z(draws[j]) + u).
@@ -57,11 +61,6 @@ class Write:
     closes: tuple[bool, ...] = ()
     step_size: float = 0.0
     eps: float = 0.0
-
-    @property
-    def plain(self) -> bool:
-        """Whether it has one direction, no estimate and no random bits."""
-        return len(self.draws) == 1 and self.rule == "none" and self.rounding_draw is None
 
     def undone(self) -> Write:
         """The write that takes this one back, up to rounding, which is to nearest.
@@ -119,6 +118,33 @@ def rounding_draw(rounding: Rounding, draws: Sequence[int]) -> int | None:
     return draws[-1] if rounding == "stochastic" else None
 
 
+def kept_directions(draws: Sequence[int], room: int) -> tuple[list[int], list[bool], list[int]]:
+    """Where to keep the directions of terms until they are used again; the one that was used least
+    recently gives way.
+
+    Args:
+        draws: one for each term, in order.
+        room: how many directions can be kept.
+
+    Returns:
+        For each term: its direction's place; whether it must be made; and, where it must, the last
+        term that uses what was made.
+    """
+    held: dict[int, tuple[int, int]] = {}  # draw -> place, the term that made it; oldest use first
+    places, made, last = [], [], list(range(len(draws)))
+    for j, draw in enumerate(draws):
+        known = held.pop(draw, None)
+        if known is None:
+            place = held.pop(next(iter(held)))[0] if len(held) == room else len(held)
+        else:
+            place = known[0]
+            last[known[1]] = j
+        held[draw] = place, j if known is None else known[1]
+        places.append(place)
+        made.append(known is None)
+    return places, made, last
+
+
 class Script:
     """Writes in order, with their numbers rounded to the accumulator's dtype.
 
@@ -136,25 +162,45 @@ class Script:
         return any(write.rule != "none" for write in self.writes)
 
     @functools.cached_property
-    def kept(self) -> int:
-        """How many directions a tile keeps: those of the write with most, a power of two."""
+    def _directions(self) -> tuple[list[int], list[bool], list[int]]:
+        """Of each term: place, whether it is made there, and the last term that uses it, for as
+        many places as the write with most directions needs."""
         most = max((len({*write.draws, *write.estimate_draws}) for write in self.writes), default=1)
-        return min(_MOST_KEPT, 1 << max(0, most - 1).bit_length())
+        room = min(_MOST_KEPT, max(1, most))
+        places, made, last = kept_directions(self._draws, room)
+        # Those for one term alone need no place.
+        shared = [j for j, m in enumerate(made) if not m or last[j] > j]
+        own, *_ = kept_directions([self._draws[j] for j in shared], room)
+        places = [0] * len(places)
+        for j, place in zip(shared, own, strict=True):
+            places[j] = place
+        return places, made, last
+
+    @functools.cached_property
+    def _draws(self) -> list[int]:
+        return [draw for write in self.writes for draw in (*write.draws, *write.estimate_draws)]
+
+    @functools.cached_property
+    def kept(self) -> int:
+        """How many directions of a tile are kept on the CPU."""
+        return max(self._directions[0], default=0) + 1
 
     @functools.cached_property
     def arrays(self) -> tuple[np.ndarray[Any, Any], ...]:
         """The numbers as columns.
 
-        A number a write: where its terms end (a 0 comes before), where its estimate's begin,
-        whether it and the next two have one direction, the same one, and nothing else; rounding
-        draw or -1, rule, decay, step_size, eps. A number a term: draw, coefficient or
-        gradient, first, second, whether it closes.
+        A number a write: where its terms end (a 0 comes before), where its estimate's begin, the
+        length of the run that begins there (see `_runs`), rounding draw or -1, rule, decay,
+        step_size, eps. A number a term: draw, where its direction is kept, whether it is made
+        there first, whether for this term alone, coefficient or gradient, first, second, whether
+        it closes.
         """
         writes = self.writes
         counts = [len(write.draws) + len(write.estimate_draws) for write in writes]
         ends = np.cumsum([0, *counts], dtype=np.int64)
         own = np.array([len(write.draws) for write in writes], np.int64)
         rounds = [-1 if write.rounding_draw is None else write.rounding_draw for write in writes]
+        places, made, last = self._directions
 
         def column(dtype: Any, *names: str) -> np.ndarray[Any, Any]:
             """A number a term: those of the write and of its estimate, or else zeros."""
@@ -167,26 +213,37 @@ class Script:
         return (
             ends,
             ends[:-1] + own,
-            np.array(
-                [
-                    write.plain
-                    and [w.draws for w in writes[i + 1 : i + 3] if w.plain] == [write.draws] * 2
-                    for i, write in enumerate(writes)
-                ],
-                np.bool_,
-            ),
+            np.array(self._runs(ends.tolist(), made, last), np.int64),
             np.array(rounds, np.int64),
             np.array([RULES[write.rule] for write in writes], np.int64),
             *(
                 np.array([getattr(write, name) for write in writes], np.float32)
                 for name in ("decay", "step_size", "eps")
             ),
-            column(np.uint32, "draws", "estimate_draws"),
+            np.array(self._draws, np.uint32),
+            np.array(places, np.int64),
+            np.array(made, np.bool_),
+            np.array([m and last[j] == j for j, m in enumerate(made)], np.bool_),
             column(np.float32, "coefficients", "gradients"),
             column(np.float32, "", "first"),
             column(np.float32, "", "second"),
             column(np.bool_, "", "closes"),
         )
+
+    def _runs(self, ends: list[int], made: list[bool], last: list[int]) -> list[int]:
+        """For each write, how many writes of one term each begin there, all along a direction that
+        is made by the first of them and not used after the last; 0 if there is no such run."""
+        runs = [0] * len(self.writes)
+        for w, write in enumerate(self.writes):
+            start = ends[w]
+            if len(write.draws) == 1 and write.rule == "none" and made[start]:
+                length = last[start] - start + 1
+                others = self.writes[w + 1 : w + length]
+                if length <= _LONGEST_RUN and all(
+                    other.draws == write.draws and other.rule == "none" for other in others
+                ):
+                    runs[w] = length
+        return runs
 
     @functools.cached_property
     def numbers(self) -> tuple[float, ...]:

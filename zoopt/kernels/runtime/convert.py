@@ -108,3 +108,38 @@ def encode_stochastic(target, tile, random, kind):
     else:
         for j in range(len(tile)):
             target[j] = float_to_bfloat16_stochastic(tile[j], random[j])
+
+
+@jit
+def rounded(tile, kind):
+    """tile, float32 (m,) <- the nearest values that 16 bits hold."""
+    if kind == FLOAT16:
+        for j in range(len(tile)):
+            tile[j] = _half_to_float(_float_to_half(tile[j]))
+    else:
+        bits = tile.view(np.int32)
+        for j in range(len(tile)):
+            b = u32(bits[j])
+            odd = u32((b >> u32(16)) & u32(1))
+            nearest = u32(u32(b + u32(0x7FFF) + odd) & u32(0xFFFF0000))
+            bits[j] = i32(nearest if tile[j] == tile[j] else u32(0x7FC00000))
+
+
+@jit
+def rounded_stochastic(tile, random, kind):
+    """As rounded, by the random bits, uint16 (m,)."""
+    if kind == FLOAT16:
+        for j in range(len(tile)):
+            tile[j] = _half_to_float(_float_to_half_stochastic(tile[j], i32(random[j])))
+    else:
+        bits = tile.view(np.int32)
+        for j in range(len(tile)):
+            bits[j] = i32(u32(float_to_bfloat16_stochastic(tile[j], random[j]) << u32(16)))
+
+
+@jit
+def truncate(target, tile):
+    """target, the bits of bfloat16 (m,) <- tile, float32 (m,), whose low halves are dropped."""
+    bits = tile.view(np.int32)
+    for j in range(len(tile)):
+        target[j] = np.uint16(u32(bits[j]) >> u32(16))

@@ -10,7 +10,8 @@ from numba.extending import intrinsic
 
 from zoopt.kernels.runtime import cache, width
 
-i32, u16, u32, u64, f32 = np.int32, np.uint16, np.uint32, np.uint64, np.float32
+i32, i64, f32 = np.int32, np.int64, np.float32
+u16, u32, u64 = np.uint16, np.uint32, np.uint64
 
 
 def jit(function):
@@ -49,6 +50,23 @@ def add_any_order(typing_context, a, b):
     return signature, lambda context, builder, sig, args: builder.fadd(
         *args, flags=("reassoc", "nsz")
     )
+
+
+@intrinsic
+def unowned(typing_context, array):
+    """The array without its reference count: each function that receives one with it, and each
+    slice, counts atomically, some 5 ns. The memory must be held by another array, see `hold`."""
+
+    def generate(context, builder, signature, args):
+        return builder.insert_value(args[0], ir.Constant(args[0].type.elements[0], None), 0)
+
+    return array(array), generate
+
+
+@intrinsic
+def hold(typing_context, array):
+    """Do nothing, after which the array's memory may go."""
+    return numba.void(array), lambda context, builder, sig, args: context.get_dummy_value()
 
 
 INT32 = ir.IntType(32)
@@ -97,6 +115,29 @@ def add_signs(typing_context, address, word, bits):
         return context.get_dummy_value()
 
     return numba.void(numba.uint64, numba.uint32, numba.uint32), generate
+
+
+def _add_signs_times(count):
+    """An intrinsic: add_signs with so many magnitudes in turn, each sum rounded."""
+
+    @intrinsic
+    def add_signs_times(typing_context, address, word, magnitudes):
+        def generate(context, builder, signature, args):
+            pointer = builder.inttoptr(args[0], FLOAT32S.as_pointer())
+            values = builder.load(pointer, align=4)
+            for place in range(count):
+                at = builder.add(args[2], ir.IntType(64)(4 * place))
+                bits = builder.load(builder.inttoptr(at, INT32.as_pointer()), align=4)
+                values = builder.fadd(values, _signed(builder, args[1], bits))
+            builder.store(values, pointer, align=4)
+            return context.get_dummy_value()
+
+        return numba.void(numba.uint64, numba.uint32, numba.uint64), generate
+
+    return add_signs_times
+
+
+add_signs_once, add_signs_twice, add_signs_thrice = (_add_signs_times(n) for n in (1, 2, 3))
 
 
 @intrinsic

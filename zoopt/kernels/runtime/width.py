@@ -45,6 +45,12 @@ def preferred() -> int | None:
     return _HALF if full > half * MARGIN else _FULL
 
 
+def bits() -> int:
+    """The kernels' width in bits, where LLVM chooses it too: 512, or less."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return _FULL if _has_512(features) and preferred() != _HALF else _HALF
+
+
 def _has_512(features: str) -> bool:
     return "+avx512f" in features.split(",")
 

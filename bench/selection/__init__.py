@@ -1,1 +1,0 @@
-"""Compares the methods of zoopt.selection on the demo's model and sentences."""

@@ -1,3 +1,0 @@
-from bench.selection.command import main
-
-raise SystemExit(main())
