@@ -108,16 +108,21 @@ class Variant:
         tensors = (theta, theta.clone())
         batch = Batch(tensors, (key, dataclasses.replace(key, stream=2)))
         wide = [torch.zeros(_SHAPE), torch.zeros(_SHAPE)]
+        options: dict[str, Any]
         if self.kernel == "perturb":
             return functools.partial(kernels.perturb, batch, 1e-3, draw=3, out=tensors)
         if self.kernel == "perturb_out":
             return functools.partial(kernels.perturb, batch, 1e-3, draw=3)
+        if self.kernel == "perturb_scaled":
+            scales = [torch.zeros(len(theta)) for theta in tensors]
+            options = {"draw": 3, "row_scale": scales, "out": tensors}
+            return functools.partial(kernels.perturb, batch, 1e-3, **options)
         if self.kernel.startswith("writes"):
             rule: Any = "sign" if self.kernel == "writes_estimate" else "none"
             draw = 3 if self.rounding == "stochastic" else None
             terms: Any = ((3,), (0.1,), 1.0, draw, rule, (3,), (0.1,))
             return functools.partial(kernels.write_each_, batch, [kernels.Write(*terms)])
-        options: dict[str, Any] = {"decay": 0.9, "rounding": self.rounding}
+        options = {"decay": 0.9, "rounding": self.rounding}
         if self.kernel == "adam_window":
             args = ([0.1], [1.0], [0.1], [0.1], [True])
             options |= {"eps": 1e-8, "step_size": -0.1, "draws": [3]}
@@ -229,7 +234,9 @@ def variants() -> Iterator[Variant]:
     """Every variant that an operation on whole tensors can ask for."""
     for dtype in DTYPES:
         for distribution in DISTRIBUTIONS:
-            for kernel in ("perturb", "perturb_alone", "perturb_out", "perturb_rows"):
+            for kernel in (
+                *("perturb", "perturb_alone", "perturb_out", "perturb_rows", "perturb_scaled"),
+            ):
                 yield Variant(kernel, dtype, distribution)
             for kernel in _ROUNDED:
                 for rounding in _roundings(dtype):

@@ -96,6 +96,11 @@ def perturb_agrees(impl: str, batch: Batch) -> None:
     assert kernels.perturb(batch, 0.1, draw=3, out=batch.tensors, impl=impl) is batch.tensors
     for result in (copies, batch.tensors):
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(result, expected, strict=True))
+    scales = [torch.linspace(-1, 2, len(tensor)) for tensor in batch.tensors]
+    scaled = kernels.perturb(batch, 0.1, draw=3, row_scale=scales, impl=impl)
+    for i, (theta, key) in enumerate(zip(expected, batch.keys, strict=True)):
+        own = {"key": key, "row_scale": scales[i], "impl": "reference"}
+        assert torch.equal(bits(scaled[i]), bits(kernels.perturb(theta, 0.1, draw=3, **own)))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -14,7 +14,6 @@ import tokenizers
 import torch
 import transformers
 
-from bench import selection
 from bench.convergence import command
 from bench.convergence import plan as planner
 from bench.convergence import run as runner
@@ -22,6 +21,8 @@ from bench.convergence.methods import METHODS, TABLE, Method
 from bench.convergence.run import Run
 from bench.convergence.task import PROMPT, WORDS, Settings, Task, load_classifier
 from bench.runs import finite, pack, store
+from bench.selection import run as selection
+from bench.selection.methods import METHODS as SELECTION
 
 AVAILABLE = [method for method in TABLE if method.available]
 GOOD, BAD = ("bright", "warm", "clever"), ("dull", "slow", "clumsy")
@@ -375,23 +376,16 @@ def test_the_committed_summary_is_that_of_the_committed_runs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_methods_of_selection_run_and_are_kept(
-    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each trains, and leaves the task as it was; a run that is there is not made again."""
-    monkeypatch.setattr(selection, "RESULTS", tmp_path / "selection")
+@pytest.mark.parametrize("name", SELECTION)
+def test_method_of_selection_trains_and_has_a_cost(name: str, task: Task) -> None:
+    """Two steps train; the task stays as it was; the peak holds at least weights and state."""
     before = {name: p.detach().clone() for name, p in task.parameters()}
-    for name, method in selection.METHODS.items():
-        result = selection.run(name, method.lr, 0, 2, lambda: task)
-        assert len(result["losses"]) == 2
-        assert result["on"] == "validation"
-        assert all(map(math.isfinite, result["losses"])), name
-        assert result["trained"] > 0
-    for name, param in task.parameters():
-        assert torch.equal(param, before[name])
-
-    def fails() -> Task:
-        raise AssertionError("the run is there")
-
-    again = selection.run("adamw", selection.METHODS["adamw"].lr, 0, 2, fails)
-    assert again["method"] == "adamw"
+    run = selection.Run(name, SELECTION[name].lr, 0, 2)
+    result = selection.execute(run, Settings(), task, final=False)
+    assert len(result["losses"]) == 2
+    assert all(map(math.isfinite, result["losses"]))
+    cost = selection.cost(run, task)
+    assert cost["peak_bytes"] > cost["state_bytes"]
+    assert cost["trained"] > 0
+    for key, param in task.parameters():
+        assert torch.equal(param, before[key])

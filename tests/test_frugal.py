@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import zoopt
 from tests.first_order_table import backward, net
-from zoopt.first_order.frugal import random_columns
+from zoopt.first_order.projected.columns import random_columns
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

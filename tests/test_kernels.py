@@ -406,6 +406,31 @@ def test_adam_window_of_nothing_is_decay() -> None:
         assert same_bits(got, theta * 0.5)
 
 
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("shape", [(5, 1000), (700, 3), (130, 4, 8), (3,)])
+def test_rows_have_scales_of_their_own(
+    shape: tuple[int, ...], density: float, distribution: str, impl: str, dtype: torch.dtype
+) -> None:
+    """theta_i + (alpha c_i) z_i: each row is `perturb` with the product as its alpha."""
+    theta, wide = weights(shape, dtype), torch.float64 if dtype == torch.float64 else torch.float32
+    scales = torch.linspace(-1.0, 2.0, shape[0], dtype=wide)
+    key = NoiseKey(**WORDS, offset=77, distribution=distribution, density=density)
+    options = {"draw": 5, "key": key, "impl": impl}
+    got = kernels.perturb(theta, 0.3, row_scale=scales, **options)
+    size = theta[0].numel()
+    for i, scale in enumerate(scales * torch.tensor(0.3, dtype=wide)):
+        if i < 9 or i > shape[0] - 3:
+            own = {**options, "key": key.shifted(i * size), "impl": "reference"}
+            assert same_bits(got[i], kernels.perturb(theta[i], float(scale), **own))
+    before = theta.clone()
+    assert kernels.perturb(theta, 0.3, row_scale=scales, out=theta, **options) is theta
+    assert same_bits(theta, got)
+    strided = torch.stack((before, before), -1)[..., 0]
+    assert same_bits(kernels.perturb(strided, 0.3, row_scale=scales, **options), got)
+
+
 @pytest.mark.parametrize("impl", kernels.available_impls())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -575,6 +600,11 @@ def adam_one(theta: Tensor, second=(1.0,), closes=(True,), eps: float = 1e-8) ->
             ),
             IndexError,
             r"rows must lie in \[0, 3\), got values from 3 to 3",
+        ),
+        (
+            lambda: kernels.perturb(THETA, 1.0, draw=0, key=KEY, row_scale=torch.ones(1)),
+            ValueError,
+            r"row_scale must have one torch.float32 number on cpu for each row of a tensor of",
         ),
         (
             lambda: kernels.perturb_rows(THETA, torch.tensor([0]), 1.0, draw=0, key=KEY),

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import zoopt
 from tests.compare import same
@@ -133,6 +134,76 @@ def test_ggpo_around_any_optimizer(name: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(value, before[key]) for key, value in resumed.state_dict().items())
     loss_of(resumed)
     assert torch.equal(resumed[0].weight, before["0.weight"])
+
+
+class InParts(nn.Module):
+    """A model whose loss may call its layers without the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+        self.extra = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.body(x)
+        return out
+
+
+def reentrant(model: InParts) -> torch.Tensor:
+    x = torch.ones(3, 12, requires_grad=True)
+    out: torch.Tensor = checkpoint(model.body, x, use_reentrant=True)
+    return out.square().mean()
+
+
+def compiled(model: InParts) -> torch.Tensor:
+    out: torch.Tensor = torch.compile(model, backend="eager")(torch.ones(3, 12))
+    return out.square().mean()
+
+
+def alone(model: InParts) -> torch.Tensor:
+    out: torch.Tensor = model.body(torch.ones(3, 12))
+    return out.square().mean()
+
+
+@pytest.mark.parametrize("loss_of_parts", [alone, reentrant, compiled])
+def test_ggpo_perturbs_a_model_called_in_parts(
+    loss_of_parts: Callable[[InParts], torch.Tensor],
+) -> None:
+    """As PEFT's base models and classifiers over a headless model are called."""
+    model = InParts()
+    optimizer = zoopt.AdamW(model.parameters(), lr=1e-2)
+    ggpo = zoopt.LoRAGGPO(model, optimizer, sigma=0.3, seed=0)
+    start = copy.deepcopy(model.state_dict())
+    noisy = loss_of_parts(model)
+    assert not torch.equal(model.body[0].weight, start["body.0.weight"])
+    noisy.backward()
+    expected = [p.grad.clone() for p in model.body.parameters()]
+    ggpo.restore()
+    optimizer.zero_grad()
+    ggpo.perturb()
+    alone(model).backward()
+    for param, gradient in zip(model.body.parameters(), expected, strict=True):
+        torch.testing.assert_close(param.grad, gradient, rtol=1e-5, atol=1e-7)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, x: torch.nn.functional.linear(x, model.body[0].weight),
+        lambda model, x: torch.compile(model.body, backend="eager")(x),
+    ],
+    ids=["functional", "compiled in parts"],
+)
+def test_ggpo_says_that_it_added_no_noise(call: Callable[..., torch.Tensor]) -> None:
+    model = InParts()
+    optimizer = zoopt.AdamW(model.parameters(), lr=1e-2)
+    zoopt.LoRAGGPO(model, optimizer)
+    call(model, torch.ones(3, 12)).mean().backward()
+    with pytest.warns(UserWarning, match="LoRAGGPO added no noise before this step") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+    optimizer.step()
 
 
 def test_ggpo_refuses() -> None:

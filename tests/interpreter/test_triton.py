@@ -74,6 +74,9 @@ def test_same_bits(
     results: dict[str, list[torch.Tensor]] = {"triton": [], "reference": []}
     for impl, out in results.items():
         out.append(kernels.perturb(theta, 1e-3, draw=9, impl=impl, key=key))
+        scales = torch.linspace(0.5, 2.0, numel if numel < 600 else 13 if numel > 600 else 40)
+        shaped = theta[: numel // len(scales) * len(scales)].view(len(scales), -1)
+        out.append(kernels.perturb(shaped, 0.3, draw=9, impl=impl, key=key, row_scale=scales))
         for rounding in ("nearest", "stochastic"):
             whole = {"key": key, "draws": [1, 2**32 - 1], "decay": 0.99, "rounding": rounding}
             out.append(kernels.apply_(theta.clone(), [0.1, -0.2], impl=impl, **whole))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -45,7 +46,7 @@ def local_like(value: Tensor, param: Tensor) -> Tensor:
 
 
 def sharded_as(value: Tensor, param: Tensor) -> Tensor:
-    """A value with as many rows as the sharded parameter, sharded like it.
+    """A value that is sharded as the parameter is; a vector along its only dimension.
 
     A plain value is the whole tensor, the same in every process.
     """
@@ -54,11 +55,15 @@ def sharded_as(value: Tensor, param: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     like, value = _dtensor(param), value.contiguous()
-    part = like.to_local()
-    first = offset(param) // max(math.prod(param.shape[1:]), 1)
-    mine = value[first : first + part.shape[0]].to(part.device)
+    mine = value
+    if value.dim() != param.dim():
+        mine = mine.narrow(0, *chunk_here(len(value), param))
+    for dimension in range(value.dim()) if value.dim() == param.dim() else ():
+        mine = mine.narrow(dimension, *chunk_here(value.shape[dimension], param, dimension))
     return DTensor.from_local(
-        *(mine, like.device_mesh, like.placements),
+        mine.contiguous().to(like.to_local().device),
+        like.device_mesh,
+        _placements(value.dim(), param),
         run_check=False,
         shape=value.shape,
         stride=value.stride(),
@@ -66,27 +71,80 @@ def sharded_as(value: Tensor, param: Tensor) -> Tensor:
 
 
 def sharded_zeros(shape: tuple[int, ...], dtype: torch.dtype, param: Tensor) -> Tensor:
-    """Zeros with as many rows as the sharded parameter, sharded like it."""
+    """Zeros that are sharded as the parameter is; a vector along its only dimension."""
     from torch.distributed.tensor import zeros
 
-    whole = _dtensor(param)
-    return zeros(*shape, dtype=dtype, device_mesh=whole.device_mesh, placements=whole.placements)
+    mesh = _dtensor(param).device_mesh
+    return zeros(*shape, dtype=dtype, device_mesh=mesh, placements=_placements(len(shape), param))
+
+
+def _placements(dimensions: int, param: Tensor) -> Sequence[Placement]:
+    """Of state of so many dimensions, sharded as the parameter is."""
+    from torch.distributed.tensor import Shard
+
+    placements = _dtensor(param).placements
+    if dimensions == param.dim():
+        return placements
+    return [Shard(0) if placement.is_shard() else placement for placement in placements]
 
 
 def offset(param: Tensor) -> int:
     """The position of the local part's first element in the whole tensor, row-major."""
-    if not is_sharded(param) or not param.dim():
+    if not is_sharded(param):
         return 0
-    whole = _dtensor(param)
-    coordinate = whole.device_mesh.get_coordinate()
-    first, rows = 0, param.shape[0]
-    for i, placement in enumerate(whole.placements):
-        if placement.is_shard():
-            # Shards have ceil(rows / size) rows; the last ones have fewer or none.
-            size = -(-rows // whole.device_mesh.size(i))
-            skipped = min(size * (coordinate[i] if coordinate else 0), rows)
-            first, rows = first + skipped, min(size, rows - skipped)
-    return first * math.prod(param.shape[1:])
+    firsts = [chunk_here(size, param, i)[0] for i, size in enumerate(param.shape)]
+    return sum(first * math.prod(param.shape[i + 1 :]) for i, first in enumerate(firsts))
+
+
+def runs(param: Tensor) -> list[int]:
+    """Positions in the whole tensor, row-major, of the first elements of the runs that the local
+    part consists of: one if it is sharded along its first dimension, else one for each of its rows
+    (or each of several dimensions before the one along which it is sharded)."""
+    inner, starts = inner_dimension(param), [0]
+    for i, size in enumerate(param.shape[: inner + 1]):
+        first, count = chunk_here(size, param, i)
+        stride = math.prod(param.shape[i + 1 :])
+        steps = [first] if i == inner else range(first, first + count)
+        starts = [start + step * stride for start in starts for step in steps]
+    return starts
+
+
+def in_runs(part: Tensor, param: Tensor) -> list[Tensor]:
+    """The runs, flat, of this process's part of a tensor of the parameter's shape: views."""
+    inner = inner_dimension(param)
+    return list(part.view(math.prod(part.shape[:inner]), math.prod(part.shape[inner:])).unbind())
+
+
+def inner_dimension(param: Tensor) -> int:
+    """The last of its own dimensions along which a DTensor is sharded; 0 if there is none."""
+    placements = _dtensor(param).placements
+    return max([getattr(p, "dim", 0) for p in placements], default=0)
+
+
+def chunk_here(size: int, param: Tensor, dimension: int | None = None) -> tuple[int, int]:
+    """Of the numbers 0 ... size - 1, divided as one of the parameter's dimensions is, the first
+    that this process has, and how many those are.
+
+    Args:
+        dimension: default, that along which it is sharded.
+    """
+    mesh, first = _dtensor(param).device_mesh, 0
+    coordinate = mesh.get_coordinate()
+    for i in shard_dimensions(param, dimension):
+        # Shards have ceil(size / processes) numbers; the last ones have fewer or none.
+        most = -(-size // mesh.size(i))
+        skipped = min(most * (coordinate[i] if coordinate else 0), size)
+        first, size = first + skipped, min(most, size - skipped)
+    return first, size
+
+
+def shard_dimensions(param: Tensor, dimension: int | None = None) -> list[int]:
+    """The dimensions of its mesh over which a DTensor is sharded, or over which that dimension of
+    its own is."""
+    placements = enumerate(_dtensor(param).placements)
+    return [
+        i for i, p in placements if p.is_shard() and (dimension is None or p.is_shard(dimension))
+    ]
 
 
 @contextlib.contextmanager
@@ -133,9 +191,57 @@ def greatest_(values: Tensor, param: Tensor) -> None:
 def sum_(values: Tensor, param: Tensor) -> None:
     """Replace each value by its sum over the parts of a sharded parameter."""
     mesh = _dtensor(param).device_mesh
-    for i, placement in enumerate(_dtensor(param).placements):
-        if placement.is_shard():
-            torch.distributed.all_reduce(values, group=mesh.get_group(i))
+    for i in shard_dimensions(param):
+        torch.distributed.all_reduce(values, group=mesh.get_group(i))
+
+
+class Rows:
+    """The rows that this process has of a sharded parameter, and of tensors sharded alike.
+
+    Attributes:
+        param: the parameter.
+        count: of all rows.
+    """
+
+    def __init__(self, param: Tensor) -> None:
+        self.param, self.count = param, param.shape[0] if param.dim() else 1
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of each process's values, which are not used afterwards."""
+        values = values.contiguous()
+        sum_(values, self.param)
+        return values
+
+    def norm(self, norm: Tensor) -> Tensor:
+        """The norm of all rows, from each process's."""
+        return self.total(norm.square()).sqrt()
+
+    def greatest_(self, values: Tensor) -> None:
+        """Replace each value by its maximum over the processes."""
+        greatest_(values, self.param)
+
+    @property
+    def first(self) -> int:
+        """The number of this process's first row."""
+        return chunk_here(self.count, self.param)[0]
+
+    def mine(self, values: Tensor) -> Tensor:
+        """This process's rows of a tensor that has them all."""
+        first, count = chunk_here(self.count, self.param)
+        return values[first : first + count]
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """The rows of all processes, from each process's: float32 or float64, bit for bit."""
+        every = values.new_zeros(self.count, *values.shape[1:])
+        self.mine(every).copy_(values)
+        return self.assembled(every)
+
+    def assembled(self, values: Tensor) -> Tensor:
+        """The values of all processes, of which each has some and zeros elsewhere: float32 or
+        float64, contiguous, and bit for bit."""
+        # As integers: the sum of a negative zero and a zero would be another zero.
+        sum_(values.view(torch.int64 if values.itemsize == 8 else torch.int32), self.param)
+        return values
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -160,21 +266,16 @@ def broadcast_(values: Tensor, param: Tensor, number: int) -> None:
 
 
 def check_placement(param: Tensor, name: str | int) -> None:
-    """Raise unless the local part is a contiguous run of the whole tensor's rows."""
+    """Raise unless this process has a part of the parameter, or a copy."""
     if not is_sharded(param):
         return
     from torch.distributed.tensor import Replicate, Shard
 
     for placement in _dtensor(param).placements:
         # Subclasses of Shard are refused, because their shards can interleave.
-        if type(placement) is Shard and placement.dim:
-            raise ValueError(
-                f"a sharded parameter must be sharded along dimension 0, got dimension "
-                f"{placement.dim} for {name!r}; use fully_shard without a shard_placement_fn"
-            )
         if type(placement) not in (Shard, Replicate):
             raise ValueError(
-                f"a parameter must be sharded by Shard(0) or replicated, got {placement!r} for "
+                f"a parameter must be sharded by Shard or replicated, got {placement!r} for "
                 f"{name!r}; use fully_shard on its own"
             )
 

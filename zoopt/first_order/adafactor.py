@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoopt.checks import check_bool, check_number
+from zoopt.distributed.sharding import Rows
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
 from zoopt.first_order.base import Site
 from zoopt.first_order.galore import INSIDE
-from zoopt.first_order.projected.codecs import moment, moment_specs
+from zoopt.first_order.projected.codecs import coded_units, moment, moment_specs
+from zoopt.first_order.projected.coded_shards import whole_blocks
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import ProjType
 from zoopt.first_order.projected.residuals import Residual, State
@@ -25,13 +29,30 @@ from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 
 
-def root_mean_square(tensor: Tensor) -> Tensor:
-    """Of all elements: (), in the accumulator's dtype."""
+def root_mean_square(tensor: Tensor, rows: Rows | None = None) -> Tensor:
+    """Of all elements: (), in the accumulator's dtype; `rows` of a tensor that has some of them."""
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=accumulator_dtype(tensor.dtype))
-    return norm / math.sqrt(max(tensor.numel(), 1))
+    if rows is None:
+        return norm / math.sqrt(max(tensor.numel(), 1))
+    return rows.norm(norm) / math.sqrt(max(rows.count * math.prod(tensor.shape[1:]), 1))
 
 
-def factored_(gradient: Tensor, row: Tensor, column: Tensor, *, mix: float, eps: float) -> Tensor:
+def mean_of_rows(tensor: Tensor, rows: Rows | None) -> Tensor:
+    """Of (..., m, n): (..., 1, n); `rows` of an (m, n) that has some of them."""
+    if rows is None or tensor.dim() > 2:
+        return tensor.mean(-2, keepdim=True)
+    return rows.total(tensor.sum(-2, keepdim=True)) / rows.count
+
+
+def factored_(
+    gradient: Tensor,
+    row: Tensor,
+    column: Tensor,
+    *,
+    mix: float,
+    eps: float,
+    rows: Rows | None = None,
+) -> Tensor:
     """Update the mean squares of rows and columns in place; return g / sqrt(v) of their v.
 
         row <- (1 - mix) row + mix mean_columns(g^2),    column alike with mean_rows(g^2)
@@ -40,12 +61,13 @@ def factored_(gradient: Tensor, row: Tensor, column: Tensor, *, mix: float, eps:
     Args:
         gradient: (..., m, n), in the accumulator's dtype.
         row, column: (..., m, 1) and (..., 1, n).
+        rows: where the gradient and `row` have some of a tensor's rows (its first axis).
     """
     square = gradient.square()
     row.lerp_(square.mean(-1, keepdim=True), mix)
-    column.lerp_(square.mean(-2, keepdim=True), mix)
+    column.lerp_(mean_of_rows(square, rows), mix)
     # In the place of the squares: one temporary of the gradient's size.
-    torch.mul(row / row.mean(-2, keepdim=True).clamp_min(eps), column, out=square)
+    torch.mul(row / mean_of_rows(row, rows).clamp_min(eps), column, out=square)
     return square.clamp_min_(eps * eps).rsqrt_().mul_(gradient)
 
 
@@ -71,16 +93,31 @@ def _specs(shape: tuple[int, ...], group: Group, accumulator: torch.dtype) -> di
 
 
 def _adafactor(
-    gradients: Tensor, states: Sequence[State], group: Group, step: int, keys: Sequence[NoiseKey]
+    gradients: Tensor,
+    states: Sequence[State],
+    group: Group,
+    step: int,
+    keys: Sequence[NoiseKey],
+    rows: Rows | None = None,
 ) -> Tensor:
-    """u / max(1, RMS(u) / d) with u = g / sqrt(v), or the average of that."""
+    """u / max(1, RMS(u) / d) with u = g / sqrt(v), or the average of that.
+
+    `rows`, where the only gradient has some rows of a whole one.
+    """
     if len(states) == 1:
-        return _one(gradients[0], states[0], group, step, keys[0]).unsqueeze(0)
+        return _one(gradients[0], states[0], group, step, keys[0], rows).unsqueeze(0)
     each = zip(gradients, states, keys, strict=True)
     return torch.stack([_one(own, state, group, step, key) for own, state, key in each])
 
 
-def _one(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
+def _one(
+    gradient: Tensor,
+    state: State,
+    group: Group,
+    step: int,
+    key: NoiseKey,
+    rows: Rows | None = None,
+) -> Tensor:
     g = gradient.to(accumulator_dtype(gradient.dtype))
     mix = step ** float(group["beta2_decay"])
     info = torch.finfo(g.dtype)
@@ -89,10 +126,24 @@ def _one(gradient: Tensor, state: State, group: Group, step: int, key: NoiseKey)
     if "variance" in state:
         update = unfactored_(g, state["variance"], mix=mix, eps=eps)
     else:
-        update = factored_(g, state["row_var"], state["col_var"], mix=mix, eps=eps)
-    update = update.div_((root_mean_square(update) / group["d"]).clamp_min(1.0))
+        update = factored_(g, state["row_var"], state["col_var"], mix=mix, eps=eps, rows=rows)
+    update = update.div_((root_mean_square(update, rows) / group["d"]).clamp_min(1.0))
     if group["beta1"] is None:
         return update
+    shape = tuple(update.shape) if rows is None else (rows.count, *update.shape[1:])
+    units = coded_units(_specs(shape, group, g.dtype), shape, group["state_dtype"])
+    if rows is None or not units:
+        return _averaged(update, state, group, step, key)
+    update = update.contiguous()
+    with whole_blocks(rows.param, shape, state, units, writes=[update]) as cut:
+        [own] = cut.writes
+        if own.numel():
+            own.copy_(_averaged(own, cut.state, group, step, replace(key, offset=cut.first)))
+    return update
+
+
+def _averaged(update: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
+    """M <- beta1 M + (1 - beta1) U, before it is stored."""
     stored = moment(state, "exp_avg", update.numel(), signed=True)
     average = decode(stored).view_as(update).to(update.dtype).lerp(update, 1.0 - group["beta1"])
     store_moment(average, stored, group, step, key)
@@ -153,6 +204,8 @@ class GaLoreAdafactor(ProjectedOptimizer):
         ...     opt.zero_grad()
     """
 
+    shards = True
+
     def __init__(
         self,
         params: Params,
@@ -211,11 +264,27 @@ class GaLoreAdafactor(ProjectedOptimizer):
     ) -> Tensor:
         """The rule's, times alpha / lr."""
         direction = super()._direction(sites, reduced, states, step, keys, norms)
-        group = sites[0].group
+        group, rows = sites[0].group, sites[0].rows
         if not group["relative_step"]:
             return direction
         # min(lr, 1 / sqrt(t)) / lr, of a rate of 0 too.
         share = max(1.0, float(group["lr"]) * math.sqrt(step))
         for site, own in zip(sites, direction, strict=True):
-            own.mul_(root_mean_square(site.param).clamp_min(group["eps"][1]) / share)
+            own.mul_(root_mean_square(site.param, rows).clamp_min(group["eps"][1]) / share)
         return direction
+
+    def _rule_options(self, site: Site) -> dict[str, Any]:
+        if site.sharded is None:
+            return {}
+        geo = self._geometry(site.sharded, site.group)
+        # On the left, and between two bases, every process has the whole of R.
+        return {"rows": site.rows} if geo is None or geo.side == "right" else {}
+
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
+        """The mean squares of rows too, and of more than two axes those of columns."""
+        if name not in ("row_var", "col_var"):
+            return super()._follows_rows(name, spec, param, group)
+        geo = self._geometry(param, group)
+        if geo is not None and geo.side != "right":
+            return False
+        return name == "row_var" or len(spec.shape) > 2

@@ -16,7 +16,9 @@ from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.checks import check_bool, check_choice, check_number
 from zoopt.distributed.checkpoint import asks_for_state
 from zoopt.distributed.sharding import (
+    Rows,
     check_placement,
+    inner_dimension,
     is_sharded,
     local,
     local_like,
@@ -42,6 +44,7 @@ class Site:
         continues: whether the step has already been prepared, or one of its micro-batches reduced.
             Whatever the reduction uses, such as a basis, then stays the same.
         offset: for a shard, the position of its first element in the whole parameter.
+        sharded: for a shard, that parameter.
     """
 
     param: Tensor
@@ -51,6 +54,23 @@ class Site:
     count: int
     continues: bool = False
     offset: int = 0
+    sharded: Tensor | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        """The parameter, or the one that it is a shard of."""
+        return self.param if self.sharded is None else self.sharded
+
+    @property
+    def rows(self) -> Rows | None:
+        """The rows that a shard has."""
+        return None if self.sharded is None else Rows(self.sharded)
+
+    @property
+    def shard(self) -> Site:
+        """This process's part of a sharded parameter."""
+        param = self.param
+        return dataclasses.replace(self, param=local(param), offset=offset(param), sharded=param)
 
     @property
     def seed(self) -> int:
@@ -283,7 +303,9 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         # A view of the whole state: writes to it go to the whole state.
         self.state[part] = {name: local(value) for name, value in state.items()}
         try:
-            shard = dataclasses.replace(site, param=part, offset=offset(site.param))
+            shard = dataclasses.replace(
+                site, param=part, offset=offset(site.param), sharded=site.param
+            )
             reduced = self._reduce(shard, gradient)
             if reduced is not None:
                 self._apply(shard, reduced, gradient)
@@ -310,6 +332,10 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         """Whether `_apply` needs the whole gradient besides the result of `_reduce`."""
         return False
 
+    def _keeps_gradient(self, site: Site) -> bool:
+        """Whether the result of `_reduce` is the whole gradient."""
+        return True
+
     def _sites(self) -> Iterator[Site]:
         """Every parameter, with its place."""
         named = list(named_params(self.param_groups))
@@ -331,12 +357,19 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             if not is_sharded(param):
                 continue
             check_placement(param, name)
+            if inner_dimension(param) and not self._can_shard(param, group):
+                raise ValueError(
+                    f"{type(self).__name__} must have parameters sharded along dimension 0 under "
+                    f"these hyperparameters, got dimension {inner_dimension(param)} for {name!r}; "
+                    f"use AdamW with state_dtype 'float32' or 'bfloat16', a group with rank=None, "
+                    f"or SM3 (in 16 bits with rounding='nearest')"
+                )
             if not self._can_shard(param, group):
                 raise ValueError(
                     f"{type(self).__name__} must have whole parameters under these "
                     f"hyperparameters, got {name!r}, which is sharded; use one of "
-                    f"{', '.join(_sharding_classes())}, with state_dtype 'float32' or 'bfloat16' "
-                    f"where there is one, or keep the parameter out of fully_shard"
+                    f"{', '.join(_sharding_classes())}, without matrices in its group, or keep the "
+                    f"parameter out of fully_shard"
                 )
 
     def _check_gradient(self, site: Site) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,10 +16,12 @@ from zoopt.checks import (
     check_number,
     check_positive_int,
 )
+from zoopt.distributed.sharding import Rows, anywhere, local, local_like
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
-from zoopt.first_order.base import Site, descent_rate, draw_of
-from zoopt.first_order.projected.basis import age, cycle
+from zoopt.first_order.base import Site
+from zoopt.first_order.projected.basis import age
+from zoopt.first_order.projected.columns import axis_of, channels_first, columns_of, write_columns
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import Geometry, Side, matrix
 from zoopt.first_order.projected.residuals import (
@@ -33,11 +35,8 @@ from zoopt.first_order.projected.residuals import (
 from zoopt.first_order.projected.rules import ADAM, LION, MOMENTUM, Rule
 from zoopt.first_order.projected.subspace import BLIND
 from zoopt.kernels.adam.moments import Format
-from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import all_known, known
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.product.op import add_product_
-from zoopt.noise import normal
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 
@@ -72,27 +71,18 @@ def frugal(step: Step) -> None:
     rates = [rate] * len(N)
     assert step.gradients is not None
     if rate and step.group["projector"] not in BLIND:
-        whole = [torch.linalg.vector_norm(G, dtype=R.dtype) for G in step.gradients]
-        inside = [torch.linalg.vector_norm(own) for own in R]
-        outside = energy_outside(torch.stack(whole), torch.stack(inside)) > 0.0
+        whole = torch.stack([torch.linalg.vector_norm(G, dtype=R.dtype) for G in step.gradients])
+        inside = torch.stack([torch.linalg.vector_norm(own) for own in R])
+        if step.sharded is not None:
+            whole = Rows(step.sharded).norm(whole)
+            inside = Rows(step.sharded).norm(inside) if step.geo.side == "right" else inside
+        outside = energy_outside(whole, inside) > 0.0
         rates = [rate * heard for heard in all_known(outside, True)]
     step.descend(Terms(N, sign_steps=rates, reduced=R))
 
 
 #: Of the part outside, the signs.
 SIGNS = Residual(no_specs, frugal, needs_gradient=True)
-
-
-def random_columns(
-    dim: int, rank: int, *, seed: int, stream: int, draw: int, device: torch.device
-) -> Tensor:
-    """`rank` of the numbers below `dim`, each set as likely as any other, in order: int64, (rank,).
-
-    Args:
-        seed, stream, draw: name the noise that decides.
-    """
-    noise = normal(dim, seed=seed, stream=stream, draw=draw, device=device)
-    return noise.argsort(stable=True)[:rank].sort().values
 
 
 @register("frugal", "low-rank")
@@ -162,6 +152,8 @@ class Frugal(ProjectedOptimizer):
         "rank": "give its density, the rank as a share of the side that is projected, or None"
     }
 
+    shards = True
+
     def __init__(
         self,
         params: Params,
@@ -216,7 +208,7 @@ class Frugal(ProjectedOptimizer):
         side = geo.m if geo.side == "left" else geo.n
         dtype = accumulator_dtype(site.param.dtype)
         eye = torch.eye(side, dtype=dtype, device=site.param.device)
-        return {"basis": eye[:, _columns(site, geo, completed)]}
+        return {"basis": eye[:, columns_of(site, geo, completed)]}
 
     def _rule(self, group: Group) -> Rule:
         return RULES[group["rule"]]
@@ -264,8 +256,8 @@ class Frugal(ProjectedOptimizer):
         wide = accumulator_dtype(site.param.dtype)
         blocks = []
         for own, gradient in zip(sites, gradients, strict=True):
-            block = matrix(gradient).index_select(_axis(geo), _columns(own, geo, completed))
-            blocks.append(_channels_first(block, geo).to(wide).contiguous())
+            block = matrix(gradient).index_select(axis_of(geo), columns_of(own, geo, completed))
+            blocks.append(channels_first(block, geo).to(wide).contiguous())
         return blocks[0].unsqueeze(0) if len(blocks) == 1 else torch.stack(blocks)
 
     def _kind(self, site: Site) -> Hashable:
@@ -286,12 +278,13 @@ class Frugal(ProjectedOptimizer):
     ) -> Tensor:
         """The rule's, counted from the last change of the subspace, where moments start from 0."""
         group = sites[0].group
-        if self._geometry(sites[0].param, group) is not None:
+        geo = self._geometry(sites[0].whole, group)
+        if geo is not None:
             # A step's number names its rounding's bits too. They are those of the last subspace's
             # step of this age, whose moments have been dropped.
             step = age(sites[0], step - 1)
             if step == 1:
-                names = self._rule(group).specs(reduced.shape[1:], group, reduced.dtype)
+                names = self._rule(group).specs(geo.reduced_shape, group, reduced.dtype)
                 torch._foreach_zero_([state[name] for state in states for name in names])
         return super()._direction(sites, reduced, states, step, keys, norms)
 
@@ -309,7 +302,7 @@ class Frugal(ProjectedOptimizer):
         reduced: Tensor | None = None,
     ) -> None:
         site = sites[0]
-        group, geo = site.group, self._geometry(site.param, site.group)
+        geo = self._geometry(site.param, site.group)
         if geo is None or not _selects(site):
             super()._step_matrices(sites, gradients, bases, reduced)
             return
@@ -317,70 +310,63 @@ class Frugal(ProjectedOptimizer):
         if reduced is None:
             reduced = self._project(sites, gradients)
         states = [self.state[own.param] for own in sites]
+        completed = int(states[0]["step"])
+        columns = [columns_of(own, geo, completed) for own in sites]
+        keys = [own.key for own in sites]
+        directions = self._columns_direction(sites, reduced, states, keys)
+        grads = [matrix(gradient) for gradient in gradients]
+        signs = sign_rate(site.group, geo)
+        write_columns(sites, directions, grads, columns, geo, completed + 1, signs=signs)
+
+    def _columns_direction(
+        self,
+        sites: Sequence[Site],
+        reduced: Tensor,
+        states: Sequence[dict[str, Tensor]],
+        keys: Sequence[NoiseKey],
+    ) -> Tensor:
+        """The rule's direction of the chosen columns, of a step that counts from here on."""
         for state in states:
             state["step"] += 1
         step = int(states[0]["step"])
-        keys = [NoiseKey(own.seed, own.stream) for own in sites]
-        directions = self._direction(sites, reduced, states, step, keys).to(reduced.dtype)
-        thetas = [matrix(own.param.detach()) for own in sites]
-        columns = [_columns(own, geo, step - 1) for own in sites]
-        blocks = [
-            theta.index_select(_axis(geo), chosen)
-            for theta, chosen in zip(thetas, columns, strict=True)
-        ]
-        options: dict[str, Any] = {
-            "decay": 1.0 - float(group["lr"]) * group["weight_decay"],
-            "rounding_draw": site.rounding_draw(step),
-        }
-        # The bits after those of the whole matrix.
-        numel = site.param.numel()
-        rate = directions.new_full((1, 1), descent_rate(group))
-        add_product_(
-            Batch(blocks, [NoiseKey(own.seed, own.stream, numel) for own in sites]),
-            None,
-            None,
-            gradient=[_channels_first(direction, geo) for direction in directions],
-            channel_scale=[rate] * len(sites),
-            **options,
+        return self._direction(sites, reduced, states, step, keys).to(reduced.dtype)
+
+    def _waits(self, completed: int) -> bool:
+        return True
+
+    def _step_shard(self, site: Site, gradient: Tensor) -> None:
+        param, geo = site.param, self._geometry(site.param, site.group)
+        if geo is None or not _selects(site):
+            super()._step_shard(site, gradient)
+            return
+        state = {name: local(value) for name, value in self._state(param, site.group).items()}
+        completed, grad = int(state["step"]), matrix(local_like(gradient, param))
+        if self._refresh_due(site, state) and anywhere(not grad.isfinite().all(), param):
+            return
+        rows, part, chosen = Rows(param), site.shard, columns_of(site, geo, completed)
+        wide, key = accumulator_dtype(param.dtype), NoiseKey(site.seed, site.stream)
+        if geo.side == "right":
+            before = rows.first * geo.rank
+            reduced, key = grad.index_select(1, chosen).to(wide), key.shifted(before)
+            [own] = self._columns_direction([part], reduced.unsqueeze(0), [state], [key])
+        else:
+            # Every process has all of R and its moments, and here are some of the chosen rows.
+            skipped = int((chosen < rows.first).sum())
+            chosen = chosen[(chosen >= rows.first) & (chosen < rows.first + len(grad))] - rows.first
+            every, mine = (
+                grad.new_zeros(geo.rank, geo.n, dtype=wide),
+                slice(skipped, skipped + len(chosen)),
+            )
+            every[mine] = grad.index_select(0, chosen).to(wide)
+            reduced = rows.assembled(every).t().contiguous()
+            [direction] = self._columns_direction([part], reduced.unsqueeze(0), [state], [key])
+            own, before = direction[:, mine], skipped * geo.n
+        signs = sign_rate(site.group, geo)
+        write_columns(
+            [part], [own], [grad], [chosen], geo, completed + 1, signs=signs, before=before
         )
-        # The signs of all columns, in one pass, and then the block in the place of its own.
-        nothing = directions.new_zeros(geo.m, 1), directions.new_zeros(geo.n, 1)
-        add_product_(
-            Batch(thetas, keys),
-            None,
-            None,
-            gradient=[matrix(gradient) for gradient in gradients],
-            sign_of=[nothing] * len(sites),
-            sign_step=sign_rate(group, geo) * (1.0 if group["maximize"] else -1.0),
-            **options,
-        )
-        for own, theta, chosen, block in zip(sites, thetas, columns, blocks, strict=True):
-            theta.index_copy_(_axis(geo), chosen, block)
-            if not own.param.is_contiguous():
-                own.param.copy_(theta.reshape(own.param.shape))
 
 
 def _selects(site: Site) -> bool:
     """Whether R is columns of the gradient themselves."""
     return bool(site.group["projector"] == "columns")
-
-
-def _columns(site: Site, geo: Geometry, completed: int) -> Tensor:
-    """The columns (rows on the left) of the step after `completed` ones: int64, (r,)."""
-    return random_columns(
-        geo.m if geo.side == "left" else geo.n,
-        geo.rank,
-        seed=site.seed,
-        stream=site.stream,
-        draw=draw_of(cycle(site, completed)),
-        device=site.param.device,
-    )
-
-
-def _axis(geo: Geometry) -> int:
-    return 0 if geo.side == "left" else 1
-
-
-def _channels_first(block: Tensor, geo: Geometry) -> Tensor:
-    """(m, r) as it is, (r, n) as (n, r); and back."""
-    return block.t() if geo.side == "left" else block

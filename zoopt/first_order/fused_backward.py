@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.checks import check_choice, check_number, check_positive_int
+from zoopt.distributed.sharding import is_sharded, local, whole
 from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.base import FirstOrderOptimizer, Site, operand
 from zoopt.first_order.clipping import check_unclipped
@@ -74,8 +75,9 @@ def fuse_backward(
     Raises:
         TypeError: the optimizer is not one of zoopt's first-order optimizers.
         ValueError: it is fused already, holds parameters that are not the model's, or needs whole
-            gradients (APOLLO, Fira) where only R is kept; the model is wrapped in DDP or FSDP,
-            whose gradients are not complete when a parameter's backward is.
+            gradients (APOLLO, Fira) where only R is kept, or projects sharded parameters there;
+            the model is wrapped in DDP or FSDP1, whose gradients are not complete when a
+            parameter's backward is.
         RuntimeError: later. In `backward`, if gradients arrive more often than
             `accumulation_steps` allows. In `step`, if a GradScaler is used, since gradients have
             been applied with its scale, or if a Trainer wants to clip gradients and max_grad_norm
@@ -87,6 +89,9 @@ def fuse_backward(
     `requires_grad_(False)`, and reject a batch by its loss, before `backward`. A closure that is
     given to `step` runs as usual. The handle lives as long as the optimizer; after that, gradients
     stay in `.grad` again.
+
+    Under `fully_shard` gradients arrive summed over the processes, and each process updates its
+    shards; R_p of a sharded parameter is its whole gradient.
 
     Under reentrant activation checkpointing, a tied weight is reached several times in a pass, and
     each counts as a backward pass: pass `use_reentrant=False`.
@@ -204,9 +209,9 @@ class FusedBackward(Removable):
         # In the order of parameters, not of arrival, so that norms are always rounded alike.
         kept = [site for param, site in self._sites.items() if param in self._kept]
         with OwnArithmetic():
-            whole = self._clip_scale(kept) if self._clip == "global" else None
+            common = self._clip_scale(kept) if self._clip == "global" else None
             for site in kept:
-                scale = whole if self._clip == "global" else self._clip_scale([site])
+                scale = common if self._clip == "global" else self._clip_scale([site])
                 self._update(site, None, scale)
         self._forget()
         return loss
@@ -220,9 +225,11 @@ class FusedBackward(Removable):
         check_model(self._model)
         check_sites(new, self._model)
         for site in new:
-            if self._deferred and optimizer._needs_gradient(site):
+            sharded = is_sharded(site.param) and not optimizer._keeps_gradient(site)
+            if self._deferred and (sharded or optimizer._needs_gradient(site)):
                 raise ValueError(
-                    f"{name} needs the whole gradient of parameter {site.name!r}: "
+                    f"{name} needs the whole gradient of parameter {site.name!r}"
+                    f"{', which is sharded' if sharded else ''}: "
                     f"accumulation_steps must be 1, got {self._accumulation_steps}, and clip "
                     f"'parameter' if any, got {self._clip!r}; or leave the backward unfused"
                 )
@@ -252,7 +259,8 @@ class FusedBackward(Removable):
         with OwnArithmetic():
             gradient, param.grad = param.grad, None
             assert gradient is not None
-            gradient = operand(gradient)
+            if not is_sharded(param):
+                gradient = operand(gradient)
             self._keep(site, gradient)
             if not self._deferred:
                 self._update(site, gradient, self._clip_scale([site]))
@@ -280,6 +288,10 @@ class FusedBackward(Removable):
         if again and kept is None and not parted:
             return
         site = dataclasses.replace(site, continues=again)
+        if is_sharded(site.param):
+            # As FSDP adds them up: in their own dtype.
+            self._kept[site.param] = gradient if kept is None else kept.add_(gradient)
+            return
         reduced = self._optimizer._reduce_parts(site, gradient, kept)
         if reduced is not None and reduced is not gradient and self._changes:
             reduced = reduced.to(accumulator_dtype(reduced.dtype))
@@ -293,7 +305,8 @@ class FusedBackward(Removable):
         kept = [r for site in sites if (r := self._kept[site.param]) is not None]
         if self._max_grad_norm is None or not kept:
             return None
-        scale: Tensor = self._max_grad_norm / (get_total_norm(kept) + 1e-6)
+        norm = get_total_norm(kept)
+        scale: Tensor = self._max_grad_norm / ((whole(norm) if is_sharded(norm) else norm) + 1e-6)
         return scale.clamp(max=1.0)
 
     def _update(self, site: Site, gradient: Tensor | None, scale: Tensor | None) -> None:
@@ -302,10 +315,14 @@ class FusedBackward(Removable):
         if reduced is None:
             return
         if scale is not None:
-            reduced.mul_(scale.to(reduced.device))
-            if gradient is not None and optimizer._needs_gradient(site):
+            local(reduced).mul_(scale.to(reduced.device))
+            apart = gradient is not None and gradient is not reduced
+            if gradient is not None and apart and optimizer._needs_gradient(site):
                 gradient.mul_(scale.to(gradient.device))
-        optimizer._apply_parts(site, reduced, gradient)
+        if is_sharded(site.param):
+            optimizer._step_shard(site, reduced)
+        else:
+            optimizer._apply_parts(site, reduced, gradient)
         optimizer._written(site.param)
 
 

@@ -1,4 +1,4 @@
-"""Checks of a fused backward pass: no wrappers, no shards, no scaled gradients."""
+"""Checks of a fused backward pass: no wrappers that keep gradients, no scaled gradients."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from zoopt.distributed.sharding import is_sharded
 from zoopt.first_order.base import FirstOrderOptimizer, Site, check_values
 
 #: Wrappers under which a hook sees gradients before they have been summed over the processes.
-_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+#: (`fully_shard` calls the hooks of its shards after that.)
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
 
 
 def check_model(model: nn.Module) -> None:
@@ -31,13 +31,14 @@ def check_not_replicated(model: nn.Module, inputs: Any) -> None:
 
 def _refuse(wrapper: str) -> NoReturn:
     raise ValueError(
-        f"model must not be wrapped in DDP or FSDP, got {wrapper}: gradients are summed over "
-        f"processes later than a parameter's backward; leave the backward unfused"
+        f"model must not be wrapped in DDP or FSDP, got {wrapper}: it keeps all gradients until "
+        f"the backward pass has ended; use fully_shard, over a mesh of (processes, 1) for whole "
+        f"parameters in every process, or leave the backward unfused"
     )
 
 
 def check_sites(sites: Iterable[Site], model: nn.Module) -> None:
-    """Raise unless the parameters are the model's own, whole, and have values."""
+    """Raise unless the parameters are the model's own, and have values."""
     known = set(model.parameters())
     for site in sites:
         check_values(site)
@@ -45,11 +46,6 @@ def check_sites(sites: Iterable[Site], model: nn.Module) -> None:
             raise ValueError(
                 f"optimizer must hold parameters of the model only, got {site.name!r}, which "
                 f"is not one; pass the module that holds all of them"
-            )
-        if is_sharded(site.param):
-            raise ValueError(
-                f"parameters must not be sharded, got {site.name!r}, which is: its gradient is "
-                f"summed over processes later than its backward; leave the backward unfused"
             )
 
 

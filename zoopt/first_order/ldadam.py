@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import get_args
 
@@ -10,13 +9,16 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_bool, check_choice, check_number
+from zoopt.distributed.sharding import Rows, broadcast_, is_owner, local, local_like, whole
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.base import Mark, Site, betas_of
 from zoopt.first_order.galore import INSIDE
 from zoopt.first_order.projected.geometry import Geometry, matrix
+from zoopt.first_order.projected.moments_of_rows import load_moments, store_moments
 from zoopt.first_order.projected.residuals import OneSided, Residual, Terms
-from zoopt.first_order.projected.rules import adam_moments, adam_numbers, store_moment
+from zoopt.first_order.projected.rules import adam_numbers
+from zoopt.first_order.projected.sharded import rows_of
 from zoopt.first_order.projected.subspace import (
     balanced,
     factors,
@@ -25,7 +27,7 @@ from zoopt.first_order.projected.subspace import (
     subspace,
     times,
 )
-from zoopt.kernels.adam.moments import Format, Moment, decode
+from zoopt.kernels.adam.moments import Format, Moment
 from zoopt.kernels.adam.op import adam_
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
@@ -35,7 +37,12 @@ from zoopt.registry import register
 
 
 def next_basis(
-    parts: list[Tensor], average: Tensor, basis: Tensor, rho: float, geo: Geometry
+    parts: list[Tensor],
+    average: Tensor,
+    basis: Tensor,
+    rho: float,
+    geo: Geometry,
+    rows: Rows | None = None,
 ) -> Tensor:
     """One step of power iteration, from the last basis, on
 
@@ -47,12 +54,29 @@ def next_basis(
         parts: matrices (m, n) whose sum is A.
         average: mhat, (channels, r).
         basis: P, (n, r) or (m, r).
+        rows: where the parts, and on the right mhat, have some of the rows.
     """
     left = geo.side == "left"
-    image = rho * average + (1.0 - rho) * sum_times(parts, basis, transposed=left)
-    image = balanced(image)  # A multiple of B P, whose columns are normalised anyway.
-    back = rho * (basis @ (average.t() @ image))
-    return orthonormal(back + (1.0 - rho) * sum_times(parts, image, transposed=not left))
+    mine = basis if rows is None or not left else rows.mine(basis)
+    image = rho * average + (1.0 - rho) * over_rows(parts, mine, rows, transposed=left)
+    # A multiple of B P, whose columns are normalised anyway.
+    image = balanced(image) if rows is None else balanced(image, rows.greatest_)
+    inner = average.t() @ image
+    if rows is not None and not left:
+        inner = rows.total(inner)
+    back = over_rows(parts, image, rows, transposed=not left)
+    if rows is not None and left:
+        back = rows.gathered(back)
+    return orthonormal(rho * (basis @ inner) + (1.0 - rho) * back)
+
+
+def over_rows(
+    parts: list[Tensor], factor: Tensor, rows: Rows | None, *, transposed: bool
+) -> Tensor:
+    """A F, or A^T F summed over all rows, where A is the sum of the parts, which, and so F where
+    it is transposed, have some of the rows."""
+    product = sum_times(parts, factor, transposed=transposed)
+    return product if rows is None or not transposed else rows.total(product)
 
 
 def sum_times(parts: list[Tensor], factor: Tensor, *, transposed: bool) -> Tensor:
@@ -115,6 +139,7 @@ def ldadam(
     step: int,
     betas: tuple[float, float],
     geo: Geometry,
+    rows: Rows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1 of LDAdam between the next basis and Adam: R, m' and v'.
 
@@ -123,13 +148,15 @@ def ldadam(
         m, v: moments (channels, r) of the steps before, in the basis P.
         p: P, (n, r), on the left (m, r).
         p_next: P+, of P's shape.
+        rows: where the matrices, and on the right m and v, have some of the rows.
     """
     c1, c2 = (1.0 - beta ** (step - 1) or 1.0 for beta in betas)  # nothing to correct at first
-    r = sum_times(a, p_next, transposed=geo.side == "left")
+    left, greatest = geo.side == "left", None if rows is None else rows.greatest_
+    r = over_rows(a, rows.mine(p_next) if rows and left else p_next, rows, transposed=left)
     m_next, v_next = rotated(m, v, p.t() @ p_next, (c1, c2))
     # E has the rounding of b1 / (1 - b1) (up(m) - up+(m')) in it, beside that of A.
     for values in (r, m_next):
-        silence_rounding_(values, geo, roundings=2.0 / (1.0 - betas[0]))
+        silence_rounding_(values, geo, roundings=2.0 / (1.0 - betas[0]), greatest=greatest)
     return r, m_next, v_next
 
 
@@ -190,6 +217,7 @@ class LDAdamW(AdamFamily):
         ...     opt.zero_grad()
     """
 
+    shards = True
     #: In a step, the bases that follow, until their updates.
     _following: dict[Tensor, Tensor] | None = None
 
@@ -267,9 +295,12 @@ class LDAdamW(AdamFamily):
         completed = int(state["step"])
         if not completed:
             return self._first_basis(site, gradient, geo)
-        average = _values(adam_moments(state, math.prod(geo.reduced_shape))[0], state, geo)
+        average, _ = load_moments(site, state, geo, {})
         average = average / (1.0 - betas_of(group)[0] ** completed or 1.0)
         return next_basis(_parts(gradient, state), average, state["basis"], group["rho"], geo)
+
+    def _keeps_gradient(self, site: Site) -> bool:
+        return True
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         """The gradient itself: the basis is one of the whole step's, and so is the error."""
@@ -288,23 +319,38 @@ class LDAdamW(AdamFamily):
         if geo is None:
             super()._apply(site, reduced, gradient)
             return
-        state = self._state(param, group)
-        step, grad = int(state["step"]) + 1, matrix(reduced)
+        state, grad = self._state(param, group), matrix(reduced)
         following = (self._following or {}).get(param)
         if following is None:
             following = self._next_basis(site, grad, geo)
-        stored = adam_moments(state, math.prod(geo.reduced_shape))
-        average, square = (_values(moment, state, geo) for moment in stored)
+        self._turn(site, grad, state, following, geo)
+
+    def _turn(
+        self,
+        site: Site,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        following: Tensor,
+        geo: Geometry,
+    ) -> None:
+        """Step a matrix, or the rows of one that are here, and turn its moments to the basis that
+        follows."""
+        group, step = site.group, int(state["step"]) + 1
+        rows, units = site.rows, self._coded(site)
+        average, square = load_moments(site, state, geo, units)
         projected, moved, square = ldadam(
             *(_parts(grad, state), average, square, state["basis"], following),
             step=step,
             betas=betas_of(group),
             geo=geo,
+            rows=rows,
         )
         lost = None
         if "error" in state:
             bases = state["basis"], following
             lost = lost_factors(projected, average, moved, *bases, betas_of(group)[0], geo)
+            if rows is not None and geo.side == "left":
+                lost = rows.mine(lost[0]), lost[1]
         direction = _adam(projected, moved, square, site, step)
         # All has been computed: what follows are writes.
         if lost is not None:
@@ -314,16 +360,50 @@ class LDAdamW(AdamFamily):
                 gradient=grad,
                 channel_scale=projected.new_ones(1, 1),
                 # The bits after those of the weights.
-                key=NoiseKey(site.seed, site.stream, param.numel()),
+                key=site.key.shifted(site.whole.numel()),
                 rounding_draw=site.rounding_draw(step),
             )
         state["basis"].copy_(following)
-        key = NoiseKey(site.seed, site.stream)
-        for values, moment in zip((moved, square), stored, strict=True):
-            store_moment(values, moment, group, step, key)
+        store_moments(site, state, (moved, square), geo, units, step)
         state["step"] += 1
-        stack = direction.unsqueeze(0)
-        self._write([site], Terms(stack), None, [{"basis": following}], geo, step)
+        up = {"basis": following}
+        if site.sharded is not None:
+            up = rows_of(up, site.sharded, geo)
+        self._write([site], Terms(direction.unsqueeze(0)), None, [up], geo, step)
+
+    def _coded(self, site: Site) -> Mapping[str, int]:
+        """`coded_units` of a shard."""
+        return {} if site.sharded is None else self._units(site.sharded, site.group)
+
+    def _step_shard(self, site: Site, gradient: Tensor) -> None:
+        param, group = site.param, site.group
+        geo = self._geometry(param, group)
+        if geo is None:
+            super()._step_shard(site, gradient)
+            return
+        state = {name: local(value) for name, value in self._state(param, group).items()}
+        grad, rows = matrix(local_like(gradient, param)), Rows(param)
+        # In float64: the sum of squares does not overflow before the norm itself does.
+        norm = rows.norm(torch.linalg.vector_norm(grad, dtype=torch.float64))
+        if not norm.to(accumulator_dtype(grad.dtype)).isfinite():
+            return
+        following = torch.empty_like(state["basis"])
+        if int(state["step"]):
+            average, _ = load_moments(site.shard, state, geo, self._coded(site.shard))
+            average = average / (1.0 - betas_of(group)[0] ** int(state["step"]) or 1.0)
+            parts = _parts(grad, state)
+            made = next_basis(parts, average, state["basis"], group["rho"], geo, rows)
+            following.copy_(made)
+        else:
+            every = matrix(whole(gradient))
+            if is_owner(param, site.position):
+                following.copy_(self._first_basis(site, every, geo))
+        # One process's: another machine's linear algebra may round in another way.
+        broadcast_(following, param, site.position)
+        self._turn(site.shard, grad, state, following, geo)
+
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
+        return name == "error" or super()._follows_rows(name, spec, param, group)
 
     def _first_basis(self, site: Site, gradient: Tensor, geo: Geometry) -> Tensor:
         return subspace(
@@ -358,11 +438,6 @@ def _adam(
         eps=eps,
         key=key,
     )
-
-
-def _values(stored: Moment, state: Mapping[str, Tensor], geo: Geometry) -> Tensor:
-    """A moment (channels, r), in the basis's dtype."""
-    return decode(stored).view(geo.reduced_shape).to(state["basis"].dtype)
 
 
 def _parts(gradient: Tensor, state: Mapping[str, Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from torch import Tensor
 
 from zoopt.checks import check_number
-from zoopt.distributed.sharding import greatest_, local
+from zoopt.distributed.sharding import greatest_, inner_dimension, local, shard_dimensions
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.base import (
     FirstOrderOptimizer,
@@ -148,16 +148,22 @@ class SM3(FirstOrderOptimizer):
         )
 
     def _can_shard(self, param: Tensor, group: Group) -> bool:
-        return True
+        """Along dimension 0; along one other where nothing is rounded by its place."""
+        if not inner_dimension(param):
+            return True
+        one = len(shard_dimensions(param)) == 1
+        return one and "step" not in self.declared_state(param, group)
 
     def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
-        return name in ("accumulator_0", "momentum_buffer")
+        return name in (f"accumulator_{inner_dimension(param)}", "momentum_buffer")
 
     def _merge(self, site: Site) -> None:
         """Accumulators of the other axes: the maxima over all rows are the maxima over all
         parts."""
-        state = self._state(site.param, site.group)
-        for axis in range(1, site.param.dim()):
+        state, sharded = self._state(site.param, site.group), inner_dimension(site.param)
+        for axis in range(site.param.dim()):
+            if axis == sharded:
+                continue
             accumulator = state[f"accumulator_{axis}"]
             if not local(site.param).numel():
                 accumulator.zero_()

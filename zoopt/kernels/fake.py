@@ -20,7 +20,7 @@ def nothing(*args: Any) -> None:
 
 
 squares = reference_product.squares
-weighted_sum = momentum_sum = adam_window = gather_rows = write_each = nothing
+weighted_sum = scaled_rows = momentum_sum = adam_window = gather_rows = write_each = nothing
 adam = adamw = average = sm3 = nothing
 
 

@@ -22,8 +22,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, n: int, bits: int) -> Tensor:
-    """The codes, uint8 (m, n), of what `pack` has made of them."""
+    """The codes, uint8 (m, n), of what `pack` has made of them; perhaps a view of `packed`."""
     m = packed.shape[0]
+    if bits == 8:
+        return packed[:, :n]
+    if bits == 4:
+        return torch.stack((packed & 15, packed >> 4), -1).view(m, -1)[:, :n]
     places = torch.arange(bits, device=packed.device) * 8
     word = (packed.view(m, -1, bits).long() << places).sum(-1, keepdim=True)
     shifts = torch.arange(RUN, device=packed.device) * bits

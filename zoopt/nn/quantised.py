@@ -49,16 +49,27 @@ def quantise(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
     return codes.view(m, -1)[:, :n].to(torch.uint8), scale, zero.to(torch.uint8)
 
 
+def of_groups(values: Tensor, per_group: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Views of values (m, n) and numbers (m, g) of groups of a row that broadcast together."""
+    m, n = values.shape
+    if n == group_size * per_group.shape[1]:
+        return values.view(m, -1, group_size), per_group.unsqueeze(-1)
+    return values, per_group.repeat_interleave(group_size, 1)[:, :n]
+
+
 def integers(codes: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
     """Subtract the zero points (m, g) from the codes (m, n): q - z, (m, n)."""
-    wide = zero.repeat_interleave(group_size, 1)[:, : codes.shape[1]]
-    return codes.to(dtype) - wide.to(dtype)
+    made = codes.to(dtype)
+    values, zeros = of_groups(made, zero.to(dtype), group_size)
+    values.sub_(zeros)
+    return made
 
 
-def times_scale(values: Tensor, scale: Tensor, group_size: int) -> Tensor:
+def times_scale(made: Tensor, scale: Tensor, group_size: int) -> Tensor:
     """Multiply the values (m, n), in place, by their groups' scales (m, g)."""
-    wide = scale.repeat_interleave(group_size, 1)[:, : values.shape[1]]
-    return values.mul_(wide.to(values.dtype))
+    values, scales = of_groups(made, scale.to(made.dtype), group_size)
+    values.mul_(scales)
+    return made
 
 
 def group_sums(values: Tensor, group_size: int, groups: int) -> Tensor:

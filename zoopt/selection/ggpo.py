@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zoopt.checks import check_number
+from zoopt.distributed.checkpoint import called_by_checkpoint
 from zoopt.distributed.seed import SharedSeed
 from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.product.op import add_product_
-from zoopt.noise import normal, stream
+from zoopt.kernels.noise.op import perturb
+from zoopt.noise import stream
 from zoopt.removable import Removable
+from zoopt.warn import warn
 
 
 def row_scales(weight: Tensor, squares: Tensor | None, sigma: float, beta: float) -> Tensor:
@@ -43,9 +45,10 @@ class LoRAGGPO(Removable):
     for each row i, with G the last step's gradient. This leads to flatter minima, above all in rows
     with large gradients. Before the optimizer's step, W is restored bit for bit.
 
-    It hooks the model's forward pass and the optimizer's `step`. A forward pass in training mode
-    perturbs the weights; one in evaluation mode restores them. All micro-batches of a step see the
-    same noise.
+    It hooks the optimizer's `step`, and the forward pass of the model and of each module that holds
+    such a matrix. A forward pass in training mode perturbs the weights; one in evaluation mode
+    restores them. All micro-batches of a step see the same noise. A step from gradients of weights
+    without noise gives a warning: then none of these modules has been called.
 
     It takes a copy of the trained matrices, and 4 bytes per row. Save `state_dict` along with the
     optimizer's. A run that loads both continues exactly.
@@ -109,10 +112,25 @@ class LoRAGGPO(Removable):
         self._step = 0
         self._squares: dict[str, Tensor] = {}
         self._saved: dict[str, Tensor] = {}
+        self._perturbed = self._warned = False
         self._hooks = [
             model.register_forward_pre_hook(lambda module, _: self._forward(module)),
+            *(
+                module.register_forward_pre_hook(lambda module, _: self._enter(module))
+                for module in self._owners(model)
+            ),
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+
+    def _owners(self, model: nn.Module) -> list[nn.Module]:
+        """The modules below the model that hold a perturbed matrix: they may be called alone."""
+        held = {id(param) for param in self._params.values()}
+        return [
+            module
+            for module in model.modules()
+            if module is not model
+            and any(id(param) in held for param in module.parameters(recurse=False))
         ]
 
     def remove(self) -> None:
@@ -131,30 +149,17 @@ class LoRAGGPO(Removable):
     @torch.no_grad()
     def perturb(self) -> None:
         """Perturb the weights by this step's noise, unless they already are."""
+        self._perturbed = True
         if self._saved:
             return
         for name, param in self._params.items():
             squares = self._squares.get(name)
             scales = row_scales(param.detach(), squares, self._sigma, self._beta)
+            theta = param.detach()
+            self._saved[name] = theta.clone()
             key = NoiseKey(self._seed, stream(f"ggpo {name}"))
-            z = normal(
-                param.numel(),
-                seed=key.seed,
-                stream=key.stream,
-                draw=self._step & 0xFFFFFFFF,
-                device=param.device,
-            )
-            self._saved[name] = param.detach().clone()
-            theta = param.detach().contiguous()
-            add_product_(
-                theta,
-                None,
-                None,
-                gradient=z.view(param.shape),
-                channel_scale=scales.unsqueeze(1),
-                key=key,
-            )
-            param.copy_(theta)
+            draw = self._step & 0xFFFFFFFF
+            perturb(theta, 1.0, draw=draw, key=key, row_scale=scales, out=theta)
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, the number of steps taken, and the squared row norms of the last gradients."""
@@ -181,15 +186,30 @@ class LoRAGGPO(Removable):
             for name, squares in state["squares"].items()
         }
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward(self, module: nn.Module) -> None:
-        if module.training and torch.is_grad_enabled():
+        # Not if gradients are enabled: checkpointing evaluates without them first.
+        if module.training:
             self.perturb()
         else:
             self.restore()
 
+    def _enter(self, module: nn.Module) -> None:
+        # In a compiled model the model's own hook has done it, and a call here would break graphs.
+        if not torch.compiler.is_compiling():
+            self._forward(module)
+
     @torch.no_grad()
     def _before_step(self) -> None:
         self.restore()
+        noiseless = not (self._perturbed or self._warned or called_by_checkpoint())
+        if noiseless and any(param.grad is not None for param in self._params.values()):
+            self._warned = True
+            warn(
+                "LoRAGGPO added no noise before this step: neither the model nor a module with a "
+                "perturbed matrix was called in training mode; call it, or perturb() before the "
+                "forward pass"
+            )
         for name, param in self._params.items():
             if param.grad is not None:
                 wide = accumulator_dtype(param.dtype)
@@ -197,4 +217,6 @@ class LoRAGGPO(Removable):
                 self._squares[name] = norms.square_()
 
     def _after_step(self) -> None:
-        self._step += 1
+        if not called_by_checkpoint():  # That call only creates the optimizer's state.
+            self._perturbed = False
+            self._step += 1

@@ -46,6 +46,19 @@ def moment_specs(
     return {name: codes, f"{name}_scale": scale}
 
 
+def coded_units(
+    specs: Mapping[str, TensorSpec], shape: tuple[int, ...], state_dtype: Format
+) -> dict[str, int]:
+    """Of the state tensors that hold codes and scales of moments of this shape, how many elements
+    an entry stands for; nothing where moments are not coded."""
+    fmt, units = format_of(shape, state_dtype), dict[str, int]()
+    for name in specs if fmt in BLOCK else ():
+        if f"{name}_scale" in specs:
+            units[name] = 1 if fmt == "int8" else 2
+            units[f"{name}_scale"] = BLOCK[fmt]
+    return units
+
+
 def moment(state: dict[str, Tensor], name: str, numel: int, *, signed: bool) -> Moment:
     """The moment of that name in a parameter's state."""
     return Moment(state[name], state.get(f"{name}_scale"), numel, signed)

@@ -130,6 +130,11 @@ class ProjectedOptimizer(ShardedMatrices):
         def rule_and_norms(reduced: Tensor) -> tuple[Tensor, Tensor]:
             make = self._rule(group).norms
             assert make is not None
+            if sharded is not None and self._units(sharded, group):
+                # Blocks of codes do not end where rows do.
+                before = torch.linalg.vector_norm(reduced, dim=2)
+                direction = rule(reduced)
+                return direction, torch.stack((torch.linalg.vector_norm(direction, dim=2), before))
             norms = make(reduced, states)
             direction = rule(reduced, norms)
             wide = accumulator_dtype(reduced.dtype)
@@ -158,13 +163,23 @@ class ProjectedOptimizer(ShardedMatrices):
     ) -> Tensor:
         """The rule's direction of R, (k, channels, r), or of whole gradients; `norms` is passed to
         the rule."""
-        group = sites[0].group
+        site, group = sites[0], sites[0].group
         rule = self._rule(group)
-        options: dict[str, Any] = {} if norms is None else {"norms": norms}
+        if site.sharded is not None and rule.elementwise:
+            units = self._units(site.sharded, group)
+            if units:
+                return self._in_blocks(site, reduced, states[0], step, units)
+        options = self._rule_options(site)
+        if norms is not None:
+            options["norms"] = norms
         if self._uses_up_reduced(group):
             # R is not used afterwards, and fresh memory would cost as much as the rule does.
             options["out"] = reduced
         return rule.direction(reduced, states, group, step, keys, **options)
+
+    def _rule_options(self, site: Site) -> dict[str, Any]:
+        """What else the rule's direction takes."""
+        return {}
 
     def _uses_up_reduced(self, group: Group) -> bool:
         """Whether the direction may go where R is, which then may have the gradient's dtype."""

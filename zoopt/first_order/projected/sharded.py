@@ -11,24 +11,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from zoopt.distributed.sharding import (
     anywhere,
     broadcast_,
     greatest_,
+    in_runs,
+    inner_dimension,
     is_owner,
     local,
     local_like,
     offset,
+    runs,
+    shard_dimensions,
     sum_,
     whole,
 )
 from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.base import Site
 from zoopt.first_order.projected.basis import load_bases
+from zoopt.first_order.projected.codecs import coded_units
+from zoopt.first_order.projected.coded_shards import whole_blocks
 from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.state import ProjectedState
 from zoopt.first_order.projected.subspace import BLIND, down, silence_rounding_
@@ -59,15 +66,21 @@ class ShardedMatrices(ProjectedState):
         param, group = site.param, site.group
         geo = self._geometry(param, group)
         if geo is None:
-            super()._step_shard(site, gradient)
+            if self._rule(group).elementwise and self._units(param, group):
+                self._step_blocks(site, gradient)
+            elif inner_dimension(param) and self._is_rounded(param, group):
+                self._step_runs(site, gradient)
+            else:
+                super()._step_shard(site, gradient)
             return
         state = {name: local(value) for name, value in self._state(param, group).items()}
         completed, grad = int(state["step"]), matrix(local_like(gradient, param))
         if self._refresh_due(site, state):
             if not anywhere(not grad.isfinite().all(), param):
                 refresh = functools.partial(self._refresh, site, state, geo)
-                refresh_together(site, state, self._basis_specs(geo, group, param.dtype), refresh)
-            elif not completed:
+                names = self._basis_specs(geo, group, param.dtype)
+                refresh_together(site, gradient, state, names, refresh)
+            elif self._waits(completed):
                 return
         bases = rows_of(load_bases(site, state, geo, completed), param, geo)
         reduced = down([grad], [bases], geo)[0].to(accumulator_dtype(grad.dtype))
@@ -75,46 +88,136 @@ class ShardedMatrices(ProjectedState):
             sum_(reduced, param)
         if group["projector"] not in BLIND:
             silence_rounding_(reduced, geo, greatest=functools.partial(greatest_, param=param))
-        part = dataclasses.replace(site, param=local(param), offset=offset(param))
         first = first_row(param) * geo.rank if geo.side == "right" else 0
         key = NoiseKey(site.seed, site.stream, first)
         stack = reduced.unsqueeze(0)
-        self._run(lambda: stack, [part], [state], [key], [grad], [bases], geo, param)
+        self._run(lambda: stack, [site.shard], [state], [key], [grad], [bases], geo, param)
+
+    def _waits(self, completed: int) -> bool:
+        """Whether a parameter is not stepped if new bases are due, after so many steps, and cannot
+        be had from this gradient."""
+        return completed == 0
+
+    def _is_rounded(self, param: Tensor, group: Group) -> bool:
+        """Whether a step by itself rounds numbers, which depends on their places in the whole."""
+        specs = self.declared_state(param, group).values()
+        return param.itemsize == 2 or any(spec.dtype == torch.bfloat16 for spec in specs)
+
+    def _step_runs(self, site: Site, gradient: Tensor) -> None:
+        """Step a parameter by itself whose part here consists of runs, as if each were one."""
+        param, group = site.param, site.group
+        state = {name: local(value) for name, value in self._state(param, group).items()}
+        part, starts = local(param), runs(param)
+        divided = {name: in_runs(own, param) for name, own in state.items() if name != "step"}
+        grads = in_runs(local_like(gradient, param), param)
+        sites = []
+        for i, (own, start) in enumerate(zip(in_runs(part, param), starts, strict=True)):
+            sites.append(dataclasses.replace(site, param=own, offset=start))
+            self.state[own] = {name: values[i] for name, values in divided.items()}
+            self.state[own]["step"] = state["step"].clone()
+        try:
+            if sites and self._rule(group).write is not None:
+                self._update_together(sites, grads)
+            else:
+                for each, grad in zip(sites, grads, strict=True):
+                    self._apply(each, grad, grad)
+        finally:
+            for each in sites:
+                del self.state[each.param]
+        state["step"] += 1
+
+    def _step_blocks(self, site: Site, gradient: Tensor) -> None:
+        """Step a parameter by itself whose moments are coded: whole blocks of it."""
+        param, group = site.param, site.group
+        state = {name: local(value) for name, value in self._state(param, group).items()}
+        part, grad = local(param), local_like(gradient, param)
+        theta = part.contiguous()
+        units = self._units(param, group)
+        with whole_blocks(
+            param, tuple(param.shape), state, units, reads=[grad], writes=[theta]
+        ) as cut:
+            [grad], [own] = cut.reads, cut.writes
+            if own.numel():
+                self.state[own] = cut.state
+                try:
+                    self._apply(dataclasses.replace(site, param=own, offset=cut.first), grad, grad)
+                finally:
+                    del self.state[own]
+            else:
+                state["step"] += 1
+        if theta is not part:
+            part.copy_(theta)
+
+    def _in_blocks(
+        self,
+        site: Site,
+        reduced: Tensor,
+        state: State,
+        step: int,
+        units: Mapping[str, int],
+    ) -> Tensor:
+        """The rule's direction of this process's rows of R, (1, rows, r), whose moments are
+        coded."""
+        param, group = site.whole, site.group
+        geo, rule = self._geometry(param, group), self._rule(group)
+        assert geo is not None
+        direction = reduced.clone() if self._residual(group).needs_reduced else reduced.contiguous()
+        with whole_blocks(param, geo.reduced_shape, state, units, writes=[direction]) as cut:
+            [own] = cut.writes
+            if own.numel():
+                key = NoiseKey(site.seed, site.stream, cut.first)
+                values = own.view(1, -1)
+                options = {"out": values} if rule.overwrites else {}
+                values.copy_(rule.direction(values, [cut.state], group, step, [key], **options))
+        return direction
+
+    def _units(self, param: Tensor, group: Group) -> Mapping[str, int]:
+        """Of the state of a sharded parameter's rows that is codes and scales, how many elements an
+        entry stands for."""
+        geo = self._geometry(param, group)
+        if geo is not None and geo.side != "right":
+            return {}
+        shape = tuple(param.shape) if geo is None else geo.reduced_shape
+        specs = self._rule(group).specs(shape, group, accumulator_dtype(param.dtype))
+        return coded_units(specs, shape, group["state_dtype"])
 
     def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
         geo = self._geometry(param, group)
+        if name in self._units(param, group):
+            return True
         if geo is None:
             return super()._follows_rows(name, spec, param, group)
         return geo.side == "right" and name not in geo.bases and spec.shape == geo.reduced_shape
 
     def _can_shard(self, param: Tensor, group: Group) -> bool:
-        """Where the rule is one of single elements, and so is the state of what is sharded: no
-        codes in blocks. In a subspace too, if the class knows how."""
-        if not self._rule(group).elementwise or self._matrices_of(param, group) > 1:
+        """Where the rule is one of single elements, or the class knows how; codes in blocks over
+        one dimension of processes only."""
+        if self._matrices_of(param, group) > 1:
             return False
-        geo = self._geometry(param, group)
-        if geo is not None:
-            return self.shards and (
-                geo.side != "right" or group["state_dtype"] in ("float32", "bfloat16")
-            )
-        specs = self.declared_state(param, group)
-        return all(
-            name == "step" or spec.shape == tuple(param.shape) for name, spec in specs.items()
-        )
+        alone = self._geometry(param, group) is None and self._rule(group).elementwise
+        if inner_dimension(param):
+            return alone and not self._units(param, group)
+        if len(shard_dimensions(param)) > 1 and self._units(param, group):
+            return False
+        return alone or self.shards
 
 
 def refresh_together(
-    site: Site, state: State, names: Iterable[str], refresh: Callable[[Tensor], None]
+    site: Site,
+    gradient: Tensor,
+    state: State,
+    names: Iterable[str],
+    refresh: Callable[[Tensor], None],
 ) -> None:
     """Make new bases in one of the processes that share the parameter, and send them to the others.
 
     Args:
+        gradient: the parameter's, sharded like it.
         names: of the state that `refresh` computes from the whole gradient, (m, n).
     """
-    assert site.param.grad is not None
-    gradient = matrix(whole(site.param.grad))
+    every = matrix(whole(gradient))
     if is_owner(site.param, site.position):
-        refresh(gradient)
+        refresh(every)
     for name in names:
         broadcast_(state[name], site.param, site.position)
 

@@ -129,6 +129,9 @@ class ProjectedState(StackedMatrices):
         state = self.state[site.param]
         return load_bases(site, state, geo, max(0, int(state["step"]) - 1))
 
+    def _keeps_gradient(self, site: Site) -> bool:
+        return self._geometry(site.param, site.group) is None
+
     def _needs_gradient(self, site: Site) -> bool:
         geo = self._geometry(site.param, site.group)
         return geo is not None and self._residual(site.group).needs_gradient

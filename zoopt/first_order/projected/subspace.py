@@ -256,19 +256,26 @@ def _there_and_back(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
     return times(gradient, balanced(image), transposed=right)
 
 
-def unit(tensor: Tensor) -> Tensor:
+def unit(tensor: Tensor, among: Callable[[Tensor], None] | None = None) -> Tensor:
     """The power of two, (), that brings the tensor's greatest magnitude to between 1/2 and 1.
 
     To multiply by it rounds nothing; squares of what it brings there neither overflow nor vanish.
+    `among` makes the greatest number over all parts of a tensor that is sharded.
     """
-    greatest = torch.linalg.vector_norm(tensor, math.inf)
+    if tensor.numel():
+        greatest = torch.linalg.vector_norm(tensor, math.inf)
+    else:
+        greatest = tensor.new_zeros(())
+    if among is not None:
+        among(greatest)
     # 2^120 has a float32 of its own, and so has its inverse.
     return torch.ldexp(torch.ones_like(greatest), -torch.frexp(greatest).exponent.clamp(-120, 120))
 
 
-def balanced(image: Tensor) -> Tensor:
-    """An image G F of numbers F of size 1, such that G^T times it has the size 1 too."""
-    scale = unit(image)
+def balanced(image: Tensor, among: Callable[[Tensor], None] | None = None) -> Tensor:
+    """An image G F of numbers F of size 1, such that G^T times it has the size 1 too; `among` as
+    for `unit`."""
+    scale = unit(image, among)
     return image * scale * scale
 
 

@@ -96,6 +96,25 @@ def weighted_sum(
     )
 
 
+def scaled_rows(
+    theta: Tensor, out: Tensor, scales: Tensor, alpha: float, draw: int, key: NoiseKey
+) -> None:
+    """See reference.scaled_rows."""
+    memory = _memory(theta)
+    _parallel(
+        cpu_kernels.scaled_rows,
+        memory[1],
+        TILE,
+        memory,
+        memory if out is theta else _memory(out),
+        _floats(scales),
+        _KINDS[theta.dtype],
+        f32(alpha),
+        u32(draw),
+        *_noise(key),
+    )
+
+
 def add_stochastic(
     theta: Tensor, addend: Tensor, decay: float, key: NoiseKey, rounding_draw: int
 ) -> None:

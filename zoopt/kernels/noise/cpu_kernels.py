@@ -79,6 +79,39 @@ def _weighted_sum(
 
 
 @jit
+def _scaled_rows(
+    theta,
+    out,
+    scales,
+    kind,
+    alpha,
+    draw,
+    per_word,
+    stream,
+    k0,
+    k1,
+    offset,
+    threshold,
+    span,
+):
+    """reference.scaled_rows."""
+    tile, z, words, random = scratch(threshold)
+    columns = len(theta) // len(scales)
+    for start in range(span[0], span[1], TILE):
+        stop = min(start + TILE, span[1])
+        index, count = offset + start, stop - start
+        acc = load(tile, theta[start:stop], out[start:stop], kind, f32(1.0))
+        lead = generate(z, words, random, index, count, per_word, stream, draw, k0, k1, threshold)
+        first, row = 0, start // columns
+        while first < count:
+            last = min(count, (row + 1) * columns - start)
+            scale_ = f32(alpha * scales[row])
+            accumulate(acc[first:last], scale_, z, words, random, lead + first, per_word, threshold)
+            first, row = last, row + 1
+        store(out[start:stop], acc, words, index, kind, stream, -1, k0, k1)
+
+
+@jit
 def _add_stochastic(theta, addend, decay, stream, k0, k1, offset, rounding, span):
     """theta <- decay theta + addend, rounded by random bits, both the bits of bfloat16 (n,)."""
     words = np.empty(TILE // 2 + 4, np.uint32)
@@ -211,6 +244,12 @@ def _gather_rows(
 def weighted_sum(arguments, team):
     """reference.weighted_sum, on a team of threads."""
     spread(_weighted_sum, arguments, team)
+
+
+@jit
+def scaled_rows(arguments, team):
+    """reference.scaled_rows, on a team of threads."""
+    spread(_scaled_rows, arguments, team)
 
 
 @jit

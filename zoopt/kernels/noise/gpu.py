@@ -28,6 +28,7 @@ from zoopt.kernels.noise.gpu_kernels import (
     sum_kernel,
     window_kernel,
 )
+from zoopt.kernels.noise.gpu_rows import scaled_rows_kernel
 from zoopt.kernels.noise.gpu_writes import writes_kernel
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.writes import Script
@@ -89,6 +90,7 @@ def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _distances(distances: tuple[int, ...], device: torch.device) -> Tensor:
+    """Distances or lengths on the device, int64."""
     return to_device(distances, torch.int64, device)
 
 
@@ -257,6 +259,23 @@ def weighted_sum(
     memories = {"theta": batch.tensors, "out": outs, "addend": addends}
     options = {**terms_of(batch, draws, coefficients), **rounds(rounding_draw)}
     launch(sum_kernel, batch, memories, BLOCK, decay=decay, DECAYS=decay != 1.0, **options)
+
+
+def scaled_rows(
+    batch: Batch,
+    outs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    alpha: float,
+    draw: int,
+) -> None:
+    """See reference.scaled_rows."""
+    lengths = [
+        numel // max(1, own.numel()) for numel, own in zip(batch.counts, scales, strict=True)
+    ]
+    columns = lengths[0] if len(batch) == 1 else _distances(tuple(lengths), batch.device)
+    memories = {"theta": batch.tensors, "out": outs, "scales": scales}
+    numbers = {"columns": columns, "alpha": alpha, "draw": _int32(draw)}
+    launch(scaled_rows_kernel, batch, memories, BLOCK, **numbers)
 
 
 def momentum_sum(

@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from zoopt.dtypes import scalars
+from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
 from zoopt.kernels.batch import Batch, as_batch, packed_like
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
@@ -28,6 +28,7 @@ def perturb(
     *,
     draw: int,
     key: NoiseKey,
+    row_scale: Tensor | None = None,
     out: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor: ...
@@ -39,6 +40,7 @@ def perturb(
     alpha: float,
     *,
     draw: int,
+    row_scale: Sequence[Tensor] | None = None,
     out: Sequence[Tensor] | None = None,
     impl: str | None = None,
 ) -> Sequence[Tensor]: ...
@@ -50,10 +52,13 @@ def perturb(
     *,
     draw: int,
     key: NoiseKey | None = None,
+    row_scale: Tensor | Sequence[Tensor] | None = None,
     out: Tensor | Sequence[Tensor] | None = None,
     impl: str | None = None,
 ) -> Tensor | Sequence[Tensor]:
     """theta + alpha z, rounded to nearest; z = z(seed, stream, draw, offset + index) of the key.
+
+    With scales c for the rows (along the first axis) it is theta_i + (alpha c_i) z_i.
 
     Args:
         theta: a dense float32, bfloat16, float16 or float64 tensor of any shape, or a batch.
@@ -61,6 +66,8 @@ def perturb(
         key: the noise of theta; a batch has its own. With a density below 1, elements that the
             direction does not move keep their bits.
         draw: the direction's number, 32 bits.
+        row_scale: c, (m,) for theta (m, ...), contiguous, float32 (float64 for float64), on its
+            device; one for each tensor of a batch.
         out: where the result goes: `theta` itself for in place (a batch: its `tensors`), or a
             tensor of its shape, dtype and device that shares no memory with it, one for each of a
             batch. Default: new contiguous tensors.
@@ -79,13 +86,22 @@ def perturb(
     batch = as_batch(theta, key)
     check_unsigned("draw", draw, 32)
     backend = dispatch.choose(batch.tensors[0], impl)
-    terms = (scalars([alpha], batch.dtype), [draw], 1.0, None)
+    scaled = None if row_scale is None else _row_scales(row_scale, theta, batch)
+
+    def onto(batch: Batch, outs: Sequence[Tensor]) -> None:
+        if scaled is None:
+            terms = (scalars([alpha], batch.dtype), [draw], 1.0, None)
+            run(backend, "weighted_sum", batch, (outs, None), *terms)
+        else:
+            numbers = (*scalars([alpha], batch.dtype), draw)
+            run(backend, "scaled_rows", batch, (outs, scaled), *numbers)
+
     if out is None and batch.indices is None:
         made = [
             torch.empty_like(tensor, memory_format=torch.contiguous_format)
             for tensor in batch.tensors
         ]
-        run(backend, "weighted_sum", batch.row_major(), (made, None), *terms)
+        onto(batch.row_major(), made)
         return made if isinstance(theta, Batch) else made[0]
     outs: Sequence[Tensor] = ()
     if out is not None:
@@ -105,12 +121,37 @@ def perturb(
             check_like("out", target, own, batch.dtype)
     if in_place:
         with batch.contiguous() as dense:
-            run(backend, "weighted_sum", dense, (dense.tensors, None), *terms)
+            onto(dense, dense.tensors)
     else:
         with contextlib.ExitStack() as stack:
             targets = [stack.enter_context(contiguous(target)) for target in outs]
-            run(backend, "weighted_sum", batch.row_major(), (targets, None), *terms)
+            onto(batch.row_major(), targets)
     return outs if isinstance(theta, Batch) else outs[0]
+
+
+def _row_scales(
+    given: Tensor | Sequence[Tensor], theta: Tensor | Batch, batch: Batch
+) -> Sequence[Tensor]:
+    """The scales of each tensor's rows, checked."""
+    scales: Any = given if isinstance(theta, Batch) else (given,)
+    if len(scales) != len(batch) or batch.indices is not None:
+        raise ValueError(
+            f"row_scale must have a tensor for each of the batch's {len(batch)}, and the batch no "
+            f"indices, got {len(scales)}"
+        )
+    wide = accumulator_dtype(batch.dtype)
+    for own, tensor in zip(scales, batch.tensors, strict=True):
+        check_tensor("row_scale", own)
+        rows = tensor.shape[:1]
+        if own.shape != rows or own.dtype != wide or own.device != tensor.device or not rows:
+            raise ValueError(
+                f"row_scale must have one {wide} number on {tensor.device} for each row of a "
+                f"tensor of shape {tuple(tensor.shape)}, got {own.dtype}, {tuple(own.shape)} on "
+                f"{own.device}"
+            )
+        if not own.is_contiguous():
+            raise ValueError("row_scale must be contiguous; pass row_scale.contiguous()")
+    return tuple(scales)
 
 
 def perturbed_copies(theta: Batch, alpha: float, *, draw: int) -> list[Tensor]:

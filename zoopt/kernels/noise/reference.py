@@ -41,8 +41,9 @@ class MaskedNoise:
                 index, seed=key.seed, stream=key.stream, draw=draw, threshold=key.threshold
             )
 
-    def added(self, acc: Tensor, coefficient: float) -> Tensor:
-        """acc + coefficient z, (numel,): the very bits of acc where the mask is 0."""
+    def added(self, acc: Tensor, coefficient: float | Tensor) -> Tensor:
+        """acc + coefficient z, (numel,): the very bits of acc where the mask is 0. The coefficient
+        is one number, or (numel,)."""
         total = acc + self.z.to(acc.dtype) * coefficient
         return total if self.kept is None else torch.where(self.kept, total, acc)
 
@@ -127,6 +128,24 @@ def weighted_sum(
         if addend is not None:
             acc = acc + addend[part]
         _store(out, acc, part, key, rounding_draw)
+
+
+def scaled_rows(
+    theta: Tensor,
+    out: Tensor,
+    scales: Tensor,
+    alpha: float,
+    draw: int,
+    key: NoiseKey,
+) -> None:
+    """out_ij <- round(theta_ij + (alpha scales_i) z_ij), rows of equal length, theta and out (n,)
+    and scales (m,) in the accumulator's dtype."""
+    columns = theta.numel() // scales.numel()
+    for part in _chunks(theta.numel()):
+        acc = theta[part].to(scales.dtype)
+        rows = torch.arange(part.start, part.stop, device=theta.device) // columns
+        z = MaskedNoise(part.start, acc.numel(), key, draw, theta.device)
+        _store(out, z.added(acc, (scales * alpha)[rows]), part, key, None)
 
 
 def momentum_sum(

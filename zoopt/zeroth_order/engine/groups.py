@@ -16,7 +16,7 @@ from zoopt.checks import (
     check_number,
     check_positive_int,
 )
-from zoopt.distributed.sharding import check_placement, is_sharded, local, offset
+from zoopt.distributed.sharding import check_placement, inner_dimension, is_sharded, local, offset
 from zoopt.dtypes import NARROW, RoundingMode, resolved_rounding
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
@@ -222,6 +222,12 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
                 f"'random', or keep the parameter out of fully_shard"
             )
         check_placement(param, name)
+        if inner_dimension(param):
+            raise ValueError(
+                f"a sharded parameter must be sharded along dimension 0, got dimension "
+                f"{inner_dimension(param)} for {name!r}; use fully_shard without a "
+                f"shard_placement_fn"
+            )
 
     def _check_options(self, group: Group) -> None:
         """Raise unless the group's hyperparameters are valid."""

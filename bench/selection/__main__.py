@@ -1,0 +1,3 @@
+from bench.selection.command import main
+
+raise SystemExit(main())

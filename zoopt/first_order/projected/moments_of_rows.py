@@ -1,0 +1,66 @@
+"""Adam's moments of a matrix, read and written as numbers, where some of its rows are here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from zoopt.first_order.base import Site
+from zoopt.first_order.projected.coded_shards import whole_blocks
+from zoopt.first_order.projected.geometry import Geometry
+from zoopt.first_order.projected.rules import adam_moments, store_moment
+from zoopt.first_order.projected.sharded import first_row
+from zoopt.kernels.adam.moments import decode
+from zoopt.kernels.noise.key import NoiseKey
+
+State = dict[str, Tensor]
+
+
+def load_moments(
+    site: Site, state: State, geo: Geometry, units: Mapping[str, int]
+) -> tuple[Tensor, Tensor]:
+    """m and v, (channels, r) or this process's rows of them, in the basis's dtype.
+
+    Args:
+        units: of a shard with coded moments, from `coded_units`; else nothing.
+    """
+    wide, shape = state["basis"].dtype, geo.reduced_shape
+    if site.sharded is not None and geo.side == "right":
+        shape = len(site.param), geo.rank
+    if site.sharded is None or not units:
+        first, second = adam_moments(state, math.prod(shape))
+        return decode(first).view(shape).to(wide), decode(second).view(shape).to(wide)
+    values = [torch.zeros(shape, dtype=wide, device=site.param.device) for _ in range(2)]
+    with whole_blocks(site.sharded, geo.reduced_shape, state, units, writes=values) as cut:
+        moments = adam_moments(cut.state, cut.writes[0].numel())
+        for stored, written in zip(moments, cut.writes, strict=True):
+            written.copy_(decode(stored))
+    return values[0], values[1]
+
+
+def store_moments(
+    site: Site,
+    state: State,
+    values: Sequence[Tensor],
+    geo: Geometry,
+    units: Mapping[str, int],
+    step: int,
+) -> None:
+    """Round m and v, or this process's rows of them, to their format; the arguments as for
+    `load_moments`."""
+    key = NoiseKey(site.seed, site.stream)
+    if site.sharded is not None and units:
+        with whole_blocks(site.sharded, geo.reduced_shape, state, units, reads=values) as cut:
+            _store(cut.reads, cut.state, site, step, key.shifted(cut.first))
+        return
+    if site.sharded is not None and geo.side == "right":
+        key = key.shifted(first_row(site.sharded) * geo.rank)
+    _store(values, state, site, step, key)
+
+
+def _store(values: Sequence[Tensor], state: State, site: Site, step: int, key: NoiseKey) -> None:
+    for value, moment in zip(values, adam_moments(state, values[0].numel()), strict=True):
+        store_moment(value, moment, site.group, step, key)
