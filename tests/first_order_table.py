@@ -244,8 +244,8 @@ def sparse_delta(name: str, **options: Any) -> Row:
     def kept(shape: tuple[int, ...], itemsize: int) -> int:
         numel, number = math.prod(shape), wide(itemsize)
         k = max(1, int(options["density"] * numel))
-        others = min(max(math.ceil(k / 3), round(0.4 * k)), numel - k)
-        more = others * (4 + 2 * number)
+        others = min(max(k // 4 - 1, round(0.4 * k)), numel - k)
+        more = others * (4 + 2 * (8 if itemsize == 8 else 2))
         if options.get("growth") == "momentum":
             m = shape[0] if len(shape) > 1 else 1
             more = number * (m + numel // m) * (others > 0)

@@ -103,7 +103,7 @@ def test_resume_is_exact_and_a_probe_leaves_no_trace() -> None:
 
 
 def test_refuses() -> None:
-    with pytest.raises(ValueError, match="model must have quantised layers, got none"):
+    with pytest.raises(ValueError, match="model must have layers of integer codes, got none"):
         zoopt.QES(model(), lr=1.0)
     for bad, message in (
         ({"lr": -1.0}, "lr must be a finite number >= 0, got -1.0"),

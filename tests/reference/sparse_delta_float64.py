@@ -90,7 +90,7 @@ class SparseDelta64:
         place = (self.steps - 1) % self.update_gap - (self.update_gap - self.window)
         if place == 0:
             others = {i: abs(g[i]) for i in range(g.size) if i not in self.active[name]}
-            most = max(-(-count // 3), round(self.drop_fraction * count))
+            most = max(count // 4 - 1, round(self.drop_fraction * count))
             self.sums[name] = {i: [0.0, 0.0] for i in best(others, most)}
         elif place > 0:
             for i, pair in self.sums[name].items():

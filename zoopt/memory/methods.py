@@ -16,6 +16,8 @@ import zoopt.nn
 from zoopt.first_order.projected.selection import param_groups
 from zoopt.nn.modules import is_conv1d
 from zoopt.registry import Row, Variant, rows
+from zoopt.selection import SparseDeltaAdamW
+from zoopt.zeroth_order import MeZO
 
 Kind = Literal["inference", "zeroth-order", "backprop"]
 Build = Callable[[nn.Module], torch.optim.Optimizer]
@@ -85,6 +87,7 @@ def methods(rank: int = 128, lora_rank: int = 8, *, all_variants: bool = False) 
     # MeZO, on which the others are based, comes first.
     ordered = sorted(rows("zeroth-order"), key=lambda row: row.name != "mezo")
     zeroth_order = [m for row in ordered for m in _of_row(row, rank, all_variants)]
+    zeroth_order.append(Method("MeZO, QZO int4", "zeroth-order", _mezo, adapter=_quantised))
     backprop = [
         Method("SGD", "backprop", _torch(torch.optim.SGD, lr=1e-3)),
         Method("AdamW", "backprop", _torch(torch.optim.AdamW)),
@@ -93,6 +96,7 @@ def methods(rank: int = 128, lora_rank: int = 8, *, all_variants: bool = False) 
         Method("LoRA + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=lora(lora_rank)),
         Method("SLTrain + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=_sltrain(rank)),
         Method("PEQA int4 + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=_quantised),
+        Method("SparseDeltaAdamW over int4", "backprop", _sparse, adapter=_quantised_and_sparse),
     ]
     return [Method("inference", "inference", _none), *zeroth_order, *backprop]
 
@@ -147,6 +151,20 @@ def _quantised(model: nn.Module) -> nn.Module:
     zoopt.nn.convert_to_quantised(model, bits=4)
     zoopt.nn.train_scales(model)
     return model
+
+
+def _quantised_and_sparse(model: nn.Module) -> nn.Module:
+    zoopt.nn.convert_to_quantised(model, bits=4)
+    zoopt.nn.convert_to_sparse_delta(model)
+    return model
+
+
+def _sparse(model: nn.Module) -> torch.optim.Optimizer:
+    return SparseDeltaAdamW(_trained(model))
+
+
+def _mezo(model: nn.Module) -> torch.optim.Optimizer:
+    return MeZO(_trained(model))
 
 
 def _sltrain(rank: int) -> Callable[[nn.Module], nn.Module]:

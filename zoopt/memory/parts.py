@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,9 @@ class Parts:
 
     def forward_only(self, method: Method, batch: int, seq: int) -> Timeline:
         """Whole steps of a method that never holds the gradients of all parameters."""
-        tape = (
-            self._tape(batch, seq) if method.kind == "zeroth-order" and not method.graph else None
-        )
+        # What is recorded is a forward pass of the plain model.
+        plain = method.kind == "zeroth-order" and method.adapter is None and not method.graph
+        tape = self._tape(batch, seq) if plain else None
         try:
             return self._steps(method, batch, seq, tape)
         except Unplayable:
@@ -62,7 +63,9 @@ class Parts:
     def _steps(self, method: Method, batch: int, seq: int, tape: Tape | None) -> Timeline:
         meter = StorageMeter(keep_events=True, run=self._run)
         inputs = self.spec.inputs(batch, seq)
-        trained = [param for param in self._plain.parameters() if param.requires_grad]
+        model = self._model(method)
+        adapted = dataclasses.replace(method, adapter=None)
+        trained = [param for param in model.parameters() if param.requires_grad]
 
         def played(model: nn.Module, inputs: Inputs) -> Any:
             return loss_of(model, inputs) if tape is None else tape.play(meter)
@@ -71,9 +74,7 @@ class Parts:
         steps = 2 if method.graph else 1
         try:
             with meter:
-                optimizer = run_steps(
-                    self._plain, inputs, method, meter, steps=steps, forward=played
-                )
+                optimizer = run_steps(model, inputs, adapted, meter, steps=steps, forward=played)
             timeline = _timeline(meter)  # Before the optimizer's state is freed.
             del optimizer
         finally:

@@ -67,9 +67,13 @@ def merge(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, ReparametrisedLinear):
         return model.merge()
+    merged: tuple[str, ...] = ()
     for name, module in list(model.named_modules()):
+        if name.startswith(merged):
+            continue  # The base of a layer that has been merged as a whole.
         if isinstance(module, ReparametrisedLinear):
             model.set_submodule(name, module.merge())
+            merged += (f"{name}.",)
         else:
             merge_stacks(module)
     return model

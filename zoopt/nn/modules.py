@@ -93,7 +93,7 @@ def matrices(model: nn.Module, target: Target = "linear") -> dict[str, Matrices]
     bare = bare_matrices(model)
     modules = layers | {name: own.module for name, own in bare.items()}
     found: dict[str, Matrices] = {}
-    for name, module in _chosen(model, modules, target).items():
+    for name, module in chosen(model, modules, target).items():
         if name in bare:
             found[name] = bare[name]
         else:
@@ -120,7 +120,7 @@ def linear_layers(model: nn.Module, target: Target = "linear") -> dict[str, nn.M
         TypeError: `target` is of another kind.
         ValueError: `target`, or one of its patterns, matches no linear layer.
     """
-    return _chosen(model, _linear_layers(model), target)
+    return chosen(model, _linear_layers(model), target)
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -132,7 +132,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _chosen(model: nn.Module, layers: dict[str, nn.Module], target: Target) -> dict[str, nn.Module]:
+def chosen(model: nn.Module, layers: dict[str, nn.Module], target: Target) -> dict[str, nn.Module]:
     """Those of the layers (and bare parameters) that `target` names; at least one."""
     found = dict(_matching(model, layers, target))
     if not found:

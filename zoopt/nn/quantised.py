@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from zoopt.checks import check_choice, check_positive_int
 from zoopt.dtypes import accumulator_dtype
-from zoopt.kernels.dispatch import is_fake
+from zoopt.kernels.dispatch import is_fake, known
 from zoopt.nn.initial import CHUNK
 from zoopt.nn.linear import ReparametrisedLinear, outer_dims, replace_layers
 from zoopt.nn.modules import Matrices, Target
@@ -19,7 +19,30 @@ from zoopt.nn.packing import pack, unpack
 from zoopt.nn.stacks import Stack, stacks_of
 
 Form = Literal["linear", "log"]
+FORMS: tuple[str, ...] = get_args(Form)
 BITS = (3, 4, 8)
+
+
+class Codes(NamedTuple):
+    """A quantised weight: W = s (q - z), or W = s levels[q].
+
+    Attributes:
+        codes: q uint8 (m, n).
+        scale: s (m, g).
+        zero: z uint8 (m, g), or None if there are levels.
+        bits: of a code.
+        group_size: how many weights of a row share a scale.
+        dtype: the original weight's.
+        levels: (2^bits,), or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    group_size: int
+    dtype: torch.dtype
+    levels: Tensor | None = None
 
 
 def quantise(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +153,7 @@ class QuantisedLinear(ReparametrisedLinear):
     The full dL/dW is never stored.
 
     Args:
-        weight: (out, in); it is rounded to nearest.
+        weight: (out, in), which is rounded to nearest; or `Codes`, with their bits and groups.
         bias: the layer's bias, used as it is.
         bits: 3, 4 (default) or 8.
         group_size: how many weights of a row share a scale; default 64.
@@ -141,32 +164,48 @@ class QuantisedLinear(ReparametrisedLinear):
     """
 
     codes: Tensor
-    zero: Tensor
+    zero: Tensor | None
+    levels: Tensor | None
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | Codes,
         bias: nn.Parameter | None = None,
         *,
         bits: int = 4,
         group_size: int = 64,
         form: Form = "linear",
     ) -> None:
-        check_options(bits, group_size, form)
-        out_features, in_features = weight.shape
+        if isinstance(weight, Codes):
+            given = weight
+            check_choice("form", form, FORMS)
+        else:
+            check_options(bits, group_size, form)
+            made = quantise(weight.detach(), bits, group_size)
+            given = Codes(*made, bits, group_size, weight.dtype)
+        if form == "log" and not known((given.scale > 0).all(), True):
+            raise ValueError(
+                "scales must be positive under form='log', got some that are not; use form='linear'"
+            )
+        out_features, in_features = given.codes.shape
         super().__init__(in_features, out_features)
-        self.bits, self.group_size, self.form, self.dtype = bits, group_size, form, weight.dtype
-        codes, scale, zero = quantise(weight.detach(), bits, group_size)
-        self.register_buffer("codes", pack(codes, bits))
-        self.register_buffer("zero", zero)
-        self.scale = nn.Parameter(scale.log() if form == "log" else scale)
+        self.bits, self.group_size, self.form = given.bits, given.group_size, form
+        self.dtype = given.dtype
+        self.register_buffer("codes", pack(given.codes, given.bits))
+        self.register_buffer("zero", given.zero)
+        self.register_buffer("levels", given.levels)
+        self.scale = nn.Parameter(given.scale.log() if form == "log" else given.scale.clone())
         self.register_parameter("bias", bias)
         #: (rows, dtype) -> a perturbation added to q - z of these rows; set only during a probe.
         self.offset: Callable[[slice, torch.dtype], Tensor] | None = None
 
     def integers(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """q - z of some rows, including the perturbation of a probe in progress."""
+        """q - z of some rows, including the perturbation of a probe in progress; or their
+        levels."""
         codes = unpack(self.codes[rows], self.in_features, self.bits)
+        if self.zero is None:
+            assert self.levels is not None
+            return self.levels.to(dtype)[codes.int()]
         values = integers(codes, self.zero[rows], self.group_size, dtype)
         return values if self.offset is None else values.add_(self.offset(rows, dtype))
 
@@ -253,7 +292,7 @@ def check_options(bits: int, group_size: int, form: str) -> None:
     if type(bits) is not int or bits not in BITS:
         raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits!r}")
     check_positive_int("group_size", group_size)
-    check_choice("form", form, get_args(Form))
+    check_choice("form", form, FORMS)
 
 
 def convert_to_quantised(

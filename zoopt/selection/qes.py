@@ -105,11 +105,11 @@ class QES:
         self._layers = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, QuantisedLinear)
+            if isinstance(module, QuantisedLinear) and module.levels is None
         }
         if not self._layers:
             raise ValueError(
-                "model must have quantised layers, got none; convert it first by "
+                "model must have layers of integer codes, got none; convert it first by "
                 "zoopt.nn.convert_to_quantised(model)"
             )
         self.lr, self.sigma, self.num_probes = lr, sigma, num_probes

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Literal, get_args
+import weakref
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from zoopt.checks import check_betas, check_choice, check_number, check_positive_int
+from zoopt.distributed.seed import several_ranks
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.base import (
     FirstOrderOptimizer,
@@ -16,19 +19,30 @@ from zoopt.first_order.base import (
     betas_of,
     descent_rate,
 )
-from zoopt.kernels.dispatch import is_fake, known
+from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.philox import PURPOSE_ROUNDING, words
 from zoopt.kernels.noise.reference import round_stochastic
+from zoopt.nn.largest import largest
+from zoopt.nn.sparse_delta import Tap, Wanted, tap_of
 from zoopt.optimizer import STEP, Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
+from zoopt.selection.growth import (
+    State,
+    accumulate,
+    active_count,
+    candidate_count,
+    finite,
+    grown,
+    growth_state,
+    select,
+    sm3,
+    window_place,
+)
 
-State = dict[str, Tensor]
 Growth = Literal["accumulated", "momentum"]
 #: The greatest age. With betas up to `_MOST_BETA` the bias correction is then 1 in float32.
 _OLDEST = 2**15 - 1
 _MOST_BETA = 0.9994
-#: How many scores are computed or compared at a time.
-_CHUNK = 1 << 20
 
 
 def adam_entries(gradient: Tensor, state: State, betas: tuple[float, float], eps: float) -> Tensor:
@@ -44,55 +58,6 @@ def adam_entries(gradient: Tensor, state: State, betas: tuple[float, float], eps
     mhat = m / (1.0 - beta1**exponent).to(m.dtype)
     vhat = v / (1.0 - beta2**exponent).to(v.dtype)
     return mhat / (vhat.sqrt() + eps)
-
-
-def largest(scores: Tensor, count: int) -> Tensor:
-    """The positions of the `count` largest scores (n,), ascending. Ties go to the first ones."""
-    if is_fake(scores):
-        return torch.topk(scores, count).indices
-    top = torch.topk(scores, count).values
-    least = top[-1]
-    wanted = count - int((top > least).sum())  # How many of the tied scores to take.
-    found = []
-    for start in range(0, scores.numel(), _CHUNK):
-        run = scores[start : start + _CHUNK]
-        above = (run > least).nonzero().squeeze(1)
-        equal = (run == least).nonzero().squeeze(1)[:wanted]
-        wanted -= equal.numel()
-        found.append(torch.cat((above, equal)).add_(start))
-    return torch.cat(found).sort().values
-
-
-def seeded(total: Tensor, squares: Tensor, count: int, betas: tuple[float, float]) -> State:
-    """Adam's state for entries whose gradients were summed over `count` steps. It is the state
-    after `count` steps that each had the mean gradient and the mean squared gradient."""
-    return {
-        "exp_avg": total / count * (1.0 - betas[0] ** count),
-        "exp_avg_sq": squares / count * (1.0 - betas[1] ** count),
-        "age": torch.full_like(total, count, dtype=torch.int16),
-    }
-
-
-def products(rows: Tensor, columns: Tensor, active: Tensor, count: int) -> Tensor:
-    """The positions of the `count` largest r_i c_j among inactive entries, ascending. Rows are
-    processed in chunks, so that the full product never exists."""
-    n = columns.numel()
-    step = max(1, _CHUNK // n)
-    if is_fake(rows):
-        return active[:count].long()
-    best = rows.new_empty(0)
-    where = active.new_empty(0, dtype=torch.int64)
-    ordered = active.long().sort().values
-    for first in range(0, rows.numel(), step):
-        run = torch.outer(rows[first : first + step], columns).view(-1)
-        start, stop = first * n, first * n + run.numel()
-        inside = ordered[(ordered >= start) & (ordered < stop)] - start
-        run[inside] = -1.0
-        own = largest(run, min(count, run.numel()))
-        best, where = torch.cat((best, run[own])), torch.cat((where, own + start))
-        kept = largest(best, min(count, best.numel()))
-        best, where = best[kept], where[kept]
-    return where
 
 
 @register("sparse-delta-adamw", "compact", Variant(), Variant("momentum", {"growth": "momentum"}))
@@ -123,13 +88,19 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
 
     State, in bytes per active entry: 4 for its index, the size of a weight for W0, 8 for moments
     (16 in float64) and 2 for the age. This is 18 for float32 weights and 16 for bfloat16, or 0.18
-    and 0.16 per parameter at density 1 %. "accumulated" adds 12 bytes per candidate, and there is
-    one candidate for every three entries: 0.22 and 0.20 in all. "momentum" adds 4 (m + n) for a
-    tensor (m, n). `step` takes 8 bytes.
+    and 0.16 per parameter at density 1 %. "accumulated" adds 8 bytes per candidate: an index, and
+    two sums in bfloat16 (float64 for float64). There is one candidate for every four entries: 0.20
+    and 0.18 in all. "momentum" adds 4 (m + n) for a tensor (m, n). `step` takes 8 bytes.
+
+    Over a frozen base, quantised or not, the parameters are the deltas of `SparseDeltaLinear`
+    layers (`zoopt.nn.convert_to_sparse_delta`), and the layer adds them to the weight it computes.
+    `density` is then the layer's. The bytes are the same: 4 for a delta take the place of W0. No
+    dense gradient is stored. In a window, candidates come from the first backward pass since the
+    last step.
 
     Args:
         params: the parameters to change, for example the matrices of a model's layers; freeze the
-            others. Groups with `density=1` train in full.
+            others. Groups with `density=1` train in full. Or the deltas of layers, as above.
         lr: learning rate; default 1e-3.
         betas: decay of the moments; default (0.9, 0.999). The second is at most 0.9994.
         eps: added to the denominator; default 1e-8.
@@ -146,7 +117,8 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
 
     Raises:
         TypeError, ValueError: an argument out of range.
-        RuntimeError: in `step`, a sparse gradient. Nothing has changed then.
+        RuntimeError: in `step`, a sparse gradient, or one of a delta that was computed before the
+            optimizer was made. Nothing has changed then.
 
     Differs from the paper: there the first entries are random and all of them are replaced the
     first time, and there are as many candidates as entries, which may be active already. The
@@ -182,29 +154,31 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
     ) -> None:
         super().__init__(params, hyperparameters(locals()), seed=seed)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for all optimizers; the group's layers with sparse deltas report to this one."""
+        super().add_param_group(param_group)
+        self._listen()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._listen()
+
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
-        """`step`; `index`, `base`, moments and `age` of active entries; and the state of growth."""
-        count, wide = active_count(param.numel(), group), accumulator_dtype(param.dtype)
-        number, entry = TensorSpec((count,), wide), TensorSpec((count,), torch.int32)
-        specs = {
-            "step": STEP,
-            "index": entry,
-            "base": TensorSpec((count,), param.dtype),
-            "exp_avg": number,
-            "exp_avg_sq": number,
-            "age": TensorSpec((count,), torch.int16),
-        }
-        others = candidate_count(param.numel(), group)
-        if not others:
-            return specs
-        if group["growth"] == "momentum":
-            m, n = _matrix_shape(param)
-            return specs | {"rows": TensorSpec((m,), wide), "columns": TensorSpec((n,), wide)}
-        return specs | {
-            "candidates": TensorSpec((others,), torch.int32),
-            "gradient_sum": TensorSpec((others,), wide),
-            "gradient_sq_sum": TensorSpec((others,), wide),
-        }
+        """`step`; `index`, `base`, moments and `age` of active entries; and the state of growth.
+
+        For the delta of a `SparseDeltaLinear`, the layer has the indices, and the base is 0.
+        """
+        tap, wide = tap_of(param), accumulator_dtype(param.dtype)
+        count = active_count(param.numel(), group) if tap is None else param.numel()
+        number = TensorSpec((count,), wide)
+        specs = {"step": STEP}
+        if tap is None:
+            specs["index"] = TensorSpec((count,), torch.int32)
+            specs["base"] = TensorSpec((count,), param.dtype)
+        specs |= {"exp_avg": number, "exp_avg_sq": number}
+        specs["age"] = TensorSpec((count,), torch.int16)
+        shape = tuple(param.shape) if tap is None else tap.shape
+        return specs | growth_state(count, shape, wide, group)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -224,126 +198,143 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
                 f"{group['window']}: its first step takes candidates and the others sum over them"
             )
         for param in group["params"]:
+            if several_ranks() and tap_of(param) is not None:
+                raise ValueError(
+                    "params must be the weights themselves in several processes, got the delta of "
+                    "a SparseDeltaLinear: each process would choose entries of its own"
+                )
             if param.numel() >= 2**31:
                 raise ValueError(
                     f"a parameter must have fewer than 2^31 elements, got {param.numel()}: indices "
                     f"are int32; split it, or leave it out"
                 )
 
+    def _check_gradient(self, site: Site) -> None:
+        super()._check_gradient(site)
+        tap, wanted = tap_of(site.param), self._wanted(site.param)
+        if tap is None or site.param.grad is None or wanted is None or not tap.layer.placed:
+            return
+        missing = wanted.largest and tap.picked is None
+        if missing or (wanted.at is not None and tap.gathered(site.param.grad) is None):
+            raise RuntimeError(
+                f"the gradient of {site.name!r} must come from a backward pass since the last "
+                f"step, got another one; run loss.backward() after the optimizer has been made or "
+                f"loaded"
+            )
+
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         state = self._state(site.param, site.group)
         if not gradient.numel():
             return None
-        if int(state["step"]) == 0 and not _finite(gradient):
+        if int(state["step"]) == 0 and not finite(gradient):
             return None  # There are no entries yet, and this gradient cannot select any.
-        return gradient
+        tap = tap_of(site.param)
+        others = None if tap is None else tap.gathered(gradient)
+        return gradient if others is None else torch.cat((gradient, others))
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
-        param, group, grad = site.param, site.group, reduced.reshape(-1)
-        state = self.state[param]
-        theta = param.detach().reshape(-1)
+        state, tap = self.state[site.param], tap_of(site.param)
         state["step"] += 1
-        step = int(state["step"])
-        if step == 1:
-            first = largest(grad.abs(), state["index"].numel())
-            state["index"].copy_(first)
-            state["base"].copy_(theta[first])
-        active = state["index"].long()
-        own = grad[active].to(state["exp_avg"].dtype)
-        direction = adam_entries(own, state, betas_of(group), group["eps"])
-        weights = theta[active].to(direction.dtype)
-        decay = float(group["lr"]) * group["weight_decay"]
-        change = (state["base"].to(direction.dtype) - weights) * decay
-        moved = weights + change + direction * descent_rate(group)
-        theta[active] = _rounded(moved, site, active, step)
-        if "rows" in state:
-            _sm3(state, own, active)
-        elif "candidates" in state:
-            _accumulate(state, grad, active, group, step)
-        if step % group["update_gap"] == 0 and ("rows" in state or "candidates" in state):
-            _change_places(state, theta, group, step)
-        if not param.is_contiguous():
-            param.copy_(theta.view(param.shape))
+        if tap is None:
+            _step_in_place(site, state, reduced.reshape(-1))
+        else:
+            _step_beside(site, state, reduced, tap)
+
+    def _listen(self) -> None:
+        """Have the layers with sparse deltas ask this optimizer what it wants of a gradient."""
+        own = weakref.ref(self)
+        for group in self.param_groups:
+            for param in group["params"]:
+                tap = tap_of(param)
+                if tap is not None:
+                    tap.asks = functools.partial(_asked, own, weakref.ref(param))
+
+    def _wanted(self, param: Tensor) -> Wanted | None:
+        """What the next step needs of the gradient of the whole weight beside a delta."""
+        tap = tap_of(param)
+        [group] = [g for g in self.param_groups if any(p is param for p in g["params"])]
+        if tap is None or group["growth"] == "momentum":
+            return None
+        state, count = self.state.get(param, {}), param.numel()
+        others = candidate_count(count, math.prod(tap.shape), group)
+        place = window_place(int(state["step"]) + 1 if state else 1, group)
+        if place < 0 or not others:
+            return None
+        return Wanted(largest=others) if place == 0 else Wanted(at=state["candidates"])
 
 
-def active_count(numel: int, group: Group) -> int:
-    """k: how many entries of a tensor are active."""
-    density: float = group["density"]
-    return min(numel, max(1, int(density * numel)))
+def _asked(optimizer: weakref.ref[SparseDeltaAdamW], param: weakref.ref[Tensor]) -> Wanted | None:
+    own, delta = optimizer(), param()
+    return None if own is None or delta is None else own._wanted(delta)
 
 
-def candidate_count(numel: int, group: Group) -> int:
-    """How many candidates there are: a third of the entries, or more if more are replaced."""
-    count = active_count(numel, group)
-    most = max(math.ceil(count / 3), _moving(count, group, 0))
-    return min(most, numel - count) if group["drop_fraction"] else 0
-
-
-def _moving(count: int, group: Group, step: int) -> int:
-    """p k: how many entries are replaced after that step."""
-    total, share = group["total_steps"], group["drop_fraction"]
-    left = 1.0 if total is None else max(0.0, 1.0 - step / total)
-    moving: int = round(share * left * count)
-    return moving
-
-
-def _accumulate(state: State, grad: Tensor, active: Tensor, group: Group, step: int) -> None:
-    """Select candidates in the window's first step; sum their gradients in the others."""
-    place = (step - 1) % group["update_gap"] - (group["update_gap"] - group["window"])
-    if place < 0:
-        return
-    candidates = state["candidates"]
-    if place == 0:
+def _step_in_place(site: Site, state: State, grad: Tensor) -> None:
+    """Step the active entries of a parameter (n,), and change them when it is time."""
+    param, group, step = site.param, site.group, int(state["step"])
+    theta = param.detach().reshape(-1)
+    if step == 1:
+        first = largest(grad.abs(), state["index"].numel())
+        state["index"].copy_(first)
+        state["base"].copy_(theta[first])
+    active = state["index"].long()
+    own = grad[active].to(state["exp_avg"].dtype)
+    direction = adam_entries(own, state, betas_of(group), group["eps"])
+    weights = theta[active].to(direction.dtype)
+    decay = float(group["lr"]) * group["weight_decay"]
+    change = (state["base"].to(direction.dtype) - weights) * decay
+    moved = weights + change + direction * descent_rate(group)
+    theta[active] = _rounded(moved, site, active, step)
+    place = window_place(step, group)
+    if "rows" in state:
+        sm3(state, own, active)
+    elif "candidates" in state and place == 0:
         sizes = grad.abs().nan_to_num_(0.0)
         sizes[active] = -1.0
-        candidates.copy_(largest(sizes, candidates.numel()))
-        state["gradient_sum"].zero_()
-        state["gradient_sq_sum"].zero_()
-        if not _finite(grad):
-            state["gradient_sum"].fill_(torch.nan)
-        return
-    own = grad[candidates.long()].to(state["gradient_sum"].dtype)
-    state["gradient_sum"].add_(own)
-    state["gradient_sq_sum"].add_(own.square())
+        select(state, largest(sizes, state["candidates"].numel()), finite(grad))
+    elif "candidates" in state and place > 0:
+        accumulate(state, grad[state["candidates"].long()].to(own.dtype))
+    if step % group["update_gap"] == 0 and ("rows" in state or "candidates" in state):
+        found = grown(state, active, theta.numel(), group, step, betas_of(group))
+        if found is not None:
+            index, base = state["index"], state["base"]
+            changes = (theta[active].to(own.dtype) - base.to(own.dtype)).abs()
+            places = largest(-changes, found[0].numel())
+            theta[active[places]] = base[places]
+            index[places], base[places] = found[0].to(index.dtype), theta[found[0]]
+            for name, values in found[1].items():
+                state[name][places] = values
+    if not param.is_contiguous():
+        param.copy_(theta.view(param.shape))
 
 
-def _sm3(state: State, own: Tensor, active: Tensor) -> None:
-    """Update SM3-II's accumulators with the active entries' gradients, (k,)."""
-    rows, columns = state["rows"], state["columns"]
-    i, j = active // columns.numel(), active % columns.numel()
-    nu = torch.minimum(rows[i], columns[j]) + own.square()
-    rows.scatter_reduce_(0, i, nu, "amax")
-    columns.scatter_reduce_(0, j, nu, "amax")
+def _step_beside(site: Site, state: State, reduced: Tensor, tap: Tap) -> None:
+    """Step the entries of a layer's delta (k,), and change them when it is time.
 
-
-def _change_places(state: State, theta: Tensor, group: Group, step: int) -> None:
-    """Drop the entries that have changed least, and activate as many others."""
-    index, base = state["index"], state["base"]
-    moving, fresh = _moving(index.numel(), group, step), {}
+    Args:
+        reduced: the gradient of the delta and, in a window, of the candidates.
+    """
+    group, step, layer = site.group, int(state["step"]), tap.layer
+    delta, index = site.param.detach(), layer.index
+    own, others = reduced[: delta.numel()], reduced[delta.numel() :]
+    direction = adam_entries(own, state, betas_of(group), group["eps"])
+    decay = float(group["lr"]) * group["weight_decay"]
+    delta.add_(direction * descent_rate(group) - delta * decay)
+    place = window_place(step, group)
     if "rows" in state:
-        if not _finite(state["rows"]):
-            return
-        moving = min(moving, theta.numel() - index.numel())
-        grown = products(state["rows"], state["columns"], index, moving) if moving else None
-    else:
-        total = state["gradient_sum"]
-        if not _finite(total):
-            return
-        moving = min(moving, total.numel())
-        best = largest(total.abs(), moving) if moving else index[:0].long()
-        grown = state["candidates"][best].long()
-        fresh = seeded(
-            total[best], state["gradient_sq_sum"][best], group["window"] - 1, betas_of(group)
-        )
-    if not moving or grown is None:
-        return
-    wide = state["exp_avg"].dtype
-    changes = (theta[index.long()].to(wide) - base.to(wide)).abs()
-    places = largest(-changes, moving)
-    theta[index[places].long()] = base[places]
-    index[places], base[places] = grown.to(index.dtype), theta[grown]
-    for name in ("exp_avg", "exp_avg_sq", "age"):
-        state[name][places] = fresh[name] if fresh else 0
+        sm3(state, own, index.long())
+    elif "candidates" in state and place == 0 and tap.picked is not None:
+        select(state, tap.picked, tap.picked_finite)
+    elif "candidates" in state and place > 0:
+        accumulate(state, others)
+    tap.stepped()
+    if step % group["update_gap"] == 0 and ("rows" in state or "candidates" in state):
+        numel = math.prod(tap.shape)
+        found = grown(state, index, numel, group, step, betas_of(group))
+        if found is not None:
+            places = largest(-delta.abs(), found[0].numel())
+            delta[places], index[places] = 0.0, found[0].to(index.dtype)
+            for name, values in found[1].items():
+                state[name][places] = values
 
 
 def _rounded(values: Tensor, site: Site, index: Tensor, step: int) -> Tensor:
@@ -357,13 +348,3 @@ def _rounded(values: Tensor, site: Site, index: Tensor, step: int) -> Tensor:
     word = made.gather(1, (place // 2).unsqueeze(1)).squeeze(1)
     bits = torch.where(place % 2 == 0, word & 0xFFFF, word >> 16)
     return round_stochastic(values, site.param.dtype, bits)
-
-
-def _finite(tensor: Tensor) -> bool:
-    return known(torch.linalg.vector_norm(tensor, math.inf).isfinite(), True)
-
-
-def _matrix_shape(param: Tensor) -> tuple[int, int]:
-    if param.dim() < 2:
-        return 1, param.numel()
-    return param.shape[0], math.prod(param.shape[1:])
