@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from zoopt.ambient import OwnArithmetic
 from zoopt.distributed.seed import alone
 from zoopt.kernels import Write
 from zoopt.parameters import named_params
@@ -18,6 +20,7 @@ from zoopt.trajectory.script import Kind, NotScriptedError, Scripted
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.closure import RecordedLosses
+from zoopt.zeroth_order.engine.progress import uninterrupted
 from zoopt.zeroth_order.evolution import EvolutionStrategy
 
 #: How many steps one pass over the weights applies.
@@ -120,6 +123,8 @@ class _Steps:
         self._optimizer, self._exact = optimizer, exact
         #: Writes that are applied to the weights at the end; only for the closed form.
         self.waiting: list[tuple[Kind, list[Write]]] = []
+        #: Keeps signals away from the steps of a script, which take little time.
+        self._quiet, self._held = contextlib.ExitStack(), False
         self._script()
 
     def take(
@@ -136,6 +141,12 @@ class _Steps:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """As `take`, but leave writes for the end in `waiting`."""
+        with self._quiet, OwnArithmetic():
+            self._go(steps, progress)
+
+    def _go(
+        self, steps: Sequence[list[Event]], progress: Callable[[int, int], None] | None
+    ) -> None:
         for number, events in enumerate(steps, 1):
             events = list(events)
             while events[0].kind is EventKind.CHANGE:
@@ -160,6 +171,9 @@ class _Steps:
                 _again(self._optimizer, event)
             self._script()
             return
+        if not self._held:
+            self._quiet.enter_context(uninterrupted())
+            self._held = True
         for event in events:
             _again(self._scripted.stand_in, event)
 
@@ -172,6 +186,8 @@ class _Steps:
 
     def _settle(self) -> None:
         """Copy the stand-in's progress to the optimizer; apply or keep the collected writes."""
+        self._quiet.close()
+        self._held = False
         if self._scripted is None:
             return
         try:

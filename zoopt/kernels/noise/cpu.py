@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoopt.kernels.batch import Batch
 from zoopt.kernels.noise import cpu_kernels, cpu_writes
 from zoopt.kernels.noise.cpu_tile import NORMALS_PER_WORD, SIGNS_PER_WORD, TILE
 from zoopt.kernels.noise.key import NoiseKey
@@ -196,16 +197,42 @@ def adam_window(
 
 def write_each(theta: Tensor, script: Script, key: NoiseKey) -> None:
     """See reference.write_each."""
-    _parallel(
-        cpu_writes.write_each,
-        theta.numel(),
-        TILE,
-        _memory(theta),
-        _KINDS[theta.dtype],
+    _write_each([address(theta, *_KINDS)], [theta.numel()], [key], theta.dtype, script)
+
+
+def write_each_batch(batch: Batch, script: Script) -> None:
+    """As write_each, on all tensors of a batch without indices."""
+    _write_each(batch.addresses, batch.counts, batch.keys, batch.dtype, script)
+
+
+def _write_each(
+    addresses: Sequence[int],
+    counts: Sequence[int],
+    keys: Sequence[NoiseKey],
+    dtype: torch.dtype,
+    script: Script,
+) -> None:
+    places = [
+        (address, count, key.offset, key.stream)
+        for address, count, key in zip(addresses, counts, keys, strict=True)
+    ]
+    ends = np.cumsum([0, *(-(-count // cpu_writes.TILE) for count in counts)], dtype=np.int64)
+    tiles = int(ends[-1])
+    per_word, _, k0, k1, _, threshold = _noise(keys[0])
+    arguments = (
+        np.array(places, np.int64),
+        ends,
+        _WORD if dtype == torch.float32 else _HALFWORD,
+        _KINDS[dtype],
         *script.arrays,
         script.kept,
-        *_noise(key),
+        per_word,
+        k0,
+        k1,
+        threshold,
     )
+    share = cpu_threads.share(tiles, 1, MIN_PER_THREAD // cpu_writes.TILE)
+    cpu_threads.run(cpu_writes.write_each, arguments, tiles, share)
 
 
 def gather_rows(

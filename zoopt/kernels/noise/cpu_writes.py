@@ -54,10 +54,11 @@ from zoopt.kernels.runtime.intrinsics import (
     hold,
     i64,
     jit,
+    u32,
     u64,
     unowned,
 )
-from zoopt.kernels.runtime.spread import spread
+from zoopt.kernels.runtime.spread import memory_at, spread
 
 _NONE, _SIGN, _ADAM = RULES["none"], RULES["sign"], RULES["adam"]
 _DIRECTION, _ROUNDING = philox.PURPOSE_DIRECTION, philox.PURPOSE_ROUNDING
@@ -335,6 +336,78 @@ def _write_each(
 
 
 @jit
+def _write_batch(
+    tensors,
+    firsts,
+    item,
+    kind,
+    ends,
+    middles,
+    runs,
+    rounds,
+    rules,
+    decays,
+    step_sizes,
+    epsilons,
+    draws,
+    places,
+    made,
+    single,
+    numbers,
+    first,
+    second,
+    closes,
+    kept,
+    per_word,
+    k0,
+    k1,
+    threshold,
+    span,
+):
+    """_write_each on the tiles of a batch.
+
+    Args:
+        tensors: int64 (t, 4): address, number of elements, offset and stream of each.
+        firsts: int64 (t + 1,): the number of its first tile; that of all tiles.
+        item: of the type of theta's bits.
+        span: of tiles.
+    """
+    for t in range(len(tensors)):
+        start, stop = max(span[0], firsts[t]), min(span[1], firsts[t + 1])
+        if start < stop:
+            address, count, offset, stream = tensors[t]
+            own = TILE * (start - firsts[t]), min(count, TILE * (stop - firsts[t]))
+            _write_each(
+                memory_at(address, count, item),
+                kind,
+                ends,
+                middles,
+                runs,
+                rounds,
+                rules,
+                decays,
+                step_sizes,
+                epsilons,
+                draws,
+                places,
+                made,
+                single,
+                numbers,
+                first,
+                second,
+                closes,
+                kept,
+                per_word,
+                u32(stream),
+                k0,
+                k1,
+                offset,
+                threshold,
+                own,
+            )
+
+
+@jit
 def write_each(arguments, team):
-    """reference.write_each, on a team of threads."""
-    spread(_write_each, arguments, team)
+    """reference.write_each on a batch, on a team of threads."""
+    spread(_write_batch, arguments, team)

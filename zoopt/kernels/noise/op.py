@@ -182,6 +182,10 @@ def run(
     if getattr(backend, "BATCHES", False):
         function(batch, *beside, *numbers)
         return
+    together = getattr(backend, f"{operation}_batch", None)
+    if together is not None and batch.indices is None:
+        together(batch, *beside, *numbers)
+        return
     for i, (tensor, key) in enumerate(zip(batch.tensors, batch.keys, strict=True)):
         if batch.indices is not None:
             _run_indexed(function, batch, i, beside, *numbers)

@@ -154,18 +154,23 @@ class Script:
     """
 
     def __init__(self, writes: Sequence[Write], dtype: torch.dtype) -> None:
-        self.writes = [write.rounded(dtype) for write in writes]
+        self._given, self._dtype = writes, dtype
+
+    @functools.cached_property
+    def writes(self) -> list[Write]:
+        """The writes, with rounded numbers."""
+        return [write.rounded(self._dtype) for write in self._given]
 
     @property
     def estimates(self) -> bool:
         """Whether any write has an estimate."""
-        return any(write.rule != "none" for write in self.writes)
+        return any(write.rule != "none" for write in self._given)
 
     @functools.cached_property
     def _directions(self) -> tuple[list[int], list[bool], list[int]]:
         """Of each term: place, whether it is made there, and the last term that uses it, for as
         many places as the write with most directions needs."""
-        most = max((len({*write.draws, *write.estimate_draws}) for write in self.writes), default=1)
+        most = max((len({*write.draws, *write.estimate_draws}) for write in self._given), default=1)
         room = min(_MOST_KEPT, max(1, most))
         places, made, last = kept_directions(self._draws, room)
         # Those for one term alone need no place.
@@ -178,7 +183,7 @@ class Script:
 
     @functools.cached_property
     def _draws(self) -> list[int]:
-        return [draw for write in self.writes for draw in (*write.draws, *write.estimate_draws)]
+        return [draw for write in self._given for draw in (*write.draws, *write.estimate_draws)]
 
     @functools.cached_property
     def kept(self) -> int:
@@ -187,7 +192,7 @@ class Script:
 
     @functools.cached_property
     def arrays(self) -> tuple[np.ndarray[Any, Any], ...]:
-        """The numbers as columns.
+        """The numbers as columns for the CPU, rounded to float32.
 
         A number a write: where its terms end (a 0 comes before), where its estimate's begin, the
         length of the run that begins there (see `_runs`), rounding draw or -1, rule, decay,
@@ -195,11 +200,14 @@ class Script:
         there first, whether for this term alone, coefficient or gradient, first, second, whether
         it closes.
         """
-        writes = self.writes
+        writes = self._given
         counts = [len(write.draws) + len(write.estimate_draws) for write in writes]
         ends = np.cumsum([0, *counts], dtype=np.int64)
         own = np.array([len(write.draws) for write in writes], np.int64)
-        rounds = [-1 if write.rounding_draw is None else write.rounding_draw for write in writes]
+        exact = self._dtype == torch.float32
+        rounds = [
+            -1 if exact or write.rounding_draw is None else write.rounding_draw for write in writes
+        ]
         places, made, last = self._directions
 
         def column(dtype: Any, *names: str) -> np.ndarray[Any, Any]:
@@ -233,12 +241,12 @@ class Script:
     def _runs(self, ends: list[int], made: list[bool], last: list[int]) -> list[int]:
         """For each write, how many writes of one term each begin there, all along a direction that
         is made by the first of them and not used after the last; 0 if there is no such run."""
-        runs = [0] * len(self.writes)
-        for w, write in enumerate(self.writes):
+        runs = [0] * len(self._given)
+        for w, write in enumerate(self._given):
             start = ends[w]
             if len(write.draws) == 1 and write.rule == "none" and made[start]:
                 length = last[start] - start + 1
-                others = self.writes[w + 1 : w + length]
+                others = self._given[w + 1 : w + length]
                 if length <= _LONGEST_RUN and all(
                     other.draws == write.draws and other.rule == "none" for other in others
                 ):

@@ -116,24 +116,40 @@ def _seen(kind):
     return kind
 
 
+def _array(context, builder, kind, address, count):
+    """An array of `count` items at an address."""
+    array = context.make_array(kind)(context, builder)
+    item = context.get_data_type(kind.dtype)
+    size = INT64(context.get_abi_sizeof(item))
+    populate_array(
+        array,
+        data=builder.inttoptr(address, item.as_pointer()),
+        shape=[count],
+        strides=[size],
+        itemsize=size,
+        meminfo=None,
+    )
+    return array._getvalue()
+
+
+@intrinsic
+def memory_at(typing_context, address, count, item):
+    """The `count` items at an address, of the type of `item`; the array does not own them."""
+    kind = types.Array(item, 1, "C")
+
+    def generate(context, builder, signature, args):
+        return _array(context, builder, kind, args[0], args[1])
+
+    return kind(types.int64, types.int64, item), generate
+
+
 def _passed(context, builder, value, kind):
     """The argument as a kernel sees it. Arrays lose their reference count: the threads would
     contend for that one word of memory at every slice, and be no faster than one thread."""
     seen = _seen(kind)
     if seen is not kind:
         address, count, _ = cgutils.unpack_tuple(builder, value, 3)
-        array = context.make_array(seen)(context, builder)
-        item = context.get_data_type(seen.dtype)
-        size = INT64(context.get_abi_sizeof(item))
-        populate_array(
-            array,
-            data=builder.inttoptr(address, item.as_pointer()),
-            shape=[count],
-            strides=[size],
-            itemsize=size,
-            meminfo=None,
-        )
-        return array._getvalue()
+        return _array(context, builder, seen, address, count)
     if isinstance(kind, types.Array):
         return builder.insert_value(value, ir.Constant(value.type.elements[0], None), 0)
     return value

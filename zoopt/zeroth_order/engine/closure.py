@@ -147,10 +147,14 @@ class PinnedRNG:
     # An active mode, such as that of fake tensors, would turn the states into its own tensors.
 
     def _get(self) -> list[Any]:
+        if not self._generators:
+            return []
         with _disable_current_modes():
             return [get() for get, _ in self._generators]
 
     def _set(self, states: list[Any]) -> None:
+        if not states:
+            return
         with _disable_current_modes():
             for (_, put), state in zip(self._generators, states, strict=True):
                 put(state)

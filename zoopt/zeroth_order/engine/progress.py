@@ -134,15 +134,21 @@ def _sample(piece: Tensor) -> tuple[int, bytes]:
     return 0 if piece.is_inference() else piece._version, values
 
 
+#: Whether signals wait for the end of a block.
+_waiting = False
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Signals, Ctrl-C's among them, are handled when the block is over."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # where Python handles no signals
+    """Signals, Ctrl-C's among them, are handled when the block is over: the outermost one."""
+    global _waiting
+    if _waiting or threading.current_thread() is not threading.main_thread():
+        yield  # in other threads Python handles no signals
         return
     caught: list[tuple[int, Any]] = []
     handlers: dict[int, Any] = {}
     try:
+        _waiting = True
         for number in _SIGNALS:
             handler = signal.getsignal(number)
             if callable(handler):
@@ -152,6 +158,7 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        _waiting = False
         for number, frame in caught:
             handlers[number](number, frame)
 
