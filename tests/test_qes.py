@@ -68,13 +68,14 @@ def test_codes_learn_where_every_step_is_below_a_half() -> None:
     net = quantised()
     before = copy.deepcopy(net.state_dict())
     start = loss_of(net).item()
-    optimizer = zoopt.QES(net, lr=0.4, num_probes=4, window=200, seed=0)
+    optimizer = zoopt.QES(net, lr=0.8, num_probes=4, window=200, seed=0)
     largest = 0.0
     for _ in range(150):
         optimizer.step(lambda: loss_of(net))
-        largest = max(largest, *(abs(weight) for _, weight in optimizer._steps[-1]))
-    assert largest < 0.125  # 4 sigma of a normal below a half
-    assert loss_of(net).item() < 0.97 * start
+        weights = [weight for _, weight in optimizer._steps[-1]]
+        largest = max(largest, sum(weight**2 for weight in weights) ** 0.5)
+    assert largest < 0.125  # 4 sigma of a step, which is normal, below a half
+    assert loss_of(net).item() < 0.85 * start
     moved = {
         name for name, value in net.state_dict().items() if not torch.equal(value, before[name])
     }

@@ -246,7 +246,7 @@ def test_torchs_attention() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 class Odd(nn.Module):
