@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +379,38 @@ def test_a_file_is_forced_to_the_disk_as_often_as_asked(
     assert len(calls) == forced
     recorder.close()
     assert len(calls) == forced + 1
+
+
+@pytest.mark.parametrize("sync_every", [0.0, 1e-9])
+def test_a_disk_that_cannot_be_synced_is_told_and_no_step_is_written_twice(
+    sync_every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, or, where the file is synced beside the steps, at the next sync."""
+    base = mlp()
+    model = copy.deepcopy(base)
+    optimizer = mezo(model)
+    recorder: Any = optimizer.record(tmp_path / "run", model, sync_every=sync_every)
+    fsync, left = os.fsync, iter(range(1))
+
+    def failing(file: int) -> None:
+        if next(left, None) is not None:
+            raise OSError(5, "Input/output error")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    told = 0
+    for _ in range(4):
+        try:
+            optimizer.step(closure_of(model))
+        except OSError:
+            told += 1
+        if recorder._syncing is not None:
+            wait([recorder._syncing])
+    assert told == 1
+    recorder.close()
+    assert read(tmp_path / "run").steps == optimizer.param_groups[0]["step"] == 4
+    replay(base, tmp_path / "run")
+    assert same(base, model)
 
 
 def contents_of(path: Path, steps: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,18 @@ class Recorder:
         self._optimizer = optimizer
         self._file = file
         self._chain, self._synced = chain, time.monotonic()
+        #: Where the file is synced, and the last time that it was.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="zoopt-sync")
+        self._syncing: Future[None] | None = None
         #: The closure's results since the last record, and the number of calls.
         self._losses: list[Any] = []
         self._calls, self._together = 0, False
         #: Whether these losses were measured elsewhere and passed to `told`.
         self._told = False
-        #: An event that could not be written to disk yet, and why recording has ended.
+        #: An event that could not be written to disk yet, or be synced where it is written; and
+        #: why recording has ended.
         self._unwritten: Event | None = None
+        self._written = False
         self._ended: str | None = None
         self._last_rates = self._rates()
         self._note()
@@ -188,8 +194,13 @@ class Recorder:
             self._unwritten = Event(kind, losses, changed)
             self._last_rates = rates
             self._note()
-        self._append(self._unwritten)
+        if not self._written:
+            self._append(self._unwritten)
+            self._written = True
+        # An error here makes the optimizer call again, and the record is not to be written twice.
+        self._sync()
         self._unwritten, self._losses, self._calls, self._told = None, [], 0, False
+        self._written = False
 
     def before(self) -> None:
         """Record the changes since the last step, before the next one uses them.
@@ -210,6 +221,7 @@ class Recorder:
         if changed:
             self._append(Event(Kind.CHANGE, change=changed))
             self._note()
+            self._sync()
 
     def flush(self) -> None:
         """Sync the file to disk."""
@@ -220,6 +232,7 @@ class Recorder:
     def close(self) -> None:
         """End the recording; the optimizer continues without it."""
         if self._file is not None:
+            self._thread.shutdown()
             os.fsync(self._file)
             os.close(self._file)
             self._file = None
@@ -238,8 +251,24 @@ class Recorder:
                 os.ftruncate(self._file, size)
             raise
         self._chain = chain
-        if time.monotonic() - self._synced >= self.sync_every:
+
+    def _sync(self) -> None:
+        """Sync the file if it is time: beside the next steps, as it takes some 10 ms, or before
+        this one returns if each step is to be synced.
+
+        Raises:
+            OSError: a sync has failed, this one or the last one.
+        """
+        if not self.sync_every:
             self.flush()
+            return
+        last = self._syncing
+        if time.monotonic() - self._synced < self.sync_every or not (last is None or last.done()):
+            return
+        self._synced = time.monotonic()
+        self._syncing = self._thread.submit(os.fsync, self._file or 0)
+        if last is not None:
+            last.result()
 
     def _write(self, data: bytes) -> None:
         if self._file is None:
