@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import triton
 
+from bench import sass_path
 from bench.stub_gpu import TARGETS
 from bench.variants import Variant, variants
 from zoopt.bench import common
@@ -33,6 +34,7 @@ COLUMNS = {
     "rounding": "rounding",
     "target": "target",
     "median": UNIT,
+    "executed_per_element": "executed/element",
     "registers": "registers",
     "spills": "spills",
     "access_bits": "access bits",
@@ -57,6 +59,7 @@ class Report:
     access_bits: int
     distribution: str = "-"
     format: str = "-"
+    executed_per_element: float | None = None
 
 
 def _read_cubin(cubin: bytes, tool: str, option: str) -> str:
@@ -71,9 +74,14 @@ def _read_cubin(cubin: bytes, tool: str, option: str) -> str:
     return done.stdout
 
 
+def listing(compiled: Any) -> str:
+    """The machine code of a kernel compiled for an NVIDIA target."""
+    return _read_cubin(compiled.asm["cubin"], "nvdisasm", "-c")
+
+
 def _nvidia(compiled: Any) -> tuple[list[str], int, int, list[int]]:
     """Opcodes, registers, spills and the widths in bits of the accesses to global memory."""
-    opcodes = SASS_LINE.findall(_read_cubin(compiled.asm["cubin"], "nvdisasm", "-c"))
+    opcodes = SASS_LINE.findall(listing(compiled))
     spills = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
     accesses = [opcode.split(".") for opcode in opcodes if opcode.startswith(("LDG", "STG"))]
     widths = [
@@ -99,11 +107,13 @@ def _amd(compiled: Any) -> tuple[list[str], int, int, list[int]]:
 def report(variant: Variant, target: str) -> Report:
     """Compile one kernel for one target, with the options of its launch, and count.
 
-    The code for blocks at a tensor's end counts too, although few programs run it. Instructions in
-    a loop over directions are counted once, so the figure is for one direction. `access_bits` is
+    `instructions_per_element` counts all code, for blocks at a tensor's end and for rare numbers
+    too; `executed_per_element`, of NVIDIA targets, what a program executes that does whole blocks
+    of ordinary numbers (see `sass_path`). Instructions in a loop over directions are counted once,
+    so the figures are for one direction. `access_bits` is
     128 if every load and store of theta (and of a buffer, an addend, a gradient or moments) has 128
-    bits. Loads of coefficients, bounds, draws and row numbers are always scalar, and int4 codes are
-    loaded in 64 bits.
+    bits; codes of a thread's elements are one word, of 64 bits (int8) or 32 (int4). Loads of
+    coefficients, bounds, draws and row numbers are always scalar.
     """
     launch = variant.launch(target)
     compiled = launch.compiled
@@ -113,14 +123,23 @@ def report(variant: Variant, target: str) -> Report:
     named = launch.arguments
     block = named["BLOCK"] if "BLOCK" in named else named["ROWS"] * named["COLUMNS"]
     work = [opcode for opcode in opcodes if not opcode.startswith(PADDING)]
-    full = int(variant.bytes_per_element * block) // (16 * threads)
+    executed = None
+    if read is _nvidia:
+        blocks = named.get("BLOCKS", 1)
+        count = sass_path.executed(listing(compiled), blocks)
+        executed = count * threads / (block * blocks)
+    vectors = int(variant.bytes_beside_codes * block) // (16 * threads)
+    # A thread has as many codes as it has other numbers.
+    code = int(variant.bytes_of_code * 8 * block) // threads
+    wide = widths.count(128) >= vectors and (not code or widths.count(code) >= 2)
     return Report(
         **dataclasses.asdict(variant),
         target=target,
+        executed_per_element=executed,
         instructions_per_element=len(work) * threads / block,
         registers=registers,
         spills=spills,
-        access_bits=128 if widths.count(128) >= full else min(widths, default=16),
+        access_bits=128 if wide else min(widths, default=16),
     )
 
 

@@ -53,6 +53,7 @@ class Variant:
     directions, as `format` is of kernels without moments. "alone" is an operation on a tensor, all
     others are on batches of two, where there are batches; those of products are called "batch".
     "adam" has a gradient of the dtype, in whose place its direction goes, and no theta;
+    "adamw_odd" is "adamw" with a tensor that is not of whole vectors of memory.
     "adam_norms" sums squares as well, and its direction is float32. "product" is the product alone,
     "product_gradient" has both of the gradient's terms besides, and "scaled" a channel's scale
     alone.
@@ -70,13 +71,25 @@ class Variant:
         item = DTYPES[self.dtype].itemsize
         if self.format != "-":
             moments = 1 if self.kernel == "lion" else 2
-            beside = {"adamw": 2 * item, "adam": item, "lion": item, "adam_norms": 4}[self.kernel]
+            others = {"adam": item, "lion": item, "adam_norms": 4}
+            beside = others.get(self.kernel, 2 * item)
             return 2 * moments * BYTES[self.format] + item + beside
         beside = {"momentum": 8, "momentum_10": 8, "add": 4, "sm3": item, "sm3_momentum": item + 8}
         beside |= {"product_gradient": item, "scaled": item}
         beside |= {name: bytes_ for name, (_, _, bytes_) in _DESCENTS.items()}
         beside |= {"small": 1 - item}
         return 2 * item + beside.get(self.kernel.removesuffix("_batch"), 0)
+
+    @property
+    def bytes_of_code(self) -> float:
+        """Of one moment of an element, if it is a code."""
+        return BYTES[self.format] if self.format in ("int8", "int4") else 0.0
+
+    @property
+    def bytes_beside_codes(self) -> float:
+        """What is read and written of tensors of theta's size, except codes."""
+        moments = 1 if self.kernel == "lion" else 2
+        return self.bytes_per_element - 2 * moments * self.bytes_of_code
 
     def launch(self, target: str) -> Launch:
         """What the operation launches for a key of `TARGETS`, compiled.
@@ -163,10 +176,12 @@ class Variant:
         return {"key": NoiseKey(1, 2), "rounding_draw": draw}
 
     def _adam(self, theta: Tensor) -> Callable[[], Any]:
-        tensors = [theta, theta.clone()]
+        odd = self.kernel == "adamw_odd"
+        tensors = [theta, theta.new_zeros(999) if odd else theta.clone()]
         batch = Batch(tensors, [NoiseKey(1, 2), NoiseKey(1, 3)])
         moments = [
-            [moment(theta, self.format, signed=signed) for _ in tensors] for signed in (True, False)
+            [moment(tensor, self.format, signed=signed) for tensor in tensors]
+            for signed in (True, False)
         ]
         draw = 3 if self.rounding == "stochastic" and self.format != "float32" else None
         options: dict[str, Any] = {"moment_draw": draw}
@@ -174,7 +189,7 @@ class Variant:
             averages = {"look": (0.9, 0.1), "keep": (0.99, 0.01), "signs": True, "out": tensors}
             return functools.partial(kernels.average_, batch, moments[0], **averages, **options)
         options |= NUMBERS
-        if self.kernel == "adamw":
+        if self.kernel.startswith("adamw"):
             rounding_draw = self._rounding["rounding_draw"]
             gradients = [torch.zeros_like(tensor) for tensor in tensors]
             return functools.partial(
@@ -264,3 +279,5 @@ def variants() -> Iterator[Variant]:
             yield Variant(kernel, "fp32", format=form, rounding="stochastic")
         for kernel in ("adam", "lion"):
             yield Variant(kernel, "bf16", format=form, rounding="stochastic")
+    for form in ("bfloat16", "int4"):
+        yield Variant("adamw_odd", "bf16", format=form, rounding="stochastic")

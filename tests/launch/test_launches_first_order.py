@@ -61,10 +61,10 @@ def test_norms_of_a_batch_are_one_launch(form: str) -> None:
 
 
 def test_numbers_do_not_compile_anew() -> None:
-    """Draws, seeds, scales and sizes are one variant."""
-    found = set()
+    """Draws, seeds, scales and sizes are one variant; tensors of whole vectors of memory another."""
+    found = []
     with stub_gpu():
-        for number in (1, 16, 7):
+        for number in (1, 7, 16, 48):
             theta, gradient = torch.zeros(4097 * number), torch.zeros(4097 * number)
             [first], [second] = pairs([theta.numel()], "float32")
             recorded = launches(
@@ -79,8 +79,10 @@ def test_numbers_do_not_compile_anew() -> None:
                     rounding_draw=number,
                 )
             )
-            found |= {launch.specialization for launch in recorded.launches}
-    assert len(found) == 1
+            found.append({launch.specialization for launch in recorded.launches})
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert len(found[0] | found[2]) == 2
 
 
 def test_sm3_of_a_batch_is_one_launch() -> None:
@@ -126,29 +128,32 @@ def test_norms_of_channels_read_a_gradient_once() -> None:
     assert not {"aten::cat", "aten::sum"} & found.keys()
 
 
-#: (instructions an element, registers) on sm_90, with those of the last block. What an H100's
-#: bandwidth leaves room for, 11 a byte: adamw int8 110, int4 88; bfloat16 products 44. Exact roots,
-#: quotients and random bits of both roundings bound what has codes.
+#: On sm_90, (instructions an element with those of the last block and of rare numbers, those of
+#: them that a program of whole blocks executes, registers). An H100 can execute 28.7e12 a second;
+#: while it moves an element at .9 of what a copy moves, 2.7e12 bytes, that is 10.6 a byte: 106 of
+#: adamw with int8 moments and 86 with int4, 42 of bfloat16 products.
 CEILINGS = {
-    Variant("adamw", "fp32", format="float32"): (78, 96),
-    Variant("adamw", "bf16", format="float32", rounding="stochastic"): (99, 112),
-    Variant("adamw", "bf16", format="bfloat16", rounding="stochastic"): (119, 112),
-    Variant("adamw", "bf16", format="int8", rounding="stochastic"): (180, 128),
-    Variant("adamw", "bf16", format="int4", rounding="stochastic"): (174, 128),
-    Variant("adam", "bf16", format="int8", rounding="stochastic"): (157, 128),
-    Variant("lion", "bf16", format="int8", rounding="stochastic"): (93, 80),
-    Variant("product", "bf16", rounding="stochastic"): (33, 104),
-    Variant("product", "fp16", rounding="stochastic"): (43, 104),
-    Variant("product_batch", "bf16", rounding="stochastic"): (34, 104),
-    Variant("scaled", "bf16", rounding="stochastic"): (33, 40),
-    Variant("scaled_batch", "bf16", rounding="stochastic"): (38, 48),
+    Variant("adamw", "fp32", format="float32"): (82, 35, 80),
+    Variant("adamw", "bf16", format="float32", rounding="stochastic"): (103, 50, 104),
+    Variant("adamw", "bf16", format="bfloat16", rounding="stochastic"): (115, 64, 96),
+    Variant("adamw", "bf16", format="int8", rounding="stochastic"): (150, 96, 120),
+    Variant("adamw", "bf16", format="int4", rounding="stochastic"): (154, 100, 120),
+    Variant("adam", "bf16", format="int8", rounding="stochastic"): (139, 85, 104),
+    Variant("lion", "bf16", format="int8", rounding="stochastic"): (74, 53, 88),
+    Variant("product", "bf16", rounding="stochastic"): (32, 32, 88),
+    Variant("product", "fp16", rounding="stochastic"): (43, 43, 104),
+    Variant("product_batch", "bf16", rounding="stochastic"): (33, 33, 104),
+    Variant("scaled", "bf16", rounding="stochastic"): (31, 31, 32),
+    Variant("scaled_batch", "bf16", rounding="stochastic"): (38, 38, 40),
 }
 
 
 @pytest.mark.parametrize("variant", CEILINGS, ids=str)
 def test_machine_code_stays_below_its_ceiling(variant: Variant) -> None:
-    counted, (instructions, registers) = report(variant, "sm_90"), CEILINGS[variant]
+    counted, (instructions, executed, registers) = report(variant, "sm_90"), CEILINGS[variant]
     assert counted.instructions_per_element <= instructions
+    assert counted.executed_per_element is not None
+    assert counted.executed_per_element <= executed
     assert counted.registers <= registers
     assert counted.spills == 0
-    assert counted.access_bits == 128 or variant.format == "int4"
+    assert counted.access_bits == 128

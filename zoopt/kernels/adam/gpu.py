@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoopt.kernels.adam.gpu_kernels import average_kernel, moments_kernel
+from zoopt.kernels.adam.gpu_moments import EVEN_ELEMENTS
 from zoopt.kernels.adam.moments import BLOCK as CODE_BLOCK
 from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.reference import Average, Numbers
@@ -27,11 +28,12 @@ from zoopt.kernels.operands import address
 
 #: An operation takes a whole batch.
 BATCHES = True
-#: Elements a program, and its warps: 16 elements a thread are 128 bits of int8 codes.
-BLOCK = 2048
+#: Elements that are in registers at a time, and warps: 16 elements a thread are 128 bits of int8
+#: codes. A program does so many blocks one after the other, and finds its tensor once.
+BLOCK, BLOCKS = 1024, 8
 NUM_WARPS = {"cuda": 4, "hip": 2, "interpreter": 1}
-#: For a float32 average on sm_80, ptxas spills two words to fit in 56 registers; this prevents it.
-_REGISTERS: dict[tuple[str, bool], dict[str, int]] = {("cuda", True): {"maxnreg": 128}}
+#: Four groups of warps then fit on a processor, and hide the latency of memory from each other.
+_REGISTERS: dict[str, dict[str, int]] = {"cuda": {"maxnreg": 128}}
 #: Elements of a block of codes of any format.
 _UNIT = max(CODE_BLOCK.values())
 _CODES = {torch.int8: tl.int8, torch.uint8: tl.uint8}
@@ -179,12 +181,12 @@ def _launch(
     if alone:
         [(numel, offset, number)] = rows
         table: tuple[Any, ...] = (None, None, 0)
-        programs = triton.cdiv(numel, BLOCK)
+        programs = triton.cdiv(numel, BLOCKS * BLOCK)
         columns: list[Any] = [None if t is None else t[0] for t in memories.values()]
     else:
         numel = offset = number = 0
         # Blocks are aligned to those of codes, not to Philox's.
-        made = _table(rows, BLOCK, 1, batch.device)
+        made = _table(rows, BLOCKS * BLOCK, 1, batch.device)
         table, programs = (made.places, made.hints, made.shift), made.programs
         columns = [None if p is None else _addresses(p, batch.device) for p in places]
     if not programs:
@@ -202,11 +204,11 @@ def _launch(
             TABLE=not alone,
             VECTORS=not any(place % 16 for column in places if column for place in column),
             ALIGNED=not any(own_key.offset % 8 for own_key in batch.keys),
+            EVEN=not any(own[0] % EVEN_ELEMENTS for own in rows),
             BACKEND=backend,
+            BLOCKS=BLOCKS,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS[backend],
             enable_fp_fusion=False,
-            **_REGISTERS.get(
-                (backend, kernel is average_kernel and own["FORMAT"] == "float32"), {}
-            ),
+            **_REGISTERS.get(backend, {}),
         )

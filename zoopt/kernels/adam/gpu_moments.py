@@ -10,18 +10,25 @@ import triton
 import triton.language as tl
 
 from zoopt.kernels.adam import moments
-from zoopt.kernels.noise.gpu_blocks import _store
-from zoopt.kernels.noise.gpu_tile import nearest, stochastic
+from zoopt.kernels.noise.gpu_blocks import _load, _store
+from zoopt.kernels.noise.gpu_tile import nearest, stochastic, widened
+from zoopt.kernels.runtime import gpu_ptx as ptx
 
+#: Tensors whose elements are a multiple of so many are read and written as vectors to their ends.
+EVEN_ELEMENTS = 16
 _BLOCK8, _BLOCK4 = tl.constexpr(moments.BLOCK["int8"]), tl.constexpr(moments.BLOCK["int4"])
 _SIGNED8 = tl.constexpr(moments.SIGNED_LEVELS["int8"])
 _SIGNED4 = tl.constexpr(moments.SIGNED_LEVELS["int4"])
 _UNSIGNED8 = tl.constexpr(moments.UNSIGNED_LEVELS["int8"])
 _UNSIGNED4 = tl.constexpr(moments.UNSIGNED_LEVELS["int4"])
 _MIN_SCALE = tl.constexpr(moments.MIN_SCALE)
-#: A float32 whose spacing is 1, on both sides.
-_INTEGER = tl.constexpr(1.5 * 2.0**23)
-_TINY = tl.constexpr(2.0**-100)
+#: Magnitudes, as squares in units of a block's levels, below which only a code's rounding differs:
+#: those of 0 or 1, signed, and of unsigned codes 0.
+_LEAST_SIGNED, _LEAST_UNSIGNED = tl.constexpr(0.25), tl.constexpr(1.6)
+#: Elements that share a mask where all tensors have a multiple of so many.
+_GROUP = tl.constexpr(EVEN_ELEMENTS)
+#: The first float32 whose spacing is 1.
+_BYTE = tl.constexpr(2.0**23)
 
 
 @triton.jit
@@ -32,46 +39,64 @@ def _spread(numbers, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _shifted(word, BYTE: tl.constexpr):
-    """2^23 + a byte of uint32 words, as float32: the byte becomes the low bits of the mantissa."""
-    return ((word >> (8 * BYTE)) & 0xFF | 0x4B000000).to(tl.float32, bitcast=True)
+def _pairs(even, odd, BLOCK: tl.constexpr):
+    """Numbers of even and of odd elements, one after the other: (BLOCK,)."""
+    return tl.reshape(tl.join(even, odd), [BLOCK])
 
 
 @triton.jit
-def _level(squared, BACKEND: tl.constexpr):
-    """floor(sqrt(squared)) as a float32, for squared >= 2^-100.
+def _float_of(bits):
+    """2^23 + a number of few bits, as float32: the bits become the low ones of the mantissa."""
+    return (bits.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def moment_bytes(words, BACKEND: tl.constexpr, BLOCK: tl.constexpr):
+    """The random bytes of both moments, each as the float32 number 2^23 + byte: (BLOCK,) each.
+
+    Args:
+        words: 16 bits for each of two elements, uint32 (BLOCK // 2,).
+    """
+    if BACKEND == "cuda":
+        even_m, even_v, odd_m, odd_v = ptx.word_floats(words)
+    else:
+        even_m, even_v = _float_of(words & 0xFF), _float_of((words >> 8) & 0xFF)
+        odd_m, odd_v = _float_of((words >> 16) & 0xFF), _float_of(words >> 24)
+    return _pairs(even_m, odd_m, BLOCK), _pairs(even_v, odd_v, BLOCK)
+
+
+@triton.jit
+def _floats(codes, SIGNED: tl.constexpr, BACKEND: tl.constexpr):
+    """2^23 + b of bytes, or 2^23 + 128 + c of signed ones: float32."""
+    if BACKEND == "cuda":
+        return ptx.byte_floats(codes, SIGNED)
+    elif SIGNED:
+        return _float_of(codes.to(tl.int32) + 128)
+    else:
+        return _float_of(codes)
+
+
+@triton.jit
+def _half_floats(packed, BACKEND: tl.constexpr, BLOCK: tl.constexpr):
+    """2^23 + h of the halves h of bytes (BLOCK // 2,): float32 (BLOCK,)."""
+    if BACKEND == "cuda":
+        first, second = ptx.half_floats(packed)
+    else:
+        first, second = _float_of(packed & 15), _float_of(packed >> 4)
+    return _pairs(first, second, BLOCK)
+
+
+@triton.jit
+def _level(squared, BASE: tl.constexpr, BACKEND: tl.constexpr):
+    """BASE + floor(sqrt(squared)) as a float32 of [2^23, 2^24), whose spacing is 1; BASE is 2^23 or
+    2^23 - 1.
 
     Where the root is very close to an integer, the result may be that integer or the one below:
     both lead to the same code. So an approximate root suffices, and the floor is taken by rounding
-    root - 1/2 to nearest; adding 1.5 2^23 does that without a conversion.
+    BASE + root - 1/2 to nearest, in the one rounding of the multiply-add.
     """
-    if BACKEND == "cuda":
-        # One instruction; the general form would also handle denormal numbers.
-        inverse = tl.inline_asm_elementwise(
-            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [squared], tl.float32, is_pure=True, pack=1
-        )
-    else:
-        inverse = tl.rsqrt(squared)
-    return (tl.fma(squared, inverse, -0.5) + _INTEGER) - _INTEGER
-
-
-@triton.jit
-def _codes(codes, start, left, whole, HALVES: tl.constexpr, BLOCK: tl.constexpr):
-    """Codes as they are stored from element `start` on; HALVES says that they are 4 bits each."""
-    if HALVES:
-        i = tl.arange(0, BLOCK // 2)
-        if whole:
-            packed = tl.load(codes + start // 2 + i)
-        else:
-            packed = tl.load(codes + start // 2 + i, mask=2 * i < left, other=0)
-        return tl.reshape(tl.join(packed & 15, packed >> 4), [BLOCK])
-    else:
-        i = tl.arange(0, BLOCK)
-        if whole:
-            code = tl.load(codes + start + i)
-        else:
-            code = tl.load(codes + start + i, mask=i < left, other=0)
-        return code
+    inverse = ptx.inverse_roots(squared) if BACKEND == "cuda" else tl.rsqrt(squared)
+    return tl.fma(squared, inverse, BASE - 0.5)
 
 
 @triton.jit
@@ -83,26 +108,64 @@ def read_moment(
     whole,
     FORMAT: tl.constexpr,
     SIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Elements start ... start + BLOCK - 1 of a moment, the first `left` of them inside: float32,
     (BLOCK,)."""
     if FORMAT == "float32" or FORMAT == "bfloat16":
-        value = _codes(codes, start, left, whole, False, BLOCK).to(tl.float32)
+        inside = tl.arange(0, BLOCK) < left
+        value = widened(_load(codes + start, inside, whole, EVEN, BLOCK), BACKEND)
     else:
         SIZE: tl.constexpr = _BLOCK8 if FORMAT == "int8" else _BLOCK4
         TOP8: tl.constexpr = _SIGNED8 if SIGNED else _UNSIGNED8
         TOP4: tl.constexpr = _SIGNED4 if SIGNED else _UNSIGNED4
         TOP: tl.constexpr = TOP8 if FORMAT == "int8" else TOP4
-        code = _codes(codes, start, left, whole, FORMAT == "int4", BLOCK)
-        if FORMAT == "int8" and SIGNED:
-            level = code.to(tl.float32)
+        if FORMAT == "int8":
+            inside = tl.arange(0, BLOCK) < left
+            code = _load(codes + start, inside, whole, EVEN, BLOCK)
+            level = _floats(code, SIGNED, BACKEND) - (_BYTE + 128.0 if SIGNED else _BYTE - 1.0)
         else:
-            level = _shifted(code.to(tl.uint32), 0) - (8388616.0 if SIGNED else 8388607.0)
+            inside = tl.arange(0, BLOCK // 2) < (left // 2 if EVEN else (left + 1) // 2)
+            code = _load(codes + start // 2, inside, whole, EVEN, BLOCK // 2)
+            level = _half_floats(code, BACKEND, BLOCK) - (_BYTE + 8.0 if SIGNED else _BYTE - 1.0)
         row = tl.arange(0, BLOCK // SIZE)
         scales = tl.load(scale + start // SIZE + row, mask=row * SIZE < left, other=0.0)
-        value = level * tl.abs(level) * (1.0 / (TOP * TOP)) * _spread(scales, SIZE, BLOCK)
+        if not SIGNED:
+            # A power of two, which may multiply the scale as well: all products are normal.
+            scales *= 1.0 / (TOP * TOP)
+        if EVEN:
+            # Of elements outside the moment is 0, as the gradient is. They are whole groups, of
+            # which the compiler can see that a thread has one.
+            group = tl.arange(0, BLOCK // _GROUP) < left // _GROUP
+            scales = tl.where(group, _spread(scales, SIZE // _GROUP, BLOCK // _GROUP), 0.0)
+            scales = _spread(scales, _GROUP, BLOCK)
+        else:
+            scales = _spread(scales, SIZE, BLOCK)
+        if SIGNED:
+            value = level * tl.abs(level) * (1.0 / (TOP * TOP)) * scales
+        else:
+            value = level * level * scales
     return value
+
+
+@triton.jit
+def _largest(x, SIGNED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest magnitude of every SIZE elements of x (BLOCK,), which may be negative if SIGNED.
+
+    By bit patterns, in which NaNs are the largest on every backend.
+    """
+    if SIGNED:
+        pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        return tl.max(tl.reshape(pattern, [BLOCK // SIZE, SIZE]), axis=1).to(
+            tl.float32, bitcast=True
+        )
+    else:
+        # Only the sign of a NaN has to go.
+        pattern = x.to(tl.uint32, bitcast=True)
+        largest = tl.max(tl.reshape(pattern, [BLOCK // SIZE, SIZE]), axis=1)
+        return (largest & 0x7FFFFFFF).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -113,73 +176,101 @@ def write_moment(
     start,
     left,
     whole,
-    bits,
+    random,
     FORMAT: tl.constexpr,
     SIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    EVEN: tl.constexpr,
     BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Store x, float32 (BLOCK,), as elements start ... start + BLOCK - 1 of a moment; the first
     `left` of them are inside.
 
-    bits is uint32 (BLOCK,) below 65536 if STOCHASTIC, and not read otherwise.
+    random is 2^23 + a byte, float32 (BLOCK,), if STOCHASTIC, and not read otherwise.
     """
     inside = tl.arange(0, BLOCK) < left
     if FORMAT == "float32":
-        _store(codes + start, x, inside, whole, BLOCK)
+        _store(codes + start, x, inside, whole, EVEN, BLOCK)
     elif FORMAT == "bfloat16":
         if STOCHASTIC:
-            upper = (bits << 8) & 0xFF00 if SIGNED else bits & 0xFF00
-            rounded = stochastic(x, upper, tl.bfloat16)
+            upper = (random.to(tl.uint32, bitcast=True) & 0xFF) << 8
+            rounded = stochastic(x, upper, tl.bfloat16, BACKEND)
         else:
             rounded = nearest(x, tl.bfloat16, BACKEND)
-        _store(codes + start, rounded, inside, whole, BLOCK)
+        _store(codes + start, rounded, inside, whole, EVEN, BLOCK)
     else:
         SIZE: tl.constexpr = _BLOCK8 if FORMAT == "int8" else _BLOCK4
         TOP8: tl.constexpr = _SIGNED8 if SIGNED else _UNSIGNED8
         TOP4: tl.constexpr = _SIGNED4 if SIGNED else _UNSIGNED4
         TOP: tl.constexpr = TOP8 if FORMAT == "int8" else TOP4
-        if not whole:
-            x = tl.where(inside, x, 0.0)
-        pattern = x.to(tl.int32, bitcast=True)
-        # By bit patterns, in which NaNs are the largest on every backend.
-        largest = tl.max(tl.reshape(pattern & 0x7FFFFFFF, [BLOCK // SIZE, SIZE]), axis=1)
-        largest = largest.to(tl.float32, bitcast=True)
+        if not EVEN:  # noqa: SIM102
+            if not whole:
+                x = tl.where(inside, x, 0.0)
+        largest = _largest(x, SIGNED, SIZE, BLOCK)
         tiny = (largest > 0.0) & (largest < _MIN_SCALE)
         largest = tl.where(tiny, _MIN_SCALE, largest)
         row = tl.arange(0, BLOCK // SIZE)
         tl.store(scale + start // SIZE + row, largest, mask=row * SIZE < left)
         inverse = tl.div_rn(tl.full([BLOCK // SIZE], TOP * TOP, tl.float32), largest)
-        # Replaces NaN (0 times infinity) and values too small for `_level`.
         squared = tl.abs(x) * _spread(inverse, SIZE, BLOCK)
-        squared = tl.where(squared > _TINY, squared, _TINY)
-        level = _level(squared, BACKEND)
+        # Numbers below have the level of this one, as have NaNs (0 times infinity).
+        LEAST: tl.constexpr = _LEAST_SIGNED if SIGNED else _LEAST_UNSIGNED
+        # An unsigned code is its level less 1.
+        BASE: tl.constexpr = _BYTE if SIGNED else _BYTE - 1.0
+        shifted = _level(tl.where(squared > LEAST, squared, LEAST), BASE, BACKEND)
+        level = shifted - BASE
         # All products are exact: the square of a level, and nine bits times nine.
         rest = tl.fma(level * -1.0, level, squared)
         if STOCHASTIC:
-            uniform = _shifted(bits, 0 if SIGNED else 1) - 8388607.5
-            up = rest > uniform * tl.fma(level, 0.0078125, 0.00390625)
+            spacing = tl.fma(level, 0.0078125, 0.00390625)
+            below = tl.fma(random - (_BYTE - 0.5), spacing, rest * -1.0)
         else:
-            up = rest > level + 0.5
-        level = tl.where(up, level + 1.0, level)
-        if SIGNED:
-            sign = pattern & -2147483648
-            code = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-            code += _INTEGER if FORMAT == "int8" else _INTEGER + 8.0
+            below = level + 0.5 - rest
+        # Up where that is negative. The code is the integer in the mantissa.
+        if BACKEND == "cuda":
+            # By the sign, of which NaNs have none there.
+            up = (below.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
         else:
-            code = tl.maximum(level, 1.0) + (_INTEGER - 1.0)
-        # An integer in the mantissa, as its low bits.
-        low = code.to(tl.int32, bitcast=True)
-        dtype: tl.constexpr = codes.dtype.element_ty
+            up = (below < 0.0).to(tl.int32)
+        low = shifted.to(tl.int32, bitcast=True) + up
         if FORMAT == "int8":
-            _store(codes + start, low.to(dtype), inside, whole, BLOCK)
+            _store(codes + start, _bytes(low, x, SIGNED, BACKEND), inside, whole, EVEN, BLOCK)
         else:
-            # With an odd number of elements, the upper half of the last byte is 0.
-            if not whole:
-                low = tl.where(inside, low, 0)
-            pairs = tl.reshape(low & 15, [BLOCK // 2, 2])
-            first, second = tl.split(pairs)
-            i = tl.arange(0, BLOCK // 2)
-            packed = (first | (second << 4)).to(dtype)
-            _store(codes + start // 2, packed, 2 * i < left, whole, BLOCK // 2)
+            inside = tl.arange(0, BLOCK // 2) < (left // 2 if EVEN else (left + 1) // 2)
+            packed = _halves(low, x, SIGNED, BACKEND, BLOCK)
+            if not EVEN:  # noqa: SIM102
+                if not whole:
+                    # With an odd number of elements, the upper half of the last byte is 0.
+                    both = tl.arange(0, BLOCK // 2) < left // 2
+                    packed = tl.where(both, packed, packed & 15)
+            _store(codes + start // 2, packed, inside, whole, EVEN, BLOCK // 2)
+
+
+@triton.jit
+def _bytes(low, x, SIGNED: tl.constexpr, BACKEND: tl.constexpr):
+    """The codes of 8 bits in the low bytes of int32 numbers; if SIGNED, with the signs of x."""
+    if BACKEND == "cuda":
+        return ptx.packed_bytes(low, x, SIGNED)
+    elif SIGNED:
+        magnitude = low & 0xFF
+        return tl.where(x < 0.0, -magnitude, magnitude).to(tl.int8)
+    else:
+        return (low & 0xFF).to(tl.uint8)
+
+
+@triton.jit
+def _halves(low, x, SIGNED: tl.constexpr, BACKEND: tl.constexpr, BLOCK: tl.constexpr):
+    """The codes of 4 bits in the low bytes of int32 numbers (BLOCK,), two to a byte; if SIGNED,
+    with the signs of x, and 8 more."""
+    first, second = tl.split(tl.reshape(low, [BLOCK // 2, 2]))
+    x_first, x_second = tl.split(tl.reshape(x, [BLOCK // 2, 2]))
+    if BACKEND == "cuda":
+        return ptx.packed_halves(first, second, x_first, x_second, SIGNED)
+    elif SIGNED:
+        first, second = first & 15, second & 15
+        first = 8 + tl.where(x_first < 0.0, -first, first)
+        second = 8 + tl.where(x_second < 0.0, -second, second)
+        return (first | (second << 4)).to(tl.uint8)
+    else:
+        return ((first & 15) | ((second & 15) << 4)).to(tl.uint8)

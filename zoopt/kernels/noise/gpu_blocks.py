@@ -46,23 +46,32 @@ def _memory(memory, tensor, DTYPE: tl.constexpr, TABLE: tl.constexpr, VECTORS: t
 
 
 @triton.jit
-def _load(pointer, inside, whole, BLOCK: tl.constexpr):
-    """A block, float32 (BLOCK,), loaded without a mask if it is whole."""
+def _load(pointer, inside, whole, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of any dtype, (BLOCK,), loaded without a mask if it is whole.
+
+    If EVEN, masks begin and end with vectors of memory, and cost nothing.
+    """
     i = tl.arange(0, BLOCK)
-    if whole:  # noqa: SIM108
-        x = tl.load(pointer + i)
+    if EVEN:
+        x = tl.load(pointer + i, mask=inside, other=0)
     else:
-        x = tl.load(pointer + i, mask=inside)
-    return x.to(tl.float32)
+        if whole:  # noqa: SIM108
+            x = tl.load(pointer + i)
+        else:
+            x = tl.load(pointer + i, mask=inside, other=0)
+    return x
 
 
 @triton.jit
-def _store(pointer, x, inside, whole, BLOCK: tl.constexpr):
+def _store(pointer, x, inside, whole, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    if whole:
-        tl.store(pointer + i, x)
-    else:
+    if EVEN:
         tl.store(pointer + i, x, mask=inside)
+    else:
+        if whole:
+            tl.store(pointer + i, x)
+        else:
+            tl.store(pointer + i, x, mask=inside)
 
 
 @triton.jit

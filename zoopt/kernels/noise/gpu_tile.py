@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from zoopt.kernels.noise import philox
+from zoopt.kernels.runtime import gpu_ptx as ptx
 
 _M0, _M1 = tl.constexpr(philox.MULTIPLIER_0), tl.constexpr(philox.MULTIPLIER_1)
 _W0, _W1 = tl.constexpr(philox.WEYL_0), tl.constexpr(philox.WEYL_1)
@@ -93,10 +94,35 @@ def _quantile(half, BACKEND: tl.constexpr):
 
 
 @triton.jit
-def halfwords(index, stream, draw, k0, k1, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
+def word_pairs(index, stream, draw, k0, k1, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
+    """16 bits for each of BLOCK elements from index on, two elements to a word, the first in the
+    low half: uint32, (BLOCK // 2,)."""
+    return _words(index, stream, draw, k0, k1, PURPOSE, 8, BLOCK)
+
+
+@triton.jit
+def halves_of(words, BACKEND: tl.constexpr, BLOCK: tl.constexpr):
+    """The 16 bits of each element of words of two: uint32, (BLOCK,)."""
+    if BACKEND == "cuda":
+        low, high = ptx.word_halves(words)
+    else:
+        low, high = words & 0xFFFF, words >> 16
+    return tl.reshape(tl.join(low, high), [BLOCK])
+
+
+@triton.jit
+def halfwords(
+    index,
+    stream,
+    draw,
+    k0,
+    k1,
+    PURPOSE: tl.constexpr,
+    BACKEND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """16 bits for each of BLOCK elements from index on: uint32, (BLOCK,)."""
-    w = _words(index, stream, draw, k0, k1, PURPOSE, 8, BLOCK)
-    return tl.reshape(tl.join(w & 0xFFFF, w >> 16), [BLOCK])
+    return halves_of(word_pairs(index, stream, draw, k0, k1, PURPOSE, BLOCK), BACKEND, BLOCK)
 
 
 @triton.jit
@@ -110,10 +136,21 @@ def halfwords_at(index, stream, draw, k0, k1, PURPOSE: tl.constexpr):
 
 
 @triton.jit
-def kept(index, stream, draw, k0, k1, threshold, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def kept(
+    index,
+    stream,
+    draw,
+    k0,
+    k1,
+    threshold,
+    MASKED: tl.constexpr,
+    BACKEND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Which of BLOCK elements a direction moves: (BLOCK,), or an unused scalar without a mask."""
     if MASKED:
-        return halfwords(index, stream, draw, k0, k1, _MASK, BLOCK).to(tl.int32) < threshold
+        bits = halfwords(index, stream, draw, k0, k1, _MASK, BACKEND, BLOCK)
+        return bits.to(tl.int32) < threshold
     else:
         return True
 
@@ -156,6 +193,15 @@ def direction(
 
 
 @triton.jit
+def widened(x, BACKEND: tl.constexpr):
+    """Numbers of any dtype as float32."""
+    if BACKEND == "cuda" and x.dtype == tl.bfloat16:
+        return ptx.wide_bfloat16(x)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def nearest(x, dtype: tl.constexpr, BACKEND: tl.constexpr):
     """x, float32, rounded to nearest in a dtype."""
     if BACKEND != "cuda" and dtype == tl.bfloat16:
@@ -168,12 +214,14 @@ def nearest(x, dtype: tl.constexpr, BACKEND: tl.constexpr):
 
 
 @triton.jit
-def stochastic(x, bits, dtype: tl.constexpr):
+def stochastic(x, bits, dtype: tl.constexpr, BACKEND: tl.constexpr):
     """x, float32, rounded to bfloat16 or float16 by random bits, uint32 below 65536."""
     pattern = x.to(tl.uint32, bitcast=True)
     if dtype == tl.bfloat16:
-        finite = (pattern & 0x7F800000) != 0x7F800000
-        carried = pattern + tl.where(finite, bits, 0)
+        if BACKEND == "cuda":
+            carried = ptx.carried(x, bits)
+        else:
+            carried = tl.where(tl.abs(x) < float("inf"), pattern + bits, pattern)
         return (carried >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         # The formula of reference.round_stochastic.
@@ -203,6 +251,7 @@ def rounded(
 ):
     """x, float32 (BLOCK,), in theta's dtype."""
     if STOCHASTIC:
-        return stochastic(x, halfwords(index, stream, draw, k0, k1, _ROUNDING, BLOCK), dtype)
+        bits = halfwords(index, stream, draw, k0, k1, _ROUNDING, BACKEND, BLOCK)
+        return stochastic(x, bits, dtype, BACKEND)
     else:
         return nearest(x, dtype, BACKEND)

@@ -84,6 +84,6 @@ def products_kernel(
         bits = _bits(
             first, rows, leftmost, n, number, rounding_draw, k0, k1, ALIGNED, ROWS, COLUMNS
         )
-        tl.store(theta + at, stochastic(x, bits, DTYPE), mask=inside)
+        tl.store(theta + at, stochastic(x, bits, DTYPE, BACKEND), mask=inside)
     else:
         tl.store(theta + at, nearest(x, DTYPE, BACKEND), mask=inside)

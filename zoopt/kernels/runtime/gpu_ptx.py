@@ -1,0 +1,292 @@
+"""Instructions of NVIDIA's GPUs that Triton's language has no name for, as functions of tensors.
+
+Each does in a few instructions what other backends do in more; callers have the other form beside
+it. `tests/test_ptx.py` runs the instructions below one by one, and compares their bits.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Two bfloat16 numbers in a word, as float32.
+WIDEN = tl.constexpr("""
+    shl.b32 $0, $2, 16;
+    and.b32 $1, $2, 0xffff0000;
+""")
+#: The two halves of a word.
+SPLIT = tl.constexpr("""
+    prmt.b32 $0, $2, 0, 0x4410;
+    prmt.b32 $1, $2, 0, 0x4432;
+""")
+#: The four bytes of a word b, as the float32 numbers 2^23 + b: a byte becomes the low bits of the
+#: mantissa.
+BYTES = tl.constexpr("""
+    prmt.b32 $0, $4, 0x4b000000, 0x7440;
+    prmt.b32 $1, $4, 0x4b000000, 0x7441;
+    prmt.b32 $2, $4, 0x4b000000, 0x7442;
+    prmt.b32 $3, $4, 0x4b000000, 0x7443;
+""")
+#: The same of signed bytes c: 2^23 + 128 + c.
+SIGNED_BYTES = tl.constexpr("""{
+    .reg .b32 w;
+    xor.b32 w, $4, 0x80808080;
+    prmt.b32 $0, w, 0x4b000000, 0x7440;
+    prmt.b32 $1, w, 0x4b000000, 0x7441;
+    prmt.b32 $2, w, 0x4b000000, 0x7442;
+    prmt.b32 $3, w, 0x4b000000, 0x7443;
+}""")
+#: The lower and the upper halves h of four bytes, as 2^23 + h.
+HALVES = tl.constexpr("""{
+    .reg .b32 l, h;
+    and.b32 l, $8, 0x0f0f0f0f;
+    shr.u32 h, $8, 4;
+    and.b32 h, h, 0x0f0f0f0f;
+    prmt.b32 $0, l, 0x4b000000, 0x7440;
+    prmt.b32 $1, l, 0x4b000000, 0x7441;
+    prmt.b32 $2, l, 0x4b000000, 0x7442;
+    prmt.b32 $3, l, 0x4b000000, 0x7443;
+    prmt.b32 $4, h, 0x4b000000, 0x7440;
+    prmt.b32 $5, h, 0x4b000000, 0x7441;
+    prmt.b32 $6, h, 0x4b000000, 0x7442;
+    prmt.b32 $7, h, 0x4b000000, 0x7443;
+}""")
+#: The bits of a finite float32 number plus a small integer; of others the number itself.
+CARRY = tl.constexpr("""{
+    .reg .pred p;
+    .reg .f32 a;
+    abs.f32 a, $1;
+    setp.lt.f32 p, a, 0f7F800000;
+    mov.b32 $0, $1;
+    @p add.u32 $0, $0, $2;
+}""")
+#: The low bytes of four words, in one.
+PACK = tl.constexpr("""{
+    .reg .b32 a, b;
+    prmt.b32 a, $1, $2, 0x0040;
+    prmt.b32 b, $3, $4, 0x0040;
+    prmt.b32 $0, a, b, 0x5410;
+}""")
+#: The same of magnitudes below 128, negated where the float32 numbers that follow are negative:
+#: bytes of -1 or 0 replicate the signs, and -l is (l ^ -1) + 1, without a carry between bytes.
+PACK_SIGNED = tl.constexpr("""{
+    .reg .b32 a, b, s, t;
+    prmt.b32 a, $1, $2, 0x0040;
+    prmt.b32 b, $3, $4, 0x0040;
+    prmt.b32 a, a, b, 0x5410;
+    prmt.b32 b, $5, $6, 0x00fb;
+    prmt.b32 s, $7, $8, 0x00fb;
+    prmt.b32 b, b, s, 0x5410;
+    xor.b32 t, a, b;
+    and.b32 t, t, 0x7f7f7f7f;
+    and.b32 s, b, 0x01010101;
+    add.u32 t, t, s;
+    and.b32 b, b, 0x80808080;
+    xor.b32 $0, t, b;
+}""")
+#: Eight numbers of 4 bits, four for the lower halves of bytes and then four for the upper halves.
+PACK_HALVES = tl.constexpr("""{
+    .reg .b32 a, b, c;
+    prmt.b32 a, $1, $2, 0x0040;
+    prmt.b32 b, $3, $4, 0x0040;
+    prmt.b32 a, a, b, 0x5410;
+    prmt.b32 b, $5, $6, 0x0040;
+    prmt.b32 c, $7, $8, 0x0040;
+    prmt.b32 b, b, c, 0x5410;
+    shl.b32 b, b, 4;
+    or.b32 $0, a, b;
+}""")
+#: The same of magnitudes below 8 with the signs of eight float32 numbers, 8 added to each: 8 + l,
+#: or (l ^ 15) + 9 = 16 + 8 - l.
+PACK_SIGNED_HALVES = tl.constexpr("""{
+    .reg .b32 a, b, c, s, t;
+    prmt.b32 a, $1, $2, 0x0040;
+    prmt.b32 b, $3, $4, 0x0040;
+    prmt.b32 a, a, b, 0x5410;
+    prmt.b32 b, $9, $10, 0x00fb;
+    prmt.b32 s, $11, $12, 0x00fb;
+    prmt.b32 s, b, s, 0x5410;
+    xor.b32 a, a, s;
+    and.b32 a, a, 0x0f0f0f0f;
+    and.b32 s, s, 0x01010101;
+    or.b32 s, s, 0x08080808;
+    add.u32 a, a, s;
+    and.b32 a, a, 0x0f0f0f0f;
+    prmt.b32 b, $5, $6, 0x0040;
+    prmt.b32 c, $7, $8, 0x0040;
+    prmt.b32 b, b, c, 0x5410;
+    prmt.b32 c, $13, $14, 0x00fb;
+    prmt.b32 s, $15, $16, 0x00fb;
+    prmt.b32 s, c, s, 0x5410;
+    xor.b32 b, b, s;
+    and.b32 b, b, 0x0f0f0f0f;
+    and.b32 s, s, 0x01010101;
+    or.b32 s, s, 0x08080808;
+    add.u32 b, b, s;
+    shl.b32 b, b, 4;
+    and.b32 b, b, 0xf0f0f0f0;
+    or.b32 $0, a, b;
+}""")
+
+
+def _quotients(count: int) -> str:
+    """a / (sqrt(v) + eps) of `count` elements, each operation rounded to nearest.
+
+    Newton's steps give the rounded root and the rounded quotient, as the compiler's own code does,
+    if no number on the way is too large or too small. That holds if a and v lie in [2^-101, 2^27)
+    and eps lies below 2: the root is then in [2^-51, 2^14), the quotient in [2^-115, 2^78), and the
+    remainder of a division is a multiple of 2^-148. Bit 30 of a number's bits less those of 2^-101
+    says so, whatever its sign. Otherwise, as for zeros, the slower instructions follow. The
+    compiler would branch twice for each element.
+    """
+    lines = [".reg .pred p;", ".reg .b32 t, u, w;", ".reg .f32 r, y, h, d, b, n, e, q;"]
+    out, a, v, eps = ([f"${k * count + i}" for i in range(count)] for k in range(4))
+    lines.append(f"mov.b32 w, {eps[0]};")
+    for i in range(count):
+        lines += [
+            f"add.u32 t, {v[i]}, 0xf3000000;",
+            f"add.u32 u, {a[i]}, 0xf3000000;",
+            "or.b32 t, t, u;",
+            "or.b32 w, w, t;",
+            f"rsqrt.approx.ftz.f32 r, {v[i]};",
+            f"mul.rn.f32 y, {v[i]}, r;",
+            "mul.rn.f32 h, r, 0f3F000000;",
+            "neg.f32 n, y;",
+            f"fma.rn.f32 d, n, y, {v[i]};",
+            "fma.rn.f32 y, d, h, y;",
+            f"add.rn.f32 b, y, {eps[i]};",
+            "rcp.approx.ftz.f32 r, b;",
+            "neg.f32 n, b;",
+            "fma.rn.f32 e, n, r, 0f3F800000;",
+            "fma.rn.f32 r, r, e, r;",
+            f"mul.rn.f32 q, {a[i]}, r;",
+            f"fma.rn.f32 e, n, q, {a[i]};",
+            f"fma.rn.f32 {out[i]}, e, r, q;",
+        ]
+    lines += ["and.b32 w, w, 0x40000000;", "setp.eq.u32 p, w, 0;", "@p bra DONE;"]
+    for i in range(count):
+        lines += [
+            f"sqrt.rn.f32 y, {v[i]};",
+            f"add.rn.f32 b, y, {eps[i]};",
+            f"div.rn.f32 {out[i]}, {a[i]}, b;",
+        ]
+    return "{\n" + "\n".join(lines) + "\nDONE:\n}"
+
+
+QUOTIENTS = tl.constexpr(_quotients(4))
+
+
+@triton.jit
+def wide_bfloat16(x):
+    """bfloat16 numbers as float32."""
+    return tl.inline_asm_elementwise(WIDEN, "=&r,=&r,r", [x], tl.float32, is_pure=True, pack=2)
+
+
+@triton.jit
+def word_halves(words):
+    """The lower and the upper 16 bits of words: uint32."""
+    return tl.inline_asm_elementwise(
+        SPLIT, "=&r,=&r,r", [words], (tl.uint32, tl.uint32), is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def carried(x, bits):
+    """The bits of finite float32 numbers plus integers, uint32; of others the number's: uint32."""
+    return tl.inline_asm_elementwise(CARRY, "=&r,f,r", [x, bits], tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
+def byte_floats(codes, SIGNED: tl.constexpr):
+    """2^23 + b of bytes, or 2^23 + 128 + c of signed ones: float32."""
+    return tl.inline_asm_elementwise(
+        SIGNED_BYTES if SIGNED else BYTES,
+        "=&r,=&r,=&r,=&r,r",
+        [codes],
+        tl.float32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def half_floats(codes):
+    """2^23 + h of the lower and the upper halves of bytes: float32."""
+    return tl.inline_asm_elementwise(
+        HALVES,
+        "=r,=r,=r,=r,=r,=r,=r,=r,r",
+        [codes],
+        (tl.float32, tl.float32),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def word_floats(words):
+    """2^23 + b of each of the four bytes of words, the lowest first: float32."""
+    return tl.inline_asm_elementwise(
+        BYTES,
+        "=&r,=&r,=&r,=&r,r",
+        [words],
+        (tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def packed_bytes(low, x, SIGNED: tl.constexpr):
+    """The low bytes of int32 numbers, uint8; if SIGNED, magnitudes with the signs of x, int8."""
+    if SIGNED:
+        return tl.inline_asm_elementwise(
+            PACK_SIGNED, "=r,r,r,r,r,r,r,r,r", [low, x], tl.int8, is_pure=True, pack=4
+        )
+    else:
+        return tl.inline_asm_elementwise(PACK, "=r,r,r,r,r", [low], tl.uint8, is_pure=True, pack=4)
+
+
+@triton.jit
+def packed_halves(first, second, x_first, x_second, SIGNED: tl.constexpr):
+    """Bytes of two 4-bit numbers each, the first in the lower half: uint8. If SIGNED they are
+    magnitudes that take the signs of x, and 8 is added."""
+    if SIGNED:
+        return tl.inline_asm_elementwise(
+            PACK_SIGNED_HALVES,
+            "=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [first, second, x_first, x_second],
+            tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            PACK_HALVES,
+            "=r,r,r,r,r,r,r,r,r",
+            [first, second],
+            tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def quotients(a, v, eps):
+    """a / (sqrt(v) + eps), each operation rounded to nearest: float32."""
+    return tl.inline_asm_elementwise(
+        QUOTIENTS,
+        "=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f",
+        [a, v, eps],
+        tl.float32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def inverse_roots(x):
+    """1 / sqrt(x), approximately: one instruction, which takes denormal numbers for zeros."""
+    return tl.inline_asm_elementwise(
+        "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+    )
