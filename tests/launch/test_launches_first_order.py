@@ -61,7 +61,7 @@ def test_norms_of_a_batch_are_one_launch(form: str) -> None:
 
 
 def test_numbers_do_not_compile_anew() -> None:
-    """Draws, seeds, scales and sizes are one variant; tensors of whole vectors of memory another."""
+    """Draws, seeds, scales and sizes are one variant; sizes of whole vectors of memory another."""
     found = []
     with stub_gpu():
         for number in (1, 7, 16, 48):

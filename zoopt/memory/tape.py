@@ -115,7 +115,9 @@ class _Recorder(Interception):
     """Records the calls that read parameters, without keeping their other tensors alive."""
 
     def __init__(self, parameters: Iterable[Tensor], meter: StorageMeter) -> None:
-        super().__init__(parameters)
+        # The list keeps their ids valid.
+        self._parameters = list(parameters)
+        super().__init__({id(param) for param in self._parameters})
         assert meter.events is not None
         self.events, self._live = meter.events, meter.live
         self.reads: list[_Read] = []

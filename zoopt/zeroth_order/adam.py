@@ -25,9 +25,10 @@ from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise, whole
 from zoopt.zeroth_order.engine.mask import Mask
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
+from zoopt.zeroth_order.engine.sites import Site
 from zoopt.zeroth_order.engine.sparse import SparseZerothOrder
 from zoopt.zeroth_order.engine.window import check_past, check_window, extended, window_steps
 

@@ -23,9 +23,10 @@ from zoopt.parameters import named_params
 from zoopt.registry import register
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, chunks
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
+from zoopt.zeroth_order.engine.sites import Site
 
 
 def cone(m_norm: float, d: int, t: float) -> tuple[float, float]:

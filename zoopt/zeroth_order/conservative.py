@@ -20,14 +20,10 @@ from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.closure import Closure
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.mask import Mask
-from zoopt.zeroth_order.engine.perturbation import (
-    Displacement,
-    PerturbationMode,
-    Site,
-    along,
-)
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, Evaluation, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
+from zoopt.zeroth_order.engine.sites import Displacement, Site, along
 from zoopt.zeroth_order.engine.sparse import SparseZerothOrder
 
 Candidates = Literal["three", "reused"]

@@ -24,11 +24,7 @@ from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise
 from zoopt.zeroth_order.engine.groups import ProbeNames
 from zoopt.zeroth_order.engine.low_rank import OuterProduct
 from zoopt.zeroth_order.engine.members import MemberBatch
-from zoopt.zeroth_order.engine.perturbation import (
-    Perturbation,
-    PerturbationMode,
-    Site,
-)
+from zoopt.zeroth_order.engine.perturbation import Perturbation, PerturbationMode
 from zoopt.zeroth_order.engine.population import (
     GenerationRecord,
     Population,
@@ -39,6 +35,7 @@ from zoopt.zeroth_order.engine.population import (
 )
 from zoopt.zeroth_order.engine.probe import Evaluation, Outcome, PendingProbe, mean_loss
 from zoopt.zeroth_order.engine.progress import Progress
+from zoopt.zeroth_order.engine.sites import Site
 
 
 def evolution(

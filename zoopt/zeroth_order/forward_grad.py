@@ -21,6 +21,7 @@ from zoopt.zeroth_order.engine.closure import Closure, Loss
 from zoopt.zeroth_order.engine.mask import Mask
 from zoopt.zeroth_order.engine.perturbation import Perturbation
 from zoopt.zeroth_order.engine.probe import Evaluation, Outcome, PendingProbe
+from zoopt.zeroth_order.engine.sites import along
 from zoopt.zeroth_order.mezo import MomentumSGD
 
 
@@ -146,14 +147,19 @@ class ForwardGrad(MomentumSGD):
         self, evaluation: Evaluation, pending: PendingProbe, draw: int
     ) -> tuple[float, Loss]:
         """The derivative of the loss along z(draw), and the loss."""
-        directions = {site.param: site.direction for site in pending.sites}
+        directions = pending.sites.virtual
+        reads = evaluation.perturbation.reads(along(draw, 1.0), decay=0.0)
+        in_windows = reads.serves
 
         def z(param: Tensor) -> Tensor:
-            return directions[param].tangent(param.detach(), draw)
+            if id(param) in in_windows:
+                return reads.take(param)
+            return directions[id(param)].direction.tangent(param.detach(), draw)
 
         queued, s = forward_gradient(
             evaluation.closure, z, evaluation.perturbation, evaluation.rng.evaluate
         )
+        reads.learn()
         return s, queued
 
 

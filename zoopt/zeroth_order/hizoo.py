@@ -19,9 +19,10 @@ from zoopt.registry import register
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise, chunks
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Evaluation, Outcome, PendingProbe, three_point
 from zoopt.zeroth_order.engine.progress import Progress
+from zoopt.zeroth_order.engine.sites import Site
 
 
 def smoothed(

@@ -24,9 +24,10 @@ from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients, Noise, withdrawn
 from zoopt.zeroth_order.engine.factors import Normals, Pair, Terms, cast, make
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
-from zoopt.zeroth_order.engine.perturbation import Perturbation, PerturbationMode, Site
+from zoopt.zeroth_order.engine.perturbation import Perturbation, PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
+from zoopt.zeroth_order.engine.sites import Site
 
 #: Elements of matrices that are decomposed together: 64 MiB of float64.
 _TOGETHER = 1 << 23

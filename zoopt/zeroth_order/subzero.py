@@ -18,9 +18,10 @@ from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.factors import Normals, Pair, cast, make, multiply
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
-from zoopt.zeroth_order.engine.perturbation import PerturbationMode, Site
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
+from zoopt.zeroth_order.engine.sites import Site
 
 
 def subzero(R: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:

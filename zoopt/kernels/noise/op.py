@@ -154,13 +154,16 @@ def _row_scales(
     return tuple(scales)
 
 
-def perturbed_copies(theta: Batch, alpha: float, *, draw: int) -> list[Tensor]:
-    """The copies that `perturb` makes of a batch of contiguous tensors, as views of one buffer,
-    which lives as long as one of them: made with as little Python as possible."""
+def perturbed_copies(
+    theta: Batch, alphas: Sequence[float], *, draws: Sequence[int], decay: float = 1.0
+) -> list[Tensor]:
+    """decay theta + sum_d alphas[d] z(d) of a batch of contiguous tensors, rounded to nearest, as
+    views of one buffer, which lives as long as one of them: made with as little Python as possible.
+    """
     theta.check()
     copies = packed_like(theta.tensors)
     backend = dispatch.choose(theta.tensors[0], None)
-    terms = (scalars([alpha], theta.dtype), [draw], 1.0, None)
+    terms = (scalars(alphas, theta.dtype), list(draws), decay, None)
     run(backend, "weighted_sum", theta, (copies, None), *terms)
     return copies
 

@@ -26,7 +26,7 @@ from zoopt.parameters import named_params
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
 from zoopt.zeroth_order.engine.job import ZerothOrderJob
-from zoopt.zeroth_order.engine.perturbation import Perturbation, Site
+from zoopt.zeroth_order.engine.perturbation import Perturbation
 from zoopt.zeroth_order.engine.probe import (
     Evaluation,
     Outcome,
@@ -35,6 +35,7 @@ from zoopt.zeroth_order.engine.probe import (
     one_sided,
     two_sided,
 )
+from zoopt.zeroth_order.engine.sites import Site, Sites
 from zoopt.zeroth_order.engine.updates import RunRecorder
 from zoopt.zeroth_order.engine.windows import Windows
 
@@ -57,9 +58,6 @@ class ZerothOrderOptimizer(ZerothOrderJob):
 
     #: Whether a step follows from the numbers that a closure returns.
     recordable = True
-    #: Whether, of a parameter without state whose directions are the noise itself, all that is
-    #: written follows from losses too: weights are read for nothing else.
-    scripted = False
     #: The largest |g| that the update can bear in float32, times |z| < 8 and a learning rate.
     _largest_grad = 2.0**100
     #: In which order the closure reads the parameters.
@@ -246,7 +244,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
     def in_windows(self) -> list[Tensor]:
         """The parameters for which, on a GPU, several operators' temporaries are made at once."""
         sites = self._new_pending().sites
-        return [s.param for s in sites if s.virtual and s.direction.window_key is not None]
+        return [s.param for s in sites if s.virtual and s.direction.in_windows]
 
     def _note_changes(self) -> None:
         """Let the recorder see what was changed since the last step."""
@@ -345,12 +343,9 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         draws = self._draws()
         if draws[-1] >= 1 << 32:
             raise RuntimeError("the run has used all of its 2^32 draws; begin one with a new seed")
-        self._check_values()
         self._check_seed()
-        self._check_state()
-        self._survey()
         block = self._block_due()
-        sites = list(self._sites(block))
+        sites = self._sites_due(block)
         if not sites:
             where = "" if block is None else f" in block {block}, whose turn it is"
             raise RuntimeError(
@@ -359,6 +354,22 @@ class ZerothOrderOptimizer(ZerothOrderJob):
             )
         self._prepare(sites)
         return PendingProbe(sites, draws, block)
+
+    def _sites_due(self, block: int | None) -> Sites:
+        """The sites of a step: those of the last one in the block where all is as it was then."""
+        before, known = self._known_sites.get(block, (None, None))
+        if known is not None and self._facts() == before:
+            if self.state:
+                self._check_state()
+            return known
+        self._check_values()
+        self._check_state()
+        self._survey()
+        sites = Sites(self._sites(block))
+        facts = self._facts()
+        if facts is not None and sites.lasting:
+            self._known_sites[block] = facts, sites
+        return sites
 
     def _prepare(self, sites: Sequence[Site]) -> None:
         """Make what directions need and is made of all parameters at once."""

@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from zoopt.zeroth_order.engine.closure import Closure, PinnedRNG
 from zoopt.zeroth_order.engine.members import MemberBatch, MemberDirections
-from zoopt.zeroth_order.engine.perturbation import Perturbation, Site
+from zoopt.zeroth_order.engine.perturbation import Perturbation
 from zoopt.zeroth_order.engine.population import fitness_eps, fitness_values
 from zoopt.zeroth_order.engine.product import operands_of
+from zoopt.zeroth_order.engine.sites import Site, Sites
 from zoopt.zeroth_order.engine.virtual import Interception
 
 _ARITHMETIC = frozenset(
@@ -56,7 +57,7 @@ class Members(Interception):
     def __init__(
         self, sites: Sequence[Site], batch: MemberBatch, *, poisoned: bool = False
     ) -> None:
-        super().__init__(site.param for site in sites)
+        super().__init__(Sites.of(sites).virtual)
         self._batch = batch
         self._poisoned = poisoned
         self._directions = MemberDirections(sites, batch, poisoned=poisoned)
@@ -222,7 +223,8 @@ def evaluate_batch(
                 "each member then has whole matrices of its own; set rank=1, or call evaluate, "
                 "which takes one member at a time"
             )
-    perturbation = Perturbation([dataclasses.replace(site, virtual=True) for site in sites])
+    sites = Sites(dataclasses.replace(site, virtual=True) for site in sites)
+    perturbation = Perturbation(sites)
     rng = PinnedRNG(site.param.device for site in sites)
 
     def run(*, poisoned: bool) -> tuple[list[float], float]:

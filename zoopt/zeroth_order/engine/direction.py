@@ -16,11 +16,12 @@ from torch import Tensor
 
 from zoopt.dtypes import Rounding, accumulator_dtype
 from zoopt.kernels import add_, apply_, dispatch, momentum_, perturb, perturb_rows
-from zoopt.kernels.batch import Batch
+from zoopt.kernels.batch import Batch, packed_like
 from zoopt.kernels.descent.op import descend_
 from zoopt.kernels.descent.rule import Rule, Shape
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.noise.op import perturbed_copies
 from zoopt.zeroth_order.engine.progress import Progress
 
 #: draw -> coefficient: the displacement sum_d coefficient_d z(d).
@@ -56,12 +57,36 @@ class Direction:
 
     #: Whether displacements are products of thin factors.
     thin = False
+    #: Whether one launch can make the temporaries of several parameters, see `copies`.
+    in_windows = False
+    #: Whether the next step's direction is the same, if nothing about the parameter changes.
+    lasting = False
 
-    @property
-    def window_key(self) -> NoiseKey | None:
-        """The noise that is the direction, if it is nothing else: several parameters' temporaries
-        can then be made by one launch."""
-        return None
+    def form(self, coefficients: Coefficients) -> tuple[Any, ...]:
+        """Where `in_windows`, what directions of one launch have in common."""
+        raise NotImplementedError
+
+    @classmethod
+    def window(cls, moving: Sequence[tuple[Tensor, Any]]) -> Batch:
+        """Where `in_windows`, contiguous parameters with directions of one form, as a batch."""
+        raise NotImplementedError
+
+    @classmethod
+    def copies(
+        cls,
+        window: Batch,
+        directions: Sequence[Any],
+        coefficients: Coefficients,
+        *,
+        decay: float = 1.0,
+    ) -> list[Tensor]:
+        """Where `in_windows`, decay theta + sum_d coefficients[d] z(d) of the parameters of a
+        window, as views of one buffer, which lives as long as one of them.
+
+        Args:
+            decay: 1 for `perturbed` parameters, or 0 for their displacements alone.
+        """
+        raise NotImplementedError
 
     def add_(
         self,
@@ -116,9 +141,50 @@ class Elementwise(Direction):
 
     #: The parameter's elements that move, flat, if those are not all.
     indices: Tensor | None = None
+    in_windows = True
 
     def __init__(self, key: NoiseKey) -> None:
         self.key = key
+
+    def form(self, coefficients: Coefficients) -> tuple[Any, ...]:
+        """As in `Direction`."""
+        key, (shape, _) = self.key, self.shaping(coefficients, {})
+        return (type(self), shape, key.seed, key.distribution, key.density)
+
+    @classmethod
+    def window(cls, moving: Sequence[tuple[Tensor, Elementwise]]) -> Batch:
+        """As in `Direction`."""
+        return Batch([param for param, _ in moving], [direction.key for _, direction in moving])
+
+    @classmethod
+    def copies(
+        cls,
+        window: Batch,
+        directions: Sequence[Elementwise],
+        coefficients: Coefficients,
+        *,
+        decay: float = 1.0,
+    ) -> list[Tensor]:
+        """As in `Direction`: one launch."""
+        copies = packed_like(window.tensors)
+        sums = directions[0].sums(coefficients)
+        shape, _ = directions[0].shaping(coefficients, {})
+        beside: list[Any] = [own.shaping(coefficients, {})[1] for own in directions]
+        if shape.kind != "small":
+            pairs = zip(beside, window.tensors, strict=True)
+            beside = [read.view(theta.shape) for read, theta in pairs]
+        descend_(
+            window,
+            list(sums.values()),
+            [0.0] * len(sums),
+            draws=list(sums),
+            shape=shape,
+            rule=Rule(),
+            beside=beside,
+            decay=decay,
+            out=copies,
+        )
+        return copies
 
     def shaping(
         self, coefficients: Coefficients, gradient: Coefficients
@@ -350,10 +416,20 @@ class Elementwise(Direction):
 class Noise(Elementwise):
     """Independent elements: each operation is one pass of a fused kernel."""
 
-    @property
-    def window_key(self) -> NoiseKey | None:
-        """As in `Direction`."""
-        return self.key if self.indices is None else None
+    lasting = True
+
+    @classmethod
+    def copies(
+        cls,
+        window: Batch,
+        directions: Sequence[Elementwise],
+        coefficients: Coefficients,
+        *,
+        decay: float = 1.0,
+    ) -> list[Tensor]:
+        """As in `Direction`: one launch."""
+        alphas = list(coefficients.values())
+        return perturbed_copies(window, alphas, draws=list(coefficients), decay=decay)
 
     def shaping(
         self, coefficients: Coefficients, gradient: Coefficients

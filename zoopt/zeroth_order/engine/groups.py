@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic
@@ -24,13 +25,9 @@ from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
 from zoopt.parameters import check_param, named_params
 from zoopt.zeroth_order.engine.blocks import block_due, block_of, check_blocks
 from zoopt.zeroth_order.engine.direction import Direction, Elementwise, Noise
-from zoopt.zeroth_order.engine.perturbation import (
-    PerturbationMode,
-    Site,
-)
-from zoopt.zeroth_order.engine.probe import (
-    Estimator,
-)
+from zoopt.zeroth_order.engine.perturbation import PerturbationMode
+from zoopt.zeroth_order.engine.probe import Estimator
+from zoopt.zeroth_order.engine.sites import Site, Sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +53,10 @@ class ProbeNames:
         return (*everyone, self.count, *self.run)
 
 
+#: Group keys on which sites do not depend.
+_APART = ("params", "param_names", "step", "draw", "lr", "window")
+#: Parameters that are no subclasses, whose attributes say all about them.
+_PLAIN = {torch.nn.Parameter, Tensor}
 #: A limit on directions a step: more are a mistake, which would use up the memory.
 _MOST_DIRECTIONS = 1 << 20
 
@@ -83,6 +84,35 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         """The numbers of this step's directions."""
         run = self.param_groups[0]
         return tuple(range(run["draw"], run["draw"] + run[self._names.count]))
+
+    @property
+    def _known_sites(self) -> dict[int | None, tuple[Any, Sites]]:
+        """By block, the sites of the last step, and the facts that they were made from."""
+        known: dict[int | None, tuple[Any, Sites]] = self.__dict__.setdefault("_sites_known", {})
+        return known
+
+    def _facts(self) -> list[Any] | None:
+        """What sites with lasting directions depend on, to be compared; None if nobody can tell.
+
+        Tensors and lists are told by their identity: those that are compared are alive.
+        """
+        facts: list[Any] = [len(self.state)]
+        for group in self.param_groups:
+            params = group["params"]
+            if not set(map(type, params)) <= _PLAIN:
+                return None
+            values = [(key, value) for key, value in group.items() if key not in _APART]
+            if any(isinstance(value, Tensor) for _, value in values):
+                return None  # Its value can change in place.
+            facts += [id(group), *map(id, params), list(group.get("param_names", ()))]
+            facts += [
+                (key, [id(item) for item in value] if isinstance(value, list) else value)
+                for key, value in values
+            ]
+            facts += [
+                (p.requires_grad, p.dtype, p.shape, p.device, p.is_contiguous()) for p in params
+            ]
+        return facts
 
     def _survey(self) -> None:
         """Read the values of other parameters on which directions depend."""

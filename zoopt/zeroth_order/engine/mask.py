@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from zoopt.kernels import dispatch
-from zoopt.kernels.batch import Batch, packed
+from zoopt.kernels import apply_, dispatch
+from zoopt.kernels.batch import Batch, packed, packed_like
 from zoopt.kernels.descent.op import small_elements
 from zoopt.kernels.descent.rule import Shape
 from zoopt.kernels.noise.key import NoiseKey
@@ -88,6 +88,31 @@ class Indexed(Noise):
     def __init__(self, key: NoiseKey, indices: Tensor) -> None:
         super().__init__(key)
         self.indices: Tensor = indices
+
+    @classmethod
+    def window(cls, moving: Sequence[tuple[Tensor, Elementwise]]) -> Batch:
+        """As in `Direction`."""
+        params, directions = zip(*moving, strict=True)
+        return Batch(params, [own.key for own in directions], [own.indices for own in directions])
+
+    @classmethod
+    def copies(
+        cls,
+        window: Batch,
+        directions: Sequence[Elementwise],
+        coefficients: Coefficients,
+        *,
+        decay: float = 1.0,
+    ) -> list[Tensor]:
+        """As in `Direction`: a launch of torch's, which copies, and one that moves few elements."""
+        copies = packed_like(window.tensors)
+        if decay:
+            torch._foreach_copy_(copies, list(window.tensors))
+        else:
+            torch._foreach_zero_(copies)
+        moved = Batch(copies, window.keys, window.indices)
+        apply_(moved, list(coefficients.values()), draws=list(coefficients))
+        return copies
 
     def shape(self, param: Tensor) -> tuple[int, ...]:
         """(number of indices,)."""

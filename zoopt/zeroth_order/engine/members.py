@@ -12,7 +12,7 @@ from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels import apply_, dispatch
 from zoopt.zeroth_order.engine.direction import Elementwise
 from zoopt.zeroth_order.engine.low_rank import LowRank, OuterProduct
-from zoopt.zeroth_order.engine.perturbation import Site
+from zoopt.zeroth_order.engine.sites import Site
 
 #: Directions of up to this many bytes are kept until the evaluation ends: a tied weight is read
 #: twice, and in text generation every token needs all of them.

@@ -48,7 +48,14 @@ class _Alike:
 
 
 class Passes:
-    """A queue of operations, each on one parameter, that change nothing until `make`."""
+    """A queue of operations, each on one parameter, that change nothing until `make`.
+
+    Attributes:
+        requests: how many operations have been queued by `put`.
+    """
+
+    requests = 0
+    _last: _Alike | None = None
 
     def __init__(self) -> None:
         self._queue: dict[tuple[int, Hashable, int], _Alike] = {}
@@ -94,6 +101,7 @@ class Passes:
         if alike is None:
             function = _OPERATIONS[operation] if isinstance(operation, str) else operation
             alike = self._queue[progress.stage, what, turn] = _Alike(function, options)
+        self.requests, self._last = self.requests + 1, alike
         if theta.numel():
             alike.places.add(place)
         alike.thetas.append(theta)
@@ -102,6 +110,21 @@ class Passes:
             alike.indices.append(indices)
         for own, tensor in beside.items():
             alike.beside.setdefault(own, []).append(tensor)
+        alike.progress.append(progress)
+        return True
+
+    def join(self, theta: Tensor, key: NoiseKey, progress: Progress) -> bool:
+        """Queue what was queued last, without anything beside it, on a parameter that is alike,
+        unless it has to be queued by itself."""
+        alike, place = self._last, theta.data_ptr()
+        if alike is None or alike.beside or alike.indices or place in alike.places:
+            return False
+        if progress.begun or not theta.is_contiguous():
+            return False
+        if theta.numel():
+            alike.places.add(place)
+        alike.thetas.append(theta)
+        alike.keys.append(key)
         alike.progress.append(progress)
         return True
 
@@ -122,3 +145,4 @@ class Passes:
     def clear(self) -> None:
         """Forget what is queued."""
         self._queue.clear()
+        self._last = None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -15,46 +14,17 @@ import torch
 from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic
-from zoopt.dtypes import Rounding
 from zoopt.kernels import dispatch
-from zoopt.kernels.noise.key import NoiseKey
-from zoopt.optimizer import Group
-from zoopt.zeroth_order.engine.direction import Coefficients, Direction
+from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.factors import side_by_side
 from zoopt.zeroth_order.engine.passes import Passes
 from zoopt.zeroth_order.engine.progress import Progress, count_write, uninterrupted
+from zoopt.zeroth_order.engine.sites import Displacement, Site, Sites
 from zoopt.zeroth_order.engine.uncompiled import uncompiled
 from zoopt.zeroth_order.engine.virtual import Interception, Substitution
-from zoopt.zeroth_order.engine.windows import Move, Reads, Windows
+from zoopt.zeroth_order.engine.windows import Moves, Reads, Windows
 
 PerturbationMode = Literal["auto", "inplace", "virtual"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """One parameter that takes part in a probe, or the part of a sharded one that lies here.
-
-    Attributes:
-        virtual: whether operators read theta plus a displacement, and the parameter stays theta.
-        copied: whether it moves from a copy of theta, and back to it exactly.
-    """
-
-    param: Tensor
-    group: Group
-    direction: Direction
-    virtual: bool
-    rounding: Rounding
-    zo_eps: float
-    copied: bool = False
-
-
-#: Where each parameter is to stand, relative to theta.
-Displacement = Callable[[Site], Coefficients]
-
-
-def along(draw: int, scale: float) -> Displacement:
-    """The displacement scale zo_eps z(draw)."""
-    return lambda site: {draw: scale * site.zo_eps} if scale else {}
 
 
 class Perturbation:
@@ -71,38 +41,21 @@ class Perturbation:
         queue: Callable[[], Passes] = Passes,
         windows: Windows | None = None,
     ) -> None:
-        self.sites = sites
+        self.sites = Sites.of(sites)
         self._queue = queue
         self._windows = windows or Windows()
         #: Whether operators read the parameters where they stand.
         self.evaluated = True
-        self._virtual = {site.param: site for site in sites if site.virtual}
-        self._in_place = [site for site in sites if not site.virtual and not site.copied]
+        self._virtual = self.sites.virtual
+        self._in_place = self.sites.in_place
         self._copied = [site for site in sites if site.copied]
         self._copies: dict[Tensor, Tensor] = {}
         self._offset: dict[Tensor, Coefficients] = {}
         self._flights: dict[Tensor, _Flight] = {}
 
-    @functools.cached_property
-    def _windowed(self) -> list[tuple[int, NoiseKey, Site]]:
-        """The virtual parameters whose temporaries windows can make, those of independent elements:
-        their ids and noise."""
-        return [
-            (id(site.param), key, site)
-            for site in self._virtual.values()
-            if (key := site.direction.window_key) is not None
-            and dispatch.launches(site.param)
-            and site.param.is_contiguous()
-        ]
-
-    @functools.cached_property
-    def _thin(self) -> bool:
-        """Whether a virtual displacement is a product of thin factors."""
-        return any(site.direction.thin for site in self._virtual.values())
-
     def offset(self, site: Site) -> Coefficients:
         """By how much the parameter stands off theta."""
-        return self._offset.get(site.param, {})
+        return self._offset.get(site.param, {}) if self._offset else {}
 
     @contextlib.contextmanager
     def at(self, displacement: Displacement) -> Iterator[None]:
@@ -118,26 +71,22 @@ class Perturbation:
             yield
             return
 
-        made: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        made: dict[int, tuple[Tensor, Tensor]] = {}
 
         def together(site: Site) -> tuple[Tensor, Tensor] | None:
             """Factors that are made for all matrices when the first one is read."""
             if not site.direction.thin or not dispatch.launches(site.param):
                 return None
             if not made:
-                made.update(_thin_factors(self._virtual.values(), displacement))
-            return made[site.param]
+                made.update(_thin_factors(self.sites.thin, displacement))
+            return made[id(site.param)]
 
-        in_windows = {}
-        for number, key, site in self._windowed:
-            coefficients = displacement(site)
-            if len(coefficients) == 1:
-                in_windows[number] = Move(key, *next(iter(coefficients.items())))
-        reads = Reads(self._windows, in_windows)
+        reads = self.reads(displacement)
+        in_windows = reads.serves
 
         @OwnArithmetic()
         def perturbed_alone(param: Tensor) -> Tensor:
-            site = self._virtual[param]
+            site = self._virtual[id(param)]
             coefficients = displacement(site)
             return site.direction.perturbed(param, coefficients) if coefficients else param
 
@@ -146,7 +95,7 @@ class Perturbation:
 
         @OwnArithmetic()
         def perturbed_rows(weight: Tensor, rows: Tensor) -> Tensor:
-            site = self._virtual[weight]
+            site = self._virtual[id(weight)]
             coefficients = displacement(site)
             if not coefficients:
                 return weight[rows]
@@ -158,17 +107,20 @@ class Perturbation:
 
         @OwnArithmetic()
         def factors(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-            site = self._virtual[weight]
+            site = self._virtual[id(weight)]
             coefficients = displacement(site)
             if not coefficients:
                 return None
             return together(site) or site.direction.factors(coefficients)
 
         # At theta itself too: modules take the path that they take at theta + a z.
-        with self.substituted(perturbed, perturbed_rows, factors if self._thin else None):
+        with self.substituted(perturbed, perturbed_rows, factors if self.sites.thin else None):
             yield
-        if in_windows:
-            self._windows.learn(reads.order)
+        reads.learn()
+
+    def reads(self, displacement: Displacement, *, decay: float = 1.0) -> Reads:
+        """Makes temporaries of virtual parameters in windows, during an evaluation (see `Reads`)."""
+        return Reads(self._windows, Moves(self.sites, displacement), decay)
 
     @contextlib.contextmanager
     def substituted(
@@ -214,7 +166,8 @@ class Perturbation:
 
     def forget(self, site: Site) -> None:
         """The caller has taken the parameter's offset away itself."""
-        self._offset.pop(site.param, None)
+        if self._offset:
+            self._offset.pop(site.param, None)
 
     def release(self) -> None:
         """Let the parameters stand where they are; the caller knows of them."""
@@ -284,12 +237,12 @@ class Perturbation:
 
 def _thin_factors(
     sites: Iterable[Site], displacement: Displacement
-) -> dict[Tensor, tuple[Tensor, Tensor]]:
-    """L (m, k) and R (n, k) of each matrix whose displacement is L R^T, in its dtype: made together
-    for those of one class and displacement."""
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """L (m, k) and R (n, k) of each matrix whose displacement is L R^T, in its dtype, by its id:
+    made together for those of one class and displacement."""
     alike: dict[Hashable, list[Site]] = {}
     for site in sites:
-        if site.direction.thin and dispatch.launches(site.param):
+        if dispatch.launches(site.param):
             coefficients = tuple(displacement(site).items())
             name = (type(site.direction), coefficients, site.param.dtype, site.param.device)
             alike.setdefault(name, []).append(site)
@@ -300,7 +253,7 @@ def _thin_factors(
             directions, displacement(own[0]), own[0].param.dtype
         )
         for site, (left, right) in zip(own, pairs, strict=True):
-            found[site.param] = side_by_side(left), side_by_side(right)
+            found[id(site.param)] = side_by_side(left), side_by_side(right)
     return found
 
 

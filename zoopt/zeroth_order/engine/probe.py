@@ -28,7 +28,8 @@ from zoopt.zeroth_order.engine.closure import (
     RecordedLosses,
     loss_values,
 )
-from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation, Site, along
+from zoopt.zeroth_order.engine.perturbation import Perturbation
+from zoopt.zeroth_order.engine.sites import Displacement, Sites, along
 
 Estimator = Literal["two-sided", "one-sided"]
 
@@ -76,7 +77,7 @@ class StepRecord:
 class PendingProbe:
     """The directions of a step that has not been taken yet, and their sums over micro-batches."""
 
-    sites: Sequence[Site]
+    sites: Sites
     draws: tuple[int, ...]
     block: int | None = None
     deltas: list[float] = dataclasses.field(default_factory=list)
@@ -138,8 +139,7 @@ class Evaluation:
         self.perturbation = perturbation
         perturbation.evaluated = not isinstance(closure, RecordedLosses)
         self.verify = verify
-        devices = (site.param.device for site in perturbation.sites)
-        self.rng = PinnedRNG(devices, draws=perturbation.evaluated)
+        self.rng = PinnedRNG(perturbation.sites.devices, draws=perturbation.evaluated)
         self._without_grad = [param for param in params if param.grad is None]
         self._checked = False
 

@@ -163,11 +163,10 @@ def uninterrupted() -> Iterator[None]:
             handlers[number](number, frame)
 
 
-def count_write(param: Tensor) -> None:
-    """Let autograd see that the parameter has been written: a graph that needs it as it was is
+def count_write(*params: Tensor) -> None:
+    """Let autograd see that parameters have been written: a graph that needs one as it was is
     refused a backward pass."""
-    if not param.is_inference():
-        torch.autograd.graph.increment_version(param)
+    torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
 
 
 class Commit:

@@ -20,8 +20,9 @@ from zoopt.distributed.exchange import Agreed, Exchange
 from zoopt.distributed.sharding import regathered
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure, Loss, loss_values
-from zoopt.zeroth_order.engine.perturbation import Displacement, Perturbation
+from zoopt.zeroth_order.engine.perturbation import Perturbation
 from zoopt.zeroth_order.engine.probe import Evaluation, agree
+from zoopt.zeroth_order.engine.sites import Displacement
 
 
 class SharedEvaluation(Evaluation):

@@ -30,9 +30,9 @@ from zoopt.zeroth_order.engine.mask import (
     choose_small,
     magnitude_threshold,
 )
-from zoopt.zeroth_order.engine.perturbation import Site
 from zoopt.zeroth_order.engine.probe import PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
+from zoopt.zeroth_order.engine.sites import Site
 
 
 class SparseZerothOrder(ZerothOrderOptimizer):

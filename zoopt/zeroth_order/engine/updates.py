@@ -7,22 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from zoopt.ambient import OwnArithmetic
-from zoopt.kernels import dispatch
 from zoopt.optimizer import Group
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure
-from zoopt.zeroth_order.engine.direction import Coefficients, descent
+from zoopt.zeroth_order.engine.direction import Coefficients, Noise, descent
 from zoopt.zeroth_order.engine.groups import ZerothOrderGroups
 from zoopt.zeroth_order.engine.passes import Passes
-from zoopt.zeroth_order.engine.perturbation import (
-    Perturbation,
-    Site,
-)
+from zoopt.zeroth_order.engine.perturbation import Perturbation
 from zoopt.zeroth_order.engine.probe import (
     PendingProbe,
     StepRecord,
 )
 from zoopt.zeroth_order.engine.progress import Commit, Progress, count_write
+from zoopt.zeroth_order.engine.sites import Site
 
 
 class RunRecorder(Protocol):
@@ -61,6 +58,9 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         skipped_probes: how many probes this optimizer has left out for a non-finite loss.
     """
 
+    #: Whether, of a parameter without state whose directions are the noise itself, all that is
+    #: written follows from losses too: weights are read for nothing else.
+    scripted = False
     # A copy, which torch makes without calling __init__, starts from these.
     last_step: StepRecord | None = None
     skipped_probes: int = 0
@@ -114,30 +114,28 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         record = self._record(pending, run["step"])
         skipped_probes = self.skipped_probes + pending.skipped
 
-        def update(site: Site, progress: Progress) -> None:
-            offset = perturbation.offset(site) if perturbation is not None else {}
-            self._update(site, pending, offset, progress)
+        def offset(site: Site) -> Coefficients:
+            return perturbation.offset(site) if perturbation is not None else {}
 
-        def written(site: Site) -> None:
-            count_write(site.param)
-            if perturbation is not None:
+        def written(*sites: Site) -> None:
+            count_write(*[site.param for site in sites])
+            for site in sites if perturbation is not None else ():
                 perturbation.forget(site)
 
         def update_alone(site: Site, progress: Progress) -> None:
-            update(site, progress)
+            self._update(site, pending, offset(site), progress)
             written(site)
 
         def update_together() -> None:
             # What an interruption has left in the queue knows of offsets that are gone.
             passes.clear()
-            for each in together:
-                update(*each)
+            self._queue_updates(pending, [(*each, offset(each[0])) for each in together], passes)
             passes.make()
-            for site, _ in together:
-                written(site)
+            written(*[site for site, _ in together])
 
-        together = [each for each in updates if dispatch.launches(each[0].param)]
-        alone = [each for each in updates if not dispatch.launches(each[0].param)]
+        launching = pending.sites.launching
+        together = [each for each, own in zip(updates, launching, strict=True) if own]
+        alone = [each for each, own in zip(updates, launching, strict=True) if not own]
 
         def close() -> None:
             for group, values in groups:
@@ -150,6 +148,39 @@ class ZerothOrderUpdates(ZerothOrderGroups):
 
         tasks = [functools.partial(update_alone, *each) for each in alone]
         return [*tasks, *([update_together] if together else []), *further, close, write_down]
+
+    def _queue_updates(
+        self,
+        pending: PendingProbe,
+        updates: Sequence[tuple[Site, Progress, Coefficients]],
+        passes: Passes,
+    ) -> None:
+        """Queue the updates of parameters, with their progress and offsets."""
+        leader: tuple[Site, Coefficients] | None = None
+        for site, progress, offset in updates:
+            if leader is not None and self._follows(site, offset, *leader):
+                assert isinstance(site.direction, Noise)
+                if passes.join(site.param, site.direction.key, progress):
+                    continue
+            requests = passes.requests
+            self._update(site, pending, offset, progress)
+            leader = (site, offset) if passes.requests == requests + 1 else None
+
+    def _follows(
+        self, site: Site, offset: Coefficients, leader: Site, leaders_offset: Coefficients
+    ) -> bool:
+        """Whether the update is certain to be the leader's, on another parameter."""
+        param, other = site.param, leader.param
+        return (
+            self.scripted
+            and site.group is leader.group
+            and type(site.direction) is type(leader.direction) is Noise
+            and offset == leaders_offset
+            and site.rounding == leader.rounding
+            and param.dtype == other.dtype
+            and param.device == other.device
+            and not (self.state and (param in self.state or other in self.state))
+        )
 
     def _change_run(self, run: dict[str, int]) -> list[Callable[[], None]]:
         """What the step changes besides the updates; what all groups are to hold goes into `run`,

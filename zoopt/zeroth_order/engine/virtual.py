@@ -9,7 +9,7 @@ low-rank displacement makes no temporary at all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -79,17 +79,15 @@ class Interception(TorchFunctionMode):
     """Hands every torch function that reads elements of a registered parameter to `_run`.
 
     Args:
-        parameters: those to be registered.
+        parameters: those to be registered, by their ids; they outlive it.
 
     Attributes:
         read: whether any of the parameters has been read so far.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Collection[int]) -> None:
         super().__init__()
-        # Looked up by identity during one evaluation; the list keeps the ids valid.
-        self._parameters = list(parameters)
-        self._ids = {id(parameter) for parameter in self._parameters}
+        self._ids = parameters
         self.read = False
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -171,7 +169,7 @@ class Substitution(Interception):
     """Replaces parameters in the arguments of torch functions.
 
     Args:
-        parameters: those to be replaced.
+        parameters: those to be replaced, by their ids.
         perturb: parameter -> its perturbed copy.
         perturb_rows: parameter, row numbers -> the perturbed copies of those rows.
         factors: parameter -> the thin factors of its displacement, or None if it has none; None if
@@ -180,7 +178,7 @@ class Substitution(Interception):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Collection[int],
         perturb: Callable[[Tensor], Tensor],
         perturb_rows: Callable[[Tensor, Tensor], Tensor],
         factors: Callable[[Tensor], tuple[Tensor, Tensor] | None] | None,

@@ -9,40 +9,60 @@ costs another launch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic
 from zoopt.kernels.batch import Batch
-from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.noise.op import perturbed_copies
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction
+from zoopt.zeroth_order.engine.sites import Displacement, Site, Sites
 
 #: The size of a buffer, unless one parameter is larger.
 WINDOW_BYTES = 64 << 20
 
 
-class Move(NamedTuple):
-    """A displacement alpha z(draw) of a parameter along its noise."""
+class Moves:
+    """Where parameters stand during an evaluation: those of a param group alike.
 
-    key: NoiseKey
-    draw: int
-    alpha: float
+    Attributes:
+        all: the sites of the probe.
+        sites: those that windows serve: each of them moves.
+        groups: id of a param group -> its displacement.
+    """
 
-    def shares(self, other: Move) -> bool:
-        """Whether one launch can make both."""
-        own, key = self.key, other.key
-        return (self.draw, self.alpha, own.seed, own.distribution, own.density) == (
-            *(other.draw, other.alpha, key.seed, key.distribution, key.density),
-        )
+    def __init__(self, sites: Sites, displacement: Displacement) -> None:
+        self.all = sites
+        self.groups = {number: displacement(site) for number, site in sites.groups.items()}
+        self.sites = sites.windowed
+        if not all(self.groups.values()):
+            moving = {number for number, own in self.groups.items() if own}
+            self.sites = {n: site for n, site in self.sites.items() if id(site.group) in moving}
+
+    def of(self, site: Site) -> Coefficients:
+        """The displacement of a parameter that windows serve."""
+        return self.groups[id(site.group)]
 
 
 class Window(NamedTuple):
-    """Parameters whose temporaries share a buffer and a launch."""
+    """Parameters whose temporaries share a buffer and a launch.
+
+    Attributes:
+        ids: the parameters' ids.
+        batch: the parameters, with their noise.
+        directions: their directions.
+        groups: the ids of their param groups.
+        sites: the sites of the probe that it was made in.
+        places: the parameters' addresses.
+    """
 
     ids: list[int]
     batch: Batch
+    directions: list[Direction]
+    groups: frozenset[int]
+    sites: Sites
+    places: list[int]
 
 
 class Windows:
@@ -58,61 +78,58 @@ class Windows:
 
     def learn(self, order: list[Tensor]) -> None:
         """Remember the order of a finished evaluation."""
-        if len(order) != len(self.order) or any(
-            own is not other for own, other in zip(order, self.order, strict=True)
-        ):
+        if list(map(id, order)) != list(map(id, self.order)):
             self.order = order
             self._windows.clear()
 
-    def find(self, param: Tensor, position: int, moves: Mapping[int, Move]) -> Window:
+    def find(self, param: Tensor, position: int, moves: Moves) -> Window:
         """The window of the parameter and those after it that fit in a buffer and can share a
-        launch. It is reused while its parameters are displaced along the same noise."""
+        launch. It is reused while its parameters are displaced alike and stay where they are."""
         name = (id(param), position)
         known = self._windows.get(name)
-        if known is None or not _still(known, moves, moves[id(param)]):
+        if known is None or not _still(known, moves):
             known = self._windows[name] = self._made(param, position, moves)
         return known
 
-    def _made(self, param: Tensor, position: int, moves: Mapping[int, Move]) -> Window:
-        first = moves[id(param)]
-        params, keys, room = [param], [first.key], WINDOW_BYTES - param.nbytes
+    def _made(self, param: Tensor, position: int, moves: Moves) -> Window:
+        first = moves.sites[id(param)]
+        own, form = moves.of(first), _form(first, moves.of(first))
+        chosen, room = [first], WINDOW_BYTES - param.nbytes
         places = {param.data_ptr()}
         for other in self.order[position + 1 :]:
             room -= other.nbytes
-            move = moves.get(id(other))
-            if room < 0 or not _alike(other, param) or move is None or not move.shares(first):
+            site = moves.sites.get(id(other))
+            if room < 0 or site is None or moves.of(site) != own or _form(site, own) != form:
                 break
             if other.data_ptr() in places:  # The same one again, or one that is tied by its data.
                 break
             if other.numel():
                 places.add(other.data_ptr())
-            params.append(other)
-            keys.append(move.key)
-        return Window(list(map(id, params)), Batch(params, keys))
+            chosen.append(site)
+        params = [site.param for site in chosen]
+        directions = [site.direction for site in chosen]
+        return Window(
+            [id(other) for other in params],
+            directions[0].window([(site.param, site.direction) for site in chosen]),
+            directions,
+            frozenset(id(site.group) for site in chosen),
+            moves.all,
+            [other.data_ptr() for other in params],
+        )
 
 
-def _alike(param: Tensor, other: Tensor) -> bool:
-    return param.dtype == other.dtype and param.device == other.device
+def _form(site: Site, coefficients: Coefficients) -> tuple[object, ...]:
+    """What is the same of all parameters of a launch."""
+    return (site.param.dtype, site.param.device, *site.direction.form(coefficients))
 
 
-def _still(window: Window, moves: Mapping[int, Move], first: Move) -> bool:
-    """Whether all parameters of a window still move like the first one, along the same keys, and
-    can share its buffer and its launch."""
-    tensors = window.batch.tensors
-    shared, room, places = len(tensors) > 1, WINDOW_BYTES, set[int]()
-    dtype, device = tensors[0].dtype, tensors[0].device
-    # A plain loop: this runs at every operator, and generators would double its calls.
-    for number, key, param in zip(window.ids, window.batch.keys, tensors, strict=True):
-        move = moves.get(number)
-        if move is None or move[1:] != first[1:] or move.key != key:
-            return False
-        if shared:
-            place, room = param.data_ptr(), room - param.nbytes
-            tied = place in places and param.numel() > 0
-            if tied or room < 0 or param.dtype != dtype or param.device != device:
-                return False
-            places.add(place)
-    return True
+def _still(window: Window, moves: Moves) -> bool:
+    """Whether a window's parameters are as they were, and still move alike."""
+    if window.sites is not moves.all:
+        return False
+    first, *others = [moves.groups[number] for number in window.groups]
+    places = [param.data_ptr() for param in window.batch.tensors]
+    return window.places == places and all(other == first for other in others)
 
 
 class Reads:
@@ -120,15 +137,26 @@ class Reads:
 
     Args:
         windows: holds the expected order.
-        moves: id of a parameter -> its displacement. Only contiguous parameters are in it.
+        moves: where the parameters stand.
+        decay: 1 for theta + sum_d coefficients[d] z(d), or 0 for the sum alone.
     """
 
-    def __init__(self, windows: Windows, moves: Mapping[int, Move]) -> None:
+    def __init__(self, windows: Windows, moves: Moves, decay: float = 1.0) -> None:
         self._windows = windows
-        self._moves = moves
+        self._moves, self._decay = moves, decay
         self._made: dict[int, Tensor] = {}
         self._next = 0
         self.order: list[Tensor] = []
+
+    @property
+    def serves(self) -> Collection[int]:
+        """The ids of the parameters whose temporaries can be taken here."""
+        return self._moves.sites
+
+    def learn(self) -> None:
+        """The evaluation is over: remember its order for the next one."""
+        if self._moves.sites:
+            self._windows.learn(self.order)
 
     def take(self, param: Tensor) -> Tensor:
         """The parameter's temporary."""
@@ -144,10 +172,11 @@ class Reads:
         self._made.clear()  # Free the old buffer before the next one is made.
         position = self._position(param)
         self._next = position + 1
-        ids, batch = self._windows.find(param, position, self._moves)
-        first = self._moves[id(param)]
-        copies = perturbed_copies(batch, first.alpha, draw=first.draw)
-        self._made = dict(zip(ids, copies, strict=True))
+        window = self._windows.find(param, position, self._moves)
+        coefficients = self._moves.of(self._moves.sites[id(param)])
+        first = window.directions[0]
+        copies = first.copies(window.batch, window.directions, coefficients, decay=self._decay)
+        self._made = dict(zip(window.ids, copies, strict=True))
         return self._made.pop(id(param))
 
     def _position(self, param: Tensor) -> int:
