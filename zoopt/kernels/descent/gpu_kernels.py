@@ -48,7 +48,7 @@ def _sum(
         for j in tl.static_range(UNROLLED):
             draw = draw_of(terms[WIDTH * j], terms[WIDTH * j + 1])
             z = direction(one, index, number, draw, k0, k1, NORMAL, BACKEND, BLOCK)
-            keep = kept(index, number, draw, k0, k1, threshold, MASKED, BACKEND, BLOCK)
+            keep = kept(index, number, draw, k0, k1, threshold, MASKED, BLOCK)
             total = added(total, terms[WIDTH * j + COLUMN] * z, keep, MASKED)
     elif terms is not None:
         j = 0
@@ -56,7 +56,7 @@ def _sum(
             term = terms + WIDTH * j
             draw = draw_of(tl.load(term), tl.load(term + 1))
             z = direction(one, index, number, draw, k0, k1, NORMAL, BACKEND, BLOCK)
-            keep = kept(index, number, draw, k0, k1, threshold, MASKED, BACKEND, BLOCK)
+            keep = kept(index, number, draw, k0, k1, threshold, MASKED, BLOCK)
             total = added(total, tl.load(term + COLUMN) * z, keep, MASKED)
             j += 1
     return total

@@ -87,7 +87,7 @@ def sum_kernel(
         for j in tl.static_range(UNROLLED):
             draw = draw_of(terms[3 * j], terms[3 * j + 1])
             step = direction(terms[3 * j + 2], index, number, draw, k0, k1, NORMAL, BACKEND, BLOCK)
-            keep = kept(index, number, draw, k0, k1, threshold, MASKED, BACKEND, BLOCK)
+            keep = kept(index, number, draw, k0, k1, threshold, MASKED, BLOCK)
             x = added(x, step, keep, MASKED)
     elif terms is not None:
         j = 0
@@ -95,7 +95,7 @@ def sum_kernel(
             draw = draw_of(tl.load(terms + 3 * j), tl.load(terms + 3 * j + 1))
             a = tl.load(terms + 3 * j + 2)
             step = direction(a, index, number, draw, k0, k1, NORMAL, BACKEND, BLOCK)
-            keep = kept(index, number, draw, k0, k1, threshold, MASKED, BACKEND, BLOCK)
+            keep = kept(index, number, draw, k0, k1, threshold, MASKED, BLOCK)
             x = added(x, step, keep, MASKED)
             j += 1
     if addend is not None:
@@ -158,7 +158,7 @@ def momentum_kernel(
         for j in tl.static_range(UNROLLED):
             draw = draw_of(terms[4 * j], terms[4 * j + 1])
             z = direction(one, index, number, draw, k0, k1, NORMAL, BACKEND, BLOCK)
-            keep = kept(index, number, draw, k0, k1, threshold, MASKED, BACKEND, BLOCK)
+            keep = kept(index, number, draw, k0, k1, threshold, MASKED, BLOCK)
             x = added(x, terms[4 * j + 2] * z, keep, MASKED)
             buf = added(buf, terms[4 * j + 3] * z, keep, MASKED)
     elif terms is not None:
@@ -166,7 +166,7 @@ def momentum_kernel(
         while j < count:
             draw = draw_of(tl.load(terms + 4 * j), tl.load(terms + 4 * j + 1))
             z = direction(one, index, number, draw, k0, k1, NORMAL, BACKEND, BLOCK)
-            keep = kept(index, number, draw, k0, k1, threshold, MASKED, BACKEND, BLOCK)
+            keep = kept(index, number, draw, k0, k1, threshold, MASKED, BLOCK)
             x = added(x, tl.load(terms + 4 * j + 2) * z, keep, MASKED)
             buf = added(buf, tl.load(terms + 4 * j + 3) * z, keep, MASKED)
             j += 1
@@ -225,7 +225,7 @@ def window_kernel(
         term = terms + 7 * j
         draw = draw_of(tl.load(term), tl.load(term + 1))
         z = direction(one, index, number, draw, k0, k1, NORMAL, BACKEND, BLOCK)
-        keep = kept(index, number, draw, k0, k1, threshold, MASKED, BACKEND, BLOCK)
+        keep = kept(index, number, draw, k0, k1, threshold, MASKED, BLOCK)
         x = added(x, tl.load(term + 2) * z, keep, MASKED)
         ghat = added(ghat, tl.load(term + 3) * z, keep, MASKED)
         if tl.load(term + 6) != 0.0:
@@ -266,7 +266,7 @@ def rows_kernel(
     column = start + tl.arange(0, BLOCK)
     inside = (column >= 0) & (column < d)
     step = direction(alpha, index, number, draw, k0, k1, NORMAL, BACKEND, BLOCK)
-    keep = kept(index, number, draw, k0, k1, threshold, MASKED, BACKEND, BLOCK)
+    keep = kept(index, number, draw, k0, k1, threshold, MASKED, BLOCK)
     x = added(tl.load(weight + row * d + column, mask=inside).to(tl.float32), step, keep, MASKED)
     dtype: tl.constexpr = out.dtype.element_ty
     x = rounded(x, index, number, draw, k0, k1, dtype, False, BACKEND, BLOCK)

@@ -136,20 +136,10 @@ def halfwords_at(index, stream, draw, k0, k1, PURPOSE: tl.constexpr):
 
 
 @triton.jit
-def kept(
-    index,
-    stream,
-    draw,
-    k0,
-    k1,
-    threshold,
-    MASKED: tl.constexpr,
-    BACKEND: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def kept(index, stream, draw, k0, k1, threshold, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """Which of BLOCK elements a direction moves: (BLOCK,), or an unused scalar without a mask."""
     if MASKED:
-        bits = halfwords(index, stream, draw, k0, k1, _MASK, BACKEND, BLOCK)
+        bits = halfwords(index, stream, draw, k0, k1, _MASK, "any", BLOCK)
         return bits.to(tl.int32) < threshold
     else:
         return True

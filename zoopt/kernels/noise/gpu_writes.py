@@ -58,7 +58,7 @@ def writes_kernel(
     one = tl.full([], 1.0, tl.float32)
     last = draw_of(tl.load(terms + 9), tl.load(terms + 10))
     z = direction(one, index, number, last, k0, k1, NORMAL, BACKEND, BLOCK)
-    keep = kept(index, number, last, k0, k1, threshold, MASKED, BACKEND, BLOCK)
+    keep = kept(index, number, last, k0, k1, threshold, MASKED, BLOCK)
     w, at = 0, 0
     while w < count:
         x = tl.load(terms + at) * x
@@ -73,7 +73,7 @@ def writes_kernel(
             draw = draw_of(tl.load(terms + at), tl.load(terms + at + 1))
             if draw != last:
                 z = direction(one, index, number, draw, k0, k1, NORMAL, BACKEND, BLOCK)
-                keep = kept(index, number, draw, k0, k1, threshold, MASKED, BACKEND, BLOCK)
+                keep = kept(index, number, draw, k0, k1, threshold, MASKED, BLOCK)
                 last = draw
             x = added(x, tl.load(terms + at + 2) * z, keep, MASKED)
             at += 3
@@ -85,7 +85,7 @@ def writes_kernel(
                 draw = draw_of(tl.load(terms + at), tl.load(terms + at + 1))
                 if draw != last:
                     z = direction(one, index, number, draw, k0, k1, NORMAL, BACKEND, BLOCK)
-                    keep = kept(index, number, draw, k0, k1, threshold, MASKED, BACKEND, BLOCK)
+                    keep = kept(index, number, draw, k0, k1, threshold, MASKED, BLOCK)
                     last = draw
                 ghat = added(ghat, tl.load(terms + at + 2) * z, keep, MASKED)
                 if tl.load(terms + at + 5) != 0.0:

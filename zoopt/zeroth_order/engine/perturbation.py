@@ -119,7 +119,7 @@ class Perturbation:
         reads.learn()
 
     def reads(self, displacement: Displacement, *, decay: float = 1.0) -> Reads:
-        """Makes temporaries of virtual parameters in windows, during an evaluation (see `Reads`)."""
+        """Makes temporaries of virtual parameters in windows, during an evaluation."""
         return Reads(self._windows, Moves(self.sites, displacement), decay)
 
     @contextlib.contextmanager
