@@ -25,8 +25,8 @@ EXTRA = {
 }
 #: Reads of the device's numbers beyond that of the losses: the candidates', the momentum's norm.
 WAITS = {"ConMeZO": 1, "ZOConservativeSGD three": 1, "ZOConservativeSGD reused": 1}
-#: A slope is read with its loss, of each direction.
-SLOPES = {zoopt.ForwardGrad: 2}
+#: Slopes of the two directions are read one by one, and then the losses.
+SLOPES = {zoopt.ForwardGrad: 3}
 INPLACE = [row for row in ROWS if "inplace" in row.perturbations]
 PRODUCTS = (zoopt.LOZO, zoopt.SubZero, zoopt.ZOMuon)
 LOW_RANK = [row for row in INPLACE if row.cls in PRODUCTS or row.options.get("rank") is not None]
@@ -62,9 +62,13 @@ def step(row: Row, mode: str, net: nn.Module, *, reads: bool = False) -> Recorde
     x = torch.zeros(4, 20)
 
     def closure() -> torch.Tensor:
-        if reads:
-            net(x)
-        return next(repeated)
+        loss = next(repeated)
+        if not reads:
+            return loss
+        y = net(x)
+        if row.cls is not zoopt.ForwardGrad:
+            return loss
+        return loss + y.double().sum()  # A slope has to depend on the parameters.
 
     for _ in range(2):
         optimizer.step(closure)
@@ -151,21 +155,24 @@ def test_operators_make_two_thin_products(row: Row) -> None:
 
 
 #: Calls of functions at an operator, of Python and of C, in a whole virtual step beyond those of
-#: the forward passes. Before sites and windows were kept between steps, MeZO made 170.
-MOST_CALLS = {"MeZO": 100, "MeZO, momentum": 205, "HiZOO": 315}
+#: the forward passes. Before sites and windows were kept between steps, MeZO made 230.
+MOST_CALLS = {"MeZO": 98, "MeZO, momentum": 202, "HiZOO": 312}
 
 
 @pytest.mark.parametrize("name", MOST_CALLS)
 def test_a_virtual_step_takes_few_calls(name: str) -> None:
-    layers = 40
-    with begun(name, layers) as loop:
-        made = calls(loop.step) - loop.evaluations * calls(loop.evaluate)
-    assert made / (loop.evaluations * layers) <= MOST_CALLS[name] + 500 / layers
+    made = {}
+    for layers in (10, 40):
+        with begun(name, layers) as loop:
+            made[layers] = calls(loop.step) - loop.evaluations * calls(loop.evaluate)
+    assert (made[40] - made[10]) / (30 * loop.evaluations) <= MOST_CALLS[name]
 
 
 VIRTUAL = [row for row in ROWS if row not in LOW_RANK]
 
 
+# Slopes of temporaries that hold nothing.
+@pytest.mark.filterwarnings("ignore:skipped . of . probes")
 @pytest.mark.parametrize("row", VIRTUAL, ids=str)
 def test_a_virtual_evaluation_is_a_launch_for_each_64_mib(row: Row) -> None:
     """However many parameters they are of, once the order of reads is known. With indices torch
