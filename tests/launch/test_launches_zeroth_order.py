@@ -192,6 +192,8 @@ def test_a_virtual_evaluation_is_a_launch_for_each_64_mib(row: Row) -> None:
         assert recorded.copies == 0
         assert recorded.waits == SLOPES.get(row.cls, 1) + WAITS.get(str(row), 0)
         others = [name for name in recorded.others if name not in ("add", "addmm")]
+        if row.cls is zoopt.ForwardGrad:
+            others = []  # Operators compute derivatives too.
         found.append(([each.kernel for each in recorded.launches], others))
     if "blocks" not in row.options:
         assert found[0] == found[1]
