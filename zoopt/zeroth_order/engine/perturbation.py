@@ -164,9 +164,9 @@ class Perturbation:
             param.copy_(theta)
         self._copies = {}
 
-    def forget(self, site: Site) -> None:
-        """The caller has taken the parameter's offset away itself."""
-        if self._offset:
+    def forget(self, *sites: Site) -> None:
+        """The caller has taken the parameters' offsets away itself."""
+        for site in sites if self._offset else ():
             self._offset.pop(site.param, None)
 
     def release(self) -> None:

@@ -119,8 +119,8 @@ class ZerothOrderUpdates(ZerothOrderGroups):
 
         def written(*sites: Site) -> None:
             count_write(*[site.param for site in sites])
-            for site in sites if perturbation is not None else ():
-                perturbation.forget(site)
+            if perturbation is not None:
+                perturbation.forget(*sites)
 
         def update_alone(site: Site, progress: Progress) -> None:
             self._update(site, pending, offset(site), progress)
