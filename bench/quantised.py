@@ -92,9 +92,9 @@ def below_adapters(model: Any) -> None:
 # rate 100 times larger are steps as long as those of "mezo".
 METHODS = {
     "mezo": Method((2e-4,), 1e-3, 10.0),
-    "mezo-lora": Method((5e-3,), 1e-2, 5.0, lora=LORA_RANK),
+    "mezo-lora": Method((2e-3,), 1e-2, 5.0, lora=LORA_RANK),
     "qzo-int4": Method(lr_grid(2e-2), 1e-2, 1.0, quantise=to_scales),
-    "mezo-lora-int4": Method((5e-3,), 1e-2, 5.0, lora=LORA_RANK, quantise=below_adapters),
+    "mezo-lora-int4": Method((2e-3,), 1e-2, 5.0, lora=LORA_RANK, quantise=below_adapters),
 }
 
 

@@ -367,10 +367,25 @@ def test_what_converted_experts_keep(tmp_path: Any) -> None:
 def test_converted_projections_of_torchs_attention() -> None:
     x = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))
     model: Any = Attention()
+    whole = copy.deepcopy(model)
     before = model(x)
     zoopt.nn.convert_to_gradnorm(model, ["*.in_proj_weight"], rank=2)
     assert model.layers[0].parametrizations.in_proj_weight[0].left.shape == (3, 16, 2)
     torch.testing.assert_close(model(x), before)
+    zoopt.nn.convert_to_gradnorm(whole, rank=2)
+    torch.testing.assert_close(whole(x), before)
+    whole(x).square().sum().backward()
+    layer = whole.layers[0]
+    for owner, own in ((layer, "in_proj_weight"), (layer.out_proj, "weight")):
+        assert owner.parametrizations[own][0].left.grad is not None
+        assert owner.parametrizations[own].original.grad is None
+    zoopt.nn.merge(whole)
+    torch.testing.assert_close(whole(x), before)
+    for convert in (zoopt.nn.convert_to_quantised, CONVERTED["sltrain"]):
+        other: Any = convert(Attention())
+        other(x).square().sum().backward()
+        assert [n for n, p in other.named_parameters() if p.requires_grad and p.grad is None] == []
+        assert not {"in_proj_weight"} & dict(other.layers[1].named_parameters()).keys()
     apart: Any = Attention(kdim=16, vdim=8)
     zoopt.nn.convert_to_gradnorm(apart, ["*.v_proj_weight"], rank=2)
     assert apart.layers[1].parametrizations.v_proj_weight[0].left.shape == (16, 2)

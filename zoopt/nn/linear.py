@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from zoopt.distributed.seed import SharedSeed
 from zoopt.nn.modules import Matrices, Target, is_conv1d, matrices
@@ -96,13 +97,18 @@ def replace_layers(
     found = matrices(model, target)
     bare = {name: own for name, own in found.items() if not own.is_layers}
     layers = {name.rpartition(".")[0]: own.module for name, own in found.items() if own.is_layers}
-    for name, module in layers.items():
-        if not name:
+    for name, module in list(layers.items()):
+        if type(module) is NonDynamicallyQuantizableLinear:
+            # torch's attention reads its weight, and never calls it.
+            own = found[f"{name}.weight" if name else "weight"]
+            bare[f"{name}.weight"] = own
+            del layers[name]
+        elif not name:
             raise ValueError(
                 f"model must contain the layers to convert, got a bare {type(module).__name__}; "
                 f"wrap it in nn.Sequential"
             )
-        if type(module) is not nn.Linear and not is_conv1d(module):
+        elif type(module) is not nn.Linear and not is_conv1d(module):
             raise TypeError(
                 f"a layer to convert must be an nn.Linear or Conv1D itself, got "
                 f"{type(module).__name__} for {name!r}, whose owner may read its weight; choose "
