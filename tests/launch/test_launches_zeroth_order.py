@@ -124,9 +124,9 @@ def test_a_step_in_place_with_thin_factors(row: Row) -> None:
         others = [name for name in recorded.others if name != "add"]
         found.append(([each.kernel for each in recorded.launches], others))
         moves = evaluations(row) + 1
-        # SubZero's matrices of one shape share a launch, and there are three shapes; members have
-        # two factors, and pass from one draw to another. A generation's update has all draws'.
-        each = {zoopt.SubZero: 4, zoopt.LOZO: 3, zoopt.EvolutionStrategy: 4}.get(row.cls, 2)
+        # Members have two factors, and pass from one draw to another. A generation's update has all
+        # draws'.
+        each = {zoopt.LOZO: 3, zoopt.EvolutionStrategy: 4}.get(row.cls, 2)
         draws = 2 * row.options.get("population_size", 0)
         names = [name for name in found[-1][0] if name != "numbers_kernel"]
         assert names.count("products_kernel") <= (1 + (row.cls is zoopt.SubZero)) * moves

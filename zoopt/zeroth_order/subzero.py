@@ -69,14 +69,13 @@ class Subspace(LowRank):
     def pairs_together(
         cls, directions: Sequence[LowRank], coefficients: Coefficients, dtype: torch.dtype
     ) -> list[Pair]:
-        """As in `Direction`: R of all in a launch for matrices of a shape, U R of all in one."""
+        """As in `Direction`: R of all in one launch, and U R of all in one."""
         own = [direction for direction in directions if isinstance(direction, Subspace)]
-        wanted = []
-        for each in own:
-            scale = math.sqrt(each.rows * each.columns) / each.rank
-            terms = tuple((draw, scale * c) for draw, c in coefficients.items())
-            wanted.append(Normals(each.key, (each.rank, each.rank), (terms,)))
+        terms = tuple(coefficients.items())
+        wanted = [Normals(each.key, (each.rank, each.rank), (terms,)) for each in own]
         cores = [made[0] for made in make(wanted, own[0].dtype, own[0].device)]
+        scales = [math.sqrt(each.rows * each.columns) / each.rank for each in own]
+        torch._foreach_mul_(cores, scales)
         left = multiply([each.left_basis for each in own], cores, dtype)
         right = cast([each.right_basis for each in own], dtype)
         return [(a.unsqueeze(0), b.unsqueeze(0)) for a, b in zip(left, right, strict=True)]
