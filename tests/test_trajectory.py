@@ -97,6 +97,23 @@ def test_passes_of_few_steps_have_the_bits_of_one(
     assert same(base, model)
 
 
+def test_parameters_tied_by_their_data_are_replayed(tmp_path: Path) -> None:
+    """Two of a layer's shape in one memory: their writes take turns, in each step."""
+    torch.manual_seed(1)
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for one, two in zip(base[0].parameters(), base[1].parameters(), strict=True):
+        two.data = one.data
+    model = copy.deepcopy(base)
+    assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
+    optimizer = zoopt.MeZO(model.named_parameters(), 1e-2, seed=1)
+    optimizer.record(tmp_path / "run", model)
+    for _ in range(4):
+        optimizer.step(lambda: model(torch.ones(2, 4)).square().sum())
+    optimizer.recorder.close()
+    replay(base, tmp_path / "run")
+    assert same(base, model)
+
+
 def mezo(model: nn.Module, **options: Any) -> zoopt.MeZO:
     return zoopt.MeZO(model.named_parameters(), **{"lr": 1e-2, "seed": 3, **options})
 

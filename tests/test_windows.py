@@ -182,6 +182,45 @@ def test_parameters_may_change_between_steps(
         assert torch.equal(own, other)
 
 
+@pytest.mark.parametrize("mode", ["inplace", "virtual"])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (zoopt.MeZO, {"momentum": 0.9}),
+        (zoopt.MeZO, {"mask": "magnitude", "density": 0.5}),
+        (zoopt.HiZOO, {}),
+        (zoopt.ConMeZO, {}),
+        (zoopt.ZOMuon, {"rank": 2}),
+        (zoopt.LOZO, {"rank": 2}),
+    ],
+)
+def test_parameters_tied_by_their_data(
+    cls: Any, options: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two parameters in one memory: what is only read is read at once, writes take turns."""
+
+    def trained(launching: bool) -> list[Tensor]:
+        torch.manual_seed(2)
+        first = [nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))]
+        params = [*first, *(nn.Parameter(param.data) for param in first)]
+        optimizer = cls(params, 1e-3, perturbation=mode, seed=1, **options)
+        x = torch.randn(5, 6)
+
+        def loss() -> Tensor:
+            h = nn.functional.linear(x, params[0], params[1]).tanh()
+            return nn.functional.linear(h, params[2], params[3]).square().mean()
+
+        monkeypatch.setattr(dispatch, "launches", lambda tensor: launching)
+        for _ in range(3):
+            optimizer.step(loss)
+        monkeypatch.undo()
+        assert params[0].data_ptr() == params[2].data_ptr()
+        return [param.detach() for param in first]
+
+    for own, other in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(own, other, rtol=2e-4, atol=2e-5)
+
+
 def test_a_step_has_the_bits_of_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows on the CPU, where there are none otherwise: tied weights, an embedding, dropout."""
 

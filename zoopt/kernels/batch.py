@@ -33,11 +33,13 @@ class Batch:
     themselves. Between two uses they may be moved, cast or resized, if all of them are alike again.
 
     Args:
-        tensors: dense, float32, bfloat16, float16 or float64, any shapes; no two share memory.
+        tensors: dense, float32, bfloat16, float16 or float64, any shapes; no two share memory,
+            unless they are only read.
         keys: one a tensor; seed, distribution and density are the same in all.
         indices: one a tensor, where an operation is to work on some elements only: distinct flat
             indices of the tensor, int64 (k,), contiguous, on its device. The i-th of them has the
             noise's i-th number, and what lies beside the tensor has k elements.
+        reads: whether the batch is only for operations that do not write to the tensors.
 
     Raises:
         TypeError: something that is no plain dense tensor (a wrapper subclass, say).
@@ -45,15 +47,17 @@ class Batch:
             not match.
     """
 
-    __slots__ = ("_checked", "_row_major", "indices", "keys", "tensors")
+    __slots__ = ("_checked", "_row_major", "indices", "keys", "reads", "tensors")
 
     def __init__(
         self,
         tensors: Iterable[Tensor],
         keys: Iterable[NoiseKey],
         indices: Iterable[Tensor] | None = None,
+        *,
+        reads: bool = False,
     ) -> None:
-        self.tensors, self.keys = tuple(tensors), tuple(keys)
+        self.tensors, self.keys, self.reads = tuple(tensors), tuple(keys), reads
         self.indices = None if indices is None else tuple(indices)
         self._checked: list[tuple[int, int, bool, torch.dtype, torch.device]] | None = None
         self._row_major = False
@@ -145,8 +149,11 @@ class Batch:
         else:
             self._check_each(name)
             self._row_major = all(is_row_major(tensor) for tensor in self.tensors)
-        if places is not None and len(places) > 1:
-            _check_apart(name, self.tensors)
+        if places is not None and len(places) > 1 and not self.reads and not apart(self.tensors):
+            raise ValueError(
+                f"{name} must be tensors that share no memory, got two that do; pass one of them, "
+                f"or a clone"
+            )
         self._checked = places
 
     def _check_each(self, name: str) -> None:
@@ -258,16 +265,13 @@ def as_batch(theta: Tensor | Batch, key: NoiseKey | None) -> Batch:
     return theta
 
 
-def _check_apart(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raise if two tensors share memory: one launch writes to all, in no order."""
+def apart(tensors: Iterable[Tensor]) -> bool:
+    """Whether no two contiguous tensors share memory: one launch writes to all, in no order."""
     spans = sorted(
         (tensor.data_ptr(), tensor.numel() * tensor.itemsize)
         for tensor in tensors
         if tensor.is_contiguous() and tensor.numel()
     )
-    for (start, size), (following, _) in itertools.pairwise(spans):
-        if following < start + size:
-            raise ValueError(
-                f"{name} must be tensors that share no memory, got two that do; pass one of them, "
-                f"or a clone"
-            )
+    return all(
+        start + size <= following for (start, size), (following, _) in itertools.pairwise(spans)
+    )

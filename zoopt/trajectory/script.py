@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels import Write, write_each_
-from zoopt.kernels.batch import Batch
+from zoopt.kernels.batch import Batch, apart
 from zoopt.kernels.descent.rule import Rule, Shape
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.noise import stream
@@ -238,6 +238,9 @@ class Scripted:
         if not all(group["params"] for group in groups):
             raise NotScriptedError
         self.kinds = list(kinds.values())
+        if not apart(param for kind in self.kinds for param, _ in kind.params):
+            # Tied by their data: their writes take turns, step by step.
+            raise NotScriptedError
         self.stand_in = self._stand_in(groups)
         script = Script(self.kinds)
         self.stand_in._queue = lambda: script

@@ -240,7 +240,7 @@ class ZOMuon(LowRankZerothOrder):
         for (*_, weights), own in together.items():
             draws, coefficients = zip(*weights, strict=True)
             keys = [site.direction.key for site in own if isinstance(site.direction, Noise)]
-            batch = Batch([site.param for site in own], keys)
+            batch = Batch([site.param for site in own], keys, reads=True)
             squares = energies(batch, coefficients, draws=draws).tolist()
             norms |= {s.param: math.sqrt(e) for s, e in zip(own, squares, strict=True)}
         return norms

@@ -69,7 +69,7 @@ def choose_small(moving: Sequence[tuple[Tensor, SmallMagnitudes]]) -> None:
     for (_, device), alike in together.items():
         params = [param for param, _ in alike]
         masks = packed([param.numel() for param in params], torch.bool, device)
-        batch = Batch(params, [direction.key for _, direction in alike])
+        batch = Batch(params, [direction.key for _, direction in alike], reads=True)
         limits = [direction.threshold for _, direction in alike]
         shaped = [mask.view(param.shape) for mask, param in zip(masks, params, strict=True)]
         small_elements(batch, limits, shaped)
