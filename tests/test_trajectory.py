@@ -99,12 +99,15 @@ def test_passes_of_few_steps_have_the_bits_of_one(
 
 def test_parameters_tied_by_their_data_are_replayed(tmp_path: Path) -> None:
     """Two of a layer's shape in one memory: their writes take turns, in each step."""
-    torch.manual_seed(1)
-    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    for one, two in zip(base[0].parameters(), base[1].parameters(), strict=True):
-        two.data = one.data
-    model = copy.deepcopy(base)
-    assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
+
+    def tied() -> nn.Module:
+        torch.manual_seed(1)
+        first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+        for one, two in zip(first.parameters(), second.parameters(), strict=True):
+            two.data = one.data
+        return nn.Sequential(first, second)
+
+    base, model = tied(), tied()
     optimizer = zoopt.MeZO(model.named_parameters(), 1e-2, seed=1)
     optimizer.record(tmp_path / "run", model)
     for _ in range(4):
