@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zoopt.kernels.journal import kept, once, pieces
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
@@ -176,7 +178,7 @@ def anywhere(flag: bool, param: Tensor) -> bool:
     """Whether the flag is set in any process that holds a part of the parameter."""
     if not is_sharded(param):
         return flag
-    number = torch.tensor(int(flag), device=local(param).device)
+    number = kept(torch.tensor, int(flag), device=local(param).device)
     greatest_(number, param)
     return bool(number)
 
@@ -184,14 +186,14 @@ def anywhere(flag: bool, param: Tensor) -> bool:
 def greatest_(values: Tensor, param: Tensor) -> None:
     """Replace each value by its maximum over the processes that hold a part of the parameter."""
     mesh = _dtensor(param).device_mesh
-    for i in range(mesh.ndim):
+    for i in pieces(range(mesh.ndim)):
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, mesh.get_group(i))
 
 
 def sum_(values: Tensor, param: Tensor) -> None:
     """Replace each value by its sum over the parts of a sharded parameter."""
     mesh = _dtensor(param).device_mesh
-    for i in shard_dimensions(param):
+    for i in pieces(shard_dimensions(param)):
         torch.distributed.all_reduce(values, group=mesh.get_group(i))
 
 
@@ -208,7 +210,7 @@ class Rows:
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of each process's values, which are not used afterwards."""
-        values = values.contiguous()
+        values = kept(values.contiguous)
         sum_(values, self.param)
         return values
 
@@ -239,6 +241,7 @@ class Rows:
     def assembled(self, values: Tensor) -> Tensor:
         """The values of all processes, of which each has some and zeros elsewhere: float32 or
         float64, contiguous, and bit for bit."""
+        values = kept(lambda: values)
         # As integers: the sum of a negative zero and a zero would be another zero.
         sum_(values.view(torch.int64 if values.itemsize == 8 else torch.int32), self.param)
         return values
@@ -246,7 +249,7 @@ class Rows:
 
 def whole(tensor: Tensor) -> Tensor:
     """Gather a whole sharded tensor in this process."""
-    full: Tensor = _dtensor(tensor).full_tensor()
+    full: Tensor = once(_dtensor(tensor).full_tensor)
     return full
 
 
@@ -260,7 +263,7 @@ def is_owner(param: Tensor, number: int) -> bool:
 def broadcast_(values: Tensor, param: Tensor, number: int) -> None:
     """Broadcast the values from the owner of `number` to all processes."""
     mesh = _dtensor(param).device_mesh
-    for i in range(mesh.ndim):
+    for i in pieces(range(mesh.ndim)):
         group = mesh.get_group(i)
         torch.distributed.broadcast(values, group=group, group_src=number % mesh.size(i))
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zoopt.distributed.sharding import shard_dimensions
+from zoopt.kernels.journal import kept, once
 
 #: The first element of each process, and the one after its last.
 Spans = tuple[tuple[int, int], ...]
@@ -105,9 +106,9 @@ def rearranged(
             taken[peer] += _bytes(
                 result[i], want[i][me], _overlap(have[i][peer], want[i][me])
             ).numel()
-    received = torch.empty(sum(taken), dtype=torch.uint8, device=tensors[0].device)
+    received = kept(torch.empty, sum(taken), dtype=torch.uint8, device=tensors[0].device)
     outgoing = torch.cat(sent) if sent else received.new_empty(0)
-    torch.distributed.all_to_all_single(received, outgoing, taken, given, group=place.group)
+    once(torch.distributed.all_to_all_single, received, outgoing, taken, given, group=place.group)
     start = 0
     for peer in range(place.size):
         for i in changed if peer != me else ():

@@ -23,7 +23,8 @@ from zoopt.first_order.projected.geometry import ProjType
 from zoopt.first_order.projected.residuals import Residual, State
 from zoopt.first_order.projected.rules import Rule, store_moment
 from zoopt.first_order.projected.subspace import Projector
-from zoopt.kernels.adam.moments import Format, decode
+from zoopt.kernels.adam.moments import Format, Moment, decode
+from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
@@ -107,7 +108,7 @@ def _adafactor(
     if len(states) == 1:
         return _one(gradients[0], states[0], group, step, keys[0], rows).unsqueeze(0)
     each = zip(gradients, states, keys, strict=True)
-    return torch.stack([_one(own, state, group, step, key) for own, state, key in each])
+    return torch.stack([once(_one, own, state, group, step, key) for own, state, key in each])
 
 
 def _one(
@@ -118,36 +119,54 @@ def _one(
     key: NoiseKey,
     rows: Rows | None = None,
 ) -> Tensor:
-    g = gradient.to(accumulator_dtype(gradient.dtype))
-    mix = step ** float(group["beta2_decay"])
-    info = torch.finfo(g.dtype)
-    # Whose square is not 0: where there has been no gradient, 0 / sqrt(v) is to be 0.
-    eps = info.eps if group["eps"][0] is None else max(float(group["eps"][0]), info.tiny**0.5)
-    if "variance" in state:
-        update = unfactored_(g, state["variance"], mix=mix, eps=eps)
-    else:
-        update = factored_(g, state["row_var"], state["col_var"], mix=mix, eps=eps, rows=rows)
-    update = update.div_((root_mean_square(update, rows) / group["d"]).clamp_min(1.0))
+    update, means = kept(_clipped, gradient, state, group, step, rows)
+    for name, mean in means.items():
+        once(state[name].copy_, mean)
     if group["beta1"] is None:
         return update
     shape = tuple(update.shape) if rows is None else (rows.count, *update.shape[1:])
-    units = coded_units(_specs(shape, group, g.dtype), shape, group["state_dtype"])
+    units = coded_units(_specs(shape, group, update.dtype), shape, group["state_dtype"])
     if rows is None or not units:
         return _averaged(update, state, group, step, key)
-    update = update.contiguous()
+    update = kept(update.contiguous)
     with whole_blocks(rows.param, shape, state, units, writes=[update]) as cut:
         [own] = cut.writes
         if own.numel():
-            own.copy_(_averaged(own, cut.state, group, step, replace(key, offset=cut.first)))
+            here = replace(key, offset=cut.first)
+            own.copy_(once(_averaged, own, cut.state, group, step, here))
     return update
 
 
 def _averaged(update: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
     """M <- beta1 M + (1 - beta1) U, before it is stored."""
     stored = moment(state, "exp_avg", update.numel(), signed=True)
-    average = decode(stored).view_as(update).to(update.dtype).lerp(update, 1.0 - group["beta1"])
+    average = kept(_average, update, stored, group)
     store_moment(average, stored, group, step, key)
     return average
+
+
+def _average(update: Tensor, stored: Moment, group: Group) -> Tensor:
+    before = decode(stored).view_as(update).to(update.dtype)
+    return before.lerp(update, 1.0 - group["beta1"])
+
+
+def _clipped(
+    gradient: Tensor, state: State, group: Group, step: int, rows: Rows | None
+) -> tuple[Tensor, State]:
+    """U, and the new mean squares."""
+    g = gradient.to(accumulator_dtype(gradient.dtype))
+    mix = step ** float(group["beta2_decay"])
+    info = torch.finfo(g.dtype)
+    # Whose square is not 0: where there has been no gradient, 0 / sqrt(v) is to be 0.
+    eps = info.eps if group["eps"][0] is None else max(float(group["eps"][0]), info.tiny**0.5)
+    names = state.keys() & {"variance", "row_var", "col_var"}
+    means = {name: state[name].clone() for name in names}
+    if "variance" in means:
+        update = unfactored_(g, means["variance"], mix=mix, eps=eps)
+    else:
+        update = factored_(g, means["row_var"], means["col_var"], mix=mix, eps=eps, rows=rows)
+    update = update.div_((root_mean_square(update, rows) / group["d"]).clamp_min(1.0))
+    return update, means
 
 
 ADAFACTOR = Rule(_specs, _adafactor)
@@ -263,14 +282,15 @@ class GaLoreAdafactor(ProjectedOptimizer):
         norms: Tensor | None = None,
     ) -> Tensor:
         """The rule's, times alpha / lr."""
-        direction = super()._direction(sites, reduced, states, step, keys, norms)
+        direction = once(super()._direction, sites, reduced, states, step, keys, norms)
         group, rows = sites[0].group, sites[0].rows
         if not group["relative_step"]:
             return direction
         # min(lr, 1 / sqrt(t)) / lr, of a rate of 0 too.
         share = max(1.0, float(group["lr"]) * math.sqrt(step))
         for site, own in zip(sites, direction, strict=True):
-            own.mul_(root_mean_square(site.param, rows).clamp_min(group["eps"][1]) / share)
+            size = root_mean_square(site.param, rows).clamp_min(group["eps"][1])
+            once(own.mul_, size / share)
         return direction
 
     def _rule_options(self, site: Site) -> dict[str, Any]:

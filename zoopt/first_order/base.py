@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol, get_args
 
@@ -25,8 +24,11 @@ from zoopt.distributed.sharding import (
     offset,
 )
 from zoopt.dtypes import RoundingMode, resolved_rounding
+from zoopt.first_order.progress import Mark, Update
+from zoopt.interrupts import uninterrupted
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import is_fake
+from zoopt.kernels.journal import Journal, kept
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
@@ -45,6 +47,7 @@ class Site:
             Whatever the reduction uses, such as a basis, then stays the same.
         offset: for a shard, the position of its first element in the whole parameter.
         sharded: for a shard, that parameter.
+        stack: of a matrix in a stack, the parameter that is the stack.
     """
 
     param: Tensor
@@ -55,6 +58,7 @@ class Site:
     continues: bool = False
     offset: int = 0
     sharded: Tensor | None = None
+    stack: Tensor | None = None
 
     @property
     def whole(self) -> Tensor:
@@ -83,10 +87,10 @@ class Site:
         """The stream of the parameter's noise."""
         return stream(self.name)
 
-    @functools.cached_property
+    @property
     def key(self) -> NoiseKey:
         """The parameter's noise."""
-        return NoiseKey(self.seed, self.stream, self.offset)
+        return _key(self.seed, self.name, self.offset)
 
     def rounding_draw(self, step: int) -> int | None:
         """The draw whose bits round the weights in this step, or None for rounding to nearest."""
@@ -94,21 +98,14 @@ class Site:
         return draw_of(step) if rounding == "stochastic" else None
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def _key(seed: int, name: str | int, offset: int) -> NoiseKey:
+    return NoiseKey(seed, stream(name), offset)
+
+
 def draw_of(number: int) -> int:
     """The draw of that number, modulo 2^32."""
     return number & 0xFFFFFFFF
-
-
-class Mark:
-    """How far a parameter has come in the step from a gradient."""
-
-    def __init__(self, gradient: Tensor) -> None:
-        self._gradient, self._version = weakref.ref(gradient), gradient._version
-        self.prepared = self.done = False
-
-    def is_of(self, gradient: Tensor) -> bool:
-        """Whether it was made for this gradient, which has not been written since."""
-        return self._gradient() is gradient and gradient._version == self._version
 
 
 class Fusion(Protocol):
@@ -131,8 +128,10 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
     """
 
     _fusion: Fusion | None = None
-    #: How far each parameter had come in a step that an error ended. A copy has none.
-    _begun: dict[Tensor, Mark] | None = None
+    #: By name, how far each parameter had come in a step that an error interrupted.
+    _begun: dict[str | int, Mark] | None = None
+    #: The updates in which that was.
+    _interrupted: Sequence[Update] = ()
     #: Whether parameters whose rows are sharded over processes can be updated.
     shards = False
 
@@ -151,9 +150,11 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         Returns:
             What the closure returned, or None.
 
-        Linear algebra that can fail comes first, for all parameters. An error after that, if memory
-        runs out say, leaves those updated that have been; called again with the same gradients, a
-        step goes on with the others.
+        Linear algebra that can fail comes first, for all parameters. After that, each parameter is
+        updated with its state, or it is not. If an error ends the step, for example because memory
+        runs out, a step from the same gradients goes on where it ended. A parameter that it has
+        begun to update is finished first, also by a step from other gradients, and by `state_dict`.
+        Signals such as Ctrl-C's wait until the updates are done.
 
         Raises:
             RuntimeError: a gradient is sparse; a parameter no longer has its state's shape, or has
@@ -174,6 +175,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         return loss
 
     def _step(self) -> None:
+        self._finish()
         self._check_state()
         sites = []
         for site in self._sites():
@@ -189,49 +191,93 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
     def _step_sites(self, sites: Sequence[Site]) -> None:
         """Step parameters that have gradients and state."""
-        before = self._begun or {}
-        self._begun = marks = dict[Tensor, Mark]()
-        self._step_begun(sites, before, marks)
-        self._begun = None
-
-    def _step_begun(
-        self, sites: Sequence[Site], before: dict[Tensor, Mark], marks: dict[Tensor, Mark]
-    ) -> None:
-        """Step parameters; `marks` notes how far each has come, and `before` how far it had come
-        when an error ended the step from the same gradients."""
+        # How far each has come, where an error ended the step from the same gradients.
+        before, self._begun = self._begun or {}, {}
+        marks = self._begun
+        for site in sites:
+            source = _gradient(site) if site.stack is None else site.stack.grad
+            assert source is not None
+            mark = before.get(site.name)
+            if mark is None or not mark.is_of(source):
+                mark = Mark(source)
+            marks[site.name] = mark
         ready = []
         for site in sites:
-            gradient = site.param.grad
-            if gradient is None:
-                continue
-            mark = before.get(site.param)
-            if mark is None or not mark.is_of(gradient):
-                mark = Mark(gradient)
-            marks[site.param] = mark
-            if is_sharded(site.param):
-                mark.prepared = True
-            elif not mark.prepared:
-                mark.done = not self._prepare(site, operand(gradient))
-                mark.prepared = True
+            mark = marks[site.name]
+            if not mark.prepared and not is_sharded(site.param):
+                prepared = mark.journal.run(self._prepare, site, operand(_gradient(site)))
+                mark.done = not prepared
+            mark.prepared, mark.journal = True, Journal()
             if not mark.done:
                 continues = site.continues or not is_sharded(site.param)
                 ready.append(dataclasses.replace(site, continues=continues))
+        with uninterrupted():
+            self._update_all(ready)
+            self._begun = None
+            self._stepped()
+
+    def _stepped(self) -> None:
+        """What follows when a step has been taken, before any signal."""
+
+    def _update_all(self, sites: Sequence[Site]) -> None:
+        """Update prepared parameters: those of one kind together."""
         together: dict[Hashable, list[Site]] = {}
         places: set[int] = set()
-        for site in ready:
+        for site in sites:
             kind = self._kind(site)
             # Parameters tied by their data are updated one after the other.
             if kind is None or site.param.data_ptr() in places:
-                self._step_param(site)
-                marks[site.param].done = True
+                self._complete([site], self._step_param, site, _gradient(site))
             else:
                 places.add(site.param.data_ptr())
                 together.setdefault(kind, []).append(site)
-        for sites in together.values():
-            self._update_together(sites, [operand(_gradient(site)) for site in sites])
-            for site in sites:
-                marks[site.param].done = True
-                self._written(site.param)
+        for alike in together.values():
+            gradients = [operand(_gradient(site)) for site in alike]
+            self._complete(alike, self._update_together, alike, gradients)
+
+    def _complete(self, sites: Sequence[Site], update: Callable[..., None], *args: Any) -> None:
+        """Run an update of parameters. If an error ends it after it has begun to write, it is kept,
+        to be finished before anything else happens to the parameters."""
+        own = Update(sites, update, args)
+        try:
+            own.run()
+        except BaseException:
+            if own.begun:
+                own.keep_states(self.state)
+                self._interrupted = [*self._interrupted, own]
+            raise
+        self._completed(own)
+
+    def _completed(self, update: Update) -> None:
+        for site in update.sites:
+            mark = (self._begun or {}).get(site.name)
+            if mark is not None:
+                mark.done = True
+            self._written(site.param)
+
+    def _finish(self) -> None:
+        """Finish the updates that errors have interrupted."""
+        while self._interrupted:
+            first, *others = self._interrupted
+            with OwnArithmetic(), torch.no_grad(), uninterrupted():
+                first.finish(self.state)
+                self._completed(first)
+                self._interrupted = others
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the parameters' shapes in each group, which a load checks. An update
+        that an error has interrupted is finished before."""
+        self._finish()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._finish()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What was begun belongs to the state before.
+        self._begun, self._interrupted = None, ()
+        super().__setstate__(state)
 
     @contextlib.contextmanager
     def _apart(self, sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
@@ -242,8 +288,9 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         """Whether a parameter is stepped in parts, some of which may have no gradient."""
         return False
 
-    def _reduce_parts(self, site: Site, gradient: Tensor, kept: Tensor | None) -> Tensor | None:
-        """`_reduce` of all parts of a parameter; `kept` is the result of earlier micro-batches."""
+    def _reduce_parts(self, site: Site, gradient: Tensor, before: Tensor | None) -> Tensor | None:
+        """`_reduce` of all parts of a parameter; `before` is the result of earlier
+        micro-batches."""
         return self._reduce(site, gradient)
 
     def _apply_parts(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
@@ -273,19 +320,16 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
                 if site.param.grad is not None:
                     self._state(site.param, site.group)
 
-    def _step_param(self, site: Site) -> None:
-        gradient = site.param.grad
-        if gradient is None:
-            return
+    def _step_param(self, site: Site, gradient: Tensor) -> None:
+        """Update a prepared parameter, alone."""
         if is_sharded(site.param):
             self._step_shard(site, gradient)
         else:
             self._update(site, operand(gradient))
-        self._written(site.param)
 
     def _update(self, site: Site, gradient: Tensor) -> None:
         """Update a prepared parameter and its state from its gradient."""
-        reduced = self._reduce(site, gradient)
+        reduced = kept(self._reduce, site, gradient)
         if reduced is not None:
             self._apply(site, reduced, gradient)
 
@@ -306,7 +350,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             shard = dataclasses.replace(
                 site, param=part, offset=offset(site.param), sharded=site.param
             )
-            reduced = self._reduce(shard, gradient)
+            reduced = kept(self._reduce, shard, gradient)
             if reduced is not None:
                 self._apply(shard, reduced, gradient)
         finally:

@@ -33,9 +33,11 @@ from zoopt.first_order.projected.residuals import (
     no_specs,
 )
 from zoopt.first_order.projected.rules import ADAM, LION, MOMENTUM, Rule
+from zoopt.first_order.projected.sharded import count
 from zoopt.first_order.projected.subspace import BLIND
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.dispatch import all_known, known
+from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
@@ -285,7 +287,7 @@ class Frugal(ProjectedOptimizer):
             step = age(sites[0], step - 1)
             if step == 1:
                 names = self._rule(group).specs(geo.reduced_shape, group, reduced.dtype)
-                torch._foreach_zero_([state[name] for state in states for name in names])
+                once(torch._foreach_zero_, [state[name] for state in states for name in names])
         return super()._direction(sites, reduced, states, step, keys, norms)
 
     def _update_matrices(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
@@ -308,7 +310,7 @@ class Frugal(ProjectedOptimizer):
             return
         assert gradients is not None
         if reduced is None:
-            reduced = self._project(sites, gradients)
+            reduced = kept(self._project, sites, gradients)
         states = [self.state[own.param] for own in sites]
         completed = int(states[0]["step"])
         columns = [columns_of(own, geo, completed) for own in sites]
@@ -317,6 +319,7 @@ class Frugal(ProjectedOptimizer):
         grads = [matrix(gradient) for gradient in gradients]
         signs = sign_rate(site.group, geo)
         write_columns(sites, directions, grads, columns, geo, completed + 1, signs=signs)
+        count(states)
 
     def _columns_direction(
         self,
@@ -325,11 +328,10 @@ class Frugal(ProjectedOptimizer):
         states: Sequence[dict[str, Tensor]],
         keys: Sequence[NoiseKey],
     ) -> Tensor:
-        """The rule's direction of the chosen columns, of a step that counts from here on."""
-        for state in states:
-            state["step"] += 1
-        step = int(states[0]["step"])
-        return self._direction(sites, reduced, states, step, keys).to(reduced.dtype)
+        """The rule's direction of the chosen columns."""
+        step = int(states[0]["step"]) + 1
+        direction = once(self._direction, sites, reduced, states, step, keys)
+        return direction.to(reduced.dtype)
 
     def _waits(self, completed: int) -> bool:
         return True
@@ -365,6 +367,7 @@ class Frugal(ProjectedOptimizer):
         write_columns(
             [part], [own], [grad], [chosen], geo, completed + 1, signs=signs, before=before
         )
+        count([state])
 
 
 def _selects(site: Site) -> bool:

@@ -24,6 +24,8 @@ from zoopt.first_order.fused_checks import (
     check_sites,
     check_unscaled,
 )
+from zoopt.interrupts import uninterrupted
+from zoopt.kernels.journal import Journal, kept, once
 from zoopt.removable import Removable
 
 Clip = Literal["global", "parameter"]
@@ -143,6 +145,9 @@ class FusedBackward(Removable):
         self._sites: dict[Tensor, Site] = {}
         self._arrivals: dict[Tensor, int] = {}
         self._kept: dict[Tensor, Tensor | None] = {}
+        #: Of a step that has begun, the factor of all R.
+        self._scale: tuple[Tensor | None] | tuple[()] = ()
+        self._journal = Journal()
         self._may_be_clipped = max_grad_norm is None
         self._attach()
         self._forward = model.register_forward_pre_hook(check_not_replicated)
@@ -191,10 +196,12 @@ class FusedBackward(Removable):
         self._sites.clear()
         self._arrivals.clear()
         self._kept.clear()
+        self._scale, self._journal = (), Journal()
 
     def step(self, closure: Callable[[], Any] | None) -> Any:
         """The optimizer's step: the closure if any, then the updates that backward has not done."""
         optimizer, loss = self._optimizer, None
+        optimizer._finish()
         check_unscaled(optimizer)
         if self._may_be_clipped:
             check_unclipped()
@@ -207,13 +214,16 @@ class FusedBackward(Removable):
             if site.param.grad is not None:
                 self._receive(site.param)
         # In the order of parameters, not of arrival, so that norms are always rounded alike.
-        kept = [site for param, site in self._sites.items() if param in self._kept]
-        with OwnArithmetic():
-            common = self._clip_scale(kept) if self._clip == "global" else None
-            for site in kept:
-                scale = common if self._clip == "global" else self._clip_scale([site])
-                self._update(site, None, scale)
-        self._forget()
+        waiting = [site for param, site in self._sites.items() if param in self._kept]
+        with OwnArithmetic(), uninterrupted():
+            if self._clip == "global" and not self._scale:
+                # Of all of them, also where an error ends this step.
+                self._scale = (self._journal.run(self._clip_scale, waiting),)
+            for site in waiting:
+                scale = self._scale[0] if self._scale else None
+                optimizer._complete([site], self._finish, site, scale)
+            self._forget()
+            optimizer._stepped()
         return loss
 
     def _attach(self) -> None:
@@ -253,19 +263,40 @@ class FusedBackward(Removable):
     def _receive(self, param: Tensor) -> None:
         """Take a complete gradient: update with it or keep its R, and free it."""
         optimizer = self._optimizer
+        optimizer._finish()
         site = self._places()[param]
         optimizer._check_gradient(site)
-        self._check_arrival(site)
-        with OwnArithmetic():
+        arrivals = self._checked_arrivals(site)
+        with OwnArithmetic(), uninterrupted():
             gradient, param.grad = param.grad, None
             assert gradient is not None
-            if not is_sharded(param):
-                gradient = operand(gradient)
-            self._keep(site, gradient)
-            if not self._deferred:
-                self._update(site, gradient, self._clip_scale([site]))
+            try:
+                if not is_sharded(param):
+                    gradient = operand(gradient)
+                optimizer._complete([site], self._take, site, gradient)
+            except BaseException:
+                if optimizer._interrupted:  # to be finished
+                    self._arrivals[param] = arrivals
+                else:
+                    param.grad = gradient
+                raise
+            self._arrivals[param] = arrivals
 
-    def _check_arrival(self, site: Site) -> None:
+    def _finish(self, site: Site, common: Tensor | None) -> None:
+        """Update a parameter whose R has been kept, with the factor of all of them if there is
+        one."""
+        scale = common if self._clip == "global" else kept(self._clip_scale, [site])
+        self._update(site, None, scale)
+
+    def _take(self, site: Site, gradient: Tensor) -> None:
+        """Keep the R of a gradient, or update with it."""
+        once(self._keep, site, gradient)
+        if not self._deferred:
+            scale = kept(self._clip_scale, [site])
+            self._update(site, gradient, scale)
+
+    def _checked_arrivals(self, site: Site) -> int:
+        """How often the parameter has been reached with this gradient, which must be allowed."""
         gradient, arrivals = site.param.grad, self._arrivals.get(site.param, 0) + 1
         if arrivals > self._accumulation_steps:
             raise RuntimeError(
@@ -278,52 +309,54 @@ class FusedBackward(Removable):
                 f"gradients must be dense to be accumulated or clipped, got layout "
                 f"{gradient.layout} for parameter {site.name!r}; use an embedding with sparse=False"
             )
-        self._arrivals[site.param] = arrivals
+        return arrivals
 
     def _keep(self, site: Site, gradient: Tensor) -> None:
         """Add a micro-batch's R to the earlier ones; None, which means no update, stays None."""
         again = site.param in self._kept
-        kept = self._kept.get(site.param)
+        before = self._kept.get(site.param)
         parted = self._optimizer._is_parted(site)
-        if again and kept is None and not parted:
+        if again and before is None and not parted:
             return
         site = dataclasses.replace(site, continues=again)
         if is_sharded(site.param):
             # As FSDP adds them up: in their own dtype.
-            self._kept[site.param] = gradient if kept is None else kept.add_(gradient)
+            if before is None:
+                once(self._kept.__setitem__, site.param, gradient)
+            else:
+                once(before.add_, gradient)
             return
-        reduced = self._optimizer._reduce_parts(site, gradient, kept)
+        reduced = self._optimizer._reduce_parts(site, gradient, before)
         if reduced is not None and reduced is not gradient and self._changes:
             reduced = reduced.to(accumulator_dtype(reduced.dtype))
-        if kept is None or (reduced is None and not parted):
-            self._kept[site.param] = reduced
+        if before is None or (reduced is None and not parted):
+            once(self._kept.__setitem__, site.param, reduced)
         elif reduced is not None:
-            kept.add_(reduced)
+            once(before.add_, reduced)
 
     def _clip_scale(self, sites: Iterable[Site]) -> Tensor | None:
         """min(1, max_grad_norm / ||R||), R of all these parameters, as in torch's clipping."""
-        kept = [r for site in sites if (r := self._kept[site.param]) is not None]
-        if self._max_grad_norm is None or not kept:
+        every = [r for site in sites if (r := self._kept[site.param]) is not None]
+        if self._max_grad_norm is None or not every:
             return None
-        norm = get_total_norm(kept)
+        norm = get_total_norm(every)
         scale: Tensor = self._max_grad_norm / ((whole(norm) if is_sharded(norm) else norm) + 1e-6)
         return scale.clamp(max=1.0)
 
     def _update(self, site: Site, gradient: Tensor | None, scale: Tensor | None) -> None:
         """Update the parameter from its R, and from its gradient if that is still there."""
-        optimizer, reduced = self._optimizer, self._kept.pop(site.param)
+        optimizer, reduced = self._optimizer, once(self._kept.pop, site.param)
         if reduced is None:
             return
         if scale is not None:
-            local(reduced).mul_(scale.to(reduced.device))
+            once(local(reduced).mul_, scale.to(reduced.device))
             apart = gradient is not None and gradient is not reduced
             if gradient is not None and apart and optimizer._needs_gradient(site):
-                gradient.mul_(scale.to(gradient.device))
+                once(gradient.mul_, scale.to(gradient.device))
         if is_sharded(site.param):
             optimizer._step_shard(site, reduced)
         else:
             optimizer._apply_parts(site, reduced, gradient)
-        optimizer._written(site.param)
 
 
 def _hook(fusion: FusedBackward) -> Callable[[Tensor], None]:

@@ -12,13 +12,13 @@ from zoopt.checks import check_bool, check_choice, check_number
 from zoopt.distributed.sharding import Rows, broadcast_, is_owner, local, local_like, whole
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.base import Mark, Site, betas_of
+from zoopt.first_order.base import Site, betas_of
 from zoopt.first_order.galore import INSIDE
 from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.moments_of_rows import load_moments, store_moments
 from zoopt.first_order.projected.residuals import OneSided, Residual, Terms
 from zoopt.first_order.projected.rules import adam_numbers
-from zoopt.first_order.projected.sharded import rows_of
+from zoopt.first_order.projected.sharded import count, rows_of
 from zoopt.first_order.projected.subspace import (
     balanced,
     factors,
@@ -30,6 +30,7 @@ from zoopt.first_order.projected.subspace import (
 from zoopt.kernels.adam.moments import Format, Moment
 from zoopt.kernels.adam.op import adam_
 from zoopt.kernels.dispatch import known
+from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -264,12 +265,10 @@ class LDAdamW(AdamFamily):
         check_bool("error_feedback", group["error_feedback"])
         check_choice("proj_type", group["proj_type"], get_args(OneSided))
 
-    def _step_begun(
-        self, sites: Sequence[Site], before: dict[Tensor, Mark], marks: dict[Tensor, Mark]
-    ) -> None:
+    def _step_sites(self, sites: Sequence[Site]) -> None:
         self._following = {}
         try:
-            super()._step_begun(sites, before, marks)
+            super()._step_sites(sites)
         finally:
             self._following = None
 
@@ -323,7 +322,7 @@ class LDAdamW(AdamFamily):
         following = (self._following or {}).get(param)
         if following is None:
             following = self._next_basis(site, grad, geo)
-        self._turn(site, grad, state, following, geo)
+        self._turn(site, grad, state, kept(lambda: following), geo)
 
     def _turn(
         self,
@@ -337,8 +336,9 @@ class LDAdamW(AdamFamily):
         follows."""
         group, step = site.group, int(state["step"]) + 1
         rows, units = site.rows, self._coded(site)
-        average, square = load_moments(site, state, geo, units)
-        projected, moved, square = ldadam(
+        average, square = kept(load_moments, site, state, geo, units)
+        projected, moved, square = kept(
+            ldadam,
             *(_parts(grad, state), average, square, state["basis"], following),
             step=step,
             betas=betas_of(group),
@@ -348,10 +348,10 @@ class LDAdamW(AdamFamily):
         lost = None
         if "error" in state:
             bases = state["basis"], following
-            lost = lost_factors(projected, average, moved, *bases, betas_of(group)[0], geo)
+            lost = kept(*(lost_factors, projected, average, moved, *bases, betas_of(group)[0], geo))
             if rows is not None and geo.side == "left":
                 lost = rows.mine(lost[0]), lost[1]
-        direction = _adam(projected, moved, square, site, step)
+        direction = kept(_adam, projected, moved, square, site, step)
         # All has been computed: what follows are writes.
         if lost is not None:
             add_product_(
@@ -363,13 +363,13 @@ class LDAdamW(AdamFamily):
                 key=site.key.shifted(site.whole.numel()),
                 rounding_draw=site.rounding_draw(step),
             )
-        state["basis"].copy_(following)
+        once(state["basis"].copy_, following)
         store_moments(site, state, (moved, square), geo, units, step)
-        state["step"] += 1
         up = {"basis": following}
         if site.sharded is not None:
             up = rows_of(up, site.sharded, geo)
         self._write([site], Terms(direction.unsqueeze(0)), None, [up], geo, step)
+        count([state])
 
     def _coded(self, site: Site) -> Mapping[str, int]:
         """`coded_units` of a shard."""
@@ -387,20 +387,33 @@ class LDAdamW(AdamFamily):
         norm = rows.norm(torch.linalg.vector_norm(grad, dtype=torch.float64))
         if not norm.to(accumulator_dtype(grad.dtype)).isfinite():
             return
-        following = torch.empty_like(state["basis"])
-        if int(state["step"]):
-            average, _ = load_moments(site.shard, state, geo, self._coded(site.shard))
-            average = average / (1.0 - betas_of(group)[0] ** int(state["step"]) or 1.0)
-            parts = _parts(grad, state)
-            made = next_basis(parts, average, state["basis"], group["rho"], geo, rows)
-            following.copy_(made)
-        else:
-            every = matrix(whole(gradient))
-            if is_owner(param, site.position):
-                following.copy_(self._first_basis(site, every, geo))
+        following = kept(torch.empty_like, state["basis"])
+        once(self._make_following, site, gradient, state, following, geo)
         # One process's: another machine's linear algebra may round in another way.
         broadcast_(following, param, site.position)
         self._turn(site.shard, grad, state, following, geo)
+
+    def _make_following(
+        self,
+        site: Site,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        following: Tensor,
+        geo: Geometry,
+    ) -> None:
+        """Make the basis that follows from the gradient, sharded like its parameter."""
+        param, group = site.param, site.group
+        if int(state["step"]):
+            grad = matrix(local_like(gradient, param))
+            average, _ = kept(load_moments, site.shard, state, geo, self._coded(site.shard))
+            average = average / (1.0 - betas_of(group)[0] ** int(state["step"]) or 1.0)
+            parts = _parts(grad, state)
+            made = next_basis(parts, average, state["basis"], group["rho"], geo, Rows(param))
+            once(following.copy_, made)
+            return
+        every = matrix(whole(gradient))
+        if is_owner(param, site.position):
+            once(following.copy_, self._first_basis(site, every, geo))
 
     def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
         return name == "error" or super()._follows_rows(name, spec, param, group)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoopt.ambient import opaque
 from zoopt.checks import (
     check_bool,
     check_nonnegative_int,
@@ -230,20 +229,14 @@ class OwLore(AdamFamily):
             draw=draw_of(run["updates"] // run["sampling_gap"]),
         )
 
-    @opaque
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; then, if it is due, sample other layers.
-
-        Args, Returns, Raises: as for every first-order optimizer of zoopt.
-        """
-        loss = super().step(closure)
+    def _stepped(self) -> None:
+        """Count the step and, if it is due, sample other layers."""
         if any(float(group["lr"]) for group in self.param_groups):
             updates = self.param_groups[0]["updates"] + 1
             for group in self.param_groups:
                 group["updates"] = updates
             if updates % self.param_groups[0]["sampling_gap"] == 0:
                 self._train_sampled()
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As for every zoopt optimizer; the layers that were sampled in the saved run train."""

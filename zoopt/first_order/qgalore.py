@@ -18,6 +18,7 @@ from zoopt.first_order.projected.geometry import Geometry
 from zoopt.first_order.projected.residuals import Residual
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.dispatch import known
+from zoopt.kernels.journal import kept, once
 from zoopt.optimizer import MOST_STEPS, Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 
@@ -46,11 +47,12 @@ def settle(state: dict[str, Tensor], group: Group, changes: list[tuple[Tensor, T
     `queue_size`-th on, each doubles the gap."""
     found = torch.stack([agreement(previous, basis) for previous, basis in changes]).amin()
     if known(found < group["cos_threshold"], True):
-        state["agreements"].zero_()
+        once(state["agreements"].zero_)
         return
-    state["agreements"] += 1
-    if int(state["agreements"]) >= group["queue_size"]:
-        state["doublings"] += 1
+    agreements = kept(int, state["agreements"]) + 1
+    once(state["agreements"].fill_, agreements)
+    if agreements >= group["queue_size"]:
+        once(state["doublings"].add_, 1)
 
 
 @register("qgalore-adamw", "low-rank")

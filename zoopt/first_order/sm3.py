@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+import torch
 from torch import Tensor
 
 from zoopt.checks import check_number
@@ -17,6 +18,7 @@ from zoopt.first_order.base import (
     descent_rate,
 )
 from zoopt.kernels import sm3_
+from zoopt.kernels.journal import once
 from zoopt.optimizer import STEP, Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 
@@ -128,9 +130,7 @@ class SM3(FirstOrderOptimizer):
         states = [self._state(site.param, group) for site in sites]
         rounding_draw = None
         if "step" in states[0]:
-            for state in states:
-                state["step"] += 1
-            rounding_draw = sites[0].rounding_draw(int(states[0]["step"]))
+            rounding_draw = sites[0].rounding_draw(int(states[0]["step"]) + 1)
         sm3_(
             batch_of(sites),
             gradients,
@@ -146,6 +146,8 @@ class SM3(FirstOrderOptimizer):
             momentum=group["momentum"],
             rounding_draw=rounding_draw,
         )
+        if "step" in states[0]:
+            once(torch._foreach_add_, [state["step"] for state in states], 1)
 
     def _can_shard(self, param: Tensor, group: Group) -> bool:
         """Along dimension 0; along one other where nothing is rounded by its place."""
@@ -166,7 +168,7 @@ class SM3(FirstOrderOptimizer):
                 continue
             accumulator = state[f"accumulator_{axis}"]
             if not local(site.param).numel():
-                accumulator.zero_()
+                once(accumulator.zero_)
             greatest_(accumulator, site.param)
 
     def _check_gradient(self, site: Site) -> None:

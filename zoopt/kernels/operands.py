@@ -19,6 +19,7 @@ from torch import Tensor
 
 from zoopt.dtypes import DTYPES
 from zoopt.kernels.dispatch import is_fake
+from zoopt.kernels.journal import kept, once
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED, _KNOWN = torch.strided, frozenset(DTYPES)
@@ -181,10 +182,10 @@ def flat(tensor: Tensor, backend: ModuleType) -> Tensor:
 def contiguous(tensor: Tensor) -> Iterator[Tensor]:
     """As `dense`, but what is written to the result is copied to the tensor on leaving."""
     target = tensor.detach()
-    values = _dense(target)
+    values = kept(_dense, target)
     yield values
     if values is not target:
-        target.copy_(values)
+        once(target.copy_, values)
 
 
 def check_apart(**written: Tensor | Sequence[Tensor] | None) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels.dispatch import is_fake, known
+from zoopt.kernels.journal import kept, once
 from zoopt.nn import largest as scan
 from zoopt.nn.largest import Largest, largest
 from zoopt.optimizer import Group, TensorSpec
@@ -67,15 +68,15 @@ def window_place(step: int, group: Group) -> int:
 def select(state: State, candidates: Tensor, finite: bool) -> None:
     """Begin the sums of these candidates; NaN sums, which no entries grow from, if the gradient
     that selected them was not finite."""
-    state["candidates"].copy_(candidates)
-    state["gradient_sum"].fill_(0.0 if finite else torch.nan)
-    state["gradient_sq_sum"].zero_()
+    once(state["candidates"].copy_, candidates)
+    once(state["gradient_sum"].fill_, 0.0 if finite else torch.nan)
+    once(state["gradient_sq_sum"].zero_)
 
 
 def accumulate(state: State, own: Tensor) -> None:
     """Add the candidates' gradients, (c,), to their sums, and the squares."""
     for name, values in (("gradient_sum", own), ("gradient_sq_sum", own.square())):
-        state[name].copy_(state[name].to(own.dtype) + values)
+        once(state[name].copy_, kept(torch.add, state[name].to(own.dtype), values))
 
 
 def seeded(total: Tensor, squares: Tensor, count: int, betas: tuple[float, float]) -> State:
@@ -92,9 +93,9 @@ def sm3(state: State, own: Tensor, active: Tensor) -> None:
     """Update SM3-II's accumulators with the active entries' gradients, (k,)."""
     rows, columns = state["rows"], state["columns"]
     i, j = active // columns.numel(), active % columns.numel()
-    nu = torch.minimum(rows[i], columns[j]) + own.square()
-    rows.scatter_reduce_(0, i, nu, "amax")
-    columns.scatter_reduce_(0, j, nu, "amax")
+    nu = kept(torch.add, torch.minimum(rows[i], columns[j]), own.square())
+    once(rows.scatter_reduce_, 0, i, nu, "amax")
+    once(columns.scatter_reduce_, 0, j, nu, "amax")
 
 
 def products(rows: Tensor, columns: Tensor, active: Tensor, count: int) -> Tensor:

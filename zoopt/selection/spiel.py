@@ -20,6 +20,7 @@ from zoopt.first_order.base import (
     descent_rate,
 )
 from zoopt.kernels.dispatch import is_fake
+from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.philox import PURPOSE_ROUNDING, words
 from zoopt.kernels.noise.reference import round_stochastic
 from zoopt.nn.largest import largest
@@ -49,15 +50,25 @@ def adam_entries(gradient: Tensor, state: State, betas: tuple[float, float], eps
     """mhat / (sqrt(vhat) + eps) of entries (k,), each corrected for its own age. Moments and ages
     are updated in place."""
     beta1, beta2 = betas
-    age, m, v = state["age"], state["exp_avg"], state["exp_avg_sq"]
-    age.clamp_(max=_OLDEST - 1).add_(1)
-    m.mul_(beta1).add_(gradient * (1.0 - beta1))
-    v.mul_(beta2).add_(gradient.square() * (1.0 - beta2))
+    age, m, v = kept(_averages, gradient, state, betas)
+    for name, values in (("age", age), ("exp_avg", m), ("exp_avg_sq", v)):
+        once(state[name].copy_, values)
     # In float64, because 1 - b2^age has only a few correct bits in float32 while age is small.
     exponent = age.double()
     mhat = m / (1.0 - beta1**exponent).to(m.dtype)
     vhat = v / (1.0 - beta2**exponent).to(v.dtype)
     return mhat / (vhat.sqrt() + eps)
+
+
+def _averages(
+    gradient: Tensor, state: State, betas: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next ages and moments."""
+    beta1, beta2 = betas
+    age = state["age"].clamp(max=_OLDEST - 1).add_(1)
+    m = (state["exp_avg"] * beta1).add_(gradient * (1.0 - beta1))
+    v = (state["exp_avg_sq"] * beta2).add_(gradient.square() * (1.0 - beta2))
+    return age, m, v
 
 
 @register("sparse-delta-adamw", "compact", Variant(), Variant("momentum", {"growth": "momentum"}))
@@ -234,11 +245,11 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
         state, tap = self.state[site.param], tap_of(site.param)
-        state["step"] += 1
         if tap is None:
             _step_in_place(site, state, reduced.reshape(-1))
         else:
             _step_beside(site, state, reduced, tap)
+        once(state["step"].add_, 1)
 
     def _listen(self) -> None:
         """Have the layers with sparse deltas ask this optimizer what it wants of a gradient."""
@@ -270,20 +281,20 @@ def _asked(optimizer: weakref.ref[SparseDeltaAdamW], param: weakref.ref[Tensor])
 
 def _step_in_place(site: Site, state: State, grad: Tensor) -> None:
     """Step the active entries of a parameter (n,), and change them when it is time."""
-    param, group, step = site.param, site.group, int(state["step"])
-    theta = param.detach().reshape(-1)
+    param, group, step = site.param, site.group, int(state["step"]) + 1
+    theta = kept(param.detach().reshape, -1)
     if step == 1:
-        first = largest(grad.abs(), state["index"].numel())
-        state["index"].copy_(first)
-        state["base"].copy_(theta[first])
-    active = state["index"].long()
+        first = kept(largest, grad.abs(), state["index"].numel())
+        once(state["base"].copy_, kept(theta.__getitem__, first))
+        once(state["index"].copy_, first)
+    active = kept(state["index"].long)
     own = grad[active].to(state["exp_avg"].dtype)
     direction = adam_entries(own, state, betas_of(group), group["eps"])
-    weights = theta[active].to(direction.dtype)
+    weights = kept(theta.__getitem__, active).to(direction.dtype)
     decay = float(group["lr"]) * group["weight_decay"]
     change = (state["base"].to(direction.dtype) - weights) * decay
     moved = weights + change + direction * descent_rate(group)
-    theta[active] = _rounded(moved, site, active, step)
+    once(theta.__setitem__, active, _rounded(moved, site, active, step))
     place = window_place(step, group)
     if "rows" in state:
         sm3(state, own, active)
@@ -294,17 +305,29 @@ def _step_in_place(site: Site, state: State, grad: Tensor) -> None:
     elif "candidates" in state and place > 0:
         accumulate(state, grad[state["candidates"].long()].to(own.dtype))
     if step % group["update_gap"] == 0 and ("rows" in state or "candidates" in state):
-        found = grown(state, active, theta.numel(), group, step, betas_of(group))
-        if found is not None:
-            index, base = state["index"], state["base"]
-            changes = (theta[active].to(own.dtype) - base.to(own.dtype)).abs()
-            places = largest(-changes, found[0].numel())
-            theta[active[places]] = base[places]
-            index[places], base[places] = found[0].to(index.dtype), theta[found[0]]
-            for name, values in found[1].items():
-                state[name][places] = values
+        changes = kept(_changes, state, theta, active, group, step)
+        if changes is not None:
+            places, dropped, before, new = changes
+            once(theta.__setitem__, dropped, before)
+            for name, values in new.items():
+                once(state[name].__setitem__, places, values)
     if not param.is_contiguous():
-        param.copy_(theta.view(param.shape))
+        once(param.copy_, theta.view(param.shape))
+
+
+def _changes(
+    state: State, theta: Tensor, active: Tensor, group: Group, step: int
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]] | None:
+    """The places of the entries that are dropped, their positions and what they were before, and
+    the state of those that become active. None if there are none."""
+    found = grown(state, active, theta.numel(), group, step, betas_of(group))
+    if found is None:
+        return None
+    base, wide = state["base"], state["exp_avg"].dtype
+    changes = (theta[active].to(wide) - base.to(wide)).abs()
+    places = largest(-changes, found[0].numel())
+    new = {"index": found[0].to(state["index"].dtype), "base": theta[found[0]], **found[1]}
+    return places, active[places], base[places], new
 
 
 def _step_beside(site: Site, state: State, reduced: Tensor, tap: Tap) -> None:
@@ -313,28 +336,30 @@ def _step_beside(site: Site, state: State, reduced: Tensor, tap: Tap) -> None:
     Args:
         reduced: the gradient of the delta and, in a window, of the candidates.
     """
-    group, step, layer = site.group, int(state["step"]), tap.layer
+    group, step, layer = site.group, int(state["step"]) + 1, tap.layer
     delta, index = site.param.detach(), layer.index
     own, others = reduced[: delta.numel()], reduced[delta.numel() :]
     direction = adam_entries(own, state, betas_of(group), group["eps"])
     decay = float(group["lr"]) * group["weight_decay"]
-    delta.add_(direction * descent_rate(group) - delta * decay)
+    once(delta.add_, direction * descent_rate(group) - delta * decay)
     place = window_place(step, group)
+    picked, finite_here = kept(lambda: (tap.picked, tap.picked_finite))
     if "rows" in state:
         sm3(state, own, index.long())
-    elif "candidates" in state and place == 0 and tap.picked is not None:
-        select(state, tap.picked, tap.picked_finite)
+    elif "candidates" in state and place == 0 and picked is not None:
+        select(state, picked, finite_here)
     elif "candidates" in state and place > 0:
         accumulate(state, others)
-    tap.stepped()
+    once(tap.stepped)
     if step % group["update_gap"] == 0 and ("rows" in state or "candidates" in state):
         numel = math.prod(tap.shape)
-        found = grown(state, index, numel, group, step, betas_of(group))
+        found = kept(grown, state, index, numel, group, step, betas_of(group))
         if found is not None:
-            places = largest(-delta.abs(), found[0].numel())
-            delta[places], index[places] = 0.0, found[0].to(index.dtype)
+            places = kept(largest, -delta.abs(), found[0].numel())
+            once(delta.__setitem__, places, 0.0)
+            once(index.__setitem__, places, found[0].to(index.dtype))
             for name, values in found[1].items():
-                state[name][places] = values
+                once(state[name].__setitem__, places, values)
 
 
 def _rounded(values: Tensor, site: Site, index: Tensor, step: int) -> Tensor:

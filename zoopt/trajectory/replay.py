@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from zoopt.ambient import OwnArithmetic
 from zoopt.distributed.seed import alone
+from zoopt.interrupts import uninterrupted
 from zoopt.kernels import Write
 from zoopt.parameters import named_params
 from zoopt.trajectory.format import Contents, Event, TrajectoryError, read, steps_of
@@ -20,7 +21,6 @@ from zoopt.trajectory.script import Kind, NotScriptedError, Scripted
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.closure import RecordedLosses
-from zoopt.zeroth_order.engine.progress import uninterrupted
 from zoopt.zeroth_order.evolution import EvolutionStrategy
 
 #: How many steps one pass over the weights applies.

@@ -13,6 +13,7 @@ from zoopt.first_order.base import Site, draw_of
 from zoopt.first_order.projected.basis_codec import decode_int4, encode_int4, int4_specs
 from zoopt.first_order.projected.geometry import Geometry
 from zoopt.first_order.projected.subspace import random_bases, subspace
+from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, TensorSpec
 
@@ -50,34 +51,39 @@ def refresh(
     """
     if site.group["projector"] == "random":
         return []
-    first = not int(state["step"])
-    changes, made = [], {}
-    for name in geo.bases:
-        previous = (
-            None if first else _stored(site, state, geo, name).to(accumulator_dtype(gradient.dtype))
-        )
-        basis = subspace(
-            gradient,
-            geo.rank,
-            right=_is_right(name, geo),
-            projector=site.group["projector"],
-            previous=previous,
-            seed=site.seed,
-            stream=site.stream,
-            draw=_draw(name, int(state["step"])),
-        )
-        if previous is not None:
-            changes.append((previous, basis))
-        made[name] = basis
+    made, previous = kept(_made, site, state, gradient, geo)
     # Once all have been made: linear algebra can fail.
     for name, basis in made.items():
         if site.group.get("basis_dtype") == "int4":
             codes, scale = encode_int4(basis)
-            state[name].copy_(codes)
-            state[f"{name}_scale"].copy_(scale)
+            once(state[name].copy_, codes)
+            once(state[f"{name}_scale"].copy_, scale)
         else:
-            state[name].copy_(basis)
-    return changes
+            once(state[name].copy_, basis)
+    return [(basis, made[name]) for name, basis in previous.items()]
+
+
+def _made(
+    site: Site, state: State, gradient: Tensor, geo: Geometry
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """New bases, and those that there were."""
+    first = not int(state["step"])
+    made, previous = {}, {}
+    wide = accumulator_dtype(gradient.dtype)
+    for name in geo.bases:
+        if not first:
+            previous[name] = _stored(site, state, geo, name).to(wide, copy=True)
+        made[name] = subspace(
+            gradient,
+            geo.rank,
+            right=_is_right(name, geo),
+            projector=site.group["projector"],
+            previous=previous.get(name),
+            seed=site.seed,
+            stream=site.stream,
+            draw=_draw(name, int(state["step"])),
+        )
+    return made, previous
 
 
 def load_bases(site: Site, state: State, geo: Geometry, completed: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from zoopt.distributed.spans import block_spans, entry_spans, place_of, rearranged, row_spans
+from zoopt.kernels.journal import kept, once
 
 State = dict[str, Tensor]
 
@@ -61,13 +62,13 @@ def whole_blocks(
         flat = row_spans(-(-numel // unit), 1, place.size)
         have.append(rows if unit == 1 else flat)
         want.append(entry_spans(cut, unit))
-    moved = rearranged(values, have, want, place)
+    moved = kept(rearranged, values, have, want, place)
     between = len(reads) + len(writes)
     coded = dict(zip(units, moved[between:], strict=True))
     yield Cut(
         moved[: len(reads)], moved[len(reads) : between], {**state, **coded}, cut[place.rank][0]
     )
-    back = rearranged(moved[len(reads) :], want[len(reads) :], have[len(reads) :], place)
+    back = kept(rearranged, moved[len(reads) :], want[len(reads) :], have[len(reads) :], place)
     for before, after in zip(values[len(reads) :], back, strict=True):
         if after is not before:
-            before.copy_(after)
+            once(before.copy_, after)

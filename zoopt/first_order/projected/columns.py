@@ -12,6 +12,7 @@ from zoopt.first_order.base import Site, descent_rate, draw_of
 from zoopt.first_order.projected.basis import cycle
 from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.kernels.batch import Batch
+from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.noise import normal
@@ -72,9 +73,9 @@ def write_columns(
         before: of how many elements of the whole's chosen columns these are behind.
     """
     site, group = sites[0], sites[0].group
-    thetas = [matrix(own.param.detach()) for own in sites]
+    thetas = kept(lambda: [matrix(own.param.detach()) for own in sites])
     blocks = [
-        theta.index_select(axis_of(geo), chosen)
+        kept(theta.index_select, axis_of(geo), chosen)
         for theta, chosen in zip(thetas, columns, strict=True)
     ]
     options: dict[str, Any] = {
@@ -105,6 +106,6 @@ def write_columns(
         **options,
     )
     for own, theta, chosen, block in zip(sites, thetas, columns, blocks, strict=True):
-        theta.index_copy_(axis_of(geo), chosen, block)
+        once(theta.index_copy_, axis_of(geo), chosen, block)
         if not own.param.is_contiguous():
-            own.param.copy_(theta.reshape(own.param.shape))
+            once(own.param.copy_, theta.reshape(own.param.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from zoopt.first_order.base import Site, batch_kind, batch_of, descent_rate
 from zoopt.first_order.projected.basis import load_all_bases
 from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.residuals import Step, Terms
-from zoopt.first_order.projected.sharded import ShardedMatrices
+from zoopt.first_order.projected.sharded import ShardedMatrices, count
 from zoopt.first_order.projected.subspace import (
     BLIND,
     down,
@@ -25,6 +26,7 @@ from zoopt.first_order.projected.subspace import (
 from zoopt.kernels import dispatch
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import launches
+from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.optimizer import Group
@@ -80,8 +82,8 @@ class ProjectedOptimizer(ShardedMatrices):
             self._step_matrices([site], gradients, reduced=reduced.unsqueeze(0))
             return
         state = self._state(param, group)
-        state["step"] += 1
-        self._apply_whole(site, reduced, state, int(state["step"]))
+        self._apply_whole(site, reduced, state, int(state["step"]) + 1)
+        count([state])
 
     def _step_matrices(
         self,
@@ -122,23 +124,20 @@ class ProjectedOptimizer(ShardedMatrices):
         group, step = sites[0].group, int(states[0]["step"]) + 1
 
         def rule(reduced: Tensor, norms: Tensor | None = None) -> Tensor:
-            # Moments change from here on. What came before can be done again.
-            for state in states:
-                state["step"] += 1
-            return self._direction(sites, reduced, states, step, keys, norms)
+            return once(self._direction, sites, reduced, states, step, keys, norms)
 
         def rule_and_norms(reduced: Tensor) -> tuple[Tensor, Tensor]:
             make = self._rule(group).norms
             assert make is not None
             if sharded is not None and self._units(sharded, group):
                 # Blocks of codes do not end where rows do.
-                before = torch.linalg.vector_norm(reduced, dim=2)
+                before = kept(torch.linalg.vector_norm, reduced, dim=2)
                 direction = rule(reduced)
                 return direction, torch.stack((torch.linalg.vector_norm(direction, dim=2), before))
-            norms = make(reduced, states)
+            norms = kept(make, reduced, states)
             direction = rule(reduced, norms)
             wide = accumulator_dtype(reduced.dtype)
-            return direction, norms.to(wide).sqrt_().view(2, *reduced.shape[:2])
+            return direction, norms.to(wide).sqrt().view(2, *reduced.shape[:2])
 
         def descend(terms: Terms) -> None:
             own = bases
@@ -148,9 +147,11 @@ class ProjectedOptimizer(ShardedMatrices):
                 own = load_all_bases(sites, states, geo, step - 1)
             self._write(sites, terms, grads, own, geo, step)
 
+        project = functools.partial(kept, down)
         self._residual(group).algorithm(
-            Step(down, rule, rule_and_norms, descend, grads, states, group, geo, sharded)
+            Step(project, rule, rule_and_norms, descend, grads, states, group, geo, sharded)
         )
+        count(states)
 
     def _direction(
         self,
@@ -216,8 +217,8 @@ class ProjectedOptimizer(ShardedMatrices):
                 for own, basis in inside
             ]
         decay, after = self._decay(group)
-        thetas = [matrix(site.param.detach()) for site in sites]
-        for sign_step, members in _alike(terms.sign_steps, len(sites)):
+        thetas = kept(_matrices, sites)
+        for sign_step, members in pieces(_alike(terms.sign_steps, len(sites))):
             signs = signs_of if sign_step else None
             add_product_(
                 Batch([thetas[i] for i in members], [sites[i].key for i in members]),
@@ -232,10 +233,10 @@ class ProjectedOptimizer(ShardedMatrices):
                 rounding_draw=sites[0].rounding_draw(step),
             )
         if after and decay != 1.0:
-            torch._foreach_mul_(thetas, decay)
+            once(torch._foreach_mul_, thetas, decay)
         for site, theta in zip(sites, thetas, strict=True):
             if not site.param.is_contiguous():
-                site.param.copy_(theta.reshape(site.param.shape))
+                once(site.param.copy_, theta.reshape(site.param.shape))
 
     def _kind(self, site: Site) -> Hashable:
         """For parameters that the rule writes itself, their step and how their state is stored. For
@@ -254,13 +255,12 @@ class ProjectedOptimizer(ShardedMatrices):
     def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
         geo = self._geometry(sites[0].param, sites[0].group)
         if geo is not None:
-            for part in _windows(len(sites), math.prod(geo.reduced_shape)):
+            for part in pieces(_windows(len(sites), math.prod(geo.reduced_shape))):
                 self._update_matrices(sites[part], gradients[part])
             return
         states = [self._state(site.param, site.group) for site in sites]
         self._write_whole(sites, gradients, int(states[0]["step"]) + 1)
-        for state in states:
-            state["step"] += 1
+        count(states)
 
     def _update_matrices(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
         """Update matrices of one geometry from their gradients."""
@@ -291,7 +291,7 @@ class ProjectedOptimizer(ShardedMatrices):
             rounding_draw=sites[0].rounding_draw(step),
         )
         if after and decay != 1.0:
-            for site in sites:
+            for site in pieces(sites):
                 site.param.mul_(decay)
 
     def _decay(self, group: Group) -> tuple[float, bool]:
@@ -308,8 +308,9 @@ class ProjectedOptimizer(ShardedMatrices):
             self._write_whole([site], [gradient], step)
             return
         decay, after = self._decay(group)
-        [direction] = self._direction([site], gradient.unsqueeze(0), [state], step, [site.key])
-        theta = param.detach().reshape(1, -1)
+        stack = gradient.unsqueeze(0)
+        [direction] = once(self._direction, [site], stack, [state], step, [site.key])
+        theta = kept(param.detach().reshape, 1, -1)
         add_product_(
             theta,
             None,
@@ -321,9 +322,14 @@ class ProjectedOptimizer(ShardedMatrices):
             rounding_draw=site.rounding_draw(step),
         )
         if not param.is_contiguous():
-            param.copy_(theta.reshape(param.shape))
+            once(param.copy_, theta.reshape(param.shape))
         if after and decay != 1.0:
-            param.mul_(decay)
+            once(param.mul_, decay)
+
+
+def _matrices(sites: Sequence[Site]) -> list[Tensor]:
+    """The weights as matrices: themselves, or copies of what is laid out otherwise."""
+    return [matrix(site.param.detach()) for site in sites]
 
 
 def _windows(count: int, numel: int) -> Iterator[slice]:

@@ -14,6 +14,7 @@ from zoopt.first_order.projected.geometry import Geometry
 from zoopt.first_order.projected.rules import adam_moments, store_moment
 from zoopt.first_order.projected.sharded import first_row
 from zoopt.kernels.adam.moments import decode
+from zoopt.kernels.journal import kept
 from zoopt.kernels.noise.key import NoiseKey
 
 State = dict[str, Tensor]
@@ -33,7 +34,7 @@ def load_moments(
     if site.sharded is None or not units:
         first, second = adam_moments(state, math.prod(shape))
         return decode(first).view(shape).to(wide), decode(second).view(shape).to(wide)
-    values = [torch.zeros(shape, dtype=wide, device=site.param.device) for _ in range(2)]
+    values = [kept(torch.zeros, shape, dtype=wide, device=site.param.device) for _ in range(2)]
     with whole_blocks(site.sharded, geo.reduced_shape, state, units, writes=values) as cut:
         moments = adam_moments(cut.state, cut.writes[0].numel())
         for stored, written in zip(moments, cut.writes, strict=True):

@@ -17,6 +17,7 @@ from zoopt.checks import check_choice, check_number
 from zoopt.distributed.sharding import sum_
 from zoopt.first_order.projected.geometry import Geometry
 from zoopt.kernels import squares
+from zoopt.kernels.journal import kept, once
 from zoopt.optimizer import Group, TensorSpec
 
 State = dict[str, Tensor]
@@ -97,7 +98,7 @@ def channel_norms(
     """||G_j|| of each channel j, a row of G (m, n), or a column if its left side is projected:
     (k, channels)."""
     left = geo.side == "left"
-    total = squares(gradients, 0 if left else 1).to(dtype)
+    total = kept(lambda: squares(gradients, 0 if left else 1).to(dtype))
     if left and sharded is not None:
         sum_(total, sharded)
     return total.sqrt()
@@ -109,7 +110,7 @@ def norm_over_channels(values: Tensor, step: Step) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(values, dim=1)
     if step.sharded is None or step.geo.side == "left":
         return norm
-    square = norm.square()
+    square = kept(norm.square)
     sum_(square, step.sharded)
     return square.sqrt()
 
@@ -124,13 +125,18 @@ def limited(norm: Tensor, states: Sequence[State], group: Group) -> Tensor:
 
     The last norm that was not 0 is the state's; there is none before the first step.
     """
-    gamma: float = group["norm_growth_limit"]
-    kept = [state["update_norm"] for state in states]
-    previous = torch.stack(kept)
+    norms = [state["update_norm"] for state in states]
+    factor, limited_norms = kept(_limited, norm, norms, group["norm_growth_limit"])
+    once(torch._foreach_copy_, norms, limited_norms.unbind())
+    return factor
+
+
+def _limited(norm: Tensor, norms: Sequence[Tensor], gamma: float) -> tuple[Tensor, Tensor]:
+    """The factor, and what the last norms that were not 0, one in `norms` for each, become."""
+    previous = torch.stack(list(norms))
     cap = previous * gamma
     factor = torch.where((previous > 0) & (norm > cap), cap / norm, torch.ones_like(norm))
-    torch._foreach_copy_(kept, torch.where(norm > 0, norm * factor, previous).unbind())
-    return factor
+    return factor, torch.where(norm > 0, norm * factor, previous)
 
 
 def check_channels(group: Group) -> None:

@@ -16,6 +16,7 @@ from zoopt.kernels.adam.op import adam_, adamw_
 from zoopt.kernels.adam.op_average import average_
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import is_fake
+from zoopt.kernels.journal import kept
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.philox import PURPOSE_MOMENTS, halfwords
 from zoopt.optimizer import Group, TensorSpec
@@ -104,7 +105,8 @@ def _adam(
     scale, eps = adam_numbers(group, step)
     firsts, seconds = _moments_of(states, gradients[0].numel())
     if out is None:
-        out = torch.empty(gradients.shape, dtype=firsts[0].accumulator, device=gradients.device)
+        wide = firsts[0].accumulator
+        out = kept(torch.empty, gradients.shape, dtype=wide, device=gradients.device)
     options: dict[str, Any] = {"betas": betas_of(group), "scale": scale, "eps": eps}
     options |= {"moment_draw": moment_draw(group, step), "norms": norms}
     if len(keys) == 1:
@@ -186,7 +188,8 @@ def _average(
 ) -> Tensor:
     """The running average of that name, and the direction that it gives: see `average_`."""
     moments = [moment(state, name, gradients[0].numel(), signed=True) for state in states]
-    out = torch.empty(gradients.shape, dtype=moments[0].accumulator, device=gradients.device)
+    wide = moments[0].accumulator
+    out = kept(torch.empty, gradients.shape, dtype=wide, device=gradients.device)
     average_(Batch(gradients.unbind(), keys), moments, out=out.unbind(), **options)
     return out
 

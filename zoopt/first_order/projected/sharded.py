@@ -39,6 +39,7 @@ from zoopt.first_order.projected.coded_shards import whole_blocks
 from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.state import ProjectedState
 from zoopt.first_order.projected.subspace import BLIND, down, silence_rounding_
+from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, TensorSpec
 
@@ -79,11 +80,11 @@ class ShardedMatrices(ProjectedState):
             if not anywhere(not grad.isfinite().all(), param):
                 refresh = functools.partial(self._refresh, site, state, geo)
                 names = self._basis_specs(geo, group, param.dtype)
-                refresh_together(site, gradient, state, names, refresh)
+                once(refresh_together, site, gradient, state, names, refresh)
             elif self._waits(completed):
                 return
         bases = rows_of(load_bases(site, state, geo, completed), param, geo)
-        reduced = down([grad], [bases], geo)[0].to(accumulator_dtype(grad.dtype))
+        reduced = kept(lambda: down([grad], [bases], geo)[0].to(accumulator_dtype(grad.dtype)))
         if geo.side != "right":
             sum_(reduced, param)
         if group["projector"] not in BLIND:
@@ -119,19 +120,19 @@ class ShardedMatrices(ProjectedState):
             if sites and self._rule(group).write is not None:
                 self._update_together(sites, grads)
             else:
-                for each, grad in zip(sites, grads, strict=True):
+                for each, grad in pieces(zip(sites, grads, strict=True)):
                     self._apply(each, grad, grad)
         finally:
             for each in sites:
                 del self.state[each.param]
-        state["step"] += 1
+        count([state])
 
     def _step_blocks(self, site: Site, gradient: Tensor) -> None:
         """Step a parameter by itself whose moments are coded: whole blocks of it."""
         param, group = site.param, site.group
         state = {name: local(value) for name, value in self._state(param, group).items()}
         part, grad = local(param), local_like(gradient, param)
-        theta = part.contiguous()
+        theta = kept(part.contiguous)
         units = self._units(param, group)
         with whole_blocks(
             param, tuple(param.shape), state, units, reads=[grad], writes=[theta]
@@ -144,9 +145,9 @@ class ShardedMatrices(ProjectedState):
                 finally:
                     del self.state[own]
             else:
-                state["step"] += 1
+                count([state])
         if theta is not part:
-            part.copy_(theta)
+            once(part.copy_, theta)
 
     def _in_blocks(
         self,
@@ -161,7 +162,8 @@ class ShardedMatrices(ProjectedState):
         param, group = site.whole, site.group
         geo, rule = self._geometry(param, group), self._rule(group)
         assert geo is not None
-        direction = reduced.clone() if self._residual(group).needs_reduced else reduced.contiguous()
+        needed = self._residual(group).needs_reduced
+        direction = kept(reduced.clone if needed else reduced.contiguous)
         with whole_blocks(param, geo.reduced_shape, state, units, writes=[direction]) as cut:
             [own] = cut.writes
             if own.numel():
@@ -202,6 +204,11 @@ class ShardedMatrices(ProjectedState):
         return alone or self.shards
 
 
+def count(states: Sequence[State]) -> None:
+    """Count the step of these states, which their parameters have taken."""
+    once(torch._foreach_add_, [state["step"] for state in states], 1)
+
+
 def refresh_together(
     site: Site,
     gradient: Tensor,
@@ -217,7 +224,7 @@ def refresh_together(
     """
     every = matrix(whole(gradient))
     if is_owner(site.param, site.position):
-        refresh(every)
+        once(refresh, every)
     for name in names:
         broadcast_(state[name], site.param, site.position)
 

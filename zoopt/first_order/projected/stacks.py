@@ -21,6 +21,7 @@ from zoopt.first_order.base import Site, operand
 from zoopt.first_order.projected.geometry import in_stack
 from zoopt.first_order.projected.groups import ProjectedGroups
 from zoopt.kernels.dispatch import is_fake
+from zoopt.kernels.journal import kept, once, pieces
 from zoopt.optimizer import Group
 
 
@@ -84,21 +85,22 @@ class StackedMatrices(ProjectedGroups):
                 param=part,
                 group=group,
                 name=f"{site.name}[{number}]",
+                stack=site.param,
                 position=site.position * count + number,
                 count=site.count * count,
             )
 
-    def _reduce_parts(self, site: Site, gradient: Tensor, kept: Tensor | None) -> Tensor | None:
+    def _reduce_parts(self, site: Site, gradient: Tensor, before: Tensor | None) -> Tensor | None:
         count = self._matrices_of(site.param, site.group)
         if count == 1:
             return self._reduce(site, gradient)
         gradients, reduced = in_stack(gradient, count), {}
         # A matrix that no earlier micro-batch has reached starts with this one.
-        begun = set() if kept is None else set(reached(kept))
+        begun = set() if before is None else set(reached(before))
         with self._apart([site], every=True) as parts:
             for number in reached(gradients):
                 part = dataclasses.replace(parts[number], continues=number in begun)
-                made = self._reduce(part, gradients[number])
+                made = once(self._reduce, part, gradients[number])
                 if made is not None:
                     reduced[number] = made
         if not reduced:
@@ -113,7 +115,7 @@ class StackedMatrices(ProjectedGroups):
             return
         gradients = None if gradient is None else in_stack(gradient, count)
         with self._apart([site], every=True) as parts:
-            for number in reached(reduced):
+            for number in pieces(kept(reached, reduced)):
                 own = None if gradients is None else gradients[number]
                 self._apply(parts[number], reduced[number], own)
 

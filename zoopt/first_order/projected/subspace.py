@@ -19,6 +19,7 @@ from zoopt.first_order.projected.geometry import Geometry
 from zoopt.kernels import perturb
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import known, multiplies_into_float32, native_bfloat16
+from zoopt.kernels.journal import kept
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.linalg import sign_fixed_qr
 from zoopt.noise import normal
@@ -129,12 +130,7 @@ def silence_rounding_(
         roundings: default 2.
         greatest: makes the greatest of each number over all parts of a gradient that is sharded.
     """
-    if geo.side == "both":
-        magnitude = reduced.abs()
-    elif not reduced.numel():
-        magnitude = reduced.new_zeros((*reduced.shape[:-2], 1, geo.rank))
-    else:
-        magnitude = torch.linalg.vector_norm(reduced, math.inf, dim=-2, keepdim=True)
+    magnitude = kept(_magnitude, reduced, geo)
     if greatest is not None:
         greatest(magnitude)
     floor = (
@@ -143,6 +139,16 @@ def silence_rounding_(
     # NaN and infinity are below nothing, and stay.
     silent = magnitude < magnitude.amax((-2, -1), keepdim=True) * floor
     return reduced.masked_fill_(silent, 0.0)
+
+
+def _magnitude(reduced: Tensor, geo: Geometry) -> Tensor:
+    """The size of each column, (..., 1, r), or between two bases of each entry."""
+    if geo.side == "both":
+        return reduced.abs()
+    if not reduced.numel():
+        return reduced.new_zeros((*reduced.shape[:-2], 1, geo.rank))
+    largest: Tensor = torch.linalg.vector_norm(reduced, math.inf, dim=-2, keepdim=True)
+    return largest
 
 
 def factors(reduced: Tensor, bases: dict[str, Tensor], geo: Geometry) -> tuple[Tensor, Tensor]:
@@ -263,9 +269,9 @@ def unit(tensor: Tensor, among: Callable[[Tensor], None] | None = None) -> Tenso
     `among` makes the greatest number over all parts of a tensor that is sharded.
     """
     if tensor.numel():
-        greatest = torch.linalg.vector_norm(tensor, math.inf)
+        greatest = kept(torch.linalg.vector_norm, tensor, math.inf)
     else:
-        greatest = tensor.new_zeros(())
+        greatest = kept(tensor.new_zeros, ())
     if among is not None:
         among(greatest)
     # 2^120 has a float32 of its own, and so has its inverse.

@@ -13,6 +13,7 @@ from zoopt.kernels.adam.cpu_kernels import TILE
 from zoopt.kernels.adam.cpu_moments import FORMATS
 from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.reference import Average, Numbers
+from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.cpu import _KINDS, _counter, _floats, _parallel, _rounding
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.operands import address
@@ -57,8 +58,9 @@ def adam(
     rows = 0 if norms is None else norms.shape[1]
     totals = heads = _NO_NORMS
     if norms is not None:
-        totals, heads = norms.numpy(), np.zeros((2, -(-numel // TILE)), np.float32)
-    _parallel(
+        totals, heads = norms.numpy(), kept(np.zeros, (2, -(-numel // TILE)), np.float32)
+    once(
+        _parallel,
         cpu_adam_kernels.adam,
         numel,
         TILE,
@@ -76,7 +78,7 @@ def adam(
     )
     if norms is not None:
         row = torch.arange(0, numel, TILE, device="cpu") // (numel // rows)
-        norms.index_add_(1, row, torch.from_numpy(heads))
+        once(norms.index_add_, 1, row, torch.from_numpy(heads))
 
 
 def adamw(

@@ -23,6 +23,7 @@ from zoopt.kernels.adam.moments import BLOCK as CODE_BLOCK
 from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.reference import Average, Numbers
 from zoopt.kernels.batch import Batch
+from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.gpu import _TYPES, _addresses, _int32, _table, backend_name
 from zoopt.kernels.operands import address
 
@@ -55,11 +56,11 @@ def adam(
         return
     # Each group lies within one row, so only a few numbers a row are left to sum.
     group = math.gcd(batch.tensors[0].shape[1], _UNIT)
-    sums = torch.empty(2, batch.numel // group, dtype=torch.float32, device=batch.device)
+    sums = kept(torch.empty, 2, batch.numel // group, dtype=torch.float32, device=batch.device)
     counts = [tensor.numel() // group for tensor in batch.tensors]
     firsts = tuple(itertools.accumulate(counts[:-1], initial=0))
     groups = _addresses(firsts, batch.device) if len(batch) > 1 else None
-    _moments(*own, group, (*sums, groups))
+    once(_moments, *own, group, (*sums, groups))
     torch.sum(sums.view(2, norms.shape[1], -1), -1, out=norms)
 
 

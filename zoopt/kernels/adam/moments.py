@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
+from zoopt.kernels.journal import once
 from zoopt.kernels.noise.reference import round_nearest
 from zoopt.kernels.operands import check_values, settled
 
@@ -157,20 +158,20 @@ def encode(values: Tensor, stored: Moment, bits: Tensor | None = None) -> None:
         bits: int64, (numel,), uniform in [0, 65536), for stochastic rounding; None for nearest.
     """
     if stored.format == "float32":
-        stored.codes.view(-1).copy_(values)
+        once(stored.codes.view(-1).copy_, values)
         return
     if bits is not None:
         bits = bits & 0xFF if stored.signed else bits >> 8
     if stored.scale is None:
-        stored.codes.view(-1).copy_(_bfloat16(values, bits))
+        once(stored.codes.view(-1).copy_, _bfloat16(values, bits))
         return
     block, top = BLOCK[stored.format], stored.levels
     padded = values.new_zeros(stored.scale.numel() * block)
     padded[: stored.numel] = values
     largest = padded.view(-1, block).abs().amax(1)
-    stored.scale.copy_(torch.where(largest == 0.0, largest, largest.clamp(min=MIN_SCALE)))
+    scale = torch.where(largest == 0.0, largest, largest.clamp(min=MIN_SCALE))
     # 0 times infinity is a NaN, as is anything divided by a NaN scale; both become level 0.
-    squared = (values.abs() * _spread(float(top * top) / stored.scale, stored)).nan_to_num(0.0)
+    squared = (values.abs() * _spread(float(top * top) / scale, stored)).nan_to_num(0.0)
     # The last bits of the root do not matter: a value next to a level rounds to that level anyway.
     level = squared.sqrt().floor().clamp(max=top - 1)
     uniform = 0.5 if bits is None else (bits.float() + 0.5) * 2.0**-8
@@ -180,17 +181,18 @@ def encode(values: Tensor, stored: Moment, bits: Tensor | None = None) -> None:
     else:
         codes = level.clamp(min=1.0) - 1.0
     _store(codes, stored)
+    once(stored.scale.copy_, scale)
 
 
 def _store(codes: Tensor, stored: Moment) -> None:
     """Write codes, float32 (numel,), as bytes or halves of bytes."""
     if stored.format == "int8":
-        stored.codes.view(-1).copy_(codes)
+        once(stored.codes.view(-1).copy_, codes)
         return
     pairs = codes.new_zeros(2 * stored.codes.numel(), dtype=torch.uint8)
     pairs[: stored.numel] = codes.to(torch.uint8)
     pairs = pairs.view(-1, 2)
-    stored.codes.copy_(pairs[:, 0] | pairs[:, 1] << 4)
+    once(stored.codes.copy_, pairs[:, 0] | pairs[:, 1] << 4)
 
 
 def _spread(numbers: Tensor, stored: Moment) -> Tensor:

@@ -6,6 +6,7 @@ is one launch, elsewhere a loop.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -32,6 +33,7 @@ from zoopt.kernels.adam.checks import (
 from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.reference import Numbers
 from zoopt.kernels.batch import Batch, as_batch
+from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 from zoopt.kernels.operands import apart, check_apart, check_read, dense, flat, undisturbed
 
@@ -118,7 +120,7 @@ def adam_(
     check_moments(batch, firsts, signed=True, name="first")
     check_moments(batch, seconds, signed=False, name="second")
     numbers = _numbers(firsts, seconds, betas, scale, eps, moment_draw)
-    outs = outs_for(batch, out, firsts[0].accumulator)
+    outs = kept(outs_for, batch, out, firsts[0].accumulator)
     if norms is not None:
         check_norms(norms, batch, firsts[0].accumulator)
     check_apart(out=outs, norms=norms, **stored("first", firsts), **stored("second", seconds))
@@ -126,7 +128,7 @@ def adam_(
     if norms is not None and not batch.numel:
         norms.zero_()
     elif takes_batches(backend):
-        backend.adam(batch, firsts, seconds, outs, norms, numbers, moment_draw)
+        once(backend.adam, batch, firsts, seconds, outs, norms, numbers, moment_draw)
     else:
         _adam_each(backend, batch, firsts, seconds, outs, norms, numbers, moment_draw)
     return outs if isinstance(gradient, Batch) else outs[0]
@@ -142,21 +144,21 @@ def _adam_each(
     *numbers: Any,
 ) -> None:
     """A tensor at a time, with its part of the norms."""
+    rows = (tensor.shape[0] if tensor.dim() else 1 for tensor in batch.tensors)
+    starts = itertools.accumulate(rows, initial=0)
     operands = zip(batch.tensors, batch.keys, firsts, seconds, outs, strict=True)
-    start = 0
-    for gradient, key, first, second, out in operands:
+    for (gradient, key, first, second, out), start in pieces(zip(operands, starts, strict=False)):
         own = norms
         if norms is not None and len(batch) > 1:
-            own = norms.new_empty(2, gradient.shape[0])
+            own = kept(norms.new_empty, 2, gradient.shape[0])
         if gradient.numel():
             # The gradient may be exactly a tensor that is written, but not overlap one otherwise.
-            g = apart(gradient, out, *memories(first), *memories(second), same=True)
+            g = kept(apart, gradient, out, *memories(first), *memories(second), same=True)
             values, move = numbers
             target = flat(out, backend)
-            backend.adam(flat(g, backend), first, second, target, values, key, move, own)
+            once(backend.adam, flat(g, backend), first, second, target, values, key, move, own)
         if norms is not None and own is not None and own is not norms:
             norms[:, start : start + len(gradient)] = own
-            start += len(gradient)
 
 
 @overload
@@ -257,19 +259,20 @@ def adamw_(
             written = {**stored("first", firsts), **stored("second", seconds)}
             check_apart(theta=dense_batch.tensors, **written)
             places = zip(gradients, dense_batch.tensors, firsts, seconds, strict=True)
-            values = [
-                apart(dense(g), own, *memories(m), *memories(v), same=True)
-                for g, own, m, v in places
-            ]
+            values = [kept(_apart, g, own, *memories(m), *memories(v)) for g, own, m, v in places]
         if takes_batches(backend):
-            backend.adamw(dense_batch, values, firsts, seconds, decay, numbers, *draws)
+            once(backend.adamw, dense_batch, values, firsts, seconds, decay, numbers, *draws)
             return theta
         operands = zip(dense_batch.tensors, values, firsts, seconds, dense_batch.keys, strict=True)
-        for own, g, m, v, own_key in operands:
+        for own, g, m, v, own_key in pieces(operands):
             if own.numel():
                 target, g = flat(own, backend), flat(g, backend)
                 backend.adamw(target, g, m, v, decay, numbers, own_key, *draws)
     return theta
+
+
+def _apart(gradient: Tensor, *written: Tensor | None) -> Tensor:
+    return apart(dense(gradient), *written, same=True)
 
 
 def _numbers(

@@ -23,6 +23,7 @@ from zoopt.kernels.adam.checks import (
 from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.reference import Average
 from zoopt.kernels.batch import Batch
+from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 from zoopt.kernels.operands import apart, check_apart, flat
 
@@ -95,16 +96,17 @@ def average_(
         check_unsigned("moment_draw", moment_draw, 32)
     wide = moments[0].accumulator
     numbers = Average(*scalars([*look, *keep], wide))
-    outs = outs_for(batch, out, wide)
+    outs = kept(outs_for, batch, out, wide)
     check_apart(out=outs, **stored("moment", moments))
     backend = dispatch.choose(widest(batch, moments), impl, "adam")
     if takes_batches(backend):
         if batch.numel:
-            backend.average(batch, moments, outs, numbers, signs, moment_draw)
+            once(backend.average, batch, moments, outs, numbers, signs, moment_draw)
         return outs if isinstance(gradient, Batch) else outs[0]
-    for own, average, target, own_key in zip(batch.tensors, moments, outs, batch.keys, strict=True):
+    operands = zip(batch.tensors, moments, outs, batch.keys, strict=True)
+    for own, average, target, own_key in pieces(operands):
         if own.numel():
-            g = flat(apart(own, target, *memories(average), same=True), backend)
+            g = flat(kept(apart, own, target, *memories(average), same=True), backend)
             written = flat(target, backend)
             backend.average(g, average, written, numbers, signs, moment_draw, own_key)
     return outs if isinstance(gradient, Batch) else outs[0]

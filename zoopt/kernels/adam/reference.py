@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels.adam.moments import Moment, decode, encode
+from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise import philox
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.reference import CHUNK, round_nearest, round_stochastic
@@ -51,6 +52,13 @@ def _halfwords(key: NoiseKey, numel: int, draw: int, purpose: int, device: torch
     return philox.halfwords(index, seed=key.seed, stream=key.stream, draw=draw, purpose=purpose)
 
 
+def _averages(g: Tensor, first: Moment, second: Moment, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """m and v, (k,), of which the moments are the last ones."""
+    m = decode(first) * numbers.beta1 + g * numbers.complement1
+    v = decode(second) * numbers.beta2 + g * g * numbers.complement2
+    return m, v
+
+
 def _quotient(
     gradient: Tensor,
     first: Moment,
@@ -61,8 +69,7 @@ def _quotient(
 ) -> Tensor:
     """Update both moments; return (scale m) / (sqrt(v) + eps), (k,), of m and v before rounding."""
     g = gradient.to(first.accumulator)
-    m = decode(first) * numbers.beta1 + g * numbers.complement1
-    v = decode(second) * numbers.beta2 + g * g * numbers.complement2
+    m, v = kept(_averages, g, first, second, numbers)
     bits = None
     if moment_draw is not None:
         bits = _halfwords(key, g.numel(), moment_draw, philox.PURPOSE_MOMENTS, g.device)
@@ -90,16 +97,16 @@ def adam(
     receives the direction's and the gradient's sums of squares, of rows of k / rows elements.
     """
     if norms is not None:
-        norms.zero_()
-    for start, stop in chunks(gradient.numel()):
+        once(norms.zero_)
+    for start, stop in pieces(chunks(gradient.numel())):
         part = gradient[start:stop].to(first.accumulator)
         moments = first.part(start, stop), second.part(start, stop)
         direction = _quotient(part, *moments, numbers, key.shifted(start), moment_draw)
         if norms is not None:
             width = gradient.numel() // norms.shape[1]
             row = torch.arange(start, stop, device=out.device) // width
-            norms[0].index_add_(0, row, direction.square())
-            norms[1].index_add_(0, row, part.square())
+            once(norms[0].index_add_, 0, row, direction.square())
+            once(norms[1].index_add_, 0, row, part.square())
         out[start:stop] = round_nearest(direction, out.dtype)
 
 
@@ -115,7 +122,7 @@ def adamw(
     rounding_draw: int | None,
 ) -> None:
     """theta (k,) <- round(decay theta + (scale m) / (sqrt(v) + eps)), the moments as in `adam`."""
-    for start, stop in chunks(theta.numel()):
+    for start, stop in pieces(chunks(theta.numel())):
         part, shifted = theta[start:stop], key.shifted(start)
         moments = first.part(start, stop), second.part(start, stop)
         step = _quotient(gradient[start:stop], *moments, numbers, shifted, moment_draw)
@@ -140,9 +147,9 @@ def average(
 
     Multiples of the gradient are rounded to its own dtype; out's elements to out's, to nearest.
     """
-    for start, stop in chunks(gradient.numel()):
+    for start, stop in pieces(chunks(gradient.numel())):
         g, part, bits = gradient[start:stop], stored.part(start, stop), None
-        m = decode(part)
+        m = kept(torch.clone, decode(part))
         direction = m * numbers.look_m + g * numbers.look_g
         if moment_draw is not None:
             shifted = key.shifted(start)

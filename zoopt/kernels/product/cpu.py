@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels.dispatch import native_bfloat16
+from zoopt.kernels.journal import pieces
 from zoopt.kernels.noise import cpu
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.reference import (
@@ -49,14 +50,14 @@ def add_product(
         assert rounding_draw is not None
         left, right = left.to(theta.dtype), right.to(theta.dtype)
         product = theta.new_empty(chunk_rows(theta), theta.shape[1])
-        for rows in row_chunks(theta):
+        for rows in pieces(row_chunks(theta)):
             part = theta[rows]
             added = product[: len(part)].addmm_(left[rows], right.t(), beta=0.0, alpha=alpha)
             shifted = key.shifted(rows.start * theta.shape[1])
             cpu.add_stochastic(part, added, decay, shifted, rounding_draw)
         return
     left, right = scaled_factors(left, right, alpha, theta.dtype if native else torch.float32)
-    for rows in row_chunks(theta):
+    for rows in pieces(row_chunks(theta)):
         part = theta[rows].view(-1)
         terms = addend(
             rows, left, right, gradient, channel_scale, sign_of, sign_step, torch.float32

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from zoopt.kernels.batch import Batch
+from zoopt.kernels.journal import pieces
 from zoopt.kernels.noise.gpu import _TYPES, _addresses, _int32, backend_name
 from zoopt.kernels.operands import address
 from zoopt.kernels.product.gpu_batch import add_products
@@ -76,7 +77,7 @@ def add_product(
         alone or theta.dtype == torch.float32
     )
     if by_blas and left is not None and right is not None:
-        for own, a, b in zip(theta.tensors, left, right, strict=True):
+        for own, a, b in pieces(zip(theta.tensors, left, right, strict=True)):
             own.addmm_(a.to(theta.dtype), b.to(theta.dtype).t(), alpha=alpha, beta=decay)
         if alone:
             return

@@ -12,6 +12,7 @@ from torch import Tensor
 from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
 from zoopt.kernels.batch import Batch, as_batch
+from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 from zoopt.kernels.operands import apart, check_read, check_tensor
 
@@ -116,19 +117,20 @@ def add_product_(
     with batch.contiguous() as target, _precise(batch.tensors[0]):
         # The product may be added in parts, so operands that share memory with theta are copied.
         operands = [
-            _apart(own, *beside) for own, beside in zip(target.tensors, operands, strict=True)
+            kept(_apart, own, *beside) for own, beside in zip(target.tensors, operands, strict=True)
         ]
         if getattr(backend, "BATCHES", False):
             lefts, rights, gradients, scales, signs = (
                 None if part[0] is None else part for part in zip(*operands, strict=True)
             )
-            backend.add_product(
+            once(
+                backend.add_product,
                 *(target, lefts, rights, alpha, decay, gradients, scales, signs, sign_step),
                 rounding_draw,
             )
             return theta
-        for own, own_key, beside in zip(target.tensors, target.keys, operands, strict=True):
-            first, second, g, scale, signs_of = beside
+        each = zip(target.tensors, target.keys, operands, strict=True)
+        for own, own_key, (first, second, g, scale, signs_of) in pieces(each):
             backend.add_product(
                 *(own, first, second, alpha, decay, g, scale, signs_of, sign_step),
                 *(own_key, rounding_draw),

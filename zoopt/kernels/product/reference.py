@@ -9,6 +9,7 @@ from torch import Tensor
 from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels import dispatch
 from zoopt.kernels.dispatch import native_bfloat16
+from zoopt.kernels.journal import pieces
 from zoopt.kernels.noise import philox
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.reference import round_nearest, round_stochastic
@@ -34,7 +35,7 @@ def add_product(
     + sign_step S)."""
     wide = accumulator_dtype(theta.dtype)
     left, right = scaled_factors(left, right, alpha, wide)
-    for rows in row_chunks(theta):
+    for rows in pieces(row_chunks(theta)):
         acc = theta[rows].to(wide) * decay
         added = addend(rows, left, right, gradient, channel_scale, sign_of, sign_step, wide)
         if added is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.cpu import _KINDS, MIN_PER_THREAD, _counter, _memory, _rounding
 from zoopt.kernels.noise.cpu_tile import TILE, load, store
 from zoopt.kernels.noise.key import NoiseKey
@@ -144,7 +145,7 @@ def sm3(
     """See reference.sm3."""
     m, n = gradient.shape
     share = cpu_threads.share(m, 1, -(-MIN_PER_THREAD // n))
-    columns = torch.zeros(-(-m // share), n, dtype=torch.int32, device="cpu")
+    columns = kept(torch.zeros, -(-m // share), n, dtype=torch.int32, device="cpu")
     arguments = (
         _memory(theta),
         _memory(gradient),
@@ -159,5 +160,5 @@ def sm3(
         _rounding(rounding_draw),
         share,
     )
-    cpu_threads.run(_sm3_entry, arguments, m, share)
+    once(cpu_threads.run, _sm3_entry, arguments, m, share)
     torch.amax(columns, 0, out=bounds.new_column.view(torch.int32))

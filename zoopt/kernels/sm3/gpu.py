@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from zoopt.kernels.batch import Batch
+from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise.gpu import (
     _MAX_HINTS,
     _TYPES,
@@ -144,7 +145,7 @@ def sm3_batch(
         if theta.numel():
             whole = theta.shape[-1] % 16 == 0 and key.offset % 8 == 0
             parts.setdefault(whole, []).append(i)
-    for whole, members in parts.items():
+    for whole, members in pieces(parts.items()):
         _launch(
             whole,
             Batch([batch.tensors[i] for i in members], [batch.keys[i] for i in members]),
@@ -184,7 +185,7 @@ def _launch(
         None if place is None else _addresses(place, device) for place in places
     )
     # Matrices and vectors alike; the maximum of a vector's only row is not used.
-    maxima = torch.zeros(table.rows + table.columns, dtype=torch.int32, device=device)
+    maxima = kept(torch.zeros, table.rows + table.columns, dtype=torch.int32, device=device)
     new_row, new_column = maxima.split([table.rows, table.columns])
     key = batch.key
     options: dict[str, Any] = {
@@ -195,7 +196,8 @@ def _launch(
         "BACKEND": backend_name(),
     }
     with torch.cuda.device_of(batch.tensors[0]):
-        sm3_kernel[(table.programs,)](
+        once(
+            sm3_kernel[(table.programs,)],
             *(theta, gradient, None, row, column, new_row, new_column, buffer),
             *numbers,
             *(table.places, table.hints, table.shift, 0, 0, 0, 0),

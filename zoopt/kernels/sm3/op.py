@@ -20,6 +20,7 @@ from zoopt.checks import check_number
 from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
 from zoopt.kernels.batch import Batch, as_batch
+from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 from zoopt.kernels.operands import (
     apart,
@@ -156,14 +157,15 @@ def sm3_(
             accumulators=[vector for own in operands for vector in own.accumulators],
         )
         ready = [
-            Operands(own, *_read(own, gradient, accumulators, buffer))
+            Operands(own, *kept(_read, own, gradient, accumulators, buffer))
             for own, (_, gradient, accumulators, buffer) in zip(
                 target.tensors, operands, strict=True
             )
         ]
         together = [i for i, own in enumerate(ready) if _is_plain(own, rows[i], ready[0])]
         if hasattr(backend, "sm3_batch") and together:
-            backend.sm3_batch(
+            once(
+                backend.sm3_batch,
                 Batch([target.tensors[i] for i in together], [target.keys[i] for i in together]),
                 [ready[i].gradient for i in together],
                 [ready[i].accumulators for i in together],
@@ -173,7 +175,7 @@ def sm3_(
             )
         else:
             together = []
-        for i in sorted(set(range(len(batch))) - set(together)):
+        for i in pieces(sorted(set(range(len(batch))) - set(together))):
             _alone(backend, ready[i], rows[i], numbers, target.keys[i], rounding_draw)
     return theta
 
@@ -222,14 +224,11 @@ def _alone(
     if values.numel() == 0:
         return
     split = _split(tuple(theta.shape) or (1,)) if rows is None else 1
-    unbounded = accumulators[0].new_full((1,), math.inf)
-    row = _bound(unbounded, accumulators[:split])
-    column = _bound(unbounded, accumulators[split:])
-    if rows is not None:
-        row = row[rows]
-    n = column.numel()
-    bounds = Bounds(row, column, torch.zeros_like(row), torch.zeros_like(column))
-    backend.sm3(
+    bounds = kept(_bounds, accumulators, split, rows)
+    n = bounds.column.numel()
+    least = [] if rows is None else kept(_least, accumulators, rows)
+    once(
+        backend.sm3,
         _matrix(theta, n),
         _matrix(values, n),
         rows,
@@ -243,7 +242,10 @@ def _alone(
         _store(accumulators[:split], bounds.new_row)
         _store(accumulators[split:], bounds.new_column)
     else:
-        _store_rows(accumulators, rows, bounds.new_row, bounds.new_column)
+        once(accumulators[0].index_copy_, 0, rows, bounds.new_row)
+        _store(accumulators[1:], bounds.new_column)
+        for vector, own_least in zip(accumulators[1:], least, strict=True):
+            torch.maximum(vector, own_least, out=vector)
 
 
 def _matrix(tensor: Tensor, n: int) -> Tensor:
@@ -257,6 +259,16 @@ def _split(shape: tuple[int, ...]) -> int:
     return min(
         range(len(shape) + 1), key=lambda axis: math.prod(shape[:axis]) + math.prod(shape[axis:])
     )
+
+
+def _bounds(accumulators: Sequence[Tensor], split: int, rows: Tensor | None) -> Bounds:
+    """The bounds of the leading axes, up to `split`, and of the others; of these rows, or all."""
+    unbounded = accumulators[0].new_full((1,), math.inf)
+    row = _bound(unbounded, accumulators[:split])
+    column = _bound(unbounded, accumulators[split:])
+    if rows is not None:
+        row = row[rows]
+    return Bounds(row, column, torch.zeros_like(row), torch.zeros_like(column))
 
 
 def _bound(unbounded: Tensor, vectors: Sequence[Tensor]) -> Tensor:
@@ -280,14 +292,7 @@ def _store(accumulators: Sequence[Tensor], greatest: Tensor) -> None:
         vector.copy_(greatest.amax(others) if others else greatest)
 
 
-def _store_rows(
-    accumulators: Sequence[Tensor], rows: Tensor, new_row: Tensor, new_column: Tensor
-) -> None:
-    """As _store, for rows (k,) of the first axis only: new_row (k,), new_column (b c ...,)."""
-    first, others = accumulators[0], accumulators[1:]
-    absent = first.index_fill(0, rows, 0.0).amax()
-    before = [torch.fmin(vector, absent) for vector in others]
-    first.index_copy_(0, rows, new_row)
-    _store(others, new_column)
-    for vector, least in zip(others, before, strict=True):
-        torch.maximum(vector, least, out=vector)
+def _least(accumulators: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """What the accumulators of all axes but the first keep of the rows that are not in `rows`."""
+    absent = accumulators[0].index_fill(0, rows, 0.0).amax()
+    return [torch.fmin(vector, absent) for vector in accumulators[1:]]

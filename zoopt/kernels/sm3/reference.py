@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise import philox
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.reference import round_nearest, round_stochastic
@@ -64,7 +65,7 @@ def sm3(
         buffer: (m, n) in the accumulator's dtype, or None.
     """
     row, column, new_row, new_column = bounds
-    for part in row_chunks(gradient):
+    for part in pieces(row_chunks(gradient)):
         place = part if rows is None else rows[part]
         g = gradient[part].to(row.dtype)
         # abs clears the sign of a NaN, so that its bits are above infinity's.
@@ -75,8 +76,8 @@ def sm3(
         denominator = nu.double().sqrt().to(nu.dtype) + numbers.eps
         step = torch.where(denominator == 0.0, 0.0, g / denominator)
         if buffer is not None:
-            step = buffer[place] * numbers.momentum + step * numbers.complement
-            buffer[place] = step
+            step = kept(torch.add, buffer[place] * numbers.momentum, step * numbers.complement)
+            once(buffer.__setitem__, place, step)
         acc = (theta[place].to(step.dtype) * numbers.decay + step * numbers.step_size).view(-1)
         if rounding_draw is None:
             rounded = round_nearest(acc, theta.dtype)

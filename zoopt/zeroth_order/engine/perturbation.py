@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic
+from zoopt.interrupts import uninterrupted
 from zoopt.kernels import dispatch
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.factors import side_by_side
 from zoopt.zeroth_order.engine.passes import Passes
-from zoopt.zeroth_order.engine.progress import Progress, count_write, uninterrupted
+from zoopt.zeroth_order.engine.progress import Progress, count_write
 from zoopt.zeroth_order.engine.sites import Displacement, Site, Sites
 from zoopt.zeroth_order.engine.uncompiled import uncompiled
 from zoopt.zeroth_order.engine.virtual import Interception, Substitution

@@ -10,26 +10,19 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from zoopt.interrupts import uninterrupted
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.operands import contiguous
 
 if TYPE_CHECKING:
     from zoopt.zeroth_order.engine.passes import Passes
 
-#: Those that programs have handlers for. (Not every system has each.)
-_SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)
-]
 #: Bytes at the beginning of a piece by which it is known whether the piece has been written.
 _SAMPLE_BYTES = 1 << 12
 
@@ -132,35 +125,6 @@ def _sample(piece: Tensor) -> tuple[int, bytes]:
     if piece.is_cpu and not is_fake(piece) and piece.numel():
         values = ctypes.string_at(piece.data_ptr(), min(piece.nbytes, _SAMPLE_BYTES))
     return 0 if piece.is_inference() else piece._version, values
-
-
-#: Whether signals wait for the end of a block.
-_waiting = False
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Signals, Ctrl-C's among them, are handled when the block is over: the outermost one."""
-    global _waiting
-    if _waiting or threading.current_thread() is not threading.main_thread():
-        yield  # in other threads Python handles no signals
-        return
-    caught: list[tuple[int, Any]] = []
-    handlers: dict[int, Any] = {}
-    try:
-        _waiting = True
-        for number in _SIGNALS:
-            handler = signal.getsignal(number)
-            if callable(handler):
-                handlers[number] = handler
-                signal.signal(number, lambda number, frame: caught.append((number, frame)))
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        _waiting = False
-        for number, frame in caught:
-            handlers[number](number, frame)
 
 
 def count_write(*params: Tensor) -> None:
