@@ -12,11 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "zoopt"
 #: From the bottom up; a module imports its own layer and those below. A folder stands for all in
 #: it that no longer name covers.
 LAYERS = (
-    ("checks", "dtypes", "removable", "version", "warn"),
+    ("checks", "dtypes", "interrupts", "removable", "version", "warn"),
     ("kernels",),
     ("ambient", "distributed", "linalg", "noise", "registry"),
     ("checkpoint", "groups", "nn", "optimizer", "parameters"),
-    ("first_order.base", "first_order.projected", "zeroth_order.engine"),
+    ("first_order.base", "first_order.progress", "first_order.projected", "zeroth_order.engine"),
     ("first_order", "zeroth_order"),
     ("compact", "lowrank", "selection", "trajectory"),
     ("",),
