@@ -33,7 +33,7 @@ from zoopt.first_order.projected.residuals import (
     no_specs,
 )
 from zoopt.first_order.projected.rules import ADAM, LION, MOMENTUM, Rule
-from zoopt.first_order.projected.sharded import count
+from zoopt.first_order.projected.state import count
 from zoopt.first_order.projected.subspace import BLIND
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.dispatch import all_known, known

@@ -18,7 +18,8 @@ from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.moments_of_rows import load_moments, store_moments
 from zoopt.first_order.projected.residuals import OneSided, Residual, Terms
 from zoopt.first_order.projected.rules import adam_numbers
-from zoopt.first_order.projected.sharded import count, rows_of
+from zoopt.first_order.projected.sharded import rows_of
+from zoopt.first_order.projected.state import count
 from zoopt.first_order.projected.subspace import (
     balanced,
     factors,
@@ -319,10 +320,13 @@ class LDAdamW(AdamFamily):
             super()._apply(site, reduced, gradient)
             return
         state, grad = self._state(param, group), matrix(reduced)
-        following = (self._following or {}).get(param)
-        if following is None:
-            following = self._next_basis(site, grad, geo)
-        self._turn(site, grad, state, kept(lambda: following), geo)
+        following = kept(self._prepared_basis, site, grad, geo)
+        self._turn(site, grad, state, following, geo)
+
+    def _prepared_basis(self, site: Site, gradient: Tensor, geo: Geometry) -> Tensor:
+        """The basis that follows; it is made here where none has been prepared."""
+        following = (self._following or {}).get(site.param)
+        return self._next_basis(site, gradient, geo) if following is None else following
 
     def _turn(
         self,

@@ -15,7 +15,8 @@ from zoopt.first_order.base import Site, batch_kind, batch_of, descent_rate
 from zoopt.first_order.projected.basis import load_all_bases
 from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.residuals import Step, Terms
-from zoopt.first_order.projected.sharded import ShardedMatrices, count
+from zoopt.first_order.projected.sharded import ShardedMatrices
+from zoopt.first_order.projected.state import count
 from zoopt.first_order.projected.subspace import (
     BLIND,
     down,

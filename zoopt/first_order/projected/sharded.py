@@ -37,7 +37,7 @@ from zoopt.first_order.projected.basis import load_bases
 from zoopt.first_order.projected.codecs import coded_units
 from zoopt.first_order.projected.coded_shards import whole_blocks
 from zoopt.first_order.projected.geometry import Geometry, matrix
-from zoopt.first_order.projected.state import ProjectedState
+from zoopt.first_order.projected.state import ProjectedState, count
 from zoopt.first_order.projected.subspace import BLIND, down, silence_rounding_
 from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise.key import NoiseKey
@@ -202,11 +202,6 @@ class ShardedMatrices(ProjectedState):
         if len(shard_dimensions(param)) > 1 and self._units(param, group):
             return False
         return alone or self.shards
-
-
-def count(states: Sequence[State]) -> None:
-    """Count the step of these states, which their parameters have taken."""
-    once(torch._foreach_add_, [state["step"] for state in states], 1)
 
 
 def refresh_together(

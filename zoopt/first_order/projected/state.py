@@ -24,6 +24,7 @@ from zoopt.first_order.projected.rules import ADAM, Rule
 from zoopt.first_order.projected.stacks import StackedMatrices, alone
 from zoopt.first_order.projected.subspace import factor_dtype
 from zoopt.kernels.dispatch import known
+from zoopt.kernels.journal import once
 from zoopt.optimizer import STEP, Group, TensorSpec
 
 
@@ -135,3 +136,8 @@ class ProjectedState(StackedMatrices):
     def _needs_gradient(self, site: Site) -> bool:
         geo = self._geometry(site.param, site.group)
         return geo is not None and self._residual(site.group).needs_gradient
+
+
+def count(states: Sequence[dict[str, Tensor]]) -> None:
+    """Count the step of these states, which their parameters have taken."""
+    once(torch._foreach_add_, [state["step"] for state in states], 1)
