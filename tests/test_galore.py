@@ -255,3 +255,16 @@ def test_gradients_keep_their_shape() -> None:
 def test_refuses(name: str, value: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         zoopt.GaLoreAdamW(net().parameters(), **{name: value})
+
+
+def test_a_float32_basis_is_compared_with_the_one_before() -> None:
+    """Bases of gradients that have nothing in common do not agree, and the gap stays."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(40, 30, generator=generator))
+    optimizer = zoopt.QGaLoreAdamW(
+        [param], rank=2, basis_dtype="float32", update_proj_gap=1, queue_size=1, cos_threshold=0.9
+    )
+    for _ in range(3):
+        param.grad = torch.randn(40, 30, generator=generator)
+        optimizer.step()
+    assert optimizer.state[param]["agreements"] == optimizer.state[param]["doublings"] == 0
