@@ -5,12 +5,12 @@
 trains the whole model of examples/finetune_sentiment.py, with its prompt, sentences and batches:
 
     mezo             every parameter in bfloat16; the demo's own setting
-    mezo-lora        LoRA adapters on the bfloat16 model; the demo's own setting
+    mezo-lora        LoRA adapters on the bfloat16 model
     qzo-int4         the logarithms of the scales of 4-bit layers
     mezo-lora-int4   LoRA adapters on 4-bit layers
 
 "qzo-int4" takes `GRID_STEPS` at three learning rates, and `STEPS` at the best of them with `SEEDS`
-seeds; the others have the demo's rate. Every run is a file in bench/results/quantised, so that an
+seeds; the others have the demo's rates. Each run is a file in bench/results/quantised, so that an
 interrupted comparison continues with the missing runs. The table of the finished runs goes to
 bench/results/quantised.json.
 """
@@ -92,9 +92,9 @@ def below_adapters(model: Any) -> None:
 # rate 100 times larger are steps as long as those of "mezo".
 METHODS = {
     "mezo": Method((2e-4,), 1e-3, 10.0),
-    "mezo-lora": Method((2e-3,), 1e-2, 5.0, lora=LORA_RANK),
+    "mezo-lora": Method((5e-3,), 1e-2, 5.0, lora=LORA_RANK),
     "qzo-int4": Method(lr_grid(2e-2), 1e-2, 1.0, quantise=to_scales),
-    "mezo-lora-int4": Method((2e-3,), 1e-2, 5.0, lora=LORA_RANK, quantise=below_adapters),
+    "mezo-lora-int4": Method((5e-3,), 1e-2, 5.0, lora=LORA_RANK, quantise=below_adapters),
 }
 
 
@@ -184,7 +184,10 @@ def summary() -> dict[str, Any]:
         table[name] = {
             "lr": runs[0]["lr"],
             "seeds": len(runs),
-            "accuracy_before": statistics.mean(run["before"]["accuracy"] for run in runs),
+            **{
+                f"{key}_before": statistics.mean(run["before"][key] for run in runs)
+                for key in ("accuracy", "cross_entropy")
+            },
             **{
                 key: statistics.mean(run["metrics"][key] for run in runs)
                 for key in ("accuracy", "calibrated_accuracy", "cross_entropy")

@@ -68,7 +68,7 @@ METHODS = [
     *("inference", "MeZO", "MeZO, in place", "LOZO", "ZOAdam"),
     *("SGD", "AdamW", "zoopt.AdamW", "zoopt.AdamW, int8 state", "GaLoreAdamW", "SM3"),
     *("Apollo", "Fira", "SM3, fused backward", "LoRA + AdamW", "PEQA int4 + AdamW"),
-    *("Hybrid, last two layers", "SparseDeltaAdamW over int4"),
+    *("Hybrid, last two layers", "SparseDeltaAdamW over int4", "LoRA-SB + AdamW"),
 ]
 BATCH, SEQ, RANK = 2, 32, 16
 

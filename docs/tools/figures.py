@@ -263,6 +263,49 @@ def demo_memory() -> str:
     )
 
 
+def quantised() -> str:
+    """MeZO on the demo's model, in bfloat16 and in 4 bits."""
+    result = read("quantised.json")
+    names = {
+        "mezo": "MeZO, bfloat16",
+        "mezo-lora": "MeZO on LoRA, bfloat16",
+        "qzo-int4": "QZO, 4 bits",
+        "mezo-lora-int4": "MeZO on LoRA, 4 bits",
+    }
+    rows = [
+        [
+            names[name],
+            f"{row['trained'] / 1e6:.1f} M",
+            f"{(row['model_bytes'] + row['state_bytes']) / 1e6:.0f}",
+            f"{row['seconds_a_step']:.1f}",
+            f"{row['accuracy_before']:.3f}",
+            f"{row['accuracy']:.3f}",
+            f"{row['cross_entropy_before']:.3f}",
+            f"{row['cross_entropy']:.3f}",
+            f"{row['seeds']}",
+        ]
+        for name, row in result["methods"].items()
+    ]
+    headings = [
+        "method",
+        "trained",
+        "weights and state, MB",
+        "s a step",
+        "accuracy before",
+        "after",
+    ]
+    return table([*headings, "cross-entropy before", "after", "seeds"], rows)
+
+
+def green_trainer() -> str:
+    """Shares of a full backward pass, planned and measured."""
+    rows = [
+        [f"{row['budget']:.0%}", f"{row['planned']:.1%}", f"{row['measured']:.1%}"]
+        for row in read("green_trainer_cpu.json")["rows"]
+    ]
+    return table(["budget", "planned", "measured time"], rows, text=0)
+
+
 def decision() -> str:
     """Which optimizer: what must fit, what it takes at 7B, and what it trains to."""
     planned = {e["name"]: e["peak"] / 1e9 for e in read("plan_llama7b.json")["estimates"]}
@@ -320,6 +363,8 @@ TABLES: dict[str, Callable[..., str]] = {
         precision,
         demo,
         demo_memory,
+        quantised,
+        green_trainer,
         decision,
         source,
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 import zoopt.nn
 from zoopt.first_order.projected.selection import param_groups
-from zoopt.nn.modules import is_conv1d
+from zoopt.nn.modules import is_conv1d, linear_layers
 from zoopt.registry import Row, Variant, rows
 from zoopt.selection import SparseDeltaAdamW
 from zoopt.zeroth_order import MeZO
@@ -94,6 +94,7 @@ def methods(rank: int = 128, lora_rank: int = 8, *, all_variants: bool = False) 
         *(m for row in rows("compact") for m in _of_row(row, rank, all_variants)),
         *(m for row in rows("low-rank") for m in _of_row(row, rank, all_variants)),
         Method("LoRA + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=lora(lora_rank)),
+        Method("LoRA-SB + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=_lora_sb(rank)),
         Method("SLTrain + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=_sltrain(rank)),
         Method("PEQA int4 + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=_quantised),
         Method("SparseDeltaAdamW over int4", "backprop", _sparse, adapter=_quantised_and_sparse),
@@ -145,6 +146,24 @@ def _built(row: Row, variant: Variant, rank: int, model: nn.Module) -> torch.opt
 
 def _torch(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> Build:
     return lambda model: cls(_trained(model), **options)
+
+
+def _lora_sb(rank: int) -> Callable[[nn.Module], nn.Module]:
+    """Layers of the sizes that LoRA-SB's have; their values would come from gradients."""
+
+    def adapt(model: nn.Module) -> nn.Module:
+        layers = linear_layers(model)
+        model.requires_grad_(False)
+        for name, layer in layers.items():
+            stored: torch.Tensor = layer.weight  # type: ignore[assignment]
+            weight = stored.t() if is_conv1d(layer) else stored
+            (m, n), r = weight.shape, min(rank, *weight.shape)
+            factors = (weight.new_zeros(m, r), weight.new_zeros(r, r), weight.new_zeros(r, n))
+            made = zoopt.nn.LoRASBLinear(weight, layer.bias, *factors)  # type: ignore[arg-type]
+            model.set_submodule(name, made)
+        return model
+
+    return adapt
 
 
 def _quantised(model: nn.Module) -> nn.Module:
