@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels.batch import Batch
-from zoopt.kernels.descent.gpu_kernels import (
-    curve_kernel,
-    descend_kernel,
-    energy_kernel,
-    small_kernel,
-    total_kernel,
-    turn_kernel,
-)
+from zoopt.kernels.descent.gpu_kernels import curve_kernel, descend_kernel, turn_kernel
+from zoopt.kernels.descent.gpu_measures import energy_kernel, small_kernel, total_kernel
 from zoopt.kernels.descent.rule import Rule, Shape
 from zoopt.kernels.noise.gpu import ADAM_BLOCK, BLOCK, launch, place_of, rounds, terms_of
 

@@ -9,15 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoopt.kernels.noise.gpu_blocks import (
-    _place,
-    block_of,
-    draw_of,
-    memory_of,
-    read,
-    spots_of,
-    write,
-)
+from zoopt.kernels.noise.gpu_blocks import block_here, draw_of, memory_of, read, write
 from zoopt.kernels.noise.gpu_tile import added, direction, kept, rounded
 
 _RUN_TIME = ["shift", "numel", "offset", "number", "k0", "k1"]
@@ -113,12 +105,10 @@ def descend_kernel(
     BLOCK: tl.constexpr,
 ):
     """reference.descend; SHAPE and RULE are the numbers in `gpu._SHAPES` and `gpu._RULES`."""
-    tensor, block, numel, offset, number = _place(
-        places, hints, shift, numel, offset, number, TABLE
+    tensor, block, number, start, index, inside, whole, spots = block_here(
+        *(places, hints, shift, numel, offset, number, indices),
+        *(NORMAL, TABLE, ALIGNED, BLOCK),
     )
-    start, inside, whole = block_of(block, numel, offset, NORMAL, ALIGNED, BLOCK)
-    spots = spots_of(indices, tensor, start, inside, TABLE, BLOCK)
-    index = offset + start
     theta, even = memory_of(theta, tensor, TABLE)
     out, even_out = memory_of(out, tensor, TABLE)
     whole = whole & even & even_out
@@ -217,12 +207,10 @@ def curve_kernel(
     BLOCK: tl.constexpr,
 ):
     """state <- state (base + sum_j a_j z_j^2)."""
-    tensor, block, numel, offset, number = _place(
-        places, hints, shift, numel, offset, number, TABLE
+    tensor, block, number, start, index, inside, whole, spots = block_here(
+        *(places, hints, shift, numel, offset, number, indices),
+        *(NORMAL, TABLE, ALIGNED, BLOCK),
     )
-    start, inside, whole = block_of(block, numel, offset, NORMAL, ALIGNED, BLOCK)
-    spots = spots_of(indices, tensor, start, inside, TABLE, BLOCK)
-    index = offset + start
     state, even = memory_of(state, tensor, TABLE)
     whole = whole & even
     growth = tl.zeros([BLOCK], tl.float32) + base
@@ -272,120 +260,16 @@ def turn_kernel(
     BLOCK: tl.constexpr,
 ):
     """state <- keep state + grow (sum_j a_j z_j + radial state)."""
-    tensor, block, numel, offset, number = _place(
-        places, hints, shift, numel, offset, number, TABLE
+    tensor, block, number, start, index, inside, whole, spots = block_here(
+        *(places, hints, shift, numel, offset, number, indices),
+        *(NORMAL, TABLE, ALIGNED, BLOCK),
     )
-    start, inside, whole = block_of(block, numel, offset, NORMAL, ALIGNED, BLOCK)
-    spots = spots_of(indices, tensor, start, inside, TABLE, BLOCK)
     state, even = memory_of(state, tensor, TABLE)
     whole = whole & even
     estimate = _sum(
-        *(tl.zeros([BLOCK], tl.float32), terms, count, offset + start, number, k0, k1, threshold),
+        *(tl.zeros([BLOCK], tl.float32), terms, count, index, number, k0, k1, threshold),
         *(3, 2, UNROLLED, NORMAL, MASKED, BACKEND, BLOCK),
     )
     x = read(state, spots, block, start, inside, whole, DTYPE, TABLE, INDEXED, BLOCK)
     x = keep * x + grow * (estimate + radial * x)
     write(state, x, spots, block, start, inside, whole, DTYPE, TABLE, INDEXED, BLOCK)
-
-
-@triton.jit(do_not_specialize=_RUN_TIME)
-def small_kernel(
-    theta,
-    limit,
-    out,
-    indices,
-    places,
-    hints,
-    shift,
-    numel,
-    offset,
-    number,
-    k0,
-    k1,
-    threshold,
-    DTYPE: tl.constexpr,
-    NORMAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    TABLE: tl.constexpr,
-    INDEXED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BACKEND: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out <- |theta| <= limit, one byte per element."""
-    tensor, block, numel, offset, number = _place(
-        places, hints, shift, numel, offset, number, TABLE
-    )
-    start, inside, whole = block_of(block, numel, offset, NORMAL, ALIGNED, BLOCK)
-    spots = spots_of(indices, tensor, start, inside, TABLE, BLOCK)
-    theta, even = memory_of(theta, tensor, TABLE)
-    out, even_out = memory_of(out, tensor, TABLE)
-    whole = whole & even & even_out
-    if TABLE:
-        own = tl.load(tl.load(limit + tensor).to(tl.pointer_type(tl.float32)))
-    else:
-        own = tl.load(limit)
-    x = read(theta, spots, block, start, inside, whole, DTYPE, TABLE, INDEXED, BLOCK)
-    few = (tl.abs(x) <= own.to(DTYPE).to(tl.float32)).to(tl.uint8)
-    write(out, few, spots, block, start, inside, whole, tl.uint8, TABLE, False, BLOCK)
-
-
-@triton.jit(do_not_specialize=_RUN_TIME)
-def energy_kernel(
-    theta,
-    out,
-    indices,
-    terms,
-    places,
-    hints,
-    shift,
-    numel,
-    offset,
-    number,
-    count,
-    k0,
-    k1,
-    threshold,
-    DTYPE: tl.constexpr,
-    NORMAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    MADE: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    TABLE: tl.constexpr,
-    INDEXED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BACKEND: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out[program] <- the sum of squares of a block of theta, or (MADE) of sum_j a_j z_j, in
-    float64."""
-    tensor, block, numel, offset, number = _place(
-        places, hints, shift, numel, offset, number, TABLE
-    )
-    start, inside, whole = block_of(block, numel, offset, NORMAL, ALIGNED, BLOCK)
-    if MADE:
-        x = _sum(
-            *(tl.zeros([BLOCK], tl.float32), terms, count, offset + start, number, k0, k1),
-            *(threshold, 3, 2, UNROLLED, NORMAL, MASKED, BACKEND, BLOCK),
-        )
-    else:
-        spots = spots_of(indices, tensor, start, inside, TABLE, BLOCK)
-        theta, even = memory_of(theta, tensor, TABLE)
-        x = read(theta, spots, block, start, inside, whole & even, DTYPE, TABLE, INDEXED, BLOCK)
-    x = tl.where(inside, x, 0.0).to(tl.float64)
-    tl.store(out + tl.program_id(0), tl.sum(x * x))
-
-
-@triton.jit(do_not_specialize=["programs"])
-def total_kernel(parts, out, places, programs, TABLE: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] <- the sum of the parts of the i-th tensor's programs, in order."""
-    tensor = tl.program_id(0)
-    part, end = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64) + programs
-    if TABLE:
-        part, end = tl.load(places + 4 * tensor), tl.load(places + 4 * tensor + 4)
-    total = tl.zeros([BLOCK], tl.float64)
-    while part < end:
-        at = part + tl.arange(0, BLOCK)
-        total += tl.load(parts + at, mask=at < end, other=0.0)
-        part += BLOCK
-    tl.store(out + tensor, tl.sum(total))

@@ -133,6 +133,31 @@ def spots_of(indices, tensor, start, inside, TABLE: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
+def block_here(
+    places,
+    hints,
+    shift,
+    numel,
+    offset,
+    number,
+    indices,
+    NORMAL: tl.constexpr,
+    TABLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The block that this program works on: its tensor, its number there, the tensor's stream, the
+    block's first element and that one's position in the noise; which elements lie inside, whether
+    all do, and their spots."""
+    tensor, block, numel, offset, number = _place(
+        places, hints, shift, numel, offset, number, TABLE
+    )
+    start, inside, whole = block_of(block, numel, offset, NORMAL, ALIGNED, BLOCK)
+    spots = spots_of(indices, tensor, start, inside, TABLE, BLOCK)
+    return tensor, block, number, start, offset + start, inside, whole, spots
+
+
+@triton.jit
 def read(
     memory,
     spots,

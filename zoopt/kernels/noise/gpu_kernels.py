@@ -17,15 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoopt.kernels.noise.gpu_blocks import (
-    _place,
-    block_of,
-    draw_of,
-    memory_of,
-    read,
-    spots_of,
-    write,
-)
+from zoopt.kernels.noise.gpu_blocks import block_here, draw_of, memory_of, read, write
 from zoopt.kernels.noise.gpu_tile import added, direction, kept, rounded
 
 _RUN_TIME = ["shift", "numel", "offset", "number", "k0", "k1"]
@@ -71,12 +63,10 @@ def sum_kernel(
     BLOCK: tl.constexpr,
 ):
     """out <- round(decay theta + sum_j a_j z_j + addend); the addend may be None."""
-    tensor, block, numel, offset, number = _place(
-        places, hints, shift, numel, offset, number, TABLE
+    tensor, block, number, start, index, inside, whole, spots = block_here(
+        *(places, hints, shift, numel, offset, number, indices),
+        *(NORMAL, TABLE, ALIGNED, BLOCK),
     )
-    start, inside, whole = block_of(block, numel, offset, NORMAL, ALIGNED, BLOCK)
-    spots = spots_of(indices, tensor, start, inside, TABLE, BLOCK)
-    index = offset + start
     theta, even = memory_of(theta, tensor, TABLE)
     out, even_out = memory_of(out, tensor, TABLE)
     whole = whole & even & even_out
@@ -140,12 +130,10 @@ def momentum_kernel(
 ):
     """buffer <- momentum buffer + sum_j g_j z_j, and with the new buffer
     theta <- round(decay theta + sum_j a_j z_j + step_size buffer)."""
-    tensor, block, numel, offset, number = _place(
-        places, hints, shift, numel, offset, number, TABLE
+    tensor, block, number, start, index, inside, whole, spots = block_here(
+        *(places, hints, shift, numel, offset, number, indices),
+        *(NORMAL, TABLE, ALIGNED, BLOCK),
     )
-    start, inside, whole = block_of(block, numel, offset, NORMAL, ALIGNED, BLOCK)
-    spots = spots_of(indices, tensor, start, inside, TABLE, BLOCK)
-    index = offset + start
     theta, even = memory_of(theta, tensor, TABLE)
     buffer, even_buffer = memory_of(buffer, tensor, TABLE)
     whole = whole & even & even_buffer
@@ -208,12 +196,10 @@ def window_kernel(
     """reference.adam_window, the moments in registers. terms are memory, 7 numbers for each
     direction: the draw's halves, coefficient, gradient, weights in m and in v, and whether it
     closes a step."""
-    tensor, block, numel, offset, number = _place(
-        places, hints, shift, numel, offset, number, TABLE
+    tensor, block, number, start, index, inside, whole, spots = block_here(
+        *(places, hints, shift, numel, offset, number, indices),
+        *(NORMAL, TABLE, ALIGNED, BLOCK),
     )
-    start, inside, whole = block_of(block, numel, offset, NORMAL, ALIGNED, BLOCK)
-    spots = spots_of(indices, tensor, start, inside, TABLE, BLOCK)
-    index = offset + start
     theta, even = memory_of(theta, tensor, TABLE)
     whole = whole & even
     x = decay * read(theta, spots, block, start, inside, whole, DTYPE, TABLE, INDEXED, BLOCK)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoopt.kernels.noise.gpu_blocks import _place, _pointer, block_of, memory_of, read, write
+from zoopt.kernels.noise.gpu_blocks import _pointer, block_here, memory_of, read, write
 from zoopt.kernels.noise.gpu_tile import added, direction, kept, rounded
 
 _RUN_TIME = ["columns", "alpha", "draw", "shift", "numel", "offset", "number", "k0", "k1"]
@@ -42,15 +42,13 @@ def scaled_rows_kernel(
 ):
     """out_ij <- round(theta_ij + (alpha scales_i) z_ij). `columns` is the length of a row, or in
     memory that of each tensor's if TABLE."""
-    tensor, block, numel, offset, number = _place(
-        places, hints, shift, numel, offset, number, TABLE
+    tensor, block, number, start, index, inside, whole, spots = block_here(
+        *(places, hints, shift, numel, offset, number, indices),
+        *(NORMAL, TABLE, ALIGNED, BLOCK),
     )
-    start, inside, whole = block_of(block, numel, offset, NORMAL, ALIGNED, BLOCK)
-    index = offset + start
     theta, even = memory_of(theta, tensor, TABLE)
     out, even_out = memory_of(out, tensor, TABLE)
     whole = whole & even & even_out
-    spots = tl.zeros([1], tl.int64)
     x = read(theta, spots, block, start, inside, whole, DTYPE, TABLE, False, BLOCK)
     if TABLE:
         columns = tl.load(columns + tensor)

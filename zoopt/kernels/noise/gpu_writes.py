@@ -6,15 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoopt.kernels.noise.gpu_blocks import (
-    _place,
-    block_of,
-    draw_of,
-    memory_of,
-    read,
-    spots_of,
-    write,
-)
+from zoopt.kernels.noise.gpu_blocks import block_here, draw_of, memory_of, read, write
 from zoopt.kernels.noise.gpu_kernels import _RUN_TIME
 from zoopt.kernels.noise.gpu_tile import added, direction, kept, nearest, rounded
 
@@ -46,12 +38,10 @@ def writes_kernel(
 ):
     """reference.write_each: theta stays in registers from its first write to its last, and so does
     the direction that was made last. terms are memory, as `Script.numbers` has them."""
-    tensor, block, numel, offset, number = _place(
-        places, hints, shift, numel, offset, number, TABLE
+    tensor, block, number, start, index, inside, whole, spots = block_here(
+        *(places, hints, shift, numel, offset, number, indices),
+        *(NORMAL, TABLE, ALIGNED, BLOCK),
     )
-    start, inside, whole = block_of(block, numel, offset, NORMAL, ALIGNED, BLOCK)
-    spots = spots_of(indices, tensor, start, inside, TABLE, BLOCK)
-    index = offset + start
     theta, even = memory_of(theta, tensor, TABLE)
     whole = whole & even
     x = read(theta, spots, block, start, inside, whole, DTYPE, TABLE, INDEXED, BLOCK)
