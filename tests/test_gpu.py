@@ -71,6 +71,15 @@ def test_rows(dtype: torch.dtype) -> None:
     assert same_bits(got.cpu(), kernels.perturb_rows(weight, rows, 0.1, draw=4, key=KEY))
 
 
+@pytest.mark.parametrize("shape", [(50, 37), (3, 5000), (9000, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_have_scales_of_their_own(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    theta, scales = weights(shape, dtype), torch.linspace(-1.0, 2.0, shape[0])
+    options = {"draw": 4, "key": KEY}
+    got = kernels.perturb(theta.cuda(), 0.1, row_scale=scales.cuda(), **options)
+    assert same_bits(got.cpu(), kernels.perturb(theta, 0.1, row_scale=scales, **options))
+
+
 @pytest.mark.parametrize(("row", "perturbation"), CASES, ids=str)
 def test_every_method_follows_its_cpu_run(row: Row, perturbation: str) -> None:
     """Five steps in float64: to 1e-8, what two orders of summation leave of the differences."""
