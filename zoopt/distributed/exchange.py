@@ -81,6 +81,8 @@ class Exchange:
 
     Attributes:
         data, probes: this rank's groups; None if there is none.
+        ranks: the numbers of all ranks of the job.
+        same_points: those that evaluate at the same points as this one.
         rank: this process's number in the whole job.
         first: whether this is the first rank, which for example writes the record for all.
     """
@@ -92,6 +94,14 @@ class Exchange:
         self.probes: ProcessGroup | None = groups.get("probes")
         self.rank = dist.get_rank()
         self.first = not any(dist.get_rank(group) for group in groups.values())
+        self.same_points = {self.rank}
+        if self.data is not None:
+            self.same_points = set(dist.get_process_group_ranks(self.data))
+        self.ranks = self.same_points
+        if self.probes is not None:
+            members = dist.get_process_group_ranks(self.probes)
+            mesh = process_group.mesh.flatten().tolist() if self.data is not None else members
+            self.ranks = set(mesh)
 
     def share(self, count: int, rank: int | None = None) -> range:
         """Which of `count` evaluations this rank makes, or the given rank of the probes group."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,6 +147,54 @@ def shard_dimensions(param: Tensor, dimension: int | None = None) -> list[int]:
     return [
         i for i, p in placements if p.is_shard() and (dimension is None or p.is_shard(dimension))
     ]
+
+
+def layout(tensor: Tensor) -> Hashable:
+    """Over which processes a sharded tensor is divided, and how."""
+    return _dtensor(tensor).device_mesh, _dtensor(tensor).placements
+
+
+def ranks_of(param: Tensor) -> tuple[set[int], set[int]]:
+    """The ranks among which this process's part of a sharded parameter is divided from the whole,
+    and those that hold parts of it at all, this one's copies among them."""
+    mesh = _dtensor(param).device_mesh
+    groups = [
+        (placement.is_shard(), torch.distributed.get_process_group_ranks(mesh.get_group(i)))
+        for i, placement in enumerate(_dtensor(param).placements)
+    ]
+    divided = {rank for sharded, ranks in groups if sharded for rank in ranks}
+    return divided, {rank for _, ranks in groups for rank in ranks}
+
+
+def rows_here(param: Tensor) -> range:
+    """The rows of the whole tensor that lie in this process."""
+    columns = math.prod(param.shape[1:])
+    first = offset(param) // columns if columns else 0
+    return range(first, first + local(param).shape[0])
+
+
+def kth_smallest(values: Tensor, count: int, param: Tensor) -> Tensor:
+    """The `count`-th smallest of values >= 0 that are divided over the processes as the parameter.
+
+    Args:
+        values: this process's, flat, float32.
+        count: from 1.
+
+    Returns:
+        float32, (); the same in all processes. Nothing but counts is exchanged.
+    """
+    # The bits of floats >= 0 are ordered as the floats are. They are found a byte at a time.
+    bits, found = values.view(torch.int32), 0
+    for shift in (24, 16, 8, 0):
+        bytes_here = (bits >> shift) & 255
+        counts = torch.bincount(bytes_here, minlength=256)
+        sum_(counts, param)
+        up_to = counts.cumsum(0)
+        byte = int((up_to < count).sum())
+        count -= int(up_to[byte] - counts[byte])
+        bits = bits[bytes_here == byte]
+        found |= byte << shift
+    return torch.tensor(found, dtype=torch.int32, device=values.device).view(torch.float32)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoopt.distributed.sharding import is_sharded, whole
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.parameters import named_params
 from zoopt.registry import rows
@@ -123,9 +124,12 @@ def rebuild(header: dict[str, Any], model: Any) -> ZerothOrderOptimizer:
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A hash of the tensors' bytes, a chunk at a time: SHA-256, about 2 GB/s on present cores."""
+    """A hash of the tensors' bytes, a chunk at a time: SHA-256, about 2 GB/s on present cores.
+
+    Sharded tensors are gathered, one after the other; all processes must call it then."""
     digest = hashlib.sha256()
     for tensor in tensors:
+        tensor = whole(tensor) if is_sharded(tensor) else tensor
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         for chunk in torch.split(flat, _CHUNK):
             digest.update(chunk.cpu().numpy().data)

@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from zoopt.checks import check_number
+from zoopt.distributed.sharding import is_sharded, local
+from zoopt.parameters import named_params
 from zoopt.trajectory.format import Event, Kind, TrajectoryError, encode, encode_header, read
 from zoopt.trajectory.header import describe, names_of, to_json
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
@@ -75,8 +77,13 @@ class Recorder:
         path: str | Path,
         *,
         sync_every: float = 1.0,
+        writes: bool = True,
     ) -> Recorder:
         """Start a new file.
+
+        Args:
+            writes: whether this process writes it; all that hold parts of sharded parameters must
+                call this, for the hash.
 
         Raises:
             ValueError: the optimizer has already taken a step, cannot be recorded, or trains
@@ -85,8 +92,12 @@ class Recorder:
         """
         check_number("sync_every", sync_every, low=0.0)
         refuse_unrecordable(optimizer)
-        header = encode_header(describe(optimizer, names_of(optimizer, model)))
         path = Path(path)
+        if not writes and not any(map(is_sharded, optimizer._params())):
+            return cls(optimizer, path, None, 0, float(sync_every))
+        header = encode_header(describe(optimizer, names_of(optimizer, model)))
+        if not writes:
+            return cls(optimizer, path, None, 0, float(sync_every))
         file = locked(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         recorder = cls(
             optimizer, path, file, int.from_bytes(header[-4:], "little"), float(sync_every)
@@ -286,8 +297,10 @@ class Recorder:
         return [param.requires_grad for param in self._params()]
 
     def _versions(self) -> list[int]:
-        """Autograd's version counter of each parameter, which increases with every write."""
-        return [param._version for param in self._params()]
+        """Autograd's version counter of each parameter, which increases with every write. A sharded
+        one has two: its part, which the optimizer writes, has its own."""
+        versions = [param._version for param in self._params()]
+        return versions + [local(param)._version for param in self._params() if is_sharded(param)]
 
     def _note(self) -> None:
         """Remember groups and version counters, to detect changes made from outside."""
@@ -331,6 +344,13 @@ def refuse_unrecordable(optimizer: ZerothOrderOptimizer) -> None:
             f"{name} cannot be recorded, because its steps do not follow from the losses that a "
             f"closure returns; record MeZO or another class that takes them"
         )
+    for *_, group, param, own in named_params(optimizer.param_groups):
+        if is_sharded(param) and group.get("rank") is not None:
+            raise ValueError(
+                f"a low-rank run must have whole parameters to be recorded, got {own!r}, which is "
+                f"sharded: products of some rows round in another way than those of all; save the "
+                f"run by torch.distributed.checkpoint, or record MeZO"
+            )
     if optimizer.param_groups[0]["step"] or optimizer.state or optimizer.has_pending:
         raise ValueError(
             f"a recording must begin before the first step, got {name} at step "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zoopt.checks import check_nonnegative_int, check_number
 from zoopt.distributed.exchange import Job, Parallel
+from zoopt.distributed.sharding import is_sharded, layout, local, sum_
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels import dispatch
 from zoopt.kernels.batch import Batch
@@ -168,15 +169,15 @@ class ConMeZO(ZerothOrderOptimizer):
 
     def _survey(self) -> None:
         taking_part = [
-            (param, group)
+            (param, self._state(param, group)["momentum_buffer"])
             for _, group, param, _ in named_params(self.param_groups)
             if param.requires_grad
         ]
+        squares = _squares([m for _, m in taking_part if not is_sharded(m)])
+        squares += _sharded_squares([m for _, m in taking_part if is_sharded(m)])
         # math.fsum is exactly rounded, so the order of the parameters does not matter.
-        square = math.fsum(
-            _squares([self._state(param, group)["momentum_buffer"] for param, group in taking_part])
-        )
-        self._norm, self._numel = math.sqrt(square), sum(p.numel() for p, _ in taking_part)
+        self._norm = math.sqrt(math.fsum(squares))
+        self._numel = sum(param.numel() for param, _ in taking_part)
 
     def _direction(self, param: Tensor, group: Group, number: int, *, virtual: bool) -> Direction:
         radial, lateral = cone(self._norm, self._numel, float(group["cone_angle"]))
@@ -223,4 +224,18 @@ def _squares(buffers: Sequence[Tensor]) -> list[float]:
             found.append(known(buffer.double().square().sum(), 1.0))
     for own in together.values():
         found += energies(Batch(own, [NoiseKey(0, 0)] * len(own), reads=True)).tolist()
+    return found
+
+
+def _sharded_squares(buffers: Sequence[Tensor]) -> list[float]:
+    """The sums of squares of sharded buffers: one exchange for those that are divided alike."""
+    alike: dict[Hashable, list[Tensor]] = {}
+    for buffer in buffers:
+        alike.setdefault(layout(buffer), []).append(buffer)
+    found = []
+    for own in alike.values():
+        here = math.fsum(_squares([local(buffer) for buffer in own]))
+        total = torch.tensor(here, dtype=torch.float64, device=own[0].device)
+        sum_(total, own[0])
+        found.append(float(total))
     return found

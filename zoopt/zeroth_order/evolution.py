@@ -11,9 +11,11 @@ from torch import Tensor
 from zoopt.ambient import opaque
 from zoopt.checks import check_bool, check_choice, check_positive_int
 from zoopt.distributed.exchange import Job, Parallel
+from zoopt.distributed.sharding import is_sharded
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
+from zoopt.parameters import named_params
 from zoopt.registry import register
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
@@ -178,6 +180,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
                 perturbation in place while the run is recorded.
         """
         check_closure(evaluate, "evaluate")
+        self._refuse_parts("evaluate")
         population = self._population()
         chosen = population.chosen(members)
         if self.recorder is not None and not all(site.virtual for site in population.sites):
@@ -231,6 +234,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
                 message names the operator.
         """
         check_closure(evaluate, "evaluate_batched")
+        self._refuse_parts("evaluate_batched")
         check_positive_int("examples", examples)
         population = self._population()
         chosen = population.chosen(members)
@@ -275,6 +279,15 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         self._spacing = 0.0
         self._warn_of_narrow(eps, [values])
         return mean_loss(population.losses)
+
+    def _refuse_parts(self, call: str) -> None:
+        """Raise if parameters are sharded: their ranks can only evaluate the same member."""
+        for *_, param, name in named_params(self.param_groups):
+            if is_sharded(param):
+                raise RuntimeError(
+                    f"{call} must have whole parameters, got {name!r}, which is sharded: all ranks "
+                    f"gather it for each member; pass a process_group, and call step"
+                )
 
     def _note_spacing(self, eps: float, fitness: Sequence[float]) -> None:
         """Judge fitnesses of 16 bits; a single one waits for the rest of the population."""
@@ -347,9 +360,6 @@ class EvolutionStrategy(ZerothOrderOptimizer):
     ) -> None:
         self._descend(site, pending, offset, self._weights(site.group, pending), progress)
 
-    def _can_shard(self, group: Group) -> bool:
-        return group["rank"] is None
-
     def _virtual(self, param: Tensor, group: Group) -> bool:
         if group["rank"] is None:
             return super()._virtual(param, group)
@@ -362,7 +372,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
         key = NoiseKey(group["seed"], number, distribution=group["distribution"])
         if group["rank"] is None or param.dim() < 2:
             return Noise(key)
-        return OuterProduct(key, param, group["rank"])
+        return OuterProduct(key, self._whole(param), group["rank"])
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)

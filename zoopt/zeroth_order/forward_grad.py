@@ -130,8 +130,8 @@ class ForwardGrad(MomentumSGD):
             params, defaults, seed=seed, process_group=process_group, parallel=parallel
         )
 
-    def _can_shard(self, group: Group) -> bool:
-        return False
+    # A tangent takes the place of what an operator reads, which FSDP gathers itself.
+    _can_shard = False
 
     def _virtual(self, param: Tensor, group: Group) -> bool:
         return True

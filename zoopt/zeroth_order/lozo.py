@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zoopt.checks import check_number
 from zoopt.distributed.exchange import Job, Parallel
+from zoopt.distributed.sharding import local
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.noise.key import NoiseKey
@@ -59,12 +60,12 @@ class LazyPair(LowRank):
         return self.normals(draw, self.rows * self.rank, (self.columns, self.rank))
 
     def left(self, coefficients: Coefficients) -> Tensor:
-        """sum_d coefficients[d] U(d): (m, r)."""
-        return self.combined(coefficients, (self.rows, self.rank))
+        """sum_d coefficients[d] U(d): (m, r), the rows that are here."""
+        return self.combined(coefficients, self.left_shape, self.left_start)
 
     def normals_of(self, coefficients: Terms) -> Normals:
         """What `left` is made of."""
-        return Normals(self.key, (self.rows, self.rank), (coefficients,))
+        return Normals(self.key.shifted(self.left_start), self.left_shape, (coefficients,))
 
     @property
     def basis_normals(self) -> Normals:
@@ -276,6 +277,6 @@ class LOZO(LowRankZerothOrder):
         if "momentum_buffer" not in self.state[param] or param.dim() == 1:
             return
         old = self._matrix_direction(param, group, NoiseKey(group["seed"], number))
-        buffer = self.state[param]["momentum_buffer"]
+        buffer = local(self.state[param]["momentum_buffer"])
         for _ in whole(buffer, progress):
             buffer.copy_(carried_over(buffer, old.right, old.basis(new)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zoopt.distributed.exchange import Job, Parallel
+from zoopt.distributed.sharding import local
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels import dispatch
 from zoopt.kernels.batch import Batch
@@ -38,7 +40,7 @@ class LeftSubspace(LowRank):
 
     Args:
         key, param, rank: as for `LowRank`.
-        basis: P (m, r), orthonormal columns.
+        basis: P (m, r), orthonormal columns; the rows that are here.
     """
 
     def __init__(self, key: NoiseKey, param: Tensor, rank: int, basis: Tensor) -> None:
@@ -48,7 +50,7 @@ class LeftSubspace(LowRank):
     def draw_basis(self, draw: int) -> None:
         """Fill P from the numbers of the draw that follow its u."""
         start = self.rank * self.columns
-        self.basis.copy_(self.haar(draw, start, (self.rows, self.rank)))
+        self.basis.copy_(self.here_of(self.haar(draw, start, (self.rows, self.rank))))
 
     def inner(self, coefficients: Coefficients) -> Tensor:
         """sum_d coefficients[d] u(d): (r, n)."""
@@ -204,7 +206,7 @@ class ZOMuon(LowRankZerothOrder):
         return {"basis": TensorSpec(shape, accumulator_dtype(param.dtype))}
 
     def _matrix_direction(self, param: Tensor, group: Group, key: NoiseKey) -> LeftSubspace:
-        return LeftSubspace(key, param, group["rank"], self._state(param, group)["basis"])
+        return LeftSubspace(key, param, group["rank"], local(self._state(param, group)["basis"]))
 
     def _initialise(self, param: Tensor, group: Group, number: int) -> None:
         if param.dim() > 1:
@@ -230,12 +232,15 @@ class ZOMuon(LowRankZerothOrder):
         together: dict[Any, list[Site]] = {}
         for site in sites:
             param, weights = site.param, self._weights(site.group, pending)
-            if dispatch.launches(param):
+            whole = self._whole(param)
+            if dispatch.launches(param) and whole is param:
                 alike = (param.dtype, param.device, tuple(weights.items()))
                 together.setdefault(alike, []).append(site)
                 continue
-            assert isinstance(site.direction, Noise)
-            estimate = site.direction.combine(param.detach().flatten(), weights, 0)
+            # Of a sharded vector all of it: that needs nothing from the other parts.
+            values = param.new_empty(whole.numel())
+            noise = Noise(dataclasses.replace(site.direction.key, offset=0))
+            estimate = noise.combine(values, weights, 0)
             norms[param] = known(estimate.double().square().sum().sqrt(), 1.0)
         for (*_, weights), own in together.items():
             draws, coefficients = zip(*weights, strict=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoopt.distributed.exchange import Job, Parallel
+from zoopt.distributed.sharding import local
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -24,7 +25,7 @@ from zoopt.zeroth_order.engine.progress import Progress
 from zoopt.zeroth_order.engine.sites import Site
 
 
-def subzero(R: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+def subzero(R: Tensor, U: Tensor, V: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """SubZero's direction Z = sqrt(m n) / r U R V^T of an (m, n) matrix, as two thin factors.
 
         g_j    = [L(theta + eps Z_j) - L(theta - eps Z_j)] / (2 eps)
@@ -34,12 +35,14 @@ def subzero(R: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         R: (r, r), normals, new in every probe; or a weighted sum of such.
-        U, V: (m, r) and (n, r), orthonormal columns, new every T steps.
+        U, V: (m, r) and (n, r), orthonormal columns, new every T steps. Some rows of U give the
+            same rows of Z.
+        m: how many rows all of U has.
 
     Returns:
         left (m, r) and right (n, r), with Z = left right^T.
     """
-    (m, r), n = U.shape, V.shape[0]
+    n, r = V.shape
     return U @ (R * (math.sqrt(m * n) / r)), V
 
 
@@ -48,7 +51,8 @@ class Subspace(LowRank):
 
     Args:
         key, param, rank: as for `LowRank`.
-        left_basis, right_basis: U (m, r) and V (n, r), orthonormal columns.
+        left_basis, right_basis: U (m, r), the rows that are here, and V (n, r), orthonormal
+            columns.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class Subspace(LowRank):
     def draw_bases(self, draw: int) -> None:
         """Fill U and V from the numbers of the draw that follow its R."""
         start = self.rank * self.rank
-        self.left_basis.copy_(self.haar(draw, start, (self.rows, self.rank)))
+        self.left_basis.copy_(self.here_of(self.haar(draw, start, (self.rows, self.rank))))
         start += self.rows * self.rank
         self.right_basis.copy_(self.haar(draw, start, (self.columns, self.rank)))
 
@@ -83,7 +87,7 @@ class Subspace(LowRank):
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """As in `LowRank`; all draws share U and V."""
         R = self.combined(coefficients, (self.rank, self.rank))
-        return subzero(R, self.left_basis, self.right_basis)
+        return subzero(R, self.left_basis, self.right_basis, self.rows)
 
 
 @register("subzero", "zeroth-order")
@@ -167,7 +171,10 @@ class SubZero(LowRankZerothOrder):
 
     def _matrix_direction(self, param: Tensor, group: Group, key: NoiseKey) -> Subspace:
         state = self._state(param, group)
-        return Subspace(key, param, group["rank"], state["basis_u"], state["basis_v"])
+        return Subspace(key, param, group["rank"], local(state["basis_u"]), state["basis_v"])
+
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
+        return name != "basis_v"
 
     def _initialise(self, param: Tensor, group: Group, number: int) -> None:
         if param.dim() > 1:

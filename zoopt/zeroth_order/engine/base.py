@@ -20,7 +20,6 @@ from zoopt.distributed.checkpoint import (
     called_by_load,
 )
 from zoopt.distributed.exchange import Job, Parallel
-from zoopt.distributed.sharding import is_sharded
 from zoopt.optimizer import Params
 from zoopt.parameters import named_params
 from zoopt.warn import warn
@@ -120,7 +119,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
             torch.set_grad_enabled(gradients)
             self._undo(perturbation)
             if self.recorder is not None:
-                self.recorder.failed(moved=any(not site.virtual for site in pending.sites))
+                self.recorder.failed(moved=any(site.in_place for site in pending.sites))
             raise
         self._pending = pending
         if self.recorder is not None:
@@ -178,7 +177,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
             begun = self._unfinished is not None
             self._undo(perturbation)
             if self.recorder is not None and not begun:
-                self.recorder.failed(moved=any(not site.virtual for site in pending.sites))
+                self.recorder.failed(moved=any(site.in_place for site in pending.sites))
             raise
         return loss
 
@@ -200,7 +199,8 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         """Record the run from its first step on: a file from which the weights can be remade.
 
         A step takes some 15 bytes: what the closure returned. `zoopt.replay` takes the steps again.
-        In a process group its first rank writes what all have agreed on, and the others nothing.
+        In a process group its first rank writes what all have agreed on, and the others nothing;
+        all must call it. Sharded parameters are gathered for the hash, one after the other.
 
         Args:
             path: a new file.
@@ -213,22 +213,18 @@ class ZerothOrderOptimizer(ZerothOrderJob):
             The recorder; `close()` ends the recording.
 
         Raises:
-            ValueError: a step has been taken, steps of this class do not follow from losses, or
-                there is neither a model nor a name for each parameter; or one is sharded.
+            ValueError: a step has been taken, steps of this class do not follow from losses (of a
+                low-rank one, where parameters are sharded: they do up to rounding), or there is
+                neither a model nor a name for each parameter.
             FileExistsError: there is such a file; see `zoopt.trajectory.resume`.
         """
         from zoopt.trajectory.recorder import Recorder
 
-        for *_, param, name in named_params(self.param_groups):
-            if is_sharded(param):
-                raise ValueError(
-                    f"parameters must be whole to be recorded, got {name!r}, which is sharded; "
-                    f"save the run by torch.distributed.checkpoint"
-                )
-        if self._exchange is not None and not self._exchange.first:
-            return Recorder(self, Path(path), None, 0, sync_every)
-        self.recorder = Recorder.new(self, model, path, sync_every=sync_every)
-        return self.recorder
+        first = self._exchange is None or self._exchange.first
+        recorder = Recorder.new(self, model, path, sync_every=sync_every, writes=first)
+        if first:
+            self.recorder = recorder
+        return recorder
 
     @property
     def has_pending(self) -> bool:

@@ -88,6 +88,9 @@ class Direction:
         """
         raise NotImplementedError
 
+    def of_part(self, first: int, numel: int) -> None:
+        """The parameter is only a part of the whole one: `numel` elements from `first` on."""
+
     def add_(
         self,
         param: Tensor,
@@ -146,6 +149,9 @@ class Elementwise(Direction):
     def __init__(self, key: NoiseKey) -> None:
         self.key = key
 
+    def of_part(self, first: int, numel: int) -> None:
+        """As in `Direction`: its noise is that of its place in the whole."""
+        self.key = self.key.shifted(first)
     def form(self, coefficients: Coefficients) -> tuple[Any, ...]:
         """As in `Direction`."""
         key, (shape, _) = self.key, self.shaping(coefficients, {})

@@ -24,7 +24,7 @@ from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
 from zoopt.parameters import check_param, named_params
 from zoopt.zeroth_order.engine.blocks import block_due, block_of, check_blocks
-from zoopt.zeroth_order.engine.direction import Direction, Elementwise, Noise
+from zoopt.zeroth_order.engine.direction import Direction, Noise
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator
 from zoopt.zeroth_order.engine.sites import Site, Sites
@@ -138,8 +138,8 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
                 virtual, copied = False, virtual
             direction = self._direction(part, group, number, virtual=virtual)
             if direction is not None:
-                if sharded and isinstance(direction, Elementwise):
-                    direction.key = direction.key.shifted(offset(param))
+                if sharded:
+                    direction.of_part(offset(param), part.numel())
                 scale = float(group[self._names.scale])
                 rounding = resolved_rounding(group["rounding"], param.dtype)
                 yield Site(part, group, direction, virtual, rounding, scale, copied)
@@ -150,6 +150,10 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         self._wholes[part] = param
         return part
 
+    def _whole(self, param: Tensor) -> Tensor:
+        """The parameter that this is a part of, or is."""
+        return self._wholes.get(param, param)
+
     def _state(self, param: Tensor, group: Group) -> dict[str, Any]:
         """As in `DeclaredStateOptimizer`; of a part, the parts of the whole parameter's."""
         whole = self._wholes.get(param)
@@ -157,9 +161,8 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
             return super()._state(param, group)
         return {name: local(value) for name, value in super()._state(whole, group).items()}
 
-    def _can_shard(self, group: Group) -> bool:
-        """Whether a part of a parameter can be stepped by itself, by its place in the whole."""
-        return False
+    #: Whether a part of a parameter can be stepped by itself, by its place in the whole.
+    _can_shard = True
 
     @OwnArithmetic()
     def _ready_all(self) -> list[Tensor]:
@@ -240,16 +243,14 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         for param, name in zip(group["params"], names, strict=True):
             check_param(local(param))
             if is_sharded(param):
-                self._check_shard(group, param, name)
+                self._check_shard(param, name)
 
-    def _check_shard(self, group: Group, param: Tensor, name: str | int) -> None:
-        """Raise unless the group's method can step a sharded parameter."""
-        if not self._can_shard(group):
+    def _check_shard(self, param: Tensor, name: str | int) -> None:
+        """Raise unless the method can step a sharded parameter."""
+        if not self._can_shard:
             raise ValueError(
-                f"{type(self).__name__} must have whole parameters with these hyperparameters, got "
-                f"{name!r}, which is sharded; use MeZO, ZOAdam, ZOSignSGD, FZOO, HiZOO, "
-                f"ZOConservativeSGD or an EvolutionStrategy without a rank, with mask None or "
-                f"'random', or keep the parameter out of fully_shard"
+                f"{type(self).__name__} must have whole parameters, got {name!r}, which is "
+                f"sharded; use another class, MeZO say, or keep the parameter out of fully_shard"
             )
         check_placement(param, name)
         if inner_dimension(param):

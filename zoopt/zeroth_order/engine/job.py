@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from zoopt.checks import check_nonnegative_int
 from zoopt.distributed.exchange import Exchange, Job, Parallel, digest_of
 from zoopt.distributed.replicas import compare
 from zoopt.distributed.seed import several_ranks
-from zoopt.distributed.sharding import is_sharded
+from zoopt.distributed.sharding import is_sharded, layout, ranks_of
 from zoopt.optimizer import Params
 from zoopt.parameters import named_params
 from zoopt.warn import warn
@@ -90,6 +90,7 @@ class ZerothOrderJob(ZerothOrderUpdates):
             if self.recorder is not None:
                 closure = self.recorder.listen(closure)
             return self._own_evaluation(closure, perturbation)
+        self._check_shards(exchange)
         standing = self._standing(pending)
         return SharedEvaluation(
             closure,
@@ -169,6 +170,26 @@ class ZerothOrderJob(ZerothOrderUpdates):
                     f"sharded, got none, and {name!r} is: the parts of a parameter would move by "
                     f"the loss of their own rank; pass torch.distributed.group.WORLD"
                 )
+
+    def _check_shards(self, exchange: Exchange) -> None:
+        """Raise unless the ranks over which parameters are sharded are in the job, and evaluate at
+        the same points: a forward pass gathers the parts of all of them."""
+        first: dict[Hashable, Tensor] = {}
+        for param in self._wholes.values():
+            first.setdefault(layout(param), param)
+        for param in first.values():
+            divided, holding = ranks_of(param)
+            if divided <= exchange.same_points and holding <= exchange.ranks:
+                continue
+            name = next(name for *_, own, name in named_params(self.param_groups) if own is param)
+            raise RuntimeError(
+                f"the ranks over which parameters are sharded must be in the process_group and "
+                f"evaluate at the same points, got {name!r}, which is divided over ranks "
+                f"{sorted(divided)} and held by {sorted(holding)}, in a group of "
+                f"{sorted(exchange.ranks)}, of which {sorted(exchange.same_points)} evaluate "
+                f"together; use parallel='data', or a mesh whose dimension 'data' is the one of "
+                f"fully_shard"
+            )
 
     def _warn_alone(self) -> None:
         """Warn once that replicas will drift apart."""

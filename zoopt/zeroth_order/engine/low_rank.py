@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_nonnegative_int, check_positive_int
+from zoopt.distributed.sharding import rows_here
 from zoopt.dtypes import Rounding, accumulator_dtype
 from zoopt.kernels import add_, apply_
 from zoopt.kernels.batch import Batch
@@ -24,7 +25,7 @@ from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op_batch import add_products_
 from zoopt.linalg import sign_fixed_qr
 from zoopt.noise import normal, stream
-from zoopt.optimizer import Group, Params
+from zoopt.optimizer import Group, Params, TensorSpec
 from zoopt.parameters import named_params
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise, whole
@@ -41,8 +42,13 @@ class LowRank(Direction):
 
     Args:
         key: the parameter's noise.
-        param: the parameter.
+        param: the parameter; the whole one, if it is sharded.
         rank: the most columns that a factor may have.
+
+    Attributes:
+        rows, columns: m and n.
+        here: the rows that lie in this process. What is added to them, and the left factors that
+            are made for that, are theirs alone.
     """
 
     thin = True
@@ -52,10 +58,12 @@ class LowRank(Direction):
         self.device = param.device
         self.dtype = accumulator_dtype(param.dtype)
         self.rows, self.columns = matrix_shape(param)
+        self.here = rows_here(param)
         self.rank = min(rank, self.rows, self.columns)
 
     def pair(self, draw: int) -> tuple[Tensor, Tensor]:
-        """left (m, r) and right (n, r) of a draw, in the accumulator's dtype."""
+        """left (m, r), its rows that are here, and right (n, r) of a draw, in the accumulator's
+        dtype."""
         raise NotImplementedError
 
     def normals(self, draw: int, start: int, shape: tuple[int, int]) -> Tensor:
@@ -71,12 +79,33 @@ class LowRank(Direction):
         )
         return z.to(self.dtype).view(shape)
 
-    def combined(self, coefficients: Coefficients, shape: tuple[int, int]) -> Tensor:
-        """sum_d coefficients[d] times the draw's first normals, in rows of `shape`."""
+    def combined(
+        self, coefficients: Coefficients, shape: tuple[int, int], start: int = 0
+    ) -> Tensor:
+        """sum_d coefficients[d] times the draw's normals `start` ..., in rows of `shape`."""
         total = torch.zeros(shape, dtype=self.dtype, device=self.device)
         for draw, coefficient in coefficients.items():
-            total += coefficient * self.normals(draw, 0, shape)
+            total += coefficient * self.normals(draw, start, shape)
         return total
+
+    @property
+    def left_start(self) -> int:
+        """The place of a left factor's first row here, among a draw's normals in rows of r."""
+        return self.here.start * self.rank
+
+    @property
+    def left_shape(self) -> tuple[int, int]:
+        """The shape of a left factor's rows that are here."""
+        return len(self.here), self.rank
+
+    def here_of(self, left: Tensor) -> Tensor:
+        """The rows that are here of a whole left factor."""
+        return left[self.here.start : self.here.stop]
+
+    @property
+    def rounding_key(self) -> NoiseKey:
+        """The key of the rows' rounding: that of their place in the whole."""
+        return self.key.shifted(self.here.start * self.columns)
 
     def haar(self, draw: int, start: int, shape: tuple[int, int]) -> Tensor:
         """Orthonormal columns, uniformly distributed, of normals start ... of the draw."""
@@ -111,7 +140,7 @@ class LowRank(Direction):
         else:
             left, right = (
                 torch.zeros(size, 1, dtype=self.dtype, device=self.device)
-                for size in (self.rows, self.columns)
+                for size in (len(self.here), self.columns)
             )
         self.add_product_(
             *(param, left, right),
@@ -135,9 +164,11 @@ class LowRank(Direction):
             return False
         if not progress.passes.takes(param):
             return False
-        matrix = param.detach().view(self.rows, self.columns)
+        matrix = param.detach().view(len(self.here), self.columns)
         beside = {"directions": self, **(beside or {})}
-        return progress.passes.put(operation, matrix, self.key, progress, beside=beside, **options)
+        return progress.passes.put(
+            operation, matrix, self.rounding_key, progress, beside=beside, **options
+        )
 
     def add_product_(
         self,
@@ -150,17 +181,18 @@ class LowRank(Direction):
         rounding_draw: int | None,
         progress: Progress | None = None,
     ) -> None:
-        """param <- round(decay param + left right^T): left (m, k), right (n, k)."""
+        """param <- round(decay param + left right^T): left (m, k), right (n, k); of the rows that
+        are here."""
         progress = progress or Progress()
         with progress.dense(param) as dense:
-            matrix = dense.view(self.rows, self.columns)
+            matrix = dense.view(len(self.here), self.columns)
             if param.dtype == self.dtype:
                 for _ in whole(matrix, progress):
                     matrix.addmm_(left, right.T, beta=decay)
                 return
             size = max(1, _ROW_CHUNK_ELEMENTS // max(1, self.columns))
             # Without values only memory is counted: two chunks take what all of them do.
-            end = min(2 * size, self.rows) if is_fake(matrix) else self.rows
+            end = min(2 * size, self.rows) if is_fake(matrix) else len(matrix)
             for number, start in enumerate(range(0, end, size)):
                 rows = matrix[start : start + size]
                 if not progress.begin(number, rows):
@@ -174,7 +206,7 @@ class LowRank(Direction):
                     decay=decay,
                     rounding="nearest" if rounding_draw is None else rounding,
                     rounding_draw=rounding_draw,
-                    key=self.key.shifted(start * self.columns),
+                    key=self.rounding_key.shifted(start * self.columns),
                 )
                 progress.end(number)
 
@@ -208,7 +240,9 @@ class OuterProduct(LowRank):
 
     def pair(self, draw: int) -> tuple[Tensor, Tensor]:
         """As in `LowRank`."""
-        return self.split(self.normals(draw, 0, (self.rows + self.columns, self.rank)))
+        left = self.normals(draw, self.left_start, self.left_shape)
+        right = self.normals(draw, self.rows * self.rank, (self.columns, self.rank))
+        return left / math.sqrt(self.rank), right
 
     @classmethod
     def pairs_together(
@@ -218,7 +252,7 @@ class OuterProduct(LowRank):
         wanted = []
         for own in directions:
             scaled = [((draw, c / math.sqrt(own.rank)),) for draw, c in coefficients.items()]
-            wanted.append(Normals(own.key, (own.rows, own.rank), tuple(scaled)))
+            wanted.append(Normals(own.key.shifted(own.left_start), own.left_shape, tuple(scaled)))
         ones = tuple(((draw, 1.0),) for draw in coefficients)
         for own in directions:
             behind = own.key.shifted(own.rows * own.rank)
@@ -251,6 +285,9 @@ class LowRankZerothOrder(ZerothOrderOptimizer):
         check_positive_int("basis_update_gap", group["basis_update_gap"])
         check_nonnegative_int("basis_draw", group["basis_draw"], 1 << 32)
 
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
+        return True  # a left factor, or of the parameter's shape
+
     def _virtual(self, param: Tensor, group: Group) -> bool:
         # At the operators that read them, low-rank directions cost no pass over the weights.
         return bool(group["perturbation"] != "inplace")
@@ -259,10 +296,12 @@ class LowRankZerothOrder(ZerothOrderOptimizer):
         self, param: Tensor, group: Group, number: int, *, virtual: bool
     ) -> Direction | None:
         key = NoiseKey(group["seed"], number)
-        return self._matrix_direction(param, group, key) if param.dim() > 1 else Noise(key)
+        if param.dim() < 2:
+            return Noise(key)
+        return self._matrix_direction(self._whole(param), group, key)
 
     def _matrix_direction(self, param: Tensor, group: Group, key: NoiseKey) -> LowRank:
-        """The directions of a parameter of two or more dimensions."""
+        """The directions of a parameter of two or more dimensions; the whole one, if sharded."""
         raise NotImplementedError
 
     def _change_run(self, run: dict[str, int]) -> list[Callable[[], None]]:

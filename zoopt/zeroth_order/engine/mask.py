@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from zoopt.distributed.sharding import is_sharded, kth_smallest, local
 from zoopt.kernels import apply_, dispatch
 from zoopt.kernels.batch import Batch, packed, packed_like
 from zoopt.kernels.descent.op import small_elements
@@ -88,6 +89,19 @@ class Indexed(Noise):
     def __init__(self, key: NoiseKey, indices: Tensor) -> None:
         super().__init__(key)
         self.indices: Tensor = indices
+        #: Of a part of a parameter: which indices lie in it, and where.
+        self._here: tuple[Tensor, Tensor] | None = None
+
+    def of_part(self, first: int, numel: int) -> None:
+        """As in `Direction`. All noise is made; that of other parts' elements goes nowhere."""
+        inside = (self.indices >= first) & (self.indices < first + numel)
+        self._here = inside.nonzero().squeeze(1), self.indices[inside] - first
+
+    def queued(
+        self, operation: str, param: Tensor, progress: Progress | None, **options: Any
+    ) -> bool:
+        """As in `Elementwise`; never for a part, which a kernel's indices could not be of."""
+        return self._here is None and super().queued(operation, param, progress, **options)
 
     @classmethod
     def window(cls, moving: Sequence[tuple[Tensor, Elementwise]]) -> Batch:
@@ -121,7 +135,13 @@ class Indexed(Noise):
     @contextlib.contextmanager
     def elements(self, param: Tensor, progress: Progress | None = None) -> Iterator[Tensor]:
         """The indexed elements."""
-        with (progress or Progress()).indexed(param, self.indices) as values:
+        progress = progress or Progress()
+        if self._here is None:
+            with progress.indexed(param, self.indices) as values:
+                yield values
+            return
+        positions, places = self._here
+        with progress.indexed(param, places, positions, len(self.indices)) as values:
             yield values
 
     def perturbed(self, param: Tensor, coefficients: Coefficients) -> Tensor:
@@ -135,8 +155,10 @@ class Indexed(Noise):
 
 def magnitude_threshold(param: Tensor, density: float) -> Tensor:
     """The |value| below or at which ceil(density numel) elements lie: float32, ()."""
-    magnitudes = param.detach().flatten().float().abs()
-    count = math.ceil(density * magnitudes.numel())
+    magnitudes = local(param).detach().flatten().float().abs()
+    count = math.ceil(density * param.numel())
+    if is_sharded(param):
+        return kth_smallest(magnitudes, count, param)
     if torch.are_deterministic_algorithms_enabled():
         # On CUDA, kthvalue then raises: which of equal elements it finds is open.
         return magnitudes.sort().values[count - 1].clone()

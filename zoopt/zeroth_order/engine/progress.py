@@ -110,13 +110,28 @@ class Progress:
         param.detach().copy_(self._dense)
 
     @contextlib.contextmanager
-    def indexed(self, param: Tensor, indices: Tensor) -> Iterator[Tensor]:
-        """The elements at flat indices, in a copy; what is written there is the parameter's."""
+    def indexed(
+        self,
+        param: Tensor,
+        indices: Tensor,
+        positions: Tensor | None = None,
+        count: int | None = None,
+    ) -> Iterator[Tensor]:
+        """The elements at flat indices, in a copy; what is written there is the parameter's.
+
+        Args:
+            positions, count: the elements' positions in the copy, of which there are `count`; the
+                others are 0, and what is written there is nobody's. Default: all, in order.
+        """
         if self._dense is None:
             self._dense = param.detach().reshape(-1)[indices]
+            if positions is not None:
+                few = self._dense
+                self._dense = few.new_zeros(count or 0)
+                self._dense[positions] = few
         yield self._dense
         with contiguous(param) as dense:
-            dense.view(-1)[indices] = self._dense
+            dense.view(-1)[indices] = self._dense if positions is None else self._dense[positions]
 
 
 def _sample(piece: Tensor) -> tuple[int, bytes]:

@@ -148,6 +148,7 @@ class SharedEvaluation(Evaluation):
         if error is not None:
             raise error
         if (agreed.apart or agreed.check) and not agreed.failed[0]:
+            self.perturbation.put_back()  # Ranks may have evaluated at different points.
             self._compare_replicas()
         refuse(agreed)
         if repeated is not None:

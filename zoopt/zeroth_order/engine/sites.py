@@ -32,6 +32,11 @@ class Site:
     zo_eps: float
     copied: bool = False
 
+    @property
+    def in_place(self) -> bool:
+        """Whether it moves by rounded additions."""
+        return not (self.virtual or self.copied)
+
 
 #: Where each parameter is to stand, relative to theta: the same for all of a param group.
 Displacement = Callable[[Site], Coefficients]
@@ -61,7 +66,7 @@ class Sites(tuple[Site, ...]):
     @functools.cached_property
     def in_place(self) -> list[Site]:
         """Those whose parameters move in place."""
-        return [site for site in self if not site.virtual and not site.copied]
+        return [site for site in self if site.in_place]
 
     @functools.cached_property
     def windowed(self) -> dict[int, Site]:

@@ -45,8 +45,11 @@ class SparseZerothOrder(ZerothOrderOptimizer):
     #: Indices that are not int64 on their parameter's device, and copies that are.
     _copies: dict[int, tuple[Tensor, Tensor]] | None = None
 
-    def _can_shard(self, group: Group) -> bool:
-        return group["mask"] in (None, "random")
+    def _follows_rows(self, name: str, spec: TensorSpec, param: Tensor, group: Group) -> bool:
+        # State of explicit indices is whole in every process, as their noise is.
+        return not isinstance(group["mask"], list) and super()._follows_rows(
+            name, spec, param, group
+        )
 
     def _adopt(self, group: Group) -> None:
         """Replace indices by name by a list in the order of the parameters."""
@@ -155,6 +158,7 @@ class SparseZerothOrder(ZerothOrderOptimizer):
 
     def _indices(self, param: Tensor, group: Group) -> Tensor | None:
         """The parameter's explicit indices in a group, which may be a saved one."""
+        param = self._whole(param)
         for own in self.param_groups:
             for indices, candidate in zip(group["mask"], own["params"], strict=False):
                 if candidate is param:
