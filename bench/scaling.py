@@ -1,13 +1,22 @@
 """The cost of a zeroth-order step's exchange: measured on a few ranks, and modelled for more.
 
-    python -m bench.scaling [--ranks 1 2 4] [--steps 200]
+    python -m bench.scaling [--ranks 2 4] [--rounds 5] [--steps 8]
 
-Measured, with processes on this machine over gloo: a step's time with half the batch on one rank
-and on two, and the latency of the exchange alone. Modelled from these, under the assumptions that
-are printed: 8 to 10,000 ranks, with a ring or a tree, and with stragglers.
+Measured, with processes on this machine over gloo, each with a batch of its own. Rounds alternate,
+in the same processes, between
 
-    ring      2 (n - 1) successive messages, each with one n-th of the vector
-    tree      2 ceil(log2 n) successive messages, each with the whole vector
+    alone     the first process takes steps, and the others sleep
+    beside    all take steps at the same time, and exchange nothing: what the machine itself allows,
+              whose cores share caches, memory and clock
+    together  all take the steps together: what the exchange adds, its latency and the wait for the
+              slowest rank
+
+The ratios are taken within each round, so that a machine that becomes slower or faster meanwhile
+changes neither; their median and least are printed. Modelled from the exchange's size, under the
+assumptions that are printed: 8 to 10,000 ranks, with a ring or a tree, and with stragglers.
+
+    ring      2 (n - 1) successive messages an exchange, each with one n-th of the vector
+    tree      2 ceil(log2 n) successive messages an exchange, each with the whole vector
     straggler a step waits for the slowest of n ranks; if times are normal with relative standard
               deviation s, that is about s sqrt(2 ln n) beyond the mean
 """
@@ -16,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import os
@@ -32,12 +42,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import zoopt
+from zoopt.distributed import seed
 from zoopt.distributed.exchange import Exchange
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 #: Bytes of a vector in an exchange: a head of 6 numbers and the losses, padded to 16 float64.
 PAYLOAD = 128
+#: A step in place agrees on its place before anything moves, and then on losses; a virtual one has
+#: the second alone.
+EXCHANGES = 2
 MODELLED = (8, 64, 512, 1000, 4096, 10_000)
+#: Which steps are compared: what the ranks cost in all, what the machine does, what we add.
+RATIOS = (("together", "alone"), ("beside", "alone"), ("together", "beside"))
 #: Relative standard deviation of a step's time between ranks.
 STRAGGLER = 0.05
 #: A network's latency for a message between machines, and its bandwidth in bytes a second.
@@ -51,64 +67,82 @@ def model_and_batch(width: int, batch: int) -> tuple[nn.Module, torch.Tensor]:
 
 
 def seconds(call: Callable[[], Any], count: int) -> list[float]:
-    """The times of `count` calls, after some warm-up calls."""
+    """The times of `count` calls, after one warm-up call."""
+    call()
     times = []
-    for i in range(count + 5):
+    for _ in range(count):
         start = time.perf_counter()
         call()
-        if i >= 5:
-            times.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - start)
     return times
 
 
 def work(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> None:
     """Measure on one rank of several."""
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store{ranks}", ranks)
+    store = dist.FileStore(f"{folder}/store", ranks)
     patience = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
     model, x = model_and_batch(options.width, options.batch)
-    group = dist.group.WORLD if ranks > 1 else None
-    optimizer = zoopt.MeZO(model.parameters(), lr=0.0, seed=0, process_group=group)
-    optimizer.check_every = 0
     labels = torch.zeros(len(x), dtype=torch.long)
+    build = functools.partial(zoopt.MeZO, model.parameters(), lr=0.0, seed=0)
+    shared = build(process_group=dist.group.WORLD)
+    shared.check_every = 0
+    with seed.alone():
+        own = build()
 
-    def step() -> None:
-        optimizer.step(lambda: F.cross_entropy(model(x), labels))
+    def loss() -> torch.Tensor:
+        return F.cross_entropy(model(x), labels)
 
-    times = {"step": seconds(step, options.steps)}
+    def step_alone() -> None:
+        with seed.alone():
+            own.step(loss)
+
     exchange = Exchange(dist.group.WORLD, "data")
-    dist.barrier()
-    times["exchange"] = seconds(lambda: exchange.combine([1.0, 2.0], count=2), options.steps)
+    combine = functools.partial(exchange.combine, [1.0, 2.0], count=2)
+    rounds: list[dict[str, float]] = []
+    for number in range(options.rounds + 1):
+        medians = {}
+        for name, call in (
+            ("alone", step_alone),
+            ("beside", step_alone),
+            ("together", functools.partial(shared.step, loss)),
+            ("exchange", combine),
+        ):
+            dist.barrier()
+            count = options.steps if name != "exchange" else 20 * options.steps
+            times = seconds(call, count) if rank == 0 or name != "alone" else [math.nan]
+            medians[name] = statistics.median(times)
+            dist.barrier()  # Nobody else works while a process finishes its steps alone.
+        if number:  # The first round warms up.
+            rounds.append(medians)
     if rank == 0:
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        Path(folder, f"{ranks}.json").write_text(json.dumps(medians), encoding="utf-8")
+        Path(folder, "rounds.json").write_text(json.dumps(rounds), encoding="utf-8")
     dist.barrier()  # A rank that leaves while another still waits for it aborts that one.
     dist.destroy_process_group()
 
 
 def measured(options: argparse.Namespace) -> list[dict[str, float]]:
-    """Median seconds of a step and of its exchange, for each number of ranks with equal batches."""
+    """Of each number of ranks: median seconds of a step, and the ratios of steps."""
     rows = []
-    for _ in range(options.rounds):
-        for ranks in options.ranks:
-            with tempfile.TemporaryDirectory() as folder:
-                torch.multiprocessing.start_processes(
-                    work, (ranks, options, folder), nprocs=ranks, start_method="spawn"
-                )
-                row = json.loads(Path(folder, f"{ranks}.json").read_text(encoding="utf-8"))
-            rows.append({"ranks": ranks, **row})
-    return [
-        {
-            "ranks": ranks,
-            "bytes": PAYLOAD if ranks > 1 else 0,
-            **{
-                name: min(row[name] for row in rows if row["ranks"] == ranks)
-                for name in ("step", "exchange")
-            },
-        }
-        for ranks in options.ranks
-    ]
+    for ranks in options.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.start_processes(
+                work, (ranks, options, folder), nprocs=ranks, start_method="spawn"
+            )
+            rounds = json.loads(Path(folder, "rounds.json").read_text(encoding="utf-8"))
+        rows.append({"ranks": ranks, "bytes": PAYLOAD, **summary(rounds)})
+    return rows
+
+
+def summary(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Medians of what rounds have measured, and the median and the least of each ratio."""
+    found = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    for name, base in RATIOS:
+        ratios = [each[name] / each[base] for each in rounds]
+        found[f"{name} / {base}"] = statistics.median(ratios)
+        found[f"least {name} / {base}"] = min(ratios)
+    return found
 
 
 def modelled(step: float, payload: int = PAYLOAD) -> list[dict[str, float]]:
@@ -121,9 +155,9 @@ def modelled(step: float, payload: int = PAYLOAD) -> list[dict[str, float]]:
     rows = []
     for ranks in MODELLED:
         latency, per_byte = NETWORK["latency"], 1.0 / NETWORK["bandwidth"]
-        rounds = 2 * math.ceil(math.log2(ranks))
+        rounds = EXCHANGES * 2 * math.ceil(math.log2(ranks))
         tree = rounds * (latency + payload * per_byte)
-        ring = 2 * (ranks - 1) * (latency + payload / ranks * per_byte)
+        ring = EXCHANGES * 2 * (ranks - 1) * (latency + payload / ranks * per_byte)
         wait = step * STRAGGLER * math.sqrt(2.0 * math.log(ranks))
         rows.append(
             {
@@ -158,11 +192,11 @@ def chart(figures: dict[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=128, help="of each rank")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--steps", type=int, default=8, help="of each kind in a round")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the median counts")
+    parser.add_argument("--width", type=int, default=1024, help="a step is then about 0.1 s long")
+    parser.add_argument("--batch", type=int, default=192, help="of each rank")
     parser.add_argument("--modelled-step", type=float, default=0.1, help="seconds, on one rank")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
@@ -171,9 +205,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "measured": rows,
         "load": os.getloadavg()[0],
         "cores": os.cpu_count(),
-        "options": {"width": options.width, "batch": options.batch, "steps": options.steps},
+        "options": {name: getattr(options, name) for name in ("width", "batch", "steps", "rounds")},
         "modelled_step": options.modelled_step,
-        "assumptions": {"straggler": STRAGGLER, "payload": PAYLOAD, **NETWORK},
+        "assumptions": {
+            "straggler": STRAGGLER,
+            "payload": PAYLOAD,
+            "exchanges": EXCHANGES,
+            **NETWORK,
+        },
         "modelled": modelled(options.modelled_step),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -181,9 +220,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     chart(figures, options.output.with_suffix(".png"))
     for row in rows:
         print(
-            f"{row['ranks']} ranks: step {row['step'] * 1e3:.2f} ms, exchange "
-            f"{row['exchange'] * 1e6:.0f} us, {row['bytes']} bytes (load {figures['load']:.1f})"
+            f"{row['ranks']} ranks: a step takes {row['alone'] * 1e3:.1f} ms alone, "
+            f"{row['beside'] * 1e3:.1f} ms beside others, {row['together'] * 1e3:.1f} ms together; "
+            f"the exchange {row['exchange'] * 1e6:.0f} us, {row['bytes']} bytes (load "
+            f"{figures['load']:.1f})"
         )
+        for name, base in RATIOS:
+            ratio, least = row[f"{name} / {base}"], row[f"least {name} / {base}"]
+            print(f"    {name:>8} / {base:<6}  {ratio:.3f} (least {least:.3f})")
     print(f"modelled, of a step of {options.modelled_step} s: {figures['assumptions']}")
     for row in figures["modelled"]:
         print(

@@ -35,9 +35,9 @@ def run(scenarios: Sequence[Scenario], processes: int, folder: Path, patience: f
 
 
 def failure(scenario: Scenario, processes: int, folder: Path) -> str | None:
-    """What went wrong in one of the processes."""
+    """What went wrong in the processes: where one fails, others may say only that it is gone."""
     files = sorted(folder.glob(f"{scenario.__name__}{processes}.*"))
-    return files[0].read_text(encoding="utf-8") if files else None
+    return "\n".join(file.read_text(encoding="utf-8") for file in files) or None
 
 
 def scenario_cases(scenarios: Mapping[int, Sequence[Scenario]]) -> pytest.MarkDecorator:
@@ -75,6 +75,7 @@ def _work(
     for scenario in scenarios:
         # A group for each: one process's failure ends it, and the others go on with the next.
         connect(rank, processes, folder / f"{scenario.__name__}{processes}", patience)
+        torch.manual_seed(1337 + rank)  # as programs do
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from pathlib import Path
 
@@ -21,9 +20,9 @@ def test_more_ranks_cost_more_and_trees_beat_rings() -> None:
             assert after[part] > before[part]
         assert after["efficiency"] < before["efficiency"]
     last = rows[-1]
-    # 28 messages of 20 us, and 2 x 9,999 of them.
-    assert last["tree"] == pytest.approx(28 * 20e-6, rel=1e-2)
-    assert last["ring"] == pytest.approx(2 * 9_999 * 20e-6, rel=1e-2)
+    # 28 messages of 20 us an exchange, and 2 x 9,999 of them.
+    assert last["tree"] == pytest.approx(scaling.EXCHANGES * 28 * 20e-6, rel=1e-2)
+    assert last["ring"] == pytest.approx(scaling.EXCHANGES * 2 * 9_999 * 20e-6, rel=1e-2)
     assert last["efficiency"] > 0.8
 
 
@@ -38,15 +37,24 @@ def test_the_payload_is_that_of_an_exchange() -> None:
         dist.destroy_process_group()
 
 
-def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"ranks": 1, "bytes": 0, "step": 1.0, "exchange": 1e-4}]
+def test_ratios_are_of_steps_of_one_round() -> None:
+    """A machine that becomes twice as slow changes none."""
+    first = {"alone": 1.0, "beside": 1.25, "together": 1.5, "exchange": 1e-4}
+    found = scaling.summary([first, {name: 2.0 * value for name, value in first.items()}])
+    assert found["together / alone"] == found["least together / alone"] == 1.5
+    assert found["beside / alone"] == 1.25
+    assert found["together / beside"] == 1.2
+    assert found["alone"] == 1.5
 
-    def measured(options: argparse.Namespace) -> list[dict[str, float]]:
-        return rows
 
-    monkeypatch.setattr(scaling, "measured", measured)
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_figures_are_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "scaling.json"
-    figures = scaling.main(["--output", str(output)])
-    assert figures["measured"] == rows
+    small = ["--ranks", "2", "--rounds", "2", "--steps", "2", "--width", "16", "--batch", "2"]
+    figures = scaling.main([*small, "--output", str(output)])
+    [row] = figures["measured"]
+    assert row["ranks"] == 2
+    assert all(value > 0 for value in row.values())
+    assert "together / alone" in capsys.readouterr().out
     assert output.exists()
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,9 @@ from torch.distributed.tensor import distribute_tensor
 import zoopt
 from tests.first_order_table import ROWS, backward
 from tests.first_order_table import net as network
-from tests.processes import scenario_cases
+from tests.processes import Scenario, failure, run_all, scenario_cases
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-#: Seconds after which a process that waits for another gives up.
-PATIENCE = 60
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -396,7 +392,7 @@ def refuses_what_has_no_shards(folder: Path) -> None:
     refuses(lambda: replicated(torch.ones(1, 7)), "got DistributedDataParallel")
 
 
-SCENARIOS = {
+SCENARIOS: dict[int, list[Scenario]] = {
     2: [
         equals_the_unsharded_run,
         trains_by_backward,
@@ -421,40 +417,15 @@ SCENARIOS = {
 }
 
 
-def work(rank: int, processes: int, folder: Path) -> None:
-    """One process: every scenario in turn; what went wrong is written to a file of its name."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"store{processes}"), processes)
-    patience = datetime.timedelta(seconds=PATIENCE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=patience)
-    torch.use_deterministic_algorithms(True)
-    for scenario in SCENARIOS[processes]:
-        try:
-            scenario(folder)
-        except BaseException:
-            path = folder / f"{scenario.__name__}{processes}.{rank}"
-            path.write_text(traceback.format_exc(), encoding="utf-8")
-        dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the scenarios' failures, after all of them have run."""
-    folder = tmp_path_factory.mktemp("distributed")
-    # One process imports torch, and the others are its forks.
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    for processes in SCENARIOS:
-        torch.multiprocessing.start_processes(
-            work, (processes, folder), nprocs=processes, start_method="forkserver"
-        )
-    return folder
+    return run_all(SCENARIOS, tmp_path_factory.mktemp("distributed"))
 
 
 @scenario_cases(SCENARIOS)
-def test_sharded(processes: int, scenario: Callable[[Path], None], ran: Path) -> None:
-    failures = sorted(ran.glob(f"{scenario.__name__}{processes}.*"))
-    assert not failures, failures[0].read_text(encoding="utf-8")
+def test_sharded(processes: int, scenario: Scenario, ran: Path) -> None:
+    message = failure(scenario, processes, ran)
+    assert message is None, message
 
 
 @pytest.mark.filterwarnings("ignore:.*process group.*:UserWarning")

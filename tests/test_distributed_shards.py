@@ -137,6 +137,9 @@ def records_replay_in_one_process(folder: Path) -> None:
         recorder.close()
         full = [whole(param) for param in model.parameters()]
         dist.barrier()
+        again = sharded()
+        zoopt.replay(again, path)
+        assert bits([whole(param) for param in again.parameters()]) == bits(full), (row.name, mode)
         plain = mlp()
         other = zoopt.replay(plain, path)
         assert bits(plain) == bits(full), (row.name, mode)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,6 @@ from tests.optimizer_table import CASES, ROWS, closure_of, mlp, regression
 from tests.processes import (
     Scenario,
     bits,
-    connect,
     everywhere,
     failure,
     refusal,
@@ -178,144 +175,6 @@ def other_random_numbers_are_warned_of(folder: Path) -> None:
     assert_equal_everywhere(model, "dropout")
 
 
-def a_loss_of_nan_in_one_rank_is_skipped_in_all(folder: Path) -> None:
-    for parallel in ("data", "probes"):
-        for mode in ("virtual", "inplace"):
-            model = mlp()
-            optimizer = zoopt.MeZO(
-                *(model.parameters(), 0.1),
-                num_probes=2,
-                seed=7,
-                perturbation=mode,  # type: ignore[arg-type]
-                process_group=world(),
-                parallel=parallel,  # type: ignore[arg-type]
-            )
-            optimizer.step(closure_of(model))
-            before, loss = bits(model), closure_of(model)
-            bad = nothing(loss) if dist.get_rank() == 1 else loss
-            with pytest.warns(UserWarning, match="skipped . of 2 probes"):
-                optimizer.step(bad)
-            # Divided, the other rank's direction is left.
-            assert optimizer.skipped_probes == (2 if parallel == "data" else 1)
-            if parallel == "data" and mode == "virtual":
-                assert bits(model) == before
-            assert_equal_everywhere(model, mode)
-
-
-def failing(model: nn.Module) -> Callable[[], torch.Tensor]:
-    """A loss whose second evaluation raises in rank 1."""
-    calls, loss = iter(range(99)), closure_of(model)
-
-    def closure() -> torch.Tensor:
-        if next(calls) == 1 and dist.get_rank() == 1:
-            raise MemoryError("no room")
-        return loss()
-
-    return closure
-
-
-def an_error_in_one_rank_is_one_in_all(folder: Path) -> None:
-    """Weights are as before, and alike to the bit; the next step is taken."""
-    for parallel in ("data", "probes"):
-        for mode in ("virtual", "inplace"):
-            model = mlp()
-            optimizer = zoopt.MeZO(
-                *(model.parameters(), 0.1),
-                num_probes=3,
-                seed=7,
-                perturbation=mode,  # type: ignore[arg-type]
-                process_group=world(),
-                parallel=parallel,  # type: ignore[arg-type]
-            )
-            optimizer.step(closure_of(model))
-            before = [p.detach().clone() for p in model.parameters()]
-            message = refusal(functools.partial(optimizer.step, failing(model)))
-            expected = "MemoryError: no room"
-            if dist.get_rank() == 0:
-                expected = "RuntimeError: rank 1's closure has raised an error"
-            assert message.startswith(expected), message
-            for p, q in zip(model.parameters(), before, strict=True):
-                if mode == "virtual":
-                    assert torch.equal(p, q)
-                # Seven moves by up to 2 zo_eps |z| < 1e-2, each rounded.
-                torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-7)
-            assert optimizer.param_groups[0]["step"] == 1
-            assert_equal_everywhere(model, mode)
-            optimizer.step(closure_of(model))
-            assert_equal_everywhere(model, mode)
-
-
-def other_ranks(change: Callable[[Any, nn.Module], Any], steps: int = 1) -> str:
-    """What a step is refused with once rank 1 has changed something."""
-    model = mlp()
-    optimizer = zoopt.MeZO(model.named_parameters(), seed=7, process_group=world(), lr=1e-3)
-    optimizer.check_every = 4
-    for _ in range(steps):
-        optimizer.step(closure_of(model))
-    if dist.get_rank() == 1:
-        change(optimizer, model)
-    message = ""
-    while not message and optimizer.param_groups[0]["step"] < 5:
-        message = refusal(lambda: optimizer.step(closure_of(model)))
-    assert len(set(everywhere(message))) == 1, "not the same error in all ranks"
-    return message
-
-
-def ranks_that_differ_say_in_what(folder: Path) -> None:
-    def weight(optimizer: Any, model: Any) -> None:
-        with torch.no_grad():
-            model[2].bias[3] += 2.0**-20
-
-    def swap(optimizer: Any, model: Any) -> None:
-        with torch.no_grad():
-            model[0].weight[[0, 1]] = model[0].weight[[1, 0]]
-
-    where = "the weights must be the same in all ranks, got others for {} in rank 1 than in rank 0"
-    for steps in (0, 1):
-        for change, name in ((weight, "'2.bias'"), (swap, "'0.weight'")):
-            message = other_ranks(change, steps)
-            assert where.format(name) in message, message
-
-    def rate(optimizer: Any, model: Any) -> None:
-        optimizer.param_groups[0]["lr"] = 2e-3
-
-    message = other_ranks(rate)
-    assert "lr must be the same in all ranks, or they drift apart, got 0.001 in rank 0" in message
-
-    def probes(optimizer: Any, model: Any) -> None:
-        optimizer.param_groups[0]["num_probes"] = 5
-
-    assert "num_probes must be the same in all ranks" in other_ranks(probes)
-
-    def count(optimizer: Any, model: Any) -> None:
-        optimizer.param_groups[0] |= {"step": 2}
-
-    assert "step must be the same in all ranks" in other_ranks(count)
-
-
-def other_models_and_other_counts_are_refused(folder: Path) -> None:
-    own = nn.Linear(3, 2 + dist.get_rank())
-    optimizer = zoopt.MeZO(own.named_parameters(), seed=7, process_group=world())
-    message = refusal(lambda: optimizer.step(lambda: own.weight.square().sum()))
-    assert "all ranks must train the same parameters, got 'weight' (float32 (2, 3))" in message
-    assert "(float32 (3, 3)) in rank 1" in message
-    # One rank probes a second micro-batch, the other takes the step.
-    model = mlp()
-    optimizer = zoopt.MeZO(
-        *(model.parameters(), 0.1), seed=7, perturbation="virtual", process_group=world()
-    )
-    optimizer.probe(closure_of(model))
-    if dist.get_rank() == 0:
-        message = refusal(lambda: optimizer.probe(closure_of(model)))
-    else:
-        message = refusal(optimizer.step)
-    assert message.startswith("RuntimeError: call must be the same in all ranks"), message
-    assert optimizer.param_groups[0]["step"] == 0
-    optimizer.zero_grad()
-    optimizer.step(closure_of(model))
-    assert_equal_everywhere(model, "after an error")
-
-
 def a_rank_alone_is_told_so_once(folder: Path) -> None:
     model = mlp()
     optimizer = zoopt.FZOO(model.parameters(), seed=7)
@@ -435,10 +294,6 @@ SCENARIOS: dict[int, list[Scenario]] = {
         a_rank_without_weight_counts_for_nothing,
         random_numbers_stay_alike,
         other_random_numbers_are_warned_of,
-        a_loss_of_nan_in_one_rank_is_skipped_in_all,
-        an_error_in_one_rank_is_one_in_all,
-        ranks_that_differ_say_in_what,
-        other_models_and_other_counts_are_refused,
         a_rank_alone_is_told_so_once,
         what_is_no_group_is_refused,
         a_population_by_hand_is_nobodys_exchange,
@@ -461,37 +316,3 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_together(processes: int, scenario: Scenario, ran: Path) -> None:
     message = failure(scenario, processes, ran)
     assert message is None, message
-
-
-def dies(rank: int, folder: Path) -> None:
-    """Rank 1 is gone in the middle of a step."""
-    connect(rank, 2, folder / "store", 20)
-    for mode in ("virtual", "inplace"):
-        model = mlp()
-        optimizer = zoopt.MeZO(
-            *(model.parameters(), 0.1),
-            seed=7,
-            perturbation=mode,  # type: ignore[arg-type]
-            process_group=world(),
-        )
-        optimizer.step(closure_of(model))
-        before = [p.detach().clone() for p in model.parameters()]
-        if rank == 1 and mode == "inplace":
-            optimizer.step(lambda: os._exit(0))
-        if mode == "inplace":
-            message = refusal(functools.partial(optimizer.step, closure_of(model)))
-            assert message.startswith("RuntimeError: rank 0 could not exchange numbers"), message
-            for p, q in zip(model.parameters(), before, strict=True):
-                torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-7)
-            assert optimizer.param_groups[0]["step"] == 1
-            message = refusal(functools.partial(optimizer.step, closure_of(model)))
-            assert message.startswith("RuntimeError: rank 0 could not exchange numbers"), message
-            (folder / "done").write_text("yes", encoding="utf-8")
-            os._exit(0)
-
-
-def test_a_rank_that_dies_in_a_step_is_an_error_in_the_others(tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    torch.multiprocessing.start_processes(dies, (tmp_path,), nprocs=2, start_method="forkserver")
-    assert (tmp_path / "done").exists()

@@ -7,44 +7,93 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Examples that a whole run sees.
+SAMPLES = 16
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
-#: Trains for four steps, again from the checkpoint of the second; writes weights and log.
+#: Trains for four steps, again from the checkpoint of the second; writes weights and log. With
+#: several processes so do runs of a sharded model, and of the same one unsharded.
 PROGRAM = """
 import json, os, pathlib, sys
-import torch
-from tests.test_integration_trainer import Shares, bits, build
+import accelerate, torch
+from tests.test_integration_trainer import Shares, build, opt
 folder, batch = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-torch.manual_seed(0)
-states = []
-for resume in (None, str(folder / "checkpoint-2")):
+several = "RANK" in os.environ
+initialise = accelerate.state.AcceleratorState.__init__
+
+
+def sharding(self, *args, fsdp_plugin=None, **kwargs):
+    # Accelerate takes its plugin into account on GPUs only. All that follows is its own code.
+    initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.fsdp_plugin, self.distributed_type = fsdp_plugin, accelerate.DistributedType.FSDP
+
+
+def trainer_of(make, name, **options):
+    accelerate.state.AcceleratorState._reset_state()
+    accelerate.state.GradientState._reset_state()
     torch.manual_seed(0)
-    model = Shares()
-    trainer = build(
-        model, folder, per_device_train_batch_size=batch, save_strategy="steps", save_steps=2,
-        ddp_backend="gloo" if "RANK" in os.environ else None,
+    return build(
+        make(), folder / name, per_device_train_batch_size=batch, save_strategy="steps",
+        save_steps=2, ddp_backend="gloo" if several else None, **options,
     )
-    trainer.train(resume_from_checkpoint=resume)
-    states.append([p.detach().clone() for p in model.parameters()])
+
+
+def run(make, name, **options):
+    states = []
+    for resume in (None, str(folder / name / "checkpoint-2")):
+        trainer = trainer_of(make, name, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        params = [p.detach() for p in trainer.model.parameters()]
+        states.append([getattr(p, "full_tensor", p.clone)() for p in params])
+        keys = ("loss", "grad_norm", "train_samples_per_second", "train_runtime")
+        log = [{k: e[k] for k in keys if k in e} for e in trainer.state.log_history]
     rank = trainer.args.process_index
-    log = [{k: e[k] for k in ("loss", "grad_norm") if k in e} for e in trainer.state.log_history]
-torch.save(states, folder / f"weights{rank}.pt")
-(folder / f"log{rank}.json").write_text(json.dumps(log))
+    torch.save(states, folder / f"{name}{rank}.pt")
+    (folder / f"{name}{rank}.json").write_text(json.dumps(log))
+    return trainer
+
+
+trainer = run(Shares, "Shares")
 assert type(trainer.model_wrapped).__name__ == "Shares"
+if several:
+    run(opt, "opt")
+    accelerate.state.AcceleratorState.__init__ = sharding
+    # On CPUs torch gives a FULL_STATE_DICT of tensors that have not been gathered yet.
+    config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+    for make, wrapped in (
+        (Shares, {"auto_wrap_policy": "NO_WRAP"}),
+        (opt, {"transformer_layer_cls_to_wrap": ["OPTDecoderLayer"]}),
+    ):
+        name = f"{make.__name__} sharded"
+        trainer = run(make, name, fsdp=True, fsdp_config={**config, **wrapped})
+        assert all(hasattr(p, "full_tensor") for p in trainer.model.parameters())
 """
 
 
-def launch(processes: int, *command: str) -> str:
-    options = ["--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    runner = ["-m", "torch.distributed.run", *options] if processes > 1 else []
+#: How several processes are started. Accelerate starts processes on CPUs by MPI alone, unless it is
+#: told that there are several GPUs; TrainingArguments(use_cpu=True) says that there are none.
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": [
+        *("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"),
+        *("--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+    ],
+    "alone": [],
+}
+
+
+def launch(launcher: str, *command: str) -> str:
     done = subprocess.run(
-        [sys.executable, *runner, *command],
+        [sys.executable, *LAUNCHERS[launcher], *command],
         capture_output=True,
         text=True,
         timeout=240,
@@ -56,29 +105,60 @@ def launch(processes: int, *command: str) -> str:
     return done.stdout
 
 
-def test_the_trainer_on_two_processes_is_that_of_one_with_their_batches(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two processes and one have written."""
+    folder = tmp_path_factory.mktemp("trainer")
+    program = folder / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
-    two, one = tmp_path / "two", tmp_path / "one"
-    for folder, processes, batch in ((two, 2, 2), (one, 1, 4)):
-        folder.mkdir()
-        launch(processes, str(program), str(folder), str(batch))
-    first, second = (torch.load(two / f"weights{rank}.pt") for rank in range(2))
-    [alone, _] = torch.load(one / "weights0.pt")
+    for name, launcher, batch in (("two", "accelerate", 2), ("one", "alone", 4)):
+        (folder / name).mkdir()
+        launch(launcher, str(program), str(folder / name), str(batch))
+    return folder
+
+
+def weights_and_logs(folder: Path, name: str) -> tuple[list[Any], list[Any]]:
+    """Of each process: weights at the end of a straight run and of a resumed one, and a log."""
+    ranks = sorted(folder.glob(f"{name}[01].pt"))
+    logs = [json.loads(path.with_suffix(".json").read_text()) for path in ranks]
+    return [torch.load(path) for path in ranks], logs
+
+
+def figures(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in entry.items() if not k.startswith("train_")} for entry in log]
+
+
+def test_two_processes_are_one_with_their_batches(ran: Path) -> None:
+    [first, second], [log, other_log] = weights_and_logs(ran / "two", "Shares")
+    [[alone, _]], [alone_log] = weights_and_logs(ran / "one", "Shares")
     for straight, resumed, other, single in zip(*first, second[0], alone, strict=True):
         assert torch.equal(straight, resumed)
         assert torch.equal(straight, other)
         # Float32 losses near 0.3, of 20 terms in another order, over 2 zo_eps, times lr |z|.
         torch.testing.assert_close(straight, single, rtol=0.0, atol=1e-3)
-    [log, other_log] = [json.loads((two / f"log{rank}.json").read_text()) for rank in range(2)]
-    alone_log = json.loads((one / "log0.json").read_text())
-    for entry, other, single in zip(log, other_log, alone_log, strict=True):
+    for entry, other, single in zip(*map(figures, (log, other_log, alone_log)), strict=True):
         assert entry == other
         assert entry == pytest.approx(single, rel=1e-2)
+    for each in (log, alone_log):
+        speed, seconds = each[-1]["train_samples_per_second"], each[-1]["train_runtime"]
+        # Both are rounded to three digits after the point.
+        assert speed * seconds == pytest.approx(SAMPLES, rel=2e-2)
+
+
+@pytest.mark.parametrize("name", ["Shares", "opt"])
+def test_a_sharded_model_trains_as_whole_ones_do(ran: Path, name: str) -> None:
+    """Each process has its own part of the batch, and all weights while it evaluates them."""
+    whole, [log, _] = weights_and_logs(ran / "two", name)
+    sharded, [sharded_log, other_log] = weights_and_logs(ran / "two", f"{name} sharded")
+    for runs in sharded:
+        for straight, resumed, expected in zip(*runs, whole[0][0], strict=True):
+            assert torch.equal(straight, resumed)
+            assert torch.equal(straight, expected)
+    assert figures(sharded_log) == figures(other_log) == figures(log)
 
 
 def test_the_example_on_two_processes() -> None:
-    output = launch(2, str(ROOT / "examples" / "11_distributed.py"))
+    output = launch("torchrun", str(ROOT / "examples" / "11_distributed.py"))
     words = output.split()
     assert output.startswith("2 processes: accuracy ")
     assert float(words[5].rstrip(";")) > 0.9 > float(words[3])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import re
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,18 @@ from torch import Tensor, nn
 
 import zoopt
 from tests.optimizer_table import ROWS, closure_of, mlp
+from tests.processes import Scenario, connect, failure, run_all, scenario_cases
 from zoopt.distributed.seed import SharedSeed, default_seed
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-#: Seconds after which a process that waits for another gives up.
-PATIENCE = 2
 #: One row a class: how the seed is made is the same for all of a class's variants.
 CLASSES = list({row.cls: row for row in ROWS}.values())
+
+
+def impatient() -> None:
+    """What is not said is waited for only briefly."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set_timeout(datetime.timedelta(seconds=2))
 
 
 def from_everyone(value: Tensor) -> list[Tensor]:
@@ -55,7 +59,7 @@ def assert_one_refuses(message: str | None) -> None:
         assert "pass one seed to all, or none: rank 0's is then taken" in message
 
 
-def a_seed_a_rank_gives_equal_replicas() -> None:
+def a_seed_a_rank_gives_equal_replicas(folder: Path) -> None:
     for row in CLASSES:
         torch.manual_seed(1337 + dist.get_rank())
         model = mlp()
@@ -66,12 +70,12 @@ def a_seed_a_rank_gives_equal_replicas() -> None:
         assert_same_everywhere(model)
 
 
-def another_seed_is_refused_when_it_is_made() -> None:
+def another_seed_is_refused_when_it_is_made(folder: Path) -> None:
     build = lambda: zoopt.MeZO(mlp().parameters(), seed=dist.get_rank())  # noqa: E731
     assert_one_refuses(refusal(ValueError, build))
 
 
-def a_checkpoint_of_another_seed_may_be_loaded_by_all() -> None:
+def a_checkpoint_of_another_seed_may_be_loaded_by_all(folder: Path) -> None:
     model = mlp()
     optimizer = zoopt.MeZO(model.named_parameters(), lr=1e-2)
     other = zoopt.MeZO(mlp().named_parameters(), seed=5)
@@ -82,7 +86,7 @@ def a_checkpoint_of_another_seed_may_be_loaded_by_all() -> None:
     assert_same_everywhere(model)
 
 
-def checkpoints_of_two_seeds_are_refused() -> None:
+def checkpoints_of_two_seeds_are_refused(folder: Path) -> None:
     """By both processes, or by the second one where the first steps before it is made."""
     model = mlp()
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -97,7 +101,7 @@ def checkpoints_of_two_seeds_are_refused() -> None:
     assert any(from_everyone(torch.tensor(message is not None)))
 
 
-def a_checkpoint_loaded_before_another_process_begins_is_found_there() -> None:
+def a_checkpoint_loaded_before_another_process_begins_is_found_there(folder: Path) -> None:
     model = mlp()
     state_dict = zoopt.MeZO(mlp().named_parameters(), seed=10).state_dict()
     if dist.get_rank() == 0:
@@ -117,7 +121,41 @@ def a_checkpoint_loaded_before_another_process_begins_is_found_there() -> None:
     assert_same_everywhere(model)
 
 
-def a_seed_that_one_process_changes_is_refused_there() -> None:
+def a_change_between_steps_before_another_process_begins_is_found_there(folder: Path) -> None:
+    """At the step that the other process took with another seed, and not before."""
+    for again in (False, True):
+        model = mlp()
+        state_dict = zoopt.MeZO(mlp().named_parameters(), seed=10).state_dict()
+        if dist.get_rank() == 0:
+            optimizer = zoopt.MeZO(model.named_parameters())
+            optimizer.step(closure_of(model))
+            optimizer.load_state_dict(state_dict)
+            optimizer.step(closure_of(model))
+        dist.barrier()
+        if dist.get_rank() == 1:
+            optimizer = zoopt.MeZO(model.named_parameters())
+            if again:  # A step that is repeated is the same one.
+                with pytest.raises(MemoryError):
+                    optimizer.step(no_room)
+            optimizer.step(closure_of(model))
+            before = torch.cat([p.detach().flatten() for p in model.parameters()])
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match=r"got 1337 for MeZO in rank 1 and 10 in ra"):
+                    optimizer.step(closure_of(model))
+            assert torch.equal(
+                before, torch.cat([p.detach().flatten() for p in model.parameters()])
+            )
+            optimizer.load_state_dict(state_dict)
+            optimizer.step(closure_of(model))
+        assert_same_everywhere(model)
+
+
+def no_room() -> None:
+    raise MemoryError("no room")
+
+
+def a_seed_that_one_process_changes_is_refused_there(folder: Path) -> None:
+    impatient()
     model = mlp()
     optimizer = zoopt.MeZO(model.named_parameters())
     if dist.get_rank() == 1:
@@ -128,7 +166,8 @@ def a_seed_that_one_process_changes_is_refused_there() -> None:
         optimizer.step(closure_of(model))
 
 
-def one_process_alone_waits_for_no_one() -> None:
+def one_process_alone_waits_for_no_one(folder: Path) -> None:
+    impatient()
     if dist.get_rank() == 0:
         model = mlp()
         optimizer = zoopt.ZOAdam(model.parameters())
@@ -143,61 +182,40 @@ def one_process_alone_waits_for_no_one() -> None:
             SharedSeed(None, "lonely")
 
 
-def an_optimizer_from_before_the_group_is_compared_at_its_first_step() -> None:
-    model, optimizer = EARLIER[0]
-    assert optimizer.param_groups[0]["seed"] == 1337 + dist.get_rank()
+def an_optimizer_from_before_the_group_is_compared_at_its_first_step(folder: Path) -> None:
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    model = mlp()
+    optimizer = zoopt.FZOO(model.parameters())
+    connect(rank, 2, folder / "later", 60)
+    assert optimizer.param_groups[0]["seed"] == 1337 + rank
     assert_one_refuses(refusal(ValueError, lambda: optimizer.step(closure_of(model))))
 
 
-SCENARIOS: list[Callable[[], None]] = [
-    a_seed_a_rank_gives_equal_replicas,
-    another_seed_is_refused_when_it_is_made,
-    a_checkpoint_of_another_seed_may_be_loaded_by_all,
-    checkpoints_of_two_seeds_are_refused,
-    a_checkpoint_loaded_before_another_process_begins_is_found_there,
-    a_seed_that_one_process_changes_is_refused_there,
-    one_process_alone_waits_for_no_one,
-    an_optimizer_from_before_the_group_is_compared_at_its_first_step,
-]
-EARLIER: list[tuple[nn.Module, Any]] = []
-
-
-def work(rank: int, folder: Path) -> None:
-    """One process: every scenario in turn; what went wrong is written to a file of its name."""
-    torch.set_num_threads(1)
-    torch.manual_seed(1337 + rank)
-    model = mlp()
-    EARLIER.append((model, zoopt.FZOO(model.parameters())))
-    store = dist.FileStore(str(folder / "store"), 2)
-    patience = datetime.timedelta(seconds=PATIENCE)
-    store.set_timeout(patience)
-    # The group's own operations may wait for the longest of the waits here.
-    long = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=long)
-    dist.distributed_c10d._get_default_store().set_timeout(patience)
-    for scenario in SCENARIOS:
-        try:
-            scenario()
-        except BaseException:
-            path = folder / f"{scenario.__name__}.{rank}"
-            path.write_text(traceback.format_exc(), encoding="utf-8")
-        dist.barrier()
-    dist.destroy_process_group()
+SCENARIOS: dict[int, list[Scenario]] = {
+    2: [
+        a_seed_a_rank_gives_equal_replicas,
+        another_seed_is_refused_when_it_is_made,
+        a_checkpoint_of_another_seed_may_be_loaded_by_all,
+        checkpoints_of_two_seeds_are_refused,
+        a_checkpoint_loaded_before_another_process_begins_is_found_there,
+        a_change_between_steps_before_another_process_begins_is_found_there,
+        a_seed_that_one_process_changes_is_refused_there,
+        one_process_alone_waits_for_no_one,
+        an_optimizer_from_before_the_group_is_compared_at_its_first_step,
+    ]
+}
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the scenarios' failures, after all of them have run."""
-    folder = tmp_path_factory.mktemp("seeds")
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    torch.multiprocessing.start_processes(work, (folder,), nprocs=2, start_method="forkserver")
-    return folder
+    return run_all(SCENARIOS, tmp_path_factory.mktemp("seeds"))
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_processes(scenario: Callable[[], None], ran: Path) -> None:
-    failures = sorted(ran.glob(f"{scenario.__name__}.*"))
-    assert not failures, failures[0].read_text(encoding="utf-8")
+@scenario_cases(SCENARIOS)
+def test_processes(processes: int, scenario: Scenario, ran: Path) -> None:
+    message = failure(scenario, processes, ran)
+    assert message is None, message
 
 
 def test_alone_the_default_is_torchs_seed() -> None:

@@ -83,7 +83,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
         if self._shared_seed is None:  # a copy, or unpickled
             self._share_seed(seed)
         else:
-            self._shared_seed.check(seed)
+            self._shared_seed.check(seed, self.param_groups[0].get("step"))
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         check_ordered(params)

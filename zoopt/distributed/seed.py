@@ -11,6 +11,7 @@ import collections
 import contextlib
 import contextvars
 import itertools
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -68,29 +69,45 @@ class SharedSeed:
             check_unsigned("seed", seed, 64)
         self._owner = owner
         self._agreed = self._compared = False
-        self._rounds = itertools.count()
+        #: The changes of the seed here: before which step, and to what.
+        self._changes: list[tuple[int, int]] = []
+        #: The number of the last step that began here, its seed and its place in its run.
+        self._number = -1
+        self._last: tuple[int, int | None] | None = None
+        #: Changes that others had made before this process's first step.
+        self._theirs: dict[int, list[tuple[int, int]]] = {}
         self.value = default_seed() if seed is None else seed
         self._begin(follow=seed is None)
 
-    def check(self, seed: int) -> None:
-        """Raise unless all processes continue with this seed.
+    def check(self, seed: int, place: int | None = None) -> None:
+        """Raise unless all processes begin this step with the same seed.
 
         This costs nothing while the seed is the agreed one. If it is a new one, for example from a
         checkpoint, every process that made the optimizer must have it, and the processes wait for
-        each other here. The first call also reads, without waiting, the seeds with which others
-        began: another process may have loaded a checkpoint before this one made its optimizer.
+        each other here. The first call also reads, without waiting, how others have changed the
+        seed before this process made its optimizer: at the same steps it must change here.
+
+        Args:
+            place: the number of the step in its run. With an equal seed and place a step is the
+                last one, repeated after an error.
 
         Raises:
             RuntimeError: another process has another seed, or publishes none before the group's
                 timeout.
         """
+        if place is None or (seed, place) != self._last:
+            self._number, self._last = self._number + 1, (seed, place)
         if not self._agreed:
             self.value = seed
             self._begin(follow=False)
         elif seed != self.value:
             self._change(seed)
         if not self._compared:
-            self._compare(seed)
+            self._listen()
+        for rank, changes in self._theirs.items():
+            due = [new for step, new in changes[len(self._changes) :] if step <= self._number]
+            if due:
+                self._require(seed, due[-1], rank)
 
     def _begin(self, *, follow: bool) -> None:
         """Publish the seed, or take rank 0's."""
@@ -117,25 +134,26 @@ class SharedSeed:
         if store is None:
             self.value = seed
             return
-        key = f"{self._key}/{next(self._rounds)}"
+        if (self._number, seed) not in self._changes[-1:]:  # or it is tried again
+            self._changes.append((self._number, seed))
+        key = f"{self._key}/{len(self._changes) - 1}"
         store.set(f"{key}/{dist.get_rank()}", str(seed))
-        if not self._compared:
-            store.set(f"{self._key}/begun/{dist.get_rank()}", str(seed))
+        store.set(f"{self._key}/changes/{dist.get_rank()}", json.dumps(self._changes))
         for rank in range(dist.get_world_size()):
             if store.check([f"{self._key}/made/{rank}"]):
                 self._require(seed, int(_read(store, f"{key}/{rank}", self._owner, rank)), rank)
         self.value = seed
 
-    def _compare(self, seed: int) -> None:
-        """Compare the seed with those that other processes had changed to by their first step.
-        Later changes are not compared: a process that is behind does not know of them yet."""
+    def _listen(self) -> None:
+        """Read how other processes have changed the seed until now. Of later changes this process
+        is told while they wait for it."""
         store = _store()
         if store is None:
             return
         for rank in range(dist.get_world_size()):
-            key = f"{self._key}/begun/{rank}"
-            if store.check([key]):
-                self._require(seed, int(_read(store, key, self._owner, rank)), rank)
+            key = f"{self._key}/changes/{rank}"
+            if rank != dist.get_rank() and store.check([key]):
+                self._theirs[rank] = json.loads(_read(store, key, self._owner, rank))
         self._compared = True
 
     def _require(self, seed: int, other: int, rank: int) -> None:

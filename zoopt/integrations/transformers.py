@@ -37,8 +37,10 @@ class ZOTrainer(transformers.Trainer):
 
     Under `torchrun` or `accelerate launch` each process probes its own part of the batch, and all
     take the same step from the mean of their losses (see `MeZO`'s process_group). The model is not
-    wrapped in DistributedDataParallel, which would keep buffers for gradients. The figures in the
-    log are those of the whole job.
+    wrapped in DistributedDataParallel, which would keep buffers for gradients. With FSDP2, by
+    Accelerate's plugin or `fsdp_config`, each process keeps and perturbs its own shards; the
+    optimizer is then given as optimizer_cls_and_kwargs. The figures in the log are those of the
+    whole job.
 
     In the log, `loss` is the mean over the evaluated points, and `grad_norm` the root mean square
     of the step's projected gradients (with one probe, the magnitude of the projected gradient),
@@ -48,7 +50,7 @@ class ZOTrainer(transformers.Trainer):
     Raises, at the first training step and before anything has changed:
         TypeError: the optimizer is not one of zoopt's zeroth-order optimizers.
         RuntimeError: the optimizer cannot accumulate probes (`ZOConservativeSGD`).
-        ValueError: it maximises; fp16 with a gradient scaler, DeepSpeed, FSDP or DataParallel.
+        ValueError: it maximises; fp16 with a gradient scaler, DeepSpeed, FSDP1 or DataParallel.
     """
 
     #: The run's state at the time of the optimizer's pending probes.
@@ -117,11 +119,16 @@ class ZOTrainer(transformers.Trainer):
                 "fp16 must be False, got True: its gradient scaler cannot step without gradients; "
                 "set bf16=True, or load the model with dtype=torch.float16 and leave fp16 False"
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            name = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                f"ZOTrainer needs whole parameters, but {name} is enabled; leave it out (for a "
-                "model that one GPU cannot hold, load it with device_map='auto')"
+                "ZOTrainer needs whole parameters, but DeepSpeed is enabled; shard the model with "
+                "FSDP2 (fsdp_config={'version': 2}), or load it with device_map='auto'"
+            )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError(
+                f"fsdp_version must be 2, got {plugin.fsdp_version}: FSDP1 keeps parameters in "
+                f"flat tensors; set fsdp_config={{'version': 2}}, or launch with --fsdp_version 2"
             )
         if self.args.n_gpu > 1:
             raise ValueError(

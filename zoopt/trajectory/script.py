@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoopt.distributed.sharding import is_sharded
 from zoopt.kernels import Write, write_each_
 from zoopt.kernels.batch import Batch, apart
 from zoopt.kernels.descent.rule import Rule, Shape
@@ -216,7 +217,7 @@ class Scripted:
     """
 
     def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
-        if not optimizer.scripted:
+        if not optimizer.scripted or any(map(is_sharded, optimizer._params())):
             raise NotScriptedError
         self._optimizer = optimizer
         kinds: dict[Any, Kind] = {}

@@ -237,8 +237,10 @@ class ZOMuon(LowRankZerothOrder):
                 alike = (param.dtype, param.device, tuple(weights.items()))
                 together.setdefault(alike, []).append(site)
                 continue
+            assert isinstance(site.direction, Noise)
             # Of a sharded vector all of it: that needs nothing from the other parts.
-            values = param.new_empty(whole.numel())
+            sharded = whole is not param
+            values = param.new_empty(whole.numel()) if sharded else param.detach().flatten()
             noise = Noise(dataclasses.replace(site.direction.key, offset=0))
             estimate = noise.combine(values, weights, 0)
             norms[param] = known(estimate.double().square().sum().sqrt(), 1.0)

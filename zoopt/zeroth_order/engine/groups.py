@@ -223,8 +223,10 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         return block_due(count, run["block_order"], run["seed"], run["step"])
 
     def _check_values(self) -> None:
-        """Raise if a parameter has no values here."""
+        """Raise if a parameter has no values here, or has been sharded as no step can be taken."""
         for *_, param, name in named_params(self.param_groups):
+            if is_sharded(param):
+                self._check_shard(param, name)
             if param.is_meta:
                 raise RuntimeError(
                     f"parameter {name!r} must hold values, got one on the meta device, which can "

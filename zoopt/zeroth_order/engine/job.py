@@ -16,7 +16,7 @@ from zoopt.distributed.sharding import is_sharded, layout, ranks_of
 from zoopt.optimizer import Params
 from zoopt.parameters import named_params
 from zoopt.warn import warn
-from zoopt.zeroth_order.engine.closure import Closure
+from zoopt.zeroth_order.engine.closure import Closure, RecordedLosses
 from zoopt.zeroth_order.engine.perturbation import Perturbation
 from zoopt.zeroth_order.engine.probe import Evaluation, PendingProbe
 from zoopt.zeroth_order.engine.shared import SharedEvaluation, refuse
@@ -85,13 +85,20 @@ class ZerothOrderJob(ZerothOrderUpdates):
         """The evaluations of a step, by this process alone or by all ranks."""
         exchange = self._exchange
         if exchange is None:
-            self._refuse_shards()
-            self._warn_alone()
+            if not isinstance(closure, RecordedLosses):
+                self._refuse_shards()
+                self._warn_alone()
             if self.recorder is not None:
                 closure = self.recorder.listen(closure)
             return self._own_evaluation(closure, perturbation)
-        self._check_shards(exchange)
         standing = self._standing(pending)
+        check = self._check_due(pending)
+        self._check_shards(exchange)
+        if self._wholes or any(site.in_place for site in pending.sites):
+            # Before anything moves, as a move cannot be taken back to the bit; and before a forward
+            # pass gathers shards, which must not meet another call of another rank.
+            self._agree_on(exchange, standing, check=check)
+            check = False
         return SharedEvaluation(
             closure,
             perturbation,
@@ -100,7 +107,7 @@ class ZerothOrderJob(ZerothOrderUpdates):
             exchange=exchange,
             weight=float(weight),
             digest=digest_of(*standing),
-            check=self._check_due(pending),
+            check=check,
             sharded=bool(self._wholes),
             compare=functools.partial(self._compare, exchange, standing),
             heard=None if self.recorder is None else self.recorder.listen_together(),
@@ -119,10 +126,15 @@ class ZerothOrderJob(ZerothOrderUpdates):
         """Raise in all ranks unless all of them take the step with the same pending probes."""
         if self._exchange is None:
             return
-        standing = self._standing(pending, "step() of what was probed")
-        agreed = self._exchange.combine([], count=0, digest=digest_of(*standing))
-        if agreed.apart:
-            self._compare(self._exchange, standing)
+        self._agree_on(self._exchange, self._standing(pending, "step() of what was probed"))
+
+    def _agree_on(
+        self, exchange: Exchange, standing: list[tuple[str, Any]], *, check: bool = False
+    ) -> None:
+        """Raise in all ranks unless all are at the same position; `check`: compare the weights."""
+        agreed = exchange.combine([], count=0, digest=digest_of(*standing), check=check)
+        if agreed.apart or agreed.check:
+            self._compare(exchange, standing)
         refuse(agreed)
 
     def _check_seed(self) -> None:

@@ -57,6 +57,7 @@ class SharedEvaluation(Evaluation):
         super().__init__(closure, perturbation, params, verify=verify)
         self._exchange, self._weight, self._digest = exchange, weight, digest
         self._check, self._compare_replicas, self._heard = check, compare, heard
+        self._sharded = sharded
         self._gathering = regathered if sharded else contextlib.nullcontext
 
     def each(
@@ -133,7 +134,14 @@ class SharedEvaluation(Evaluation):
         error: Exception | None,
         repeated: float | None = None,
     ) -> list[float]:
-        """Return the values of all ranks, or raise an error in all of them."""
+        """Return the values of all ranks, or raise an error in all of them.
+
+        With sharded parameters an error is raised here alone: other ranks may be waiting for this
+        one in a forward pass, which an exchange would be taken for a part of. They raise when this
+        process ends, or after the group's timeout.
+        """
+        if error is not None and self._sharded:
+            raise error
         agreed = self._exchange.combine(
             values,
             count=count,
