@@ -85,7 +85,7 @@ def work(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> Non
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
     model, x = model_and_batch(options.width, options.batch)
     labels = torch.zeros(len(x), dtype=torch.long)
-    build = functools.partial(zoopt.MeZO, model.parameters(), lr=0.0, seed=0)
+    build = functools.partial(zoopt.MeZO, list(model.parameters()), lr=0.0, seed=0)
     shared = build(process_group=dist.group.WORLD)
     shared.check_every = 0
     with seed.alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 import zoopt
-from tests.optimizer_table import CASES, ROWS, Row, mlp, regression
+from tests.optimizer_table import CASES, INDICES, ROWS, Row, mlp, regression
 from tests.processes import Scenario, bits, everywhere, failure, refusal, run_all, scenario_cases
 from tests.test_distributed import whole
 
@@ -235,42 +236,56 @@ def float32_shards_compute_in_bfloat16(folder: Path) -> None:
     assert_same(model, optimizer, plain, other, "bfloat16")
 
 
-def adam(model: nn.Module, **options: Any) -> zoopt.ZOAdam:
-    group = {"process_group": dist.group.WORLD} if options.pop("together", True) else {}
-    return zoopt.ZOAdam(model.named_parameters(), **{"lr": 1e-2, "seed": 7, **group, **options})  # type: ignore[arg-type]
+#: State of each kind, and masks; by name.
+STATES: dict[str, Callable[..., Any]] = {
+    "adam": zoopt.ZOAdam,
+    "magnitudes": functools.partial(zoopt.MeZO, mask="magnitude", density=0.5, momentum=0.9),
+    "indices": functools.partial(zoopt.MeZO, mask=INDICES, momentum=0.9),
+    "curvature": zoopt.HiZOO,
+    "bases": functools.partial(zoopt.SubZero, rank=3),
+    "factors": functools.partial(zoopt.LOZO, rank=2, momentum=0.7),
+}
 
 
 def checkpoints_resume_to_the_bit(folder: Path) -> None:
     """Saved at step 2 by four processes; loaded by as many as there are, nested and flat."""
-    plain = mlp()
-    other = adam(plain, together=False)
-    steps(other, plain, torch.float32)
-    for flat in (False, True):
-        options = StateDictOptions(flatten_optimizer_state_dict=flat)
-        path = folder / f"checkpoint {flat}"
-        if dist.get_world_size() == 4:
-            model = sharded()
-            optimizer = adam(model)
-            steps(optimizer, model, torch.float32)
-            record = get_optimizer_state_dict(model, optimizer, options=options)
-            dcp.save({"model": model.state_dict(), "optimizer": record}, checkpoint_id=path)
-        again = sharded()
-        resumed = adam(again, lr=0.5)
-        loaded = {
-            "model": again.state_dict(),
-            "optimizer": get_optimizer_state_dict(again, resumed, options=options),
-        }
-        dcp.load(loaded, checkpoint_id=path)
-        again.load_state_dict(loaded["model"])
-        set_optimizer_state_dict(again, resumed, loaded["optimizer"], options=options)
-        assert resumed.param_groups[0]["lr"] == 1e-2
-        assert_same(again, resumed, plain, other, flat)
-        steps(resumed, again, torch.float32)
-        on, further = copy.deepcopy(plain), None
-        further = adam(on, together=False)
-        further.load_state_dict(other.state_dict())
-        steps(further, on, torch.float32)
-        assert_same(again, resumed, on, further, flat)
+    for name, cls in STATES.items():
+        thin = name in ("bases", "factors")
+        dtype, compare = (torch.float64, assert_close) if thin else (torch.float32, assert_same)
+
+        def build(model: nn.Module, together: bool = True, cls: Any = cls, **options: Any) -> Any:
+            group = {"process_group": dist.group.WORLD} if together else {}
+            return cls(model.named_parameters(), **{"lr": 1e-2, "seed": 7, **group, **options})
+
+        plain = mlp(dtype)
+        other = build(plain, together=False)
+        steps(other, plain, dtype)
+        for flat in (False, True):
+            options = StateDictOptions(flatten_optimizer_state_dict=flat)
+            path = folder / f"checkpoint {name} {flat}"
+            if dist.get_world_size() == 4:
+                model = sharded(dtype)
+                optimizer = build(model)
+                steps(optimizer, model, dtype)
+                record = get_optimizer_state_dict(model, optimizer, options=options)
+                dcp.save({"model": model.state_dict(), "optimizer": record}, checkpoint_id=path)
+            again = sharded(dtype)
+            resumed = build(again, lr=0.5)
+            loaded = {
+                "model": again.state_dict(),
+                "optimizer": get_optimizer_state_dict(again, resumed, options=options),
+            }
+            dcp.load(loaded, checkpoint_id=path)
+            again.load_state_dict(loaded["model"])
+            set_optimizer_state_dict(again, resumed, loaded["optimizer"], options=options)
+            assert resumed.param_groups[0]["lr"] == 1e-2
+            compare(again, resumed, plain, other, (name, flat))
+            steps(resumed, again, dtype)
+            on = copy.deepcopy(plain)
+            further = build(on, together=False)
+            further.load_state_dict(other.state_dict())
+            steps(further, on, dtype)
+            compare(again, resumed, on, further, (name, flat))
 
 
 def what_cannot_be_sharded_is_refused(folder: Path) -> None:

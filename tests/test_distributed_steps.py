@@ -41,15 +41,19 @@ def assert_equal_everywhere(model: nn.Module, what: str) -> None:
     assert all(other == first for other in others), what
 
 
-def together(parallel: str, process_group: Any = None) -> None:
-    """The weights, state and record of one process: of each method where nothing is divided."""
+def together(folder: Path, parallel: str, process_group: Any = None) -> None:
+    """The weights, state and record of one process: of each method where nothing is divided. Rank 0
+    writes the run down, and one process that replays it has the same weights."""
     cases = CASES if parallel == "probes" else [(row, "auto") for row in CLASSES]
-    for row, mode in cases:
+    for number, (row, mode) in enumerate(cases):
         single, model = mlp(), mlp()
         options = {"perturbation": mode}
         alone = row.build(single, **options)
         group = process_group or world()
         shared = row.build(model, process_group=group, parallel=parallel, **options)
+        path, recorder = folder / f"{parallel} {dist.get_world_size()} {number}.zoopt", None
+        if row.cls.recordable:  # type: ignore[attr-defined]
+            recorder = shared.record(path, model)
         for _ in range(STEPS):
             expected = alone.step(closure_of(single))
             assert shared.step(closure_of(model)) == expected, (row.name, mode)
@@ -58,19 +62,28 @@ def together(parallel: str, process_group: Any = None) -> None:
         for p, q in zip(model.parameters(), single.parameters(), strict=True):
             for key, value in alone.state[q].items():
                 assert torch.equal(shared.state[p][key], value), (row.name, mode, key)
+        if recorder is not None:
+            recorder.close()
+            dist.barrier()
+            again = mlp()
+            replayed = zoopt.replay(again, path)
+            assert bits(again) == bits(model), (row.name, mode)
+            for p, q in zip(model.parameters(), again.parameters(), strict=True):
+                for key, value in shared.state[p].items():
+                    assert torch.equal(replayed.state[q][key], value), (row.name, mode, key)
 
 
 def ranks_with_equal_data_are_one_process(folder: Path) -> None:
     """The mean of two equal losses is the loss."""
-    together("data")
+    together(folder, "data")
 
 
 def divided_probes_are_those_of_one_process(folder: Path) -> None:
-    together("probes")
+    together(folder, "probes")
 
 
 def a_mesh_of_equal_data_and_divided_probes_is_one_process(folder: Path) -> None:
-    together("data", init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probes")))
+    together(folder, "data", init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "probes")))
 
 
 def part_of(model: nn.Module, part: slice) -> Callable[[], torch.Tensor]:

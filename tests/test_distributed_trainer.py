@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Examples that a whole run sees.
-SAMPLES = 16
+#: Examples that the resumed run sees, in two steps.
+SAMPLES = 8
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 #: Trains for four steps, again from the checkpoint of the second; writes weights and log. With
