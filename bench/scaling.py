@@ -94,6 +94,9 @@ def work(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> Non
     def loss() -> torch.Tensor:
         return F.cross_entropy(model(x), labels)
 
+    # Ranks compare weights at the first step only, as those of a rank that steps alone move.
+    shared.step(loss)
+
     def step_alone() -> None:
         with seed.alone():
             own.step(loss)

@@ -30,6 +30,9 @@ from tests.test_distributed import whole
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 STEPS = 2
 CLASSES = list({row.cls: row for row in reversed(ROWS)}.values())
+#: One row a class, and those with state of their own or other noise.
+OTHERS = ("momentum", "window", "random mask", "magnitude mask", "indices momentum", "blocks")
+SOME = [row for row in ROWS if row in CLASSES or row.name in {f"MeZO {o}" for o in OTHERS}]
 #: Tangents take the place of what operators read.
 REFUSED = {zoopt.ForwardGrad}
 
@@ -79,7 +82,7 @@ def assert_close(model: nn.Module, optimizer: Any, plain: nn.Module, other: Any,
 def equals_the_unsharded_run(folder: Path) -> None:
     cases = [(row, "virtual") for row in CLASSES]
     if dist.get_world_size() == 2:
-        cases = CASES
+        cases = [case for case in CASES if case[1] == "inplace" or case[0] in SOME]
     for row, mode in cases:
         if row.cls in REFUSED:
             continue
@@ -124,9 +127,9 @@ def factors_follow_a_new_basis(folder: Path) -> None:
 
 def records_replay_in_one_process(folder: Path) -> None:
     for number, (row, mode) in enumerate(CASES):
-        model = sharded()
-        if row.cls in REFUSED or low_rank(row):
+        if row.cls in REFUSED or low_rank(row) or row not in SOME:
             continue
+        model = sharded()
         optimizer = row.build(model, perturbation=mode, process_group=dist.group.WORLD)
         path = folder / f"{number}.zoopt"
         recorder = optimizer.record(path, model)
@@ -260,7 +263,7 @@ def checkpoints_resume_to_the_bit(folder: Path) -> None:
         plain = mlp(dtype)
         other = build(plain, together=False)
         steps(other, plain, dtype)
-        for flat in (False, True):
+        for flat in (False, True) if name == "adam" else (True,):
             options = StateDictOptions(flatten_optimizer_state_dict=flat)
             path = folder / f"checkpoint {name} {flat}"
             if dist.get_world_size() == 4:
