@@ -220,6 +220,7 @@ class Recorder:
             TrajectoryError: something other than the optimizer wrote to the weights, groups were
                 added, or the recording has ended.
         """
+        self._calls, self._together = 0, False
         if self._ended is not None:
             raise TrajectoryError(f"the recording to {self.path} has ended: {self._ended}")
         if self._versions() != self._last_versions:
