@@ -152,6 +152,7 @@ class Elementwise(Direction):
     def of_part(self, first: int, numel: int) -> None:
         """As in `Direction`: its noise is that of its place in the whole."""
         self.key = self.key.shifted(first)
+
     def form(self, coefficients: Coefficients) -> tuple[Any, ...]:
         """As in `Direction`."""
         key, (shape, _) = self.key, self.shaping(coefficients, {})
