@@ -43,8 +43,9 @@ def test_moved_after_the_optimizer_was_made(row: Row) -> None:
     device_cases.moved_after_the_optimizer_was_made(row, REFERENCE)
 
 
-def test_two_devices_in_one_optimizer() -> None:
-    device_cases.two_devices_in_one_optimizer(REFERENCE)
+@pytest.mark.parametrize(("cls", "options"), device_cases.ON_TWO)
+def test_two_devices_in_one_optimizer(cls: type, options: dict[str, object]) -> None:
+    device_cases.two_devices_in_one_optimizer(cls, options, REFERENCE)
 
 
 def test_empty_and_single_tensors() -> None:
@@ -52,7 +53,7 @@ def test_empty_and_single_tensors() -> None:
 
 
 def test_long_tensor() -> None:
-    device_cases.long_tensor(REFERENCE, (1 << 20) + 8)
+    device_cases.long_tensor(REFERENCE, (1 << 18) + 8)
 
 
 def test_another_stream() -> None:

@@ -188,8 +188,9 @@ def test_moved_after_the_optimizer_was_made(row: first_order_table.Row) -> None:
     device_cases.moved_after_the_optimizer_was_made(row, CUDA)
 
 
-def test_two_devices_in_one_optimizer() -> None:
-    device_cases.two_devices_in_one_optimizer(CUDA)
+@pytest.mark.parametrize(("cls", "options"), device_cases.ON_TWO)
+def test_two_devices_in_one_optimizer(cls: type, options: dict[str, object]) -> None:
+    device_cases.two_devices_in_one_optimizer(cls, options, CUDA)
 
 
 def test_empty_and_single_tensors() -> None:
@@ -199,8 +200,8 @@ def test_empty_and_single_tensors() -> None:
 def test_more_than_2_to_the_31_elements() -> None:
     numel = (1 << 31) + 8
     torch.cuda.empty_cache()
-    # theta, and room for what poisons uninitialised memory.
-    if torch.cuda.mem_get_info()[0] < 3 * 2 * numel:
+    # theta, its gradient and moments, and room for what poisons uninitialised memory.
+    if torch.cuda.mem_get_info()[0] < 6 * 2 * numel:
         pytest.skip("too little memory on this GPU")
     device_cases.long_tensor(CUDA, numel)
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import zoopt
 from bench import paper_memory
 from zoopt.cli import main
+from zoopt.first_order.projected import core
 from zoopt.memory import measure, plan, simulate
 from zoopt.memory.measure import measure_here
 from zoopt.memory.meter import StorageMeter
@@ -127,6 +128,27 @@ def test_every_method_can_be_planned(spec: ModelSpec, monkeypatch: pytest.Monkey
     assert planned["AdamW"].peak > planned["GaLoreAdamW, int8 state"].peak > 1.5 * forward
     with pytest.raises(KeyError, match="'Adam' is not in the plan"):
         planned["Adam"]
+
+
+@pytest.mark.parametrize("spec", ["llama"], indirect=True)
+def test_a_gpu_updates_the_matrices_of_a_shape_together(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Projected ones, in windows, with what is made of them; where backward is fused, alone."""
+    alone = ["AdamW", "zoopt.AdamW, int8 state", "SM3", "SM3, fused backward"]
+    options: dict[str, Any] = {"seq": 4, "rank": RANK, "optimizers": [*alone, "Fira"]}
+    cpu, gpu = (plan(spec, gpu=gpu, **options) for gpu in (False, True))
+    for name in alone:
+        assert gpu[name].phases["update"] <= cpu[name].phases["update"]
+        assert gpu[name].state == cpu[name].state
+    window = gpu["Fira"].phases["update"]
+    assert sum(gpu["Fira"].categories.values()) == gpu["Fira"].peak
+    monkeypatch.setattr(core, "WINDOW", 1)
+    single = plan(spec, gpu=True, **options)["Fira"].phases["update"]
+    # Two layers have four matrices of (344, 128): R and its direction of three more, float32, and
+    # what else is made of them, such as factors and bases.
+    more = 3 * 344 * RANK * 4
+    assert 2 * more <= window - single <= 6 * more
 
 
 @pytest.mark.parametrize(

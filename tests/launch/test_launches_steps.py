@@ -146,3 +146,37 @@ def test_the_way_down_is_one_product_of_16_bits(dtype: torch.dtype, there: bool)
             # The factor's rounding, and bfloat16's of the product where it is not widened.
             assert found.dtype == torch.float32
             assert ((found.double() - exact).abs() <= 1.01 * torch.finfo(dtype).eps * size).all()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, RuntimeError])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_device_that_refuses_float32_products_is_asked_once(
+    dtype: torch.dtype, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its dtypes: products are widened from then on. Lack of memory is no refusal."""
+    monkeypatch.setattr(dispatch, "_REFUSED", set())
+    gradient, factor = torch.randn(40, 30).to(dtype), torch.randn(30, 4)
+    expected = gradient.double() @ factor.to(dtype).double()
+    asked: list[type[Exception]] = []
+    raised = [torch.OutOfMemoryError, error]
+
+    def mm(a: torch.Tensor, b: torch.Tensor, *, out_dtype: Any = None, out: Any = None) -> Any:
+        if out_dtype is None:
+            return plain(a, b, out=out)
+        asked.append(raised[min(len(asked), 1)])
+        raise asked[-1]("no such product")
+
+    there = mock.patch.object(dispatch, "_mm_has_out_dtype", return_value=True)
+    plain = torch.mm
+    with stub_gpu(), there, mock.patch.object(torch, "mm", mm):
+        with pytest.raises(torch.OutOfMemoryError):
+            times(gradient, factor)
+        for into in (None, torch.empty(40, 4)):
+            found = times(gradient, factor, out=into)
+            assert found.dtype == torch.float32
+            # The factor may be rounded before, and a bfloat16 product after.
+            torch.testing.assert_close(found.double(), expected, rtol=2**-6, atol=0.1)
+        assert asked == raised
+        other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+        assert dispatch.multiplies_into_float32(torch.zeros(2, dtype=other))
+        assert not dispatch.multiplies_into_float32(gradient)

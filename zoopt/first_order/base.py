@@ -27,7 +27,7 @@ from zoopt.dtypes import RoundingMode, resolved_rounding
 from zoopt.first_order.progress import Mark, Update
 from zoopt.interrupts import uninterrupted
 from zoopt.kernels.batch import Batch
-from zoopt.kernels.dispatch import is_fake
+from zoopt.kernels.dispatch import is_fake, launches
 from zoopt.kernels.journal import Journal, kept
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
@@ -226,10 +226,10 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         for site in sites:
             kind = self._kind(site)
             # Parameters tied by their data are updated one after the other.
-            if kind is None or site.param.data_ptr() in places:
+            if kind is None or _place(site.param) in places:
                 self._complete([site], self._step_param, site, _gradient(site))
             else:
-                places.add(site.param.data_ptr())
+                places.add(_place(site.param))
                 together.setdefault(kind, []).append(site)
         for alike in together.values():
             gradients = [operand(_gradient(site)) for site in alike]
@@ -449,11 +449,17 @@ def batch_kind(site: Site, *states: Tensor) -> Hashable:
     """The group, dtypes and device of a parameter that can be in a batch, and the dtypes and
     numbers of these of its states; None for one that cannot."""
     param, gradient = site.param, site.param.grad
-    alone = gradient is None or is_sharded(param) or is_fake(param) or not param.is_contiguous()
+    planned = is_fake(param) and not launches(param)
+    alone = gradient is None or is_sharded(param) or planned or not param.is_contiguous()
     if alone or gradient is None or gradient.layout != torch.strided or not param.numel():
         return None
     kinds = tuple(s.item() if not s.dim() and s.device.type == "cpu" else s.dtype for s in states)
     return id(site.group), param.dtype, gradient.dtype, param.device, kinds
+
+
+def _place(param: Tensor) -> int:
+    """Equal for parameters whose data are one."""
+    return id(param) if is_fake(param) else param.data_ptr()
 
 
 def batch_of(sites: Sequence[Site]) -> Batch:

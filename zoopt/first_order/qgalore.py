@@ -165,10 +165,11 @@ class QGaLoreAdamW(AdamFamily):
         return {**specs, "agreements": agreements, "doublings": doublings}
 
     def _refresh_due(self, site: Site, state: dict[str, Tensor]) -> bool:
-        gap = site.group["update_proj_gap"]
-        if site.group["cos_threshold"] is not None:
-            gap <<= int(state["doublings"])
-        return refresh_due(site, int(state["step"]), gap)
+        gap, completed = site.group["update_proj_gap"], int(state["step"])
+        if site.group["cos_threshold"] is None or not refresh_due(site, completed, gap):
+            return refresh_due(site, completed, gap)
+        # To read the number waits for a GPU, so it is read when a refresh can be due.
+        return refresh_due(site, completed, gap << int(state["doublings"]))
 
     def _refresh(
         self, site: Site, state: dict[str, Tensor], geo: Geometry, gradient: Tensor

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Literal, TypeVar, get_args
 
@@ -52,10 +54,27 @@ def all_known(values: Tensor, otherwise: Number) -> list[Number]:
     return [type(otherwise)(value) for value in values.tolist()]
 
 
+#: Whether fake tensors stand for those of a GPU.
+_planning = False
+
+
+@contextlib.contextmanager
+def planning_a_gpu(gpu: bool) -> Iterator[None]:
+    """A context in which fake tensors stand for those of a GPU with kernels, or of a CPU."""
+    global _planning
+    before, _planning = _planning, gpu
+    try:
+        yield
+    finally:
+        _planning = before
+
+
 def launches(theta: Tensor) -> bool:
     """Whether operations on theta are kernel launches: then one large batch beats many small
     ones."""
-    return not is_fake(theta) and _best(theta) == "triton"
+    if is_fake(theta):
+        return _planning and theta.dtype != torch.float64
+    return _best(theta) == "triton"
 
 
 def waits(value: Tensor) -> bool:
@@ -65,7 +84,7 @@ def waits(value: Tensor) -> bool:
 
 def on_gpu(tensor: Tensor) -> bool:
     """Whether the tensor lies on a GPU, whose BLAS multiplies 16-bit matrices with float32 sums."""
-    return tensor.is_cuda
+    return tensor.is_cuda or (_planning and is_fake(tensor))
 
 
 def native_bfloat16(tensor: Tensor) -> bool:
@@ -78,8 +97,30 @@ def native_bfloat16(tensor: Tensor) -> bool:
 
 def multiplies_into_float32(tensor: Tensor) -> bool:
     """Whether a product of matrices of the tensor's 16-bit dtype can be returned in float32, by
-    `torch.mm(..., out_dtype=torch.float32)`: on NVIDIA's GPUs, from torch 2.8 on."""
-    return on_gpu(tensor) and tensor.dtype in NARROW and _mm_has_out_dtype()
+    `torch.mm(..., out_dtype=torch.float32)`: on NVIDIA's GPUs, from torch 2.8 on, but for those
+    that have refused it."""
+    if not (on_gpu(tensor) and tensor.dtype in NARROW and _mm_has_out_dtype()):
+        return False
+    if is_fake(tensor):  # whose product torch refuses on a machine without a GPU
+        return False
+    return (tensor.device, tensor.dtype) not in _REFUSED
+
+
+#: Devices and dtypes of matrices whose product could not be returned in float32.
+_REFUSED: set[tuple[torch.device, torch.dtype]] = set()
+
+
+def mm_into_float32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor | None:
+    """The product of two matrices of one 16-bit dtype, in float32; None if this device refuses
+    that, after which `multiplies_into_float32` is false there."""
+    try:
+        product: Tensor = torch.mm(a, b, out_dtype=torch.float32, out=out)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # NotImplementedError is one.
+        _REFUSED.add((a.device, a.dtype))
+        return None
+    return product
 
 
 def _mm_has_out_dtype() -> bool:

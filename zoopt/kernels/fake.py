@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoopt.kernels.dispatch import native_bfloat16
+from zoopt.kernels.dispatch import native_bfloat16, on_gpu
 from zoopt.kernels.product import reference as reference_product
 
 
@@ -25,7 +25,10 @@ adam = adamw = average = sm3 = nothing
 
 
 def add_product(theta: Tensor, left: Any, right: Any, *numbers_and_terms: Any) -> None:
-    """Allocate as the CPU implementation does: a chunk of rows, unless BLAS adds in place."""
+    """Allocate as the CPU implementation does: a chunk of rows, unless BLAS adds in place. On a GPU
+    nothing is allocated."""
+    if on_gpu(theta):
+        return  # Kernels read what is there; BLAS adds in place.
     alpha, _, gradient, channel_scale, sign_of, sign_step, _, rounding_draw = numbers_and_terms
     product_alone = channel_scale is None and sign_of is None
     at_once = reference_product.blas_rounds(theta, rounding_draw)

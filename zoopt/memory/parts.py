@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from zoopt.kernels.dispatch import planning_a_gpu
 from zoopt.memory.depth import shortened
 from zoopt.memory.grouped import run
 from zoopt.memory.meter import Run, StorageMeter
@@ -38,13 +39,16 @@ class Parts:
     parameters of one shape take the same memory, so only one of them runs.
     """
 
-    def __init__(self, spec: ModelSpec, model: nn.Module, recall: Recall | None) -> None:
+    def __init__(
+        self, spec: ModelSpec, model: nn.Module, recall: Recall | None, *, gpu: bool = False
+    ) -> None:
         """Copy the model, whose tensors are on the meta device; the model itself is not changed.
 
         Args:
             recall: cache of operators' results; None: every operator runs in every step.
+            gpu: whether the step is one on a GPU, where parameters are updated together.
         """
-        self.spec, self._meta, self._shared = spec, model, recall is not None
+        self.spec, self._meta, self._shared, self._gpu = spec, model, recall is not None, gpu
         self._run: Run = run if recall is None else recall
         self._plain = whole_model(model)
         self._adapted: dict[str, nn.Module] = {}
@@ -113,7 +117,8 @@ class Parts:
         return _timeline(meter)
 
     def update(self, method: Method) -> Timeline:
-        """One update, with all state and all gradients in memory."""
+        """One update, with all state and all gradients in memory. On a GPU all matrices
+        of a shape are updated together, unless backward is fused."""
         model = self._model(method)
         optimizer = method.build(model)
         params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -125,7 +130,8 @@ class Parts:
             meter.track(gradients, "gradients")
             for param, gradient in zip(params, gradients, strict=True):
                 param.grad = gradient
-            repeated = repeated_shapes(optimizer)
+            together = self._gpu and not method.fused
+            repeated = {} if together else repeated_shapes(optimizer)
             for param in repeated:
                 param.grad = None
             if isinstance(optimizer, DeclaredStateOptimizer):
@@ -140,7 +146,8 @@ class Parts:
                 for param, gradient in zip(params, gradients, strict=True):
                     param.grad = gradient
             meter.forget_peaks()
-            optimizer.step()
+            with planning_a_gpu(self._gpu):
+                optimizer.step()
             model.zero_grad()
         return _timeline(meter)
 

@@ -92,7 +92,9 @@ def plan(
         gpu: plan for a GPU, where parameters that are perturbed virtually have temporaries made
             ahead of their operators, in buffers of 64 MiB (or of one larger parameter). They count
             as workspace: 64 MiB at most, twice that where an operator reads several parameters and
-            two buffers can meet. A CPU has one operator's temporaries at a time.
+            two buffers can meet. A CPU has one operator's temporaries at a time. Matrices of a
+            shape are updated together, in windows of 32 MiB of projected gradients, with what is
+            made of them.
         progress: called with the name of each method before it is planned.
 
     Returns:

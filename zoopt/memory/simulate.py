@@ -69,7 +69,8 @@ class Simulation:
 
     Args:
         spec, checkpointing, seq: the model and sequence length to plan.
-        gpu: count the buffers of temporaries that only GPUs have.
+        gpu: count what only GPUs have: buffers of temporaries of forward passes, and of matrices
+            that are updated together.
         whole: run every layer of the model; by default only a few of the repeated layers run.
     """
 
@@ -151,7 +152,9 @@ class Simulation:
         return self._timeline(name, method, *sizes).buffered("forward", buffers).part
 
     def _timeline(self, name: str, method: Method, *sizes: int) -> Timeline:
-        short = self._shortened(_LAYERS + method.layers)
+        # A GPU updates matrices of all layers together, up to a window: no layer is like the next.
+        together = self.gpu and name == "update" and not method.fused
+        short = None if together else self._shortened(_LAYERS + method.layers)
         if short is not None:
             base, deeper = short
             timeline = extended(
@@ -161,7 +164,7 @@ class Simulation:
             if timeline is not None:
                 return timeline
         if self._whole is None:
-            self._whole = Parts(self.spec, self._meta, self._recall)
+            self._whole = Parts(self.spec, self._meta, self._recall, gpu=self.gpu)
         whole: Timeline = getattr(self._whole, name)(method, *sizes)
         return whole
 
@@ -182,15 +185,15 @@ class Simulation:
                     ]
                     with _disable_current_modes():
                         model = shortened(self._meta, cut)
-                    made.append(Parts(self.spec, model, self._recall))
+                    made.append(Parts(self.spec, model, self._recall, gpu=self.gpu))
                 more = [family[0].units - units for family in families]
                 self._short[units] = made[0], list(zip(made[1:], more, strict=True))
         return self._short[units]
 
     def _backprop(self, method: Method, batch: int) -> tuple[Part, int]:
         passes = self._passes(method, batch, self.seq)
-        # An optimizer's update is the same whether it is fused or not.
-        optimizer = dataclasses.replace(method, name="", fused=False)
+        # On a CPU an optimizer's update is the same whether it is fused or not.
+        optimizer = dataclasses.replace(method, name="", fused=self.gpu and method.fused)
         if optimizer not in self._updates:
             self._updates[optimizer] = self._part("update", method)
         update = self._updates[optimizer]

@@ -104,12 +104,23 @@ def load_all_bases(
     Args:
         dtype: of random ones; default, the accumulator's.
     """
-    if sites[0].group.get("projector") != "random":
-        stored = zip(sites, states, strict=True)
-        return [
-            {name: _stored(site, state, geo, name) for name in geo.bases} for site, state in stored
-        ]
     wide = accumulator_dtype(sites[0].param.dtype)
+    if sites[0].group.get("projector") != "random":
+        if sites[0].group.get("basis_dtype") != "int4" or len(sites) == 1:
+            return [
+                {name: _stored(site, state, geo, name) for name in geo.bases}
+                for site, state in zip(sites, states, strict=True)
+            ]
+        decoded = {
+            name: decode_int4(
+                torch.stack([state[name] for state in states]),
+                torch.stack([state[f"{name}_scale"] for state in states]),
+                shape,
+                wide,
+            )
+            for name, shape in geo.bases.items()
+        }
+        return [{name: stack[i] for name, stack in decoded.items()} for i in range(len(sites))]
     found: list[dict[str, Tensor]] = [{} for _ in sites]
     for name, (dim, rank) in geo.bases.items():
         draws: dict[int, list[int]] = {}

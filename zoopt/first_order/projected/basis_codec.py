@@ -44,7 +44,9 @@ def encode_int4(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_int4(codes: Tensor, scale: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The values of that shape and dtype that the codes and scales stand for."""
+    """The values of that shape and dtype that codes (..., c) and scales (..., g) stand for."""
     numel = math.prod(shape)
-    levels = torch.stack((codes & 15, codes >> 4), 1).view(-1)[:numel].to(dtype) - 8.0
-    return (levels * scale.to(dtype).repeat_interleave(GROUP)[:numel]).view(shape)
+    halves = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    levels = halves[..., :numel].to(dtype) - 8.0
+    spread = scale.to(dtype).repeat_interleave(GROUP, -1)[..., :numel]
+    return (levels * spread).view(*codes.shape[:-1], *shape)

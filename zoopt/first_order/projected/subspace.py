@@ -18,7 +18,12 @@ from zoopt.dtypes import accumulator_dtype
 from zoopt.first_order.projected.geometry import Geometry
 from zoopt.kernels import perturb
 from zoopt.kernels.batch import Batch
-from zoopt.kernels.dispatch import known, multiplies_into_float32, native_bfloat16
+from zoopt.kernels.dispatch import (
+    known,
+    mm_into_float32,
+    multiplies_into_float32,
+    native_bfloat16,
+)
 from zoopt.kernels.journal import kept
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.linalg import sign_fixed_qr
@@ -45,8 +50,9 @@ def times(
         return torch.mm(turned, factor.to(wide), out=out)
     # To round the factor is to round the product to the precision of the gradient's own entries.
     if multiplies_into_float32(gradient):
-        narrow = factor.to(gradient.dtype)
-        return torch.mm(turned, narrow, out_dtype=wide, out=out)
+        product = mm_into_float32(turned, factor.to(gradient.dtype), out)
+        if product is not None:
+            return product
     if native_bfloat16(gradient):
         # Sums are float32 inside.
         product = torch.mm(turned, factor.to(gradient.dtype))

@@ -131,10 +131,11 @@ def add_product_(
             return theta
         each = zip(target.tensors, target.keys, operands, strict=True)
         for own, own_key, (first, second, g, scale, signs_of) in pieces(each):
-            backend.add_product(
-                *(own, first, second, alpha, decay, g, scale, signs_of, sign_step),
-                *(own_key, rounding_draw),
-            )
+            if own.numel():
+                backend.add_product(
+                    *(own, first, second, alpha, decay, g, scale, signs_of, sign_step),
+                    *(own_key, rounding_draw),
+                )
     return theta
 
 
