@@ -14,15 +14,11 @@ from torch import Tensor
 from zoopt.checks import check_number
 from zoopt.distributed.sharding import is_sharded, local
 from zoopt.parameters import named_params
+from zoopt.trajectory.files import locked, sync_folder
 from zoopt.trajectory.format import Event, Kind, TrajectoryError, encode, encode_header, read
 from zoopt.trajectory.header import describe, names_of, to_json
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.closure import Closure, loss_value
-
-try:
-    import fcntl
-except ImportError:  # Windows has no fcntl, and files are not locked there.
-    fcntl = None  # type: ignore[assignment]
 
 #: Group keys that are recorded separately or cannot change.
 _APART = ("params", "param_names", "lr")
@@ -357,32 +353,3 @@ def refuse_unrecordable(optimizer: ZerothOrderOptimizer) -> None:
             f"a recording must begin before the first step, got {name} at step "
             f"{optimizer.param_groups[0]['step']}; make the optimizer anew and record it then"
         )
-
-
-def locked(path: Path, flags: int) -> int:
-    """Open a file for appending, locked against other processes.
-
-    Raises:
-        TrajectoryError: another process has locked it.
-    """
-    file = os.open(path, flags | os.O_APPEND, 0o644)
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(file)
-        raise TrajectoryError(
-            f"another process writes to {path}; let it end, or record to another file"
-        ) from None
-    return file
-
-
-def sync_folder(path: Path) -> None:
-    """Sync the file's folder to disk, so that the file's name survives a crash (POSIX only)."""
-    if os.name != "posix":
-        return
-    folder = os.open(path.resolve().parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
