@@ -57,8 +57,9 @@ def test_a_replay_has_the_bits_of_the_run(
     assert str(again.state_dict()["state"]) == str(optimizer.state_dict()["state"])
 
 
-#: Steps that read nothing but losses, of parameters without state.
+#: Steps that read nothing but losses, of parameters without state but a momentum buffer.
 SCRIPTED = {
+    *("momentum", "momentum probes decay", "indices momentum"),
     *("plain", "probes", "one-sided", "rademacher", "decay", "window", "window one-sided"),
     *("clipped", "ascent", "blocks", "blocks window", "random mask", "indices", "scalar"),
     *("elementwise", "projected", "three", "reused"),

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.writes import RULES, batch, one_by_one, script
+from tests.writes import ALL_RULES, batch, one_by_one, script
 from zoopt import kernels
 from zoopt.kernels import NoiseKey, Write
 from zoopt.kernels.noise.writes import kept_directions
@@ -27,22 +27,29 @@ NOISES: list[dict[str, Any]] = [
 def check(dtype: torch.dtype, noise: dict[str, Any], rules: tuple[str, ...], impl: str) -> None:
     writes = script(23, stochastic=dtype in DTYPES[1:], rules=rules)
     theta, expected = batch(dtype, SIZES, **noise), batch(dtype, SIZES, **noise)
-    kernels.write_each_(theta, writes, impl=impl)
-    for tensor, other, key in zip(theta.tensors, expected.tensors, theta.keys, strict=True):
-        one_by_one(other, key, writes)
+    wide = torch.promote_types(dtype, torch.float32)
+    buffers = [torch.linspace(-1, 1, t.numel(), dtype=wide) for t in theta.tensors]
+    before = [buffer.clone() for buffer in buffers]
+    stateful = any(write.rule == "momentum" for write in writes)
+    kernels.write_each_(theta, writes, buffer=buffers if stateful else None, impl=impl)
+    for i, (tensor, other, key) in enumerate(
+        zip(theta.tensors, expected.tensors, theta.keys, strict=True)
+    ):
+        one_by_one(other, key, writes, before[i])
         assert torch.equal(tensor.view(torch.uint8), other.view(torch.uint8))
+        assert torch.equal(buffers[i].view(torch.uint8), before[i].view(torch.uint8))
 
 
 @pytest.mark.parametrize("noise", NOISES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_writes_have_the_bits_of_each_made_alone(dtype: torch.dtype, noise: dict[str, Any]) -> None:
-    check(dtype, noise, RULES, "numba")
+    check(dtype, noise, ALL_RULES, "numba")
     check(dtype, noise, ("none",), "reference")
 
 
 def test_the_reference_has_all_rules() -> None:
-    check(torch.float32, {}, RULES, "reference")
-    check(torch.float64, {"density": 0.5}, RULES, "reference")
+    check(torch.float32, {}, ALL_RULES, "reference")
+    check(torch.float64, {"density": 0.5}, ALL_RULES, "reference")
 
 
 @given(draws=st.lists(st.integers(0, 9), max_size=40), room=st.integers(1, 5))
@@ -68,7 +75,7 @@ def test_a_write_of_more_directions_than_are_kept(monkeypatch: pytest.MonkeyPatc
     key = NoiseKey(1, 2)
     theta, expected = torch.zeros(300), torch.zeros(300)
     kernels.write_each_(theta, [many, many], key=key)
-    one_by_one(expected, key, [many, many])
+    one_by_one(expected, key, [many, many], torch.zeros(0))
     assert torch.equal(theta, expected)
 
 
@@ -82,6 +89,8 @@ def test_what_does_not_fit_is_told() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             kernels.write_each_(theta, [write], key=key)
+    with pytest.raises(ValueError, match="buffer must be given where a write has rule 'momentum'"):
+        kernels.write_each_(theta, [Write((1,), (1.0,))], buffer=theta.clone(), key=key)
     assert not theta.any()
     kernels.write_each_(theta, [], key=key)
     assert not theta.any()

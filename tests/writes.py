@@ -13,6 +13,8 @@ from zoopt.kernels import NoiseKey, Write
 from zoopt.kernels.batch import Batch
 
 RULES = ("none", "sign", "adam")
+#: On the CPU there are buffers too.
+ALL_RULES = (*RULES, "momentum")
 
 
 def script(count: int, *, stochastic: bool, rules: tuple[str, ...] = ("none",)) -> list[Write]:
@@ -33,12 +35,16 @@ def script(count: int, *, stochastic: bool, rules: tuple[str, ...] = ("none",)) 
             if rule == "adam":
                 own |= {"first": numbers, "second": tuple(map(abs, numbers)), "eps": 1e-3}
                 own["closes"] = tuple(i % 2 == 1 for i in range(len(draws)))
+            if rule == "momentum":
+                own["momentum"] = 0.9
+                # It has no other draw to round by.
+                rounding_draw = None if rounding_draw is None else draws[-1]
             write = Write(draws, numbers, decay, rounding_draw, rule, draws, **own)
         writes.append(write)
     return writes
 
 
-def one_by_one(theta: Tensor, key: NoiseKey, writes: list[Write]) -> None:
+def one_by_one(theta: Tensor, key: NoiseKey, writes: list[Write], buffer: Tensor) -> None:
     """The writes as operations of their own, by the reference."""
     for write in writes:
         rounds = {
@@ -53,6 +59,18 @@ def one_by_one(theta: Tensor, key: NoiseKey, writes: list[Write]) -> None:
                 write.coefficients,
                 draws=write.draws,
                 rounding_draw=write.rounding_draw,
+                **rounds,  # type: ignore[arg-type]
+            )
+            continue
+        if write.rule == "momentum":
+            kernels.momentum_(
+                theta,
+                buffer,
+                write.coefficients,
+                write.gradients,
+                draws=write.draws,
+                momentum=write.momentum,
+                step_size=write.step_size,
                 **rounds,  # type: ignore[arg-type]
             )
             continue

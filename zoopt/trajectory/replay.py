@@ -42,9 +42,10 @@ def replay(
     Every write of the run is repeated with the same rounding. The weights and the optimizer's state
     are therefore bit for bit those after the run's last step. The model is not evaluated.
 
-    For some methods one pass over the weights applies 128 steps. These are methods without state
-    beside the weights, whose steps are sums of directions, signs of such sums, or moments computed
-    from a window of directions: `MeZO` and `FZOO` without momentum or with a window,
+    For some methods one pass over the weights applies 128 steps. These are methods whose steps are
+    sums of directions, signs of such sums, or moments computed from a window of directions, and
+    that keep nothing beside the weights but a momentum buffer: `MeZO` and `FZOO` (on a GPU without
+    momentum or with a window),
     `ZOAdam(state="window")` and `"scalar"`, `ZOSignSGD`, `ZOConservativeSGD` and
     `EvolutionStrategy` without a rank, with any mask but `"magnitude"`. For all others each step
     needs its own passes: one for each evaluation and one for the update with in-place

@@ -10,6 +10,7 @@ steps at a time.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zoopt.distributed.sharding import is_sharded
-from zoopt.kernels import Write, write_each_
+from zoopt.kernels import Write, dispatch, write_each_
 from zoopt.kernels.batch import Batch, apart
 from zoopt.kernels.descent.rule import Rule, Shape
 from zoopt.kernels.noise.key import NoiseKey
@@ -30,6 +31,8 @@ from zoopt.zeroth_order.engine.mask import Indexed
 from zoopt.zeroth_order.engine.passes import Passes
 from zoopt.zeroth_order.engine.progress import Progress, count_write
 
+#: A function that returns a parameter's momentum buffer; None: it has none.
+Buffer = Callable[[], Tensor] | None
 #: Group keys that describe the parameters and not the method.
 _THEIRS = ("params", "param_names", "mask")
 
@@ -44,26 +47,29 @@ class Kind:
 
     Attributes:
         stand_in: a tensor of one element, which is never written.
-        params: the parameters with their directions.
+        params: the parameters with their directions, and their momentum buffers: functions that
+            return them, or None where there are none.
         writes: the writes still to be applied to each of them.
     """
 
     stand_in: Tensor
-    params: list[tuple[Tensor, Noise]] = dataclasses.field(default_factory=list)
+    params: list[tuple[Tensor, Noise, Buffer]] = dataclasses.field(default_factory=list)
     writes: list[Write] = dataclasses.field(default_factory=list)
 
     def make(self, writes: Sequence[Write]) -> None:
         """Apply the writes to the weights."""
-        batches: dict[Any, list[tuple[Tensor, Noise]]] = {}
-        for param, direction in self.params if writes else ():
-            batches.setdefault(param.device, []).append((param, direction))
+        batches: dict[Any, list[tuple[Tensor, Noise, Buffer]]] = {}
+        for param, direction, buffer in self.params if writes else ():
+            batches.setdefault(param.device, []).append((param, direction, buffer))
             count_write(param)
+        stateful = any(write.rule == "momentum" for write in writes)
         for own in batches.values():
-            params, directions = zip(*own, strict=True)
+            params, directions, buffers = zip(*own, strict=True)
             keys = [direction.key for direction in directions]
             indices = [direction.indices for direction in directions]
             # In a group either all directions have indices or none does.
-            write_each_(Batch(params, keys, None if indices[0] is None else indices), writes)
+            batch = Batch(params, keys, None if indices[0] is None else indices)
+            write_each_(batch, writes, buffer=[own() for own in buffers] if stateful else None)
 
     def closed(self) -> list[Write]:
         """Combine all writes into one, without their rounding; later decays scale earlier writes.
@@ -107,7 +113,9 @@ class Script(Passes):
         **options: Any,
     ) -> bool:
         """Store the operation as a `Write`."""
-        if beside or not isinstance(operation, str) or operation not in _WRITES:
+        if not isinstance(operation, str) or operation not in _WRITES:
+            raise NotScriptedError
+        if beside and operation != "momentum":
             raise NotScriptedError
         if not progress.done:
             self._kinds[id(theta)].writes.append(_WRITES[operation](**options))
@@ -195,8 +203,33 @@ def _adam_window(
     )
 
 
+def _momentum(
+    *,
+    coefficients: Sequence[float],
+    gradients: Sequence[float],
+    draws: Sequence[int],
+    momentum: float,
+    step_size: float,
+    decay: float,
+    rounding: str,
+) -> Write:
+    draws = tuple(draws)
+    return Write(
+        draws,
+        tuple(coefficients),
+        decay,
+        _rounded_by(rounding, draws[-1]),
+        "momentum",
+        draws,
+        tuple(gradients),
+        step_size=step_size,
+        momentum=momentum,
+    )
+
+
 _WRITES: dict[str, Callable[..., Write]] = {
     "apply": _apply,
+    "momentum": _momentum,
     "descend": _descend,
     "adam_window": _adam_window,
 }
@@ -209,7 +242,8 @@ class Scripted:
         optimizer: an optimizer without pending probes.
 
     Raises:
-        NotScriptedError: its parameters have state, or their directions are not plain noise.
+        NotScriptedError: its parameters have state other than a momentum buffer on the CPU, or
+            their directions are not plain noise.
 
     Attributes:
         stand_in: an optimizer of the same class, over one element of each kind.
@@ -235,7 +269,9 @@ class Scripted:
             if param.requires_grad:
                 direction = self._direction(param, group, name)
                 if direction is not None:
-                    kinds[place].params.append((param, direction))
+                    buffer = functools.partial(self._buffer, param, group, name)
+                    stores = bool(optimizer.declared_state(param, group))
+                    kinds[place].params.append((param, direction, buffer if stores else None))
         if not all(group["params"] for group in groups):
             raise NotScriptedError
         self.kinds = list(kinds.values())
@@ -249,7 +285,8 @@ class Scripted:
     def _direction(self, param: Tensor, group: Any, name: str | int) -> Noise | None:
         """The parameter's direction; None if the parameter is not perturbed."""
         optimizer = self._optimizer
-        if optimizer.declared_state(param, group):
+        declared = optimizer.declared_state(param, group)
+        if declared and (declared.keys() != {"momentum_buffer"} or dispatch.launches(param)):
             raise NotScriptedError
         virtual = optimizer._virtual(param, group)
         direction = optimizer._direction(param, group, stream(name), virtual=virtual)
@@ -257,6 +294,12 @@ class Scripted:
             raise NotScriptedError
         assert direction is None or isinstance(direction, Noise)
         return direction
+
+    def _buffer(self, param: Tensor, group: Any, name: str | int) -> Tensor:
+        """The parameter's momentum buffer, which the run's first step has made."""
+        self._optimizer._ready_state(param, group, stream(name))
+        buffer: Tensor = self._optimizer._state(param, group)["momentum_buffer"]
+        return buffer
 
     def _stand_in(self, groups: list[dict[str, Any]]) -> ZerothOrderOptimizer:
         named = [
@@ -290,6 +333,9 @@ class Scripted:
         made = [(kind, list(kind.writes) if exact else kind.closed()) for kind in self.kinds]
         for kind in self.kinds:
             kind.writes.clear()
+            for *_, buffer in kind.params if kind.stand_in in self.stand_in.state else ():
+                if buffer is not None:
+                    buffer()
         for group, own in zip(
             self.stand_in.param_groups, self._optimizer.param_groups, strict=True
         ):

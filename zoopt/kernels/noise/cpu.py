@@ -195,26 +195,31 @@ def adam_window(
     )
 
 
-def write_each(theta: Tensor, script: Script, key: NoiseKey) -> None:
+def write_each(theta: Tensor, buffer: Tensor | None, script: Script, key: NoiseKey) -> None:
     """See reference.write_each."""
-    _write_each([address(theta, *_KINDS)], [theta.numel()], [key], theta.dtype, script)
+    buffers = None if buffer is None else [buffer]
+    _write_each([address(theta, *_KINDS)], buffers, [theta.numel()], [key], theta.dtype, script)
 
 
-def write_each_batch(batch: Batch, script: Script) -> None:
+def write_each_batch(batch: Batch, buffers: Sequence[Tensor] | None, script: Script) -> None:
     """As write_each, on all tensors of a batch without indices."""
-    _write_each(batch.addresses, batch.counts, batch.keys, batch.dtype, script)
+    _write_each(batch.addresses, buffers, batch.counts, batch.keys, batch.dtype, script)
 
 
 def _write_each(
     addresses: Sequence[int],
+    buffers: Sequence[Tensor] | None,
     counts: Sequence[int],
     keys: Sequence[NoiseKey],
     dtype: torch.dtype,
     script: Script,
 ) -> None:
+    beside = (0,) * len(counts)
+    if buffers is not None:
+        beside = tuple(address(buffer, torch.float32) for buffer in buffers)
     places = [
-        (address, count, key.offset, key.stream)
-        for address, count, key in zip(addresses, counts, keys, strict=True)
+        (own, count, key.offset, key.stream, buffer)
+        for own, count, key, buffer in zip(addresses, counts, keys, beside, strict=True)
     ]
     ends = np.cumsum([0, *(-(-count // cpu_writes.TILE) for count in counts)], dtype=np.int64)
     tiles = int(ends[-1])

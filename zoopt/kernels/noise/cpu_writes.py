@@ -60,7 +60,7 @@ from zoopt.kernels.runtime.intrinsics import (
 )
 from zoopt.kernels.runtime.spread import memory_at, spread
 
-_NONE, _SIGN, _ADAM = RULES["none"], RULES["sign"], RULES["adam"]
+_SIGN, _ADAM, _MOMENTUM = RULES["sign"], RULES["adam"], RULES["momentum"]
 _DIRECTION, _ROUNDING = philox.PURPOSE_DIRECTION, philox.PURPOSE_ROUNDING
 _MASK = philox.PURPOSE_MASK
 #: The elements of a tile, as many as 32 blocks of signs have; fewer where many directions are kept,
@@ -71,18 +71,18 @@ TILE, _KEPT = 4096, 8192
 @jit
 def _room(tile, kept, masked):
     """How many 32-bit numbers the rows of `_scratch` take, each with a line of the cache."""
-    return kept * tile + 7 * tile + kept * masked // 2 + 2 * KEYS + 4 * BLOCKS + 1 + 9 * 16
+    return kept * tile + 8 * tile + kept * masked // 2 + 2 * KEYS + 4 * BLOCKS + 1 + 9 * 16
 
 
 @jit
 def _scratch(room, tile, kept, masked):
     """A tile's arrays in uint32 memory; each row begins with a line of the cache.
 
-    float32 (kept, tile), (5, tile); uint16 (kept, masked); uint32 (2, tile / 2); uint16 (tile,);
+    float32 (kept, tile), (6, tile); uint16 (kept, masked); uint32 (2, tile / 2); uint16 (tile,);
     uint64 (2, tile / 8), (KEYS,); uint32 (4 BLOCKS,); float32 (1,).
     """
     z, rest = _row(room, kept * tile)
-    grid, rest = _row(rest, 5 * tile)
+    grid, rest = _row(rest, 6 * tile)
     mask, rest = _row(rest, kept * masked // 2)
     pairs, rest = _row(rest, tile)
     uniform, rest = _row(rest, tile // 2)
@@ -92,7 +92,7 @@ def _scratch(room, tile, kept, masked):
     one, rest = _row(rest, 1)
     return (
         z.view(np.float32).reshape((kept, tile)),
-        grid.view(np.float32).reshape((5, tile)),
+        grid.view(np.float32).reshape((6, tile)),
         mask.view(np.uint16).reshape((kept, masked)),
         pairs.reshape((2, tile // 2)),
         uniform.view(np.uint16),
@@ -231,6 +231,7 @@ def _store(values, acc, linear, lead, kind, normal):
 @jit
 def _write_each(
     theta,
+    buffer,
     kind,
     ends,
     middles,
@@ -240,6 +241,7 @@ def _write_each(
     decays,
     step_sizes,
     epsilons,
+    momenta,
     draws,
     places,
     made,
@@ -257,7 +259,7 @@ def _write_each(
     threshold,
     span,
 ):
-    """reference.write_each, with `kept` directions of a tile beside it.
+    """reference.write_each, with `kept` directions of a tile beside it; a buffer may be empty.
 
     Write w has terms ends[w] ... ends[w + 1] - 1; from middles[w] on they are its estimate's. Term
     j's direction is at places[j], and is made there first where made[j]; where single[j], no other
@@ -279,9 +281,12 @@ def _write_each(
         size = (stop - base + GROUP - 1) // GROUP * GROUP
         values = theta[position - offset : stop - offset]
         linear, acc = grid[0, :size], grid[1 if normal else 0, :size]
-        ghat, m, v = grid[2, :size], grid[3, :size], grid[4, :size]
+        ghat, m, v, buf = grid[2, :size], grid[3, :size], grid[4, :size], grid[5, :size]
+        past = buffer[position - offset : stop - offset]
         _load(acc, linear, values, position - base, kind, normal)
         count = size // 8 if normal else BLOCKS
+        if len(past):
+            _load(buf, ghat if normal else buf, past, position - base, FLOAT32, normal)
         low, product = blocks[0, :count], blocks[1, :count]
         tables(low, product, base // (8 if normal else 128), stream, k0, k1)
         noise = (low, product, keys, joined, normal, base, stream, k0, k1)
@@ -297,8 +302,11 @@ def _write_each(
                     continue
             if decays[w] != f32(1.0):
                 scale(acc, decays[w])
-            if rules[w] != _NONE:
-                grid[2:] = f32(0.0)
+            if rules[w] == _SIGN or rules[w] == _ADAM:
+                grid[2:5] = f32(0.0)
+            elif rules[w] == _MOMENTUM:
+                scale(buf, momenta[w])
+            target = buf if rules[w] == _MOMENTUM else ghat
             while j < ends[w + 1]:
                 place = places[j]
                 if single[j] and threshold is None and j < middles[w]:
@@ -316,7 +324,8 @@ def _write_each(
                         j += 1
                     add_terms(acc, z, places, numbers, start, j)
                     continue
-                _add(acc if j < middles[w] else ghat, numbers[j], z[place], mask[place], threshold)
+                own_sum = acc if j < middles[w] else target
+                _add(own_sum, numbers[j], z[place], mask[place], threshold)
                 if closes[j]:
                     average(ghat, m, v, first[j], second[j])
                 j += 1
@@ -324,6 +333,8 @@ def _write_each(
                 add_sign(acc, ghat, step_sizes[w])
             elif rules[w] == _ADAM:
                 adam(acc, m, v, step_sizes[w], epsilons[w])
+            elif rules[w] == _MOMENTUM:
+                _add(acc, step_sizes[w], buf, mask[0], None)
             if kind != FLOAT32 and rounds[w] < 0:
                 rounded(acc, kind)
             elif kind != FLOAT32:
@@ -331,6 +342,8 @@ def _write_each(
                 rounded_stochastic(acc, bits, kind)
             w += 1
         _store(values, acc, linear, position - base, kind, normal)
+        if len(past):
+            _store(past, buf, linear if normal else buf, position - base, FLOAT32, normal)
         position = stop
     hold(room)
 
@@ -349,6 +362,7 @@ def _write_batch(
     decays,
     step_sizes,
     epsilons,
+    momenta,
     draws,
     places,
     made,
@@ -367,7 +381,8 @@ def _write_batch(
     """_write_each on the tiles of a batch.
 
     Args:
-        tensors: int64 (t, 4): address, number of elements, offset and stream of each.
+        tensors: int64 (t, 5): address, number of elements, offset and stream of each, and the
+            address of its buffer, or 0.
         firsts: int64 (t + 1,): the number of its first tile; that of all tiles.
         item: of the type of theta's bits.
         span: of tiles.
@@ -375,10 +390,11 @@ def _write_batch(
     for t in range(len(tensors)):
         start, stop = max(span[0], firsts[t]), min(span[1], firsts[t + 1])
         if start < stop:
-            address, count, offset, stream = tensors[t]
+            address, count, offset, stream, buffer = tensors[t]
             own = TILE * (start - firsts[t]), min(count, TILE * (stop - firsts[t]))
             _write_each(
                 memory_at(address, count, item),
+                memory_at(buffer, count if buffer else 0, u32(0)),
                 kind,
                 ends,
                 middles,
@@ -388,6 +404,7 @@ def _write_batch(
                 decays,
                 step_sizes,
                 epsilons,
+                momenta,
                 draws,
                 places,
                 made,

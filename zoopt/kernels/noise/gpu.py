@@ -320,8 +320,8 @@ def adam_window(
     )
 
 
-def write_each(batch: Batch, script: Script) -> None:
-    """See reference.write_each."""
+def write_each(batch: Batch, buffers: None, script: Script) -> None:
+    """See reference.write_each; there are no buffers."""
     with torch.cuda.device_of(batch.tensors[0]):
         terms = _in_memory(script.numbers, batch.device)
     blocks = ADAM_BLOCK if script.estimates else BLOCK

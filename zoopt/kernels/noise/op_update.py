@@ -232,6 +232,7 @@ def write_each_(
     theta: Batched,
     writes: Sequence[Write],
     *,
+    buffer: Tensor | Sequence[Tensor] | None = None,
     key: NoiseKey | None = None,
     impl: str | None = None,
 ) -> Batched:
@@ -244,6 +245,7 @@ def write_each_(
     Args:
         theta: a dense tensor or a batch, as for `apply_`.
         writes: see `Write`.
+        buffer: that of `rule="momentum"`, as for `momentum_`; on the CPU.
         key, impl: as for `apply_`.
 
     Returns:
@@ -258,8 +260,18 @@ def write_each_(
     backend = dispatch.choose(batch.tensors[0], impl)
     if not writes:
         return theta
+    script = Script(writes, batch.dtype)
+    if script.stateful != (buffer is not None):
+        raise ValueError(
+            f"buffer must be given where a write has rule 'momentum', and only there, got {buffer}"
+        )
+    if script.stateful and dispatch.launches(batch.tensors[0]):
+        raise ValueError(
+            f"writes of rule 'momentum' must be on the CPU, got {batch.device}; use momentum_"
+        )
+    buffers = None if buffer is None else _beside("buffer", buffer, theta, batch)
     with batch.contiguous() as dense:
-        run(backend, "write_each", dense, (), Script(writes, batch.dtype))
+        run(backend, "write_each", dense, (buffers,), script)
     return theta
 
 

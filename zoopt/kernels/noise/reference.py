@@ -217,8 +217,8 @@ def _root(v: Tensor) -> Tensor:
     return v.double().sqrt().to(v.dtype)
 
 
-def write_each(theta: Tensor, script: Script, key: NoiseKey) -> None:
-    """Each write of the script in turn, on theta (n,); see `Write`."""
+def write_each(theta: Tensor, buffer: Tensor | None, script: Script, key: NoiseKey) -> None:
+    """Each write of the script in turn, on theta (n,) and its buffer (n,); see `Write`."""
     for part in _chunks(theta.numel()):
         made: dict[int, MaskedNoise] = {}
         for write in script.writes:
@@ -228,17 +228,29 @@ def write_each(theta: Tensor, script: Script, key: NoiseKey) -> None:
                 made[draw] = MaskedNoise(
                     part.start, part.stop - part.start, key, draw, theta.device
                 )
-            _write(theta, part, write, made, key)
+            _write(theta, buffer, part, write, made, key)
 
 
 def _write(
-    theta: Tensor, part: slice, write: Write, directions: dict[int, MaskedNoise], key: NoiseKey
+    theta: Tensor,
+    buffer: Tensor | None,
+    part: slice,
+    write: Write,
+    directions: dict[int, MaskedNoise],
+    key: NoiseKey,
 ) -> None:
     """One write, on theta[part] (chunk,)."""
     acc = theta[part].to(accumulator_dtype(theta.dtype)) * write.decay
     for draw, coefficient in zip(write.draws, write.coefficients, strict=True):
         acc = directions[draw].added(acc, coefficient)
-    if write.rule != "none":
+    if write.rule == "momentum":
+        assert buffer is not None
+        buf = buffer[part] * write.momentum
+        for draw, gradient in zip(write.estimate_draws, write.gradients, strict=True):
+            buf = directions[draw].added(buf, gradient)
+        buffer[part] = buf
+        acc = acc + buf * write.step_size
+    elif write.rule != "none":
         ghat, m, v = (torch.zeros_like(acc) for _ in range(3))
         for i, draw in enumerate(write.estimate_draws):
             ghat = directions[draw].added(ghat, write.gradients[i])

@@ -15,8 +15,8 @@ from zoopt.dtypes import Rounding, accumulator_dtype, scalars
 from zoopt.kernels.noise.key import check_unsigned
 
 #: What is made of the estimate ghat; the numbers are those of the compiled kernels.
-Rule = Literal["none", "sign", "adam"]
-RULES: dict[str, int] = {"none": 0, "sign": 1, "adam": 2}
+Rule = Literal["none", "sign", "adam", "momentum"]
+RULES: dict[str, int] = {"none": 0, "sign": 1, "adam": 2, "momentum": 3}
 #: Directions of a tile that are kept on the CPU until a later write uses them again.
 _MOST_KEPT = 64
 
@@ -37,7 +37,9 @@ class Write:
 
         m <- m + first[i] ghat,    v <- v + second[i] (ghat ghat),    ghat <- 0
 
-    and u = (step_size m) / (sqrt(v) + eps), as in `adam_window_`.
+    and u = (step_size m) / (sqrt(v) + eps), as in `adam_window_`. `rule="momentum"`: the terms are
+    added to momentum buffer instead, a tensor beside theta that the next write finds, and
+    u = step_size buffer, as in `momentum_`.
 
     Attributes:
         draws, coefficients: a number a direction.
@@ -46,7 +48,7 @@ class Write:
         rule: `"none"`, `"sign"` or `"adam"`.
         estimate_draws, gradients, first, second, closes: a number a term; the last three of
             `"adam"` alone.
-        step_size, eps: as in the formulas.
+        step_size, eps, momentum: as in the formulas.
     """
 
     draws: tuple[int, ...]
@@ -61,6 +63,7 @@ class Write:
     closes: tuple[bool, ...] = ()
     step_size: float = 0.0
     eps: float = 0.0
+    momentum: float = 0.0
 
     def undone(self) -> Write:
         """The write that takes this one back, up to rounding, which is to nearest.
@@ -90,7 +93,8 @@ class Write:
 
     def rounded(self, dtype: torch.dtype) -> Write:
         """The write with its numbers as every implementation sees them."""
-        decay, step_size, eps = scalars((self.decay, self.step_size, self.eps), dtype)
+        numbers = (self.decay, self.step_size, self.eps, self.momentum)
+        decay, step_size, eps, momentum = scalars(numbers, dtype)
         exact = dtype == accumulator_dtype(dtype)
         return dataclasses.replace(
             self,
@@ -101,6 +105,7 @@ class Write:
             decay=decay,
             step_size=step_size,
             eps=eps,
+            momentum=momentum,
             rounding_draw=None if exact else self.rounding_draw,
         )
 
@@ -162,6 +167,11 @@ class Script:
         return [write.rounded(self._dtype) for write in self._given]
 
     @property
+    def stateful(self) -> bool:
+        """Whether any write has a buffer."""
+        return any(write.rule == "momentum" for write in self._given)
+
+    @property
     def estimates(self) -> bool:
         """Whether any write has an estimate."""
         return any(write.rule != "none" for write in self._given)
@@ -196,9 +206,9 @@ class Script:
 
         A number a write: where its terms end (a 0 comes before), where its estimate's begin, the
         length of the run that begins there (see `_runs`), rounding draw or -1, rule, decay,
-        step_size, eps. A number a term: draw, where its direction is kept, whether it is made
-        there first, whether for this term alone, coefficient or gradient, first, second, whether
-        it closes.
+        step_size, eps, momentum. A number a term: draw, where its direction is kept, whether it is
+        made there first, whether for this term alone, coefficient or gradient, first, second,
+        whether it closes.
         """
         writes = self._given
         counts = [len(write.draws) + len(write.estimate_draws) for write in writes]
@@ -226,7 +236,7 @@ class Script:
             np.array([RULES[write.rule] for write in writes], np.int64),
             *(
                 np.array([getattr(write, name) for write in writes], np.float32)
-                for name in ("decay", "step_size", "eps")
+                for name in ("decay", "step_size", "eps", "momentum")
             ),
             np.array(self._draws, np.uint32),
             np.array(places, np.int64),
