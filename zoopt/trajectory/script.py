@@ -275,7 +275,7 @@ class Scripted:
         if not all(group["params"] for group in groups):
             raise NotScriptedError
         self.kinds = list(kinds.values())
-        if not apart(param for kind in self.kinds for param, _ in kind.params):
+        if not apart(param for kind in self.kinds for param, *_ in kind.params):
             # Tied by their data: their writes take turns, step by step.
             raise NotScriptedError
         self.stand_in = self._stand_in(groups)
