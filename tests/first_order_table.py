@@ -39,6 +39,8 @@ class Row:
         oracle_options: as the oracle calls them, where names or values differ.
         matrices: whether the oracle gets tensors of more than two axes as matrices.
         sparse: whether it takes sparse gradients.
+        one_by_one: why a GPU updates parameters that are not projected one after the other, where
+            it does; else it launches as often for many as for few.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Row:
     oracle_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     matrices: bool = True
     sparse: bool = False
+    one_by_one: str = ""
 
     def build(self, model: nn.Module, **options: Any) -> Any:
         return self.cls(model.named_parameters(), **{**self.options, **options})  # type: ignore[call-arg]
@@ -223,6 +226,9 @@ def frugal(name: str, **options: Any) -> Row:
         return 8 + basis + moments * coded(channels * r, state_dtype, itemsize)
 
     oracle = None if "state_dtype" in options else Frugal64
+    if options.get("rule", "adam") != "adam":
+        why = "the average and the write of its direction are two passes over a parameter"
+        options = {"one_by_one": why, **options}
     base = {"lr": 2e-3, "update_proj_gap": 5}
     return row(name, zoopt.Frugal, oracle, kept, **{**base, **options})
 
@@ -252,7 +258,9 @@ def sparse_delta(name: str, **options: Any) -> Row:
         return 8 + k * (4 + itemsize + 2 * number + 2) + more
 
     base = {"update_gap": 4, "window": 3, "drop_fraction": 0.4}
-    return row(name, zoopt.SparseDeltaAdamW, SparseDelta64, kept, **{**base, **options})
+    why = "entries are gathered and written by torch, tensor by tensor"
+    options = {**base, "one_by_one": why, **options}
+    return row(name, zoopt.SparseDeltaAdamW, SparseDelta64, kept, **options)
 
 
 def adafactor(name: str, **options: Any) -> Row:
@@ -271,6 +279,7 @@ def adafactor(name: str, **options: Any) -> Row:
         return low_rank(shape, itemsize) + moments
 
     oracle = None if "state_dtype" in options else GaLoreAdafactor64
+    options = {"one_by_one": "means over the axes of each are torch's", **options}
     base = {"update_proj_gap": 5, "scale": 1.0}
     return row(name, zoopt.GaLoreAdafactor, oracle, kept, **{**base, **options})
 

@@ -94,6 +94,20 @@ def test_launches_do_not_depend_on_the_number_of_matrices(row: Row) -> None:
     assert more <= (3 * 2 * len(shapes) if row.cls in BY_MATRIX else 0)
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.one_by_one], ids=str)
+def test_launches_do_not_depend_on_the_number_of_plain_parameters(row: Row) -> None:
+    """One of Triton's, and at most three operations of torch's, for 2 parameters or for 8."""
+    options = {**row.options, "update_proj_gap": 1 << 30, "stagger": False}
+    known = inspect.signature(row.cls).parameters
+    options = {name: value for name, value in options.items() if name in known}
+    for count in (2, 8):
+        recorded = step_of(row.cls, count, torch.bfloat16, ((300,),), **options)
+        # Tables of addresses are additions; they move with what an allocator returns.
+        others = [name for name in recorded.others if name != "add"]
+        assert (len(recorded.launches), recorded.waits) == (1, 0)
+        assert len(others) <= 3
+
+
 #: Of each dtype, without random rounding, and with a limiter or none.
 THREE = [
     (zoopt.GaLoreAdamW, {"rank": 8}),
