@@ -25,7 +25,8 @@ from torch.distributed.tensor.parallel import (
 
 import zoopt
 from tests.processes import Scenario, failure, run_all, scenario_cases
-from tests.test_distributed import assert_same, assert_same_run, go_on, shard, whole
+from tests.test_distributed import assert_same, assert_same_run, go_on, gradients, shard, whole
+from tests.test_first_order_interrupts import ERRORS, Failing
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 #: Name and shape. Borders of rows fall inside of blocks of 128 and 256 elements, but for `even`.
@@ -354,6 +355,42 @@ def fused_equals_unfused(folder: Path) -> None:
         zoopt.fuse_backward(model, projected(zoopt.GaLoreAdamW)(model), accumulation_steps=2)
 
 
+def an_error_in_one_process(folder: Path) -> None:
+    """Where it came, the step is taken again; the others, which wait, take it once."""
+    builds = {
+        **{name: SUMMED[name] for name in ("Fira int4", "LDAdam int8", "Adafactor, averaged")},
+        **{name: EXACT[name] for name in ("int4", "rows")},
+    }
+
+    def before_the_third_step(build: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
+        model = fully_shard(bag())
+        optimizer = build(model)
+        go_on(model, optimizer, range(2))
+        for param, gradient in zip(model.parameters(), gradients(model, 2), strict=True):
+            param.grad = shard(gradient, param)
+        return model, optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        failing = Failing(patch)
+        for name, build in builds.items():
+            plain, other = before_the_third_step(build)
+            failing.at = failing.calls = 0
+            with failing:
+                other.step()
+            calls = failing.calls
+            for quarter in (1, 2, 3):
+                model, optimizer = before_the_third_step(build)
+                if dist.get_rank() == 0:
+                    failing.at, failing.calls = quarter * calls // 4, 0
+                    with pytest.raises(ERRORS), failing:
+                        optimizer.step()
+                optimizer.step()
+                for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+                    assert_same(p, q, f"{name}, {quarter}")
+                    for key, value in optimizer.state[p].items():
+                        assert_same(value, other.state[q][key], f"{name}, {quarter}, {key}")
+
+
 SCENARIOS: dict[int, list[Scenario]] = {
     4: [
         equals_the_unsharded_run,
@@ -372,6 +409,7 @@ SCENARIOS: dict[int, list[Scenario]] = {
         what_columns_cannot_be_is_refused,
         checkpoints_resume_to_the_bit,
         fused_equals_unfused,
+        an_error_in_one_process,
     ],
     1: [equals_the_unsharded_run, checkpoints_resume_to_the_bit],
 }
