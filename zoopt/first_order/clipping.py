@@ -12,6 +12,7 @@ _LOOPS = (
     ("lightning.pytorch", "Trainer", "gradient_clip_val", "gradient_clip_val of the Trainer"),
     ("pytorch_lightning", "Trainer", "gradient_clip_val", "gradient_clip_val of the Trainer"),
 )
+_PACKAGES = {module.partition(".")[0] for module, *_ in _LOOPS}
 
 
 def check_unclipped() -> None:
@@ -27,7 +28,10 @@ def check_unclipped() -> None:
             loops.append((cls, attribute, label))
     frame = sys._getframe(1) if loops else None
     while frame is not None:
-        caller = frame.f_locals.get("self")
+        # Up to Python 3.12 a frame keeps all that was read as `f_locals`: in the user's own frame
+        # that would keep the model alive after its `del`.
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        caller = frame.f_locals.get("self") if package in _PACKAGES else None
         for cls, attribute, label in loops:
             if issubclass(type(caller), cls):
                 _check(caller, attribute, label)
