@@ -45,7 +45,7 @@ def gradients(model: nn.Module, step: int) -> list[Tensor]:
 
 def shard(value: Tensor, param: Any) -> Tensor:
     """The same in every process, sharded as the parameter is."""
-    return distribute_tensor(value, param.device_mesh, param.placements)
+    return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
 
 
 def go_on(model: nn.Module, optimizer: Any, steps: range) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
@@ -27,6 +30,7 @@ import zoopt
 from tests.processes import Scenario, failure, run_all, scenario_cases
 from tests.test_distributed import assert_same, assert_same_run, go_on, gradients, shard, whole
 from tests.test_first_order_interrupts import ERRORS, Failing
+from zoopt.distributed.spans import block_spans, entry_spans, row_spans
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 #: Name and shape. Borders of rows fall inside of blocks of 128 and 256 elements, but for `even`.
@@ -77,9 +81,25 @@ EXACT: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+#: Those that run in other numbers of processes than two: each has arithmetic of its own.
+FEW = (
+    "int8",
+    "int4",
+    "columns",
+    "rows",
+    "GaLore int8",
+    "svd",
+    "LDAdam int8",
+    "Adafactor, averaged",
+)
+
+
 def equals_the_unsharded_run(folder: Path) -> None:
     for name, build in EXACT.items():
         for dtype in (torch.float32, torch.bfloat16):
+            few = dist.get_world_size() != 2
+            if few and (name not in FEW or (dtype == torch.bfloat16) != (name == "int4")):
+                continue
             plain, model = bag(dtype), fully_shard(bag(dtype))
             optimizer, other = build(model), build(plain)
             go_on(model, optimizer, range(3))
@@ -129,8 +149,8 @@ SUMMED: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-#: Norms of rows of 40 numbers in float32, each off by 40 2^-24 at most, scale steps below 0.1.
-ROUNDED = {"Apollo int8": 1e-6, "Fira int4": 1e-6}
+#: Norms of rows of 40 numbers in float32, each off by 40 2^-24 at most, three in a product.
+ROUNDED = {"Apollo int8": 1e-5, "Fira int4": 1e-5}
 
 
 def equals_the_unsharded_run_to_rounding(folder: Path) -> None:
@@ -138,25 +158,27 @@ def equals_the_unsharded_run_to_rounding(folder: Path) -> None:
     the other side of a level, or of a random number, where they are within 1e-7 of it: so may few.
     """
     for name, build in SUMMED.items():
-        atol = ROUNDED.get(name, 1e-9)
+        if dist.get_world_size() != 2 and name not in FEW:
+            continue
+        tolerance = ROUNDED.get(name, 1e-9)
         plain, model = bag(torch.float64), fully_shard(bag(torch.float64))
         optimizer, other = build(model), build(plain)
         go_on(model, optimizer, range(3))
         go_on(plain, other, range(3))
         for (key, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
             where = f"{name}, {key}"
-            assert_close(whole(p), q, where, atol)
+            assert_close(whole(p), q, where, tolerance)
             assert optimizer.state[p].keys() == other.state[q].keys(), where
             for entry, value in optimizer.state[p].items():
-                assert_close(whole(value), other.state[q][entry], f"{where}, {entry}", atol)
+                assert_close(whole(value), other.state[q][entry], f"{where}, {entry}", tolerance)
 
 
-def assert_close(value: Tensor, expected: Tensor, where: str, atol: float) -> None:
+def assert_close(value: Tensor, expected: Tensor, where: str, tolerance: float) -> None:
     assert value.dtype == expected.dtype, where
     if not value.is_floating_point():
         assert (value == expected).double().mean() > 0.999, where
         return
-    close = torch.isclose(value, expected, rtol=0.0, atol=atol)
+    close = torch.isclose(value, expected, rtol=tolerance, atol=tolerance)
     assert close.double().mean() > 0.998, where
 
 
@@ -172,6 +194,15 @@ def what_is_not_finite_waits_everywhere(folder: Path) -> None:
         optimizer.step()
         assert_same(param, before, "a weight")
         assert int(optimizer.state[param]["step"]) == 0
+
+
+def whole_blocks_are_exchanged_with_nobody(folder: Path) -> None:
+    """Where borders of rows are borders of blocks."""
+    model = fully_shard(bag(even=(64, 64), bias=(8192,)))
+    optimizers = [EXACT["int8"](model), EXACT["int4"](model)]
+    with unittest.mock.patch("torch.distributed.all_to_all_single", side_effect=AssertionError):
+        for optimizer in optimizers:
+            go_on(model, optimizer, range(1))
 
 
 def replicas_of_shards(folder: Path) -> None:
@@ -206,22 +237,24 @@ COLUMNS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 def columns_equal_the_unsharded_run(folder: Path) -> None:
-    """Unequal numbers of them, and none in some processes."""
+    """Unequal numbers of them; in four processes over two dimensions, some without any."""
+    shapes = {"odd": (11, 13), "thin": (9, 1), "kernel": (7, 5, 2), "vector": (5,)}
+    placements = [Shard(1)] if dist.get_world_size() == 2 else [Shard(0), Shard(1)]
     for name, build in COLUMNS.items():
         for dtype in (torch.float32, torch.bfloat16):
-            both = name != "SM3" and dist.get_world_size() == 4
-            for placements in ([Shard(1)], [Shard(0), Shard(1)])[: 1 + both]:
-                plain, model = bag(dtype), by_columns(bag(dtype), *placements)
-                optimizer, other = build(model), build(plain)
-                go_on(model, optimizer, range(2))
-                go_on(plain, other, range(2))
-                optimizer.load_state_dict(other.state_dict())
-                go_on(model, optimizer, range(2, 3))
-                go_on(plain, other, range(2, 3))
-                try:
-                    assert_same_run(model, optimizer, plain, other)
-                except AssertionError as error:
-                    raise AssertionError(f"{name}, {dtype}, {placements}") from error
+            if name == "SM3" and len(placements) > 1:
+                continue
+            plain, model = bag(dtype, **shapes), by_columns(bag(dtype, **shapes), *placements)
+            optimizer, other = build(model), build(plain)
+            go_on(model, optimizer, range(2))
+            go_on(plain, other, range(2))
+            optimizer.load_state_dict(other.state_dict())
+            go_on(model, optimizer, range(2, 3))
+            go_on(plain, other, range(2, 3))
+            try:
+                assert_same_run(model, optimizer, plain, other)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, {dtype}") from error
 
 
 def tensor_parallel_layers_train(folder: Path) -> None:
@@ -331,6 +364,8 @@ def fused_equals_unfused(folder: Path) -> None:
     )
     meshes: list[dict[str, Any]] = [{}, {"mesh": copies}]
     for name, (build, options) in FUSED.items():
+        if dist.get_world_size() != 2 and name not in ("AdamW", "GaLore"):
+            continue
         for mesh in meshes if name in ("AdamW", "GaLore") else meshes[:1]:
             runs = []
             for fused in (False, True):
@@ -404,6 +439,7 @@ SCENARIOS: dict[int, list[Scenario]] = {
         equals_the_unsharded_run,
         equals_the_unsharded_run_to_rounding,
         what_is_not_finite_waits_everywhere,
+        whole_blocks_are_exchanged_with_nobody,
         columns_equal_the_unsharded_run,
         tensor_parallel_layers_train,
         what_columns_cannot_be_is_refused,
@@ -413,6 +449,27 @@ SCENARIOS: dict[int, list[Scenario]] = {
     ],
     1: [equals_the_unsharded_run, checkpoints_resume_to_the_bit],
 }
+
+
+@given(st.integers(1, 60), st.integers(1, 600), st.integers(1, 9), st.sampled_from([128, 256]))
+def test_blocks_are_divided_between_processes(
+    rows: int, width: int, processes: int, block: int
+) -> None:
+    divided = row_spans(rows, width, processes)
+    spans = block_spans(divided, block)
+    covered = [i for start, stop in spans for i in range(start, stop)]
+    assert covered == list(range(rows * width))
+    for (start, stop), (before, _) in zip(spans, divided, strict=True):
+        assert start % block == 0 or start == stop == rows * width
+        # The elements that move to another process are those of less than a block, and one.
+        assert abs(start - before) <= block
+        # A code of a single element cannot tell its format.
+        assert stop - start != 1 or rows * width == 1
+    for unit in (2, block):
+        entries = entry_spans(spans, unit)
+        assert [i for start, stop in entries for i in range(start, stop)] == list(
+            range(-(-rows * width // unit))
+        )
 
 
 @pytest.fixture(scope="module")
