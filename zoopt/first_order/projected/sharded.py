@@ -109,6 +109,9 @@ class ShardedMatrices(ProjectedState):
         param, group = site.param, site.group
         state = {name: local(value) for name, value in self._state(param, group).items()}
         part, starts = local(param), runs(param)
+        if not part.numel():
+            count([state])
+            return
         divided = {name: in_runs(own, param) for name, own in state.items() if name != "step"}
         grads = in_runs(local_like(gradient, param), param)
         sites = []
@@ -117,7 +120,7 @@ class ShardedMatrices(ProjectedState):
             self.state[own] = {name: values[i] for name, values in divided.items()}
             self.state[own]["step"] = state["step"].clone()
         try:
-            if sites and self._rule(group).write is not None:
+            if self._rule(group).write is not None:
                 self._update_together(sites, grads)
             else:
                 for each, grad in pieces(zip(sites, grads, strict=True)):
