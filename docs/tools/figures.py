@@ -117,6 +117,27 @@ def convergence(*names: str) -> str:
     )
 
 
+def selection(*names: str) -> str:
+    """Methods that choose what trains: what they reach, and what a step takes."""
+    result = read("selection/summary.json")
+    rows = []
+    for r in chosen(result["records"], names, "label"):
+        cost = result["costs"][r["method"]]
+        rows.append(
+            [
+                r["label"] + (" *" if r["lr_at_edge"] else ""),
+                str(r["steps"]),
+                f"{r['lr']:.2g}",
+                spread(r["cross_entropy"], 3),
+                spread(r["accuracy"], 3),
+                f"{cost['seconds']:.2f}",
+                *(f"{cost[key] / 1e6:.1f}" for key in ("peak_bytes", "state_bytes")),
+            ]
+        )
+    headings = ["method", "steps", "lr", "test cross-entropy", "test accuracy"]
+    return table([*headings, "s a step", "peak, MB", "state, MB"], rows)
+
+
 def memory(*names: str) -> str:
     """Measured peaks of the demo's model, beside the plan's."""
     rows: dict[str, dict[str, Row]] = {}
@@ -355,6 +376,7 @@ TABLES: dict[str, Callable[..., str]] = {
         plan,
         pretrain,
         convergence,
+        selection,
         memory,
         paper_memory,
         step,
