@@ -170,7 +170,9 @@ def equals_the_unsharded_run_to_rounding(folder: Path) -> None:
             assert_close(whole(p), q, where, tolerance)
             assert optimizer.state[p].keys() == other.state[q].keys(), where
             for entry, value in optimizer.state[p].items():
-                assert_close(whole(value), other.state[q][entry], f"{where}, {entry}", tolerance)
+                # A norm of 4810 numbers, a few of which are on another one of 7 levels.
+                wide = 1e-2 if name in ROUNDED and entry == "update_norm" else tolerance
+                assert_close(whole(value), other.state[q][entry], f"{where}, {entry}", wide)
 
 
 def assert_close(value: Tensor, expected: Tensor, where: str, tolerance: float) -> None:
