@@ -360,6 +360,9 @@ class EvolutionStrategy(ZerothOrderOptimizer):
     ) -> None:
         self._descend(site, pending, offset, self._weights(site.group, pending), progress)
 
+    def _steps_runs(self, group: Group) -> bool:
+        return group["rank"] is None
+
     def _virtual(self, param: Tensor, group: Group) -> bool:
         if group["rank"] is None:
             return super()._virtual(param, group)

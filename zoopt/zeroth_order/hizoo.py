@@ -139,6 +139,9 @@ class HiZOO(ZerothOrderOptimizer):
         """`hessian`, in the accumulator's dtype."""
         return {"hessian": TensorSpec(tuple(param.shape), accumulator_dtype(param.dtype))}
 
+    def _steps_runs(self, group: Group) -> bool:
+        return True
+
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)
         check_number("hessian_smooth", group["hessian_smooth"], low=0.0, high=1.0, open_high=True)

@@ -17,7 +17,15 @@ from zoopt.checks import (
     check_number,
     check_positive_int,
 )
-from zoopt.distributed.sharding import check_placement, inner_dimension, is_sharded, local, offset
+from zoopt.distributed.sharding import (
+    check_placement,
+    in_runs,
+    inner_dimension,
+    is_sharded,
+    local,
+    offset,
+    runs,
+)
 from zoopt.dtypes import NARROW, RoundingMode, resolved_rounding
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
@@ -77,6 +85,13 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         return parts
 
     @property
+    def _runs(self) -> dict[Tensor, tuple[int, bool]]:
+        """Of the parts that are one of several runs of what lies here, the numbers of the runs, and
+        whether they are the last."""
+        numbers: dict[Tensor, tuple[int, bool]] = self.__dict__.setdefault("_run_numbers", {})
+        return numbers
+
+    @property
     def _shared_keys(self) -> tuple[str, ...]:
         return self._names.shared
 
@@ -122,6 +137,7 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         run = self.param_groups[0]
         blocks = run.get("blocks")
         self._wholes.clear()
+        self._runs.clear()
         for group_index, group, param, name in named_params(self.param_groups):
             if not param.requires_grad:
                 continue
@@ -129,26 +145,33 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
                 continue
             number, sharded = stream(name), is_sharded(param)
             self._ready_state(param, group, number)
-            part = self._part(param) if sharded else param
+            parts = self._parts_of(param) if sharded else [(param, 0)]
             if not param.numel():
                 continue
             virtual, copied = self._virtual(param, group), False
             if sharded:
                 # Its operators read what is gathered from the shards.
                 virtual, copied = False, virtual
-            direction = self._direction(part, group, number, virtual=virtual)
-            if direction is not None:
-                if sharded:
-                    direction.of_part(offset(param), part.numel())
-                scale = float(group[self._names.scale])
-                rounding = resolved_rounding(group["rounding"], param.dtype)
-                yield Site(part, group, direction, virtual, rounding, scale, copied)
+            scale = float(group[self._names.scale])
+            rounding = resolved_rounding(group["rounding"], param.dtype)
+            for part, first in parts:
+                direction = self._direction(part, group, number, virtual=virtual)
+                if direction is not None:
+                    if sharded:
+                        direction.of_part(first, part.numel())
+                    yield Site(part, group, direction, virtual, rounding, scale, copied)
 
-    def _part(self, param: Tensor) -> Tensor:
-        """The part of a sharded parameter that lies here."""
+    def _parts_of(self, param: Tensor) -> list[tuple[Tensor, int]]:
+        """What lies here of a sharded parameter: runs of it, and their places in the whole."""
         part = local(param)
-        self._wholes[part] = param
-        return part
+        if not inner_dimension(param) or not part.numel():
+            self._wholes[part] = param
+            return [(part, offset(param))]
+        parts = in_runs(part, param)
+        last = len(parts) - 1
+        self._runs.update({run: (i, i == last) for i, run in enumerate(parts)})
+        self._wholes.update(dict.fromkeys(parts, param))
+        return list(zip(parts, runs(param), strict=True))
 
     def _whole(self, param: Tensor) -> Tensor:
         """The parameter that this is a part of, or is."""
@@ -159,10 +182,24 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         whole = self._wholes.get(param)
         if whole is None:
             return super()._state(param, group)
-        return {name: local(value) for name, value in super()._state(whole, group).items()}
+        state = {name: local(value) for name, value in super()._state(whole, group).items()}
+        if param not in self._runs:
+            return state
+        number, last = self._runs[param]
+        # A count goes up with the last run.
+        counts = {n: v if last else v.clone() for n, v in state.items() if not v.dim()}
+        # Of one run: `in_runs` would make views of all of them.
+        return counts | {
+            n: v.view(-1, param.numel())[number] for n, v in state.items() if n not in counts
+        }
 
     #: Whether a part of a parameter can be stepped by itself, by its place in the whole.
     _can_shard = True
+
+    def _steps_runs(self, group: Group) -> bool:
+        """Whether any elements that follow one another can be stepped by themselves, with their
+        state: not only whole rows of a parameter."""
+        return False
 
     @OwnArithmetic()
     def _ready_all(self) -> list[Tensor]:
@@ -224,9 +261,9 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
 
     def _check_values(self) -> None:
         """Raise if a parameter has no values here, or has been sharded as no step can be taken."""
-        for *_, param, name in named_params(self.param_groups):
+        for _, group, param, name in named_params(self.param_groups):
             if is_sharded(param):
-                self._check_shard(param, name)
+                self._check_shard(group, param, name)
             if param.is_meta:
                 raise RuntimeError(
                     f"parameter {name!r} must hold values, got one on the meta device, which can "
@@ -245,21 +282,22 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         for param, name in zip(group["params"], names, strict=True):
             check_param(local(param))
             if is_sharded(param):
-                self._check_shard(param, name)
+                self._check_shard(group, param, name)
 
-    def _check_shard(self, param: Tensor, name: str | int) -> None:
-        """Raise unless the method can step a sharded parameter."""
+    def _check_shard(self, group: Group, param: Tensor, name: str | int) -> None:
+        """Raise unless the group's method can step a sharded parameter."""
         if not self._can_shard:
             raise ValueError(
                 f"{type(self).__name__} must have whole parameters, got {name!r}, which is "
                 f"sharded; use another class, MeZO say, or keep the parameter out of fully_shard"
             )
         check_placement(param, name)
-        if inner_dimension(param):
+        if inner_dimension(param) and not self._steps_runs(group):
             raise ValueError(
-                f"a sharded parameter must be sharded along dimension 0, got dimension "
-                f"{inner_dimension(param)} for {name!r}; use fully_shard without a "
-                f"shard_placement_fn"
+                f"{type(self).__name__} must have parameters sharded along dimension 0 with these "
+                f"hyperparameters, got dimension {inner_dimension(param)} for {name!r}; use MeZO "
+                f"with mask None or 'random', or another class whose directions have independent "
+                f"elements"
             )
 
     def _check_options(self, group: Group) -> None:

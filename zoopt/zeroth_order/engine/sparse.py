@@ -51,6 +51,9 @@ class SparseZerothOrder(ZerothOrderOptimizer):
             name, spec, param, group
         )
 
+    def _steps_runs(self, group: Group) -> bool:
+        return group["mask"] in (None, "random")
+
     def _adopt(self, group: Group) -> None:
         """Replace indices by name by a list in the order of the parameters."""
         if isinstance(group["mask"], Mapping):
