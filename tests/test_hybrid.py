@@ -913,3 +913,84 @@ def test_a_loss_of_16_bits_is_warned_of_once() -> None:
         with pytest.warns(UserWarning, match="compute the loss in float32") as caught:
             call(lambda: (3.0 + 0.01 * loss()).bfloat16())
         assert len(caught) == 1
+
+
+#: Where an error ends the second step: what raises, and in which of its calls.
+CUTS: dict[str, tuple[str, str, set[int]]] = {
+    "first half": ("first_order", "step", {1}),
+    "late update": ("first_order", "_update_together", {1}),
+    "early update": ("zeroth_order", "_update", {2}),
+    "early update, twice": ("zeroth_order", "_update", {2, 3}),
+    "warning": ("zeroth_order", "_warn_of_skipped", {1}),
+}
+
+
+@pytest.mark.parametrize("between", ["nothing", "zero_grad", "state_dict", "copy"])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_step_that_an_error_cuts_short_is_finished(
+    cut: str, accumulate: bool, between: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both halves have taken the same steps then, with the bits of a run without errors."""
+
+    def build() -> tuple[nn.Sequential, zoopt.Hybrid]:
+        model = mlp()
+        options: dict[str, Any] = {"momentum": 0.9, "perturbation": "virtual"}
+        return model, hybrid(model, lambda late: zoopt.AdamW(late, lr=0.02, seed=7), **options)
+
+    def step(model: nn.Module, optimizer: zoopt.Hybrid) -> float | None:
+        if accumulate:
+            optimizer.probe(closure_of(model))
+            optimizer.probe(closure_of(model))
+        return optimizer.step(*(() if accumulate else (closure_of(model),)))
+
+    whole, expected = build()
+    losses = [step(whole, expected) for _ in range(3)]
+    model, optimizer = build()
+    assert step(model, optimizer) == losses[0]
+    half, method, failing = CUTS[cut]
+    calls, original = 0, getattr(getattr(optimizer, half), method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in failing:
+            raise torch.OutOfMemoryError
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(optimizer, half), method, call, raising=False)
+        with pytest.raises(torch.OutOfMemoryError):
+            step(model, optimizer)
+    vars(getattr(optimizer, half)).pop(method, None)
+    if between == "zero_grad":
+        optimizer.zero_grad()
+    elif between == "state_dict":
+        optimizer.state_dict()
+    elif between == "copy":
+        optimizer, model = copy.deepcopy((optimizer, model))
+    assert optimizer.step() == (losses[1] if between in ("nothing", "zero_grad") else None)
+    assert optimizer.step() is None
+    assert all(param.grad is None for param in model.parameters())
+    assert step(model, optimizer) == losses[2]
+    assert same_bits(bits(model.parameters()), bits(whole.parameters()))
+    assert str(optimizer.state_dict()) == str(expected.state_dict())
+
+
+def test_a_new_step_finishes_the_one_before() -> None:
+    """Memory for the state of the late half is found only in the second try."""
+    model, whole = mlp(), mlp()
+    expected = hybrid(whole, FIRST_ORDER["AdamW"], perturbation="virtual")
+    optimizer = hybrid(model, FIRST_ORDER["AdamW"], perturbation="virtual")
+    failures = iter([True, False, False])
+
+    def fail(*_: Any) -> None:
+        if next(failures):
+            raise torch.OutOfMemoryError
+
+    optimizer.first_order.register_step_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step(closure_of(model))
+    expected.step(closure_of(whole))
+    assert optimizer.step(closure_of(model)) == expected.step(closure_of(whole))
+    assert same_bits(bits(model.parameters()), bits(whole.parameters()))

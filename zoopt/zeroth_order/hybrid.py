@@ -10,6 +10,7 @@ from torch.optim import LBFGS, Optimizer
 
 from zoopt.ambient import opaque
 from zoopt.first_order.adamw import AdamW
+from zoopt.interrupts import uninterrupted
 from zoopt.nn.modules import repeated_layers
 from zoopt.optimizer import Group, P, R
 from zoopt.parameters import named_params
@@ -18,6 +19,7 @@ from zoopt.zeroth_order.conservative import ZOConservativeSGD
 from zoopt.zeroth_order.engine.backward import LateGradients
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
+from zoopt.zeroth_order.engine.probe import PendingProbe, StepRecord, mean_loss
 from zoopt.zeroth_order.evolution import EvolutionStrategy
 from zoopt.zeroth_order.forward_grad import ForwardGrad
 from zoopt.zeroth_order.mezo import MeZO
@@ -82,7 +84,10 @@ class Hybrid(Optimizer):
     An evaluation whose loss is not finite gives no gradient; the mean is over the others. Where
     `zeroth_order` can use none of a micro-batch's directions, its gradients are dropped as well; if
     that is so for all of a step, neither half moves. If the closure raises, nothing has changed (in
-    place, up to rounding).
+    place, up to rounding). If an error ends a step that has begun to update, for example because
+    memory runs out in `first_order`, the next call of `step`, `probe` or `state_dict` finishes it,
+    also after `zero_grad`: `first_order` steps again from the same gradients. One of zoopt's goes
+    on where it was; torch's begin anew, with parameters that they had reached as well.
 
     The benchmark's published code has no such split. Here the late gradient comes from the probe's
     own evaluations, not from an additional one at theta.
@@ -97,6 +102,9 @@ class Hybrid(Optimizer):
         >>> loss = opt.step(lambda: model(**batch).loss)
     """
 
+    #: Of a step that has begun and is not finished, late parameters and their gradients.
+    _owed: list[tuple[Tensor, Tensor | None]] | None = None
+
     def __init__(self, zeroth_order: ZerothOrderOptimizer, first_order: Optimizer) -> None:
         _check(zeroth_order, first_order)
         self.defaults: dict[str, Any] = {}
@@ -104,6 +112,7 @@ class Hybrid(Optimizer):
         super().__setstate__({})  # torch's constructor requires parameters
 
     def __getstate__(self) -> dict[str, Any]:
+        self._finish()
         return {name: self.__dict__[name] for name in ("defaults", "zeroth_order", "first_order")}
 
     def __repr__(self) -> str:
@@ -146,25 +155,56 @@ class Hybrid(Optimizer):
             TypeError, ValueError, RuntimeError: as for `zeroth_order`; the closure calls backward,
                 or its loss has no derivative with respect to the late parameters.
         """
+        self._finish()
         return self._evaluated(closure, "probe", self.zeroth_order.probe)
 
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """Take one step: from the probes that are pending and, as by `probe`, from the closure.
 
+        A step that an error has interrupted is finished before; without a closure, that is all.
+
         Returns:
-            The mean of the closure's losses (without a closure: of all the pending ones), or None
-            if there was nothing to do, in which case nothing at all has changed.
+            The mean of the closure's losses (without a closure: of all the pending ones, or those
+            of the interrupted step that is finished), or None if there was nothing to do, in which
+            case nothing at all has changed.
         """
-        run = self.zeroth_order.step
-        loss = run() if closure is None else self._evaluated(closure, "step", run)
-        if loss is None:
+        finished = self._finish()
+        if closure is None and finished is not None:
+            return finished
+        run, before = self.zeroth_order.step, self.zeroth_order.last_step
+        try:
+            loss = run() if closure is None else self._evaluated(closure, "step", run)
+        finally:
+            if self._begun(before) is not None:
+                self._owed = [(param, param.grad) for param in _params(self.first_order)]
+        self._finish()
+        return loss
+
+    def _begun(self, before: StepRecord | None) -> StepRecord | PendingProbe | None:
+        """What `zeroth_order` has measured for a step that it has taken, or that an error has cut
+        short, since its `last_step` was `before`."""
+        taken = self.zeroth_order.last_step
+        return self.zeroth_order._cut_short or (None if taken is before else taken)
+
+    def _finish(self) -> float | None:
+        """Finish a step that `zeroth_order` has begun.
+
+        Returns:
+            The mean of all its losses, or None if there is none.
+        """
+        if self._owed is None:
             return None
+        self.zeroth_order._settle()
         record = self.zeroth_order.last_step
         assert record is not None
-        if record.skipped < len(record.losses):
-            self.first_order.step()
-        self.first_order.zero_grad(set_to_none=True)
-        return loss
+        with uninterrupted():
+            if record.skipped < len(record.losses):
+                for param, grad in self._owed:
+                    param.grad = grad
+                self.first_order.step()
+            self.first_order.zero_grad(set_to_none=True)
+            self._owed = None
+        return mean_loss(record.losses)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; pending probes of `zeroth_order` are dropped too."""
@@ -172,7 +212,9 @@ class Hybrid(Optimizer):
         self.first_order.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Both optimizers' own, with their classes and the late parameters' shapes."""
+        """Both optimizers' own, with their classes and the late parameters' shapes. A step that an
+        error has interrupted is finished before."""
+        self._finish()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self._identity()
@@ -206,6 +248,7 @@ class Hybrid(Optimizer):
             self.zeroth_order.load_state_dict(before)
             self.zeroth_order._pending = pending
             raise
+        self._owed = None
         self.zero_grad()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -222,16 +265,16 @@ class Hybrid(Optimizer):
         zeroth_order = self.zeroth_order
         before = zeroth_order._pending
         losses, skipped = (len(before.losses), before.skipped) if before else (0, 0)
+        last_step = zeroth_order.last_step
         evaluation = LateGradients(
             closure, _params(zeroth_order), _params(self.first_order), zeroth_order._verifies
         )
-        usable = False
         try:
             loss: float = run(evaluation.loss)
-            after: Any = zeroth_order._pending or zeroth_order.last_step
-            usable = len(after.losses) - losses > after.skipped - skipped
         finally:
-            evaluation.close(keep=usable)
+            after: Any = self._begun(last_step) or zeroth_order._pending
+            measured, left_out = (len(after.losses), after.skipped) if after else (0, 0)
+            evaluation.close(keep=measured - losses > left_out - skipped)
         return loss
 
 

@@ -322,7 +322,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         """Finish what an error has cut short."""
         if self._unfinished is not None:
             self._unfinished()
-            self._unfinished = None
+            self._unfinished = self._cut_short = None
 
     def _evaluate(self, evaluation: Evaluation, pending: PendingProbe) -> Sequence[Outcome]:
         """Measure the loss along the pending directions, a outcome each."""
@@ -377,7 +377,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
             ValueError: also if the run was recorded with another version of the noise.
         """
         super().load_state_dict(state_dict)
-        self._pending = self._unfinished = None
+        self._pending = self._unfinished = self._cut_short = None
 
     def state_dict(self) -> dict[str, Any]:
         """As for every zoopt optimizer."""

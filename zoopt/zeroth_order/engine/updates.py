@@ -66,6 +66,8 @@ class ZerothOrderUpdates(ZerothOrderGroups):
     skipped_probes: int = 0
     _pending: PendingProbe | None = None
     _unfinished: Callable[[], None] | None = None
+    #: The probe whose step an error has cut short, which `_unfinished` takes to its end.
+    _cut_short: PendingProbe | None = None
     #: Writes down what the run is made of, see `record`.
     recorder: RunRecorder | None = None
     #: Makes the queue of a step's passes.
@@ -90,7 +92,7 @@ class ZerothOrderUpdates(ZerothOrderGroups):
             commit.run()
         except BaseException:
             if commit.begun and not commit.finished:
-                self._unfinished = OwnArithmetic()(commit.run)
+                self._unfinished, self._cut_short = OwnArithmetic()(commit.run), pending
                 if perturbation is not None:
                     perturbation.restore([site for site, progress in updates if not progress.begun])
                     perturbation.release()
