@@ -7,11 +7,15 @@ its bits; and undone, the model trains as before.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -210,3 +214,126 @@ def test_the_loss_falls_and_what_rests_keeps_its_bits(name: str) -> None:
         assert not [
             key for key in run.optimizer.param_groups[0] if key.startswith(("green", "half"))
         ]
+
+
+DAMAGE = [math.nan, -1, "x", 10**400, np.float64(2), None, [], 0.5, True, {"a": None}, [[-1]]]
+
+
+def saved_numbers(state: dict[str, Any]) -> dict[str, Any]:
+    """Where a state dict holds the run's own numbers."""
+    found = state.get("param_groups", [state])[0]
+    return {key: found[key] for key in found if found is state or key.startswith(("hft", "green"))}
+
+
+@pytest.mark.parametrize(
+    "name", ["half fine-tuning", "green trainer", "lora-ggpo", "cofitune", "qes"]
+)
+def test_damaged_states_are_refused_whole(name: str) -> None:
+    run = ROWS[name](Net(torch.float32), 3)
+    for _ in range(4):
+        run.step()
+    part = run.own or run.optimizer
+    saved = copy.deepcopy(part.state_dict())
+    trains = [param.requires_grad for param in run.model.parameters()]
+
+    def refused(damaged: dict[str, Any]) -> None:
+        with pytest.raises((ValueError, TypeError), match=r"must (be|have)"):
+            part.load_state_dict(damaged)
+        assert str(part.state_dict()) == str(saved)
+        assert [param.requires_grad for param in run.model.parameters()] == trains
+
+    for key, value in saved_numbers(saved).items():
+        absent = object()
+        for bad in (*DAMAGE, absent):
+            if key == "steps" and isinstance(bad, list) and not bad:  # before a first step
+                continue
+            if key.endswith(("round_steps", "select_every")) and type(bad) is int and bad > 0:
+                continue  # as their constructors take
+            damaged = copy.deepcopy(saved)
+            place = damaged.get("param_groups", [damaged])[0]
+            if bad is absent:
+                del place[key]
+            else:
+                place[key] = bad
+            refused(damaged)
+        if isinstance(value, dict):
+            for own in value:
+                vector = value[own]
+                for tensor in (None, vector.to("meta"), vector[1:], vector.int(), vector[None]):
+                    damaged = copy.deepcopy(saved)
+                    damaged[key][own] = tensor
+                    refused(damaged)
+            # Another memory layout, or a wider dtype, holds the same numbers.
+            spread = {k: torch.stack((v, v), 1)[:, 0].double() for k, v in value.items()}
+            part.load_state_dict({**saved, key: spread})
+            assert str(part.state_dict()) == str(saved)
+
+
+@pytest.mark.parametrize(
+    "damage", [[[]], [[(0, math.nan)]], [[(1 << 32, 1.0)]], [[(0,)]], [[0]], [[(0, None)]]]
+)
+def test_damaged_windows_of_qes_are_refused(damage: Any) -> None:
+    run = qes(Net(torch.float32), 3)
+    run.step()
+    saved = run.optimizer.state_dict()
+    with pytest.raises((ValueError, TypeError), match=r"must (be|have)"):
+        run.optimizer.load_state_dict({**saved, "steps": damage})
+    assert run.optimizer.state_dict() == saved
+
+
+def test_a_learning_rate_of_qes_may_be_a_tensor() -> None:
+    models = Net(torch.float32), Net(torch.float32)
+    runs = [qes(model, 3) for model in models]
+    runs[1].optimizer.lr = torch.tensor(runs[0].optimizer.lr)
+    for run in runs:
+        run.step()
+    assert same(*models)
+    assert runs[0].optimizer.state_dict() == runs[1].optimizer.state_dict()
+    file = io.BytesIO()
+    torch.save(runs[1].optimizer.state_dict(), file)
+    file.seek(0)
+    [step] = torch.load(file, weights_only=True)["steps"]
+    assert all(type(weight) is float for _, weight in step)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_no_default_device_reaches_a_step(name: str) -> None:
+    """Rounds, windows and choices are due meanwhile."""
+    runs = [ROWS[name](Net(torch.float32), 3) for _ in range(2)]
+    losses: dict[int, Any] = {}
+
+    def loss(model: nn.Module, seed: int = 1) -> torch.Tensor:
+        with torch.device("cpu"):
+            return original(model, seed)
+
+    original = loss_of
+    for number, run in enumerate(runs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(globals(), "loss_of", loss)
+            with torch.device("meta" if number else "cpu"):
+                losses[number] = [run.step() for _ in range(4)]
+    assert losses[0] == losses[1]
+    assert same(runs[0].model, runs[1].model)
+
+
+@pytest.mark.parametrize("form", ["linear", "log"])
+@pytest.mark.parametrize("fault", [(0, 4), (4, 0), math.nan, math.inf])
+def test_weights_that_no_code_holds_are_refused_whole(fault: Any, form: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's initialisation is a no-op without elements
+        sizes = fault if type(fault) is tuple else (4, 4)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(*sizes))
+    if type(fault) is float:
+        model[1].weight.data[1, 2] = fault
+    before = list(model)
+    with pytest.raises(ValueError, match=r"must have elements, finite ones, got .* '1.weight'"):
+        zoopt.nn.convert_to_quantised(model, ["*"], form=form)
+    if type(fault) is tuple:
+        with pytest.raises(ValueError, match="base must have weights, got "):
+            zoopt.nn.convert_to_sparse_delta(model, ["*"])
+    assert list(model) == before
+
+
+def test_a_pattern_that_is_no_regular_expression() -> None:
+    with pytest.raises(ValueError, match=r"target must be a regular expression .* in a list"):
+        zoopt.nn.convert_to_quantised(Net(torch.float32), "*.up")

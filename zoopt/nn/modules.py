@@ -161,7 +161,13 @@ def _matching(
             if chosen or (not any(inside) and module is not head):
                 yield name, module
     elif isinstance(target, str):
-        pattern = re.compile(target)
+        try:
+            pattern = re.compile(target)
+        except re.error as error:
+            raise ValueError(
+                f"target must be a regular expression of whole module names, got {target!r} "
+                f"({error}); pass a pattern such as '*.q_proj' in a list, [{target!r}]"
+            ) from None
         yield from ((name, m) for name, m in layers.items() if pattern.fullmatch(name))
     elif callable(target):
         yield from ((name, m) for name, m in layers.items() if target(name, m))

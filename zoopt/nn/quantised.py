@@ -14,7 +14,7 @@ from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.dispatch import is_fake, known
 from zoopt.nn.initial import CHUNK
 from zoopt.nn.linear import ReparametrisedLinear, outer_dims, replace_layers
-from zoopt.nn.modules import Matrices, Target
+from zoopt.nn.modules import Matrices, Target, matrices
 from zoopt.nn.packing import pack, unpack
 from zoopt.nn.stacks import Stack, stacks_of
 
@@ -181,6 +181,7 @@ class QuantisedLinear(ReparametrisedLinear):
             check_choice("form", form, FORMS)
         else:
             check_options(bits, group_size, form)
+            check_weight("weight", weight)
             made = quantise(weight.detach(), bits, group_size)
             given = Codes(*made, bits, group_size, weight.dtype)
         if form == "log" and not known((given.scale > 0).all(), True):
@@ -295,6 +296,17 @@ def check_options(bits: int, group_size: int, form: str) -> None:
     check_choice("form", form, FORMS)
 
 
+def check_weight(name: str, weight: Tensor) -> None:
+    """Raise unless a weight has elements, all of them finite."""
+    values = weight.detach()
+    if not values.numel() or not known((values.amin() + values.amax()).isfinite(), True):
+        fault = "NaN or infinite ones" if values.numel() else f"shape {tuple(values.shape)}"
+        raise ValueError(
+            f"a weight to quantise must have elements, finite ones, got {fault} for {name!r}; "
+            f"choose layers by target without it"
+        )
+
+
 def convert_to_quantised(
     model: nn.Module,
     target: Target = "linear",
@@ -333,6 +345,8 @@ def convert_to_quantised(
     def build_stack(name: str, own: Matrices) -> QuantisedStack:
         return QuantisedStack(own, own.module, **options)
 
+    for name, own in matrices(model, target).items():
+        check_weight(name, own.param)
     return replace_layers(model, target, build, build_stack)
 
 

@@ -166,6 +166,10 @@ class SparseDeltaLinear(ReparametrisedLinear):
             raise ValueError(
                 f"base must have fewer than 2^31 weights, got {m} x {n}: indices are int32"
             )
+        if not m * n:
+            raise ValueError(
+                f"base must have weights, got {m} x {n}; choose layers by target without it"
+            )
         super().__init__(n, m)
         self.base = base.requires_grad_(False)
         device = next(tensor.device for tensor in [*base.parameters(), *base.buffers()])

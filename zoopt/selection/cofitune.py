@@ -16,6 +16,7 @@ from zoopt.kernels.product.op import add_product_
 from zoopt.nn.modules import Target, is_conv1d, linear_layers
 from zoopt.noise import stream
 from zoopt.removable import Removable
+from zoopt.selection.saved import check_saved, check_vectors
 
 
 def normalised_importance(gates: Tensor) -> Tensor:
@@ -128,19 +129,21 @@ class CoFiTune(Removable):
         """Load a state from `state_dict`.
 
         Raises:
-            ValueError: the state is of other layers. Nothing has changed then.
+            TypeError, ValueError: the state is of other layers, or damaged. Nothing has changed
+                then.
         """
-        sizes = {name: len(values) for name, values in state.get("importance", {}).items()}
         own = {name: len(values) for name, values in self.importance.items()}
-        if sizes != own or not {"seed", "step"} <= state.keys():
+        check_saved("CoFiTune", state, "importance")
+        check_vectors("importance", state["importance"], own, "layers")
+        if missing := own.keys() - state["importance"].keys():
             raise ValueError(
-                f"state must be of the same layers, {own}, got {sizes}; load it over the model and "
-                f"target that it was saved with"
+                f"state must be of the same layers, got no importance of {sorted(missing)}; load "
+                f"it over the model and target that it was saved with"
             )
         self._seed, self._step = state["seed"], state["step"]
         self.importance = {
-            name: values.to(self.importance[name].device, copy=True)
-            for name, values in state["importance"].items()
+            name: state["importance"][name].to(values.device, values.dtype, copy=True)
+            for name, values in self.importance.items()
         }
 
     def _release(self) -> None:

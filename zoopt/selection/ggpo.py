@@ -17,6 +17,7 @@ from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.op import perturb
 from zoopt.noise import stream
 from zoopt.removable import Removable
+from zoopt.selection.saved import check_saved, check_vectors
 from zoopt.warn import warn
 
 
@@ -169,21 +170,18 @@ class LoRAGGPO(Removable):
         """Load a state from `state_dict`.
 
         Raises:
-            ValueError: the state is of other parameters. Nothing has changed then.
+            TypeError, ValueError: the state is of other parameters, or damaged. Nothing has
+                changed then.
         """
-        if not {"seed", "step", "squares"} <= state.keys():
-            raise ValueError(f"state must be one of LoRAGGPO.state_dict(), got keys {list(state)}")
-        for name, squares in state["squares"].items():
-            if name not in self._params or len(squares) != len(self._params[name]):
-                raise ValueError(
-                    f"state must be of the same parameters, got {name!r} of {len(squares)} rows; "
-                    f"load it over the model that it was saved with"
-                )
+        check_saved("LoRAGGPO", state, "squares")
+        rows = {name: len(param) for name, param in self._params.items()}
+        check_vectors("squares", state["squares"], rows, "parameters")
         self.restore()
         self._seed, self._step = state["seed"], state["step"]
         self._squares = {
-            name: squares.to(self._params[name].device, copy=True)
+            name: squares.to(param.device, accumulator_dtype(param.dtype), copy=True)
             for name, squares in state["squares"].items()
+            for param in [self._params[name]]
         }
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zoopt.checks import check_number, check_positive_int
+from zoopt.checks import check_nonnegative_int, check_number, check_positive_int, shown
 from zoopt.selection.budget import Cost, backward_costs, choose, in_units
 from zoopt.selection.rounds import Rounds
 
@@ -112,6 +112,20 @@ class GreenTrainer(Rounds):
         reach = sum(cost.reach for cost in self.costs[: max(places, default=-1) + 1])
         own = sum(self.costs[place].own for place in places)
         return (reach + own) / sum(cost.reach + cost.own for cost in self.costs)
+
+    def _check_run(self, run: dict[str, Any]) -> None:
+        check_nonnegative_int("green_step", run["green_step"], 1 << 53)
+        check_positive_int("green_select_every", run["green_select_every"])
+        chosen, count = run["green_chosen"], len(self._params)
+        if (
+            not isinstance(chosen, list)
+            or not chosen
+            or any(type(number) is not int or not 0 <= number < count for number in chosen)
+        ):
+            raise ValueError(
+                f"green_chosen must be a list of numbers of the {count} parameters that train, got "
+                f"{shown(chosen)}"
+            )
 
     def _count(self) -> None:
         if self._selecting:

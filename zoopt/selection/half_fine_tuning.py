@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zoopt.checks import check_positive_int
+from zoopt.checks import check_nonnegative_int, check_positive_int
 from zoopt.distributed.seed import SharedSeed
+from zoopt.kernels.noise.key import check_unsigned
 from zoopt.kernels.noise.philox import words
 from zoopt.nn.modules import repeated_layers
 from zoopt.noise import stream
@@ -67,7 +68,7 @@ def trained_units(units: Sequence[Unit], *, seed: int, draw: int) -> list[bool]:
     If the number k of units is odd, (k + 1) / 2 train in half of the layers and (k - 1) / 2 in the
     others.
     """
-    number = torch.arange(len(units) * 2)
+    number = torch.arange(len(units) * 2, device="cpu")
     keys = words(number, seed=seed, stream=_STREAM, draw=draw)[:, 0].tolist()
     members: dict[tuple[Category, int], list[int]] = {}
     for index, unit in enumerate(units):
@@ -145,6 +146,11 @@ class HalfFineTuning(Rounds):
     def round(self) -> int:
         """The number of the current round, from 0."""
         return int(self._run["hft_step"] // self._run["hft_round_steps"])
+
+    def _check_run(self, run: dict[str, Any]) -> None:
+        check_unsigned("hft_seed", run["hft_seed"], 64)
+        check_positive_int("hft_round_steps", run["hft_round_steps"])
+        check_nonnegative_int("hft_step", run["hft_step"], 1 << 53)
 
     def _count(self) -> None:
         before = self.round

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoopt.checks import check_number, check_positive_int
+from zoopt.checks import check_number, check_positive_int, shown
 from zoopt.distributed.seed import SharedSeed
+from zoopt.kernels.noise.key import check_unsigned
 from zoopt.nn.initial import CHUNK
 from zoopt.nn.packing import pack, unpack
 from zoopt.nn.quantised import QuantisedLinear
 from zoopt.noise import normal, stream
+from zoopt.selection.saved import check_saved
 from zoopt.zeroth_order.engine.closure import PinnedRNG, check_closure, loss_values
 
 #: A step's directions: pairs of a draw and the factor of its direction, in codes.
@@ -126,13 +128,14 @@ class QES:
             The mean of the evaluated losses.
         """
         check_closure(closure, type(self).__name__)
+        lr, sigma = float(self.lr), float(self.sigma)
         pinned = PinnedRNG({layer.codes.device for layer in self._layers.values()})
         losses: list[Any] = []
         draws = [(self._step * self.num_probes + j) & 0xFFFFFFFF for j in range(self.num_probes)]
         try:
             for draw in draws:
                 for sign in (1.0, -1.0):
-                    self._stand_off(draw, sign * self.sigma)
+                    self._stand_off(draw, sign * sigma)
                     losses.append(pinned.evaluate(closure))
         finally:
             for layer in self._layers.values():
@@ -140,12 +143,12 @@ class QES:
         values = loss_values(losses)
         self._step += 1
         pairs = zip(values[::2], values[1::2], strict=True)
-        slopes = [(plus - minus) / (2.0 * self.sigma) for plus, minus in pairs]
+        slopes = [(plus - minus) / (2.0 * sigma) for plus, minus in pairs]
         if all(map(math.isfinite, slopes)):
             bound = self.max_projected_grad
             if bound is not None:
                 slopes = [max(-bound, min(bound, slope)) for slope in slopes]
-            weights = [-self.lr * slope / self.num_probes for slope in slopes]
+            weights = [-lr * slope / self.num_probes for slope in slopes]
             self._steps = [*self._steps, list(zip(draws, weights, strict=True))][-self.window :]
             for name, layer in self._layers.items():
                 self._move(name, layer)
@@ -159,10 +162,10 @@ class QES:
         """Load a state from `state_dict`. The codes are in the model's own state dict.
 
         Raises:
-            ValueError: it is not a state of QES.
+            TypeError, ValueError: it is not a state of QES, or damaged. Nothing has changed then.
         """
-        if not {"seed", "step", "steps"} <= state.keys():
-            raise ValueError(f"state must be one of QES.state_dict(), got the keys {list(state)}")
+        check_saved("QES", state, "steps")
+        _check_steps(state["steps"])
         self._seed, self._step = state["seed"], state["step"]
         self._steps = [[(draw, weight) for draw, weight in step] for step in state["steps"]]
 
@@ -208,6 +211,16 @@ class QES:
             whole, _ = carried(self._steps, direction, codes.float())
             moved = (codes.float() + whole).clamp_(0, (1 << layer.bits) - 1)
             layer.codes[rows] = pack(moved.to(torch.uint8), layer.bits)
+
+
+def _check_steps(steps: Any) -> None:
+    if not isinstance(steps, list) or any(not isinstance(step, list) or not step for step in steps):
+        raise TypeError(f"steps must be a list of lists, one a step, got {shown(steps)}")
+    for pair in (pair for step in steps for pair in step):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"each of steps must have pairs of draw and weight, got {shown(pair)}")
+        check_unsigned("draw", pair[0], 32)
+        check_number("weight", pair[1])
 
 
 def _runs(layer: QuantisedLinear) -> Iterator[slice]:

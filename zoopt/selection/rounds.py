@@ -27,6 +27,7 @@ class Rounds(Removable):
         self._write()
         self._follow()
         self._hooks = [
+            optimizer.register_load_state_dict_pre_hook(lambda _, saved: self._check_saved(saved)),
             optimizer.register_step_post_hook(lambda *_: self._stepped()),
             optimizer.register_load_state_dict_post_hook(lambda *_: self._load()),
         ]
@@ -48,6 +49,24 @@ class Rounds(Removable):
     def _count(self) -> None:
         """Count a step; the next step may begin with another choice."""
         raise NotImplementedError
+
+    def _check_run(self, run: dict[str, Any]) -> None:
+        """Raise unless the numbers are of such a run."""
+        raise NotImplementedError
+
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        """Raise if the run's numbers in a state dict are damaged, before it is loaded."""
+        saved = saved.get("zeroth_order", saved)  # a Hybrid's first groups
+        for group in saved.get("param_groups", ())[:1]:
+            found = {key: group[key] for key in self._run if key in group}
+            missing = self._run.keys() - found.keys()
+            if found and missing:
+                raise ValueError(
+                    f"state_dict must have all of {', '.join(map(repr, self._run))} in its groups, "
+                    f"got one without {', '.join(map(repr, sorted(missing)))}"
+                )
+            if found:
+                self._check_run(found)
 
     def _stepped(self) -> None:
         if not called_by_checkpoint():  # That call only creates the optimizer's state.
