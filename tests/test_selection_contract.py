@@ -337,3 +337,27 @@ def test_weights_that_no_code_holds_are_refused_whole(fault: Any, form: Any) -> 
 def test_a_pattern_that_is_no_regular_expression() -> None:
     with pytest.raises(ValueError, match=r"target must be a regular expression .* in a list"):
         zoopt.nn.convert_to_quantised(Net(torch.float32), "*.up")
+
+
+def test_qes_warns_of_a_loss_of_16_bits_once() -> None:
+    run = qes(Net(torch.float32), 3)
+    run.optimizer.sigma = 1e-6
+    with pytest.warns(UserWarning, match=r"has only 16 bits.* or raise sigma") as caught:
+        run.optimizer.step(lambda: loss_of(run.model).bfloat16())
+    assert len(caught) == 1
+    for _ in range(2):
+        run.optimizer.step(lambda: loss_of(run.model).bfloat16())
+
+
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)])
+def test_green_trainer_keeps_its_choice_at_a_rate_of_zero(rate: Any) -> None:
+    """As at the end of a linear schedule, where a step changes nothing."""
+    run = green(Net(torch.float32), 3)
+    for _ in range(2):
+        run.step()
+    chosen = run.optimizer.param_groups[0]["green_chosen"]
+    run.optimizer.param_groups[0]["lr"] = rate
+    for _ in range(4):
+        run.step()
+    assert run.optimizer.param_groups[0]["green_chosen"] == chosen
+    assert run.optimizer.param_groups[0]["green_step"] == 6

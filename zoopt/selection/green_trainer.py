@@ -33,7 +33,7 @@ class GreenTrainer(Rounds):
     pass of `probe()`, with torch's formulas for operations. The choice is exact
     (`zoopt.selection.budget.choose`). It evaluates `probe`, runs backward and takes a step of the
     optimizer. Afterwards weights, state, gradients and torch's random numbers are restored. Choices
-    are made at construction and every `select_every` steps.
+    are made at construction and every `select_every` steps, but not at a learning rate of 0.
 
     It hooks the optimizer's `step`; the training loop stays the same. The choice and the number of
     steps are stored in the optimizer's param groups (`green_chosen`, `green_step`,
@@ -131,7 +131,9 @@ class GreenTrainer(Rounds):
         if self._selecting:
             return
         self._run["green_step"] += 1
-        if self._run["green_step"] % self._run["green_select_every"] == 0:
+        # At a rate of 0, as at the end of a schedule, a step tells nothing of importance.
+        moves = any(group.get("lr") != 0 for group in self._optimizer.param_groups)
+        if moves and self._run["green_step"] % self._run["green_select_every"] == 0:
             self._run["green_chosen"] = self._select()
             self._follow()
         self._write()

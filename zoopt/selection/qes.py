@@ -18,6 +18,7 @@ from zoopt.nn.quantised import QuantisedLinear
 from zoopt.noise import normal, stream
 from zoopt.selection.saved import check_saved
 from zoopt.zeroth_order.engine.closure import PinnedRNG, check_closure, loss_values
+from zoopt.zeroth_order.engine.narrow import JudgesLosses
 
 #: A step's directions: pairs of a draw and the factor of its direction, in codes.
 Step = list[tuple[int, float]]
@@ -48,7 +49,7 @@ def carried(
     return whole, error
 
 
-class QES:
+class QES(JudgesLosses):
     r"""Evolution strategy on the codes of quantised layers (Quantized Evolution Strategies).
 
     It trains the codes q of a model's `zoopt.nn.QuantisedLinear` layers, with forward passes only.
@@ -79,7 +80,8 @@ class QES:
         TypeError, ValueError: an argument is out of range; the model has no quantised layers.
 
     Probes move by fractions of a code, which are added when a layer computes its weight. If a probe
-    is not finite, the step moves nothing. All evaluations of a step see the same random numbers.
+    is not finite, the step moves nothing. Losses of 16 bits that hardly differ are warned of, once.
+    All evaluations of a step see the same random numbers.
 
     Example:
         >>> zoopt.nn.convert_to_quantised(model, bits=4)
@@ -141,8 +143,9 @@ class QES:
             for layer in self._layers.values():
                 layer.offset = None
         values = loss_values(losses)
+        pairs = list(zip(values[::2], values[1::2], strict=True))
+        self._judge(pinned.eps, pairs, "loss", "sigma")
         self._step += 1
-        pairs = zip(values[::2], values[1::2], strict=True)
         slopes = [(plus - minus) / (2.0 * sigma) for plus, minus in pairs]
         if all(map(math.isfinite, slopes)):
             bound = self.max_projected_grad

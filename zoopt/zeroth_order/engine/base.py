@@ -22,9 +22,9 @@ from zoopt.distributed.checkpoint import (
 from zoopt.distributed.exchange import Job, Parallel
 from zoopt.optimizer import Params
 from zoopt.parameters import named_params
-from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
 from zoopt.zeroth_order.engine.job import ZerothOrderJob
+from zoopt.zeroth_order.engine.narrow import JudgesLosses
 from zoopt.zeroth_order.engine.perturbation import Perturbation
 from zoopt.zeroth_order.engine.probe import (
     Evaluation,
@@ -38,11 +38,8 @@ from zoopt.zeroth_order.engine.sites import Site, Sites
 from zoopt.zeroth_order.engine.updates import RunRecorder
 from zoopt.zeroth_order.engine.windows import Windows
 
-#: How many differences of 16-bit losses are judged, the run's first.
-_JUDGED = 4
 
-
-class ZerothOrderOptimizer(ZerothOrderJob):
+class ZerothOrderOptimizer(JudgesLosses, ZerothOrderJob):
     """Probes the loss along directions that are regenerated from the seed.
 
     A subclass implements `_update`, which receives each parameter's site and the directions'
@@ -61,8 +58,6 @@ class ZerothOrderOptimizer(ZerothOrderJob):
     _largest_grad = 2.0**100
     #: In which order the closure reads the parameters.
     _windows: Windows | None = None
-    #: How many differences of 16-bit losses have been judged, and how coarse they were.
-    _judged = _coarse = 0
 
     def __init__(
         self,
@@ -273,30 +268,7 @@ class ZerothOrderOptimizer(ZerothOrderJob):
         return [outcome.losses for outcome in outcomes]
 
     def _warn_of_narrow(self, eps: float, compared: Iterable[Sequence[float]]) -> None:
-        """Warn of losses of 16 bits that do not differ, or twice hardly: once, early in the run.
-
-        Args:
-            eps: the relative spacing of such numbers, or 0 for wider ones.
-            compared: the losses, those together whose differences count.
-        """
-        for losses in compared if eps else ():
-            finite = [loss for loss in losses if math.isfinite(loss)]
-            spacing = eps * max(map(abs, finite), default=0.0)
-            if len(finite) < 2 or not spacing or self._judged >= _JUDGED:
-                continue
-            spread = max(finite) - min(finite)
-            self._judged += 1
-            self._coarse += (spread <= 2.0 * spacing) + (spread == 0.0)
-            if self._coarse >= 2:
-                self._judged = _JUDGED
-                name = self._names.value
-                warn(
-                    f"the {name} has only 16 bits, and two differ by {spread:.1g} where such "
-                    f"numbers lie {spacing:.1g} apart: the estimate will be mostly rounding; "
-                    f"compute the {name} in float32, from logits.float() say, and return it as it "
-                    f"is ({name}.float() at the least), or raise {self._names.scale}"
-                )
-                return
+        self._judge(eps, compared, self._names.value, self._names.scale)
 
     def _refuse_gradients(self) -> None:
         """Raise if a parameter has a gradient, unless a checkpoint only asks for state."""
