@@ -8,18 +8,15 @@ full ones alternate, and the least time of each counts.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 import zoopt
 from zoopt.bench import common
+from zoopt.cli.terminal import add_json_argument
 
 
 def chain(width: int, layers: int) -> nn.Sequential:
@@ -62,25 +59,28 @@ def measure(budget: float, width: int, layers: int, repeats: int) -> dict[str, f
 
 
 def main() -> None:
-    """Measure budgets of 30 and 50 %, and print them."""
-    parser = argparse.ArgumentParser(prog="python -m bench.green_trainer", description=__doc__)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--json", type=Path)
+    """Measure budgets of 30, 50 and 70 %, and print them."""
+    parser = common.parser(str(__doc__), "python -m bench.green_trainer --repeats 60")
+    parser.add_argument("--width", type=common.positive, default=768)
+    parser.add_argument("--layers", type=common.positive, default=8)
+    parser.add_argument("--repeats", type=common.positive, default=30)
+    add_json_argument(parser)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    options.command = common.command(parser, None)
+    common.check_json(parser, options.json)
+    rows = []
     for budget in (0.3, 0.5, 0.7):
-        rows.append(measure(budget, options.width, options.layers, options.repeats))
-        numbers = rows[-1]
-        print(
-            f"budget {budget:.0%}: planned {numbers['planned']:.1%}, measured "
-            f"{numbers['measured']:.1%} of {1e3 * numbers['seconds_full']:.1f} ms"
+        numbers = measure(budget, options.width, options.layers, options.repeats)
+        share = numbers.pop("measured")
+        rows.append(common.measured(f"budget {budget:.0%}", [share], "of a whole pass", **numbers))
+        common.say(
+            f"budget {budget:.0%}: planned {numbers['planned']:.1%}, measured {share:.1%} of "
+            f"{1e3 * numbers['seconds_full']:.1f} ms",
+            options.json,
         )
     if options.json is not None:
-        sizes = {"width": options.width, "layers": options.layers}
-        result = {**sizes, "rows": rows, "machine": common.machine(torch.device("cpu"))}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        content = common.document("green_trainer", options, torch.device("cpu"), rows)
+        common.write_json(options.json, content)
 
 
 if __name__ == "__main__":

@@ -145,15 +145,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     found = records(list(METHODS), results)
     known = load(options.json) or {}
-    content = {
-        "protocol": __doc__,
-        "command": options.command,
-        "settings": {"steps": STEPS, "grid_steps": GRID_STEPS, **settings.as_dict()},
-        "untrained": known.get("untrained"),
-        "costs": known.get("costs", {}),
-        "machine": known.get("machine"),
-        "records": found,
-    }
+    rows = [
+        comparison.row(r["label"], r["cross_entropy"]["values"], "test cross-entropy")
+        for r in found
+    ]
+    content = common.document(
+        *("selection", options, torch.device("cpu"), rows),
+        arguments={"steps": STEPS, "grid_steps": GRID_STEPS, **settings.as_dict()},
+        protocol=__doc__,
+        untrained=known.get("untrained"),
+        costs=known.get("costs", {}),
+        records=found,
+    )
+    if "machine" in known:  # That of the costs, if they are not measured again.
+        content["machine"] = known["machine"]
     if not options.no_costs:
         task = Task(settings)
         content["untrained"] = task.untrained
