@@ -59,6 +59,7 @@ SIDE_ROOMS = {
         "zeroth_order/engine/blocks.py",
         "zeroth_order/engine/groups.py",
         "zeroth_order/engine/mask.py",
+        "zeroth_order/engine/narrow.py",
         "zeroth_order/engine/progress.py",
         "zeroth_order/engine/sites.py",
         "zeroth_order/engine/sparse.py",

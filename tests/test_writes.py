@@ -36,6 +36,10 @@ def check(dtype: torch.dtype, noise: dict[str, Any], rules: tuple[str, ...], imp
         zip(theta.tensors, expected.tensors, theta.keys, strict=True)
     ):
         one_by_one(other, key, writes, before[i])
+        if impl == "triton":
+            # Which NaN arithmetic returns is the processor's; only that it is one is ours.
+            assert torch.equal(tensor.isnan(), other.isnan())
+            tensor, other = tensor.nan_to_num(), other.nan_to_num()
         assert torch.equal(tensor.view(torch.uint8), other.view(torch.uint8))
         assert torch.equal(buffers[i].view(torch.uint8), before[i].view(torch.uint8))
 

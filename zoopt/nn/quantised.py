@@ -299,7 +299,10 @@ def check_options(bits: int, group_size: int, form: str) -> None:
 def check_weight(name: str, weight: Tensor) -> None:
     """Raise unless a weight has elements, all of them finite."""
     values = weight.detach()
-    if not values.numel() or not known((values.amin() + values.amax()).isfinite(), True):
+    # A weight on the meta device has no values; the planner's are.
+    has_values = bool(values.numel()) and not values.is_meta
+    finite = not has_values or known((values.amin() + values.amax()).isfinite(), True)
+    if not values.numel() or not finite:
         fault = "NaN or infinite ones" if values.numel() else f"shape {tuple(values.shape)}"
         raise ValueError(
             f"a weight to quantise must have elements, finite ones, got {fault} for {name!r}; "
