@@ -83,6 +83,21 @@ def test_a_write_of_more_directions_than_are_kept(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(theta, expected)
 
 
+def test_a_direction_of_one_term_leaves_those_that_are_kept() -> None:
+    """One of an estimate, and one beside a mask, is made while a later term's lies in memory."""
+    estimate: dict[str, Any] = {"rule": "sign", "gradients": (1.0,), "step_size": 0.1}
+    for options, writes in (
+        ({}, [Write((1,), (0.1,), estimate_draws=(5,), **estimate), Write((1, 3), (0.1, 0.2))]),
+        ({"density": 0.25}, [Write((1, 2), (0.1, 0.1)), Write((1,), (0.1,))]),
+    ):
+        for distribution in ("normal", "rademacher"):
+            key = NoiseKey(1, 2, distribution=distribution, **options)
+            theta, expected = torch.zeros(5000), torch.zeros(5000)
+            kernels.write_each_(theta, writes, key=key, impl="numba")
+            kernels.write_each_(expected, writes, key=key, impl="reference")
+            assert torch.equal(theta, expected)
+
+
 def test_what_does_not_fit_is_told() -> None:
     theta, key = torch.zeros(3), NoiseKey(1, 2)
     for write, message in (

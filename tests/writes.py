@@ -32,6 +32,9 @@ def script(count: int, *, stochastic: bool, rules: tuple[str, ...] = ("none",)) 
         rule: Any = choose.choice(rules)
         if rule != "none":
             own: dict[str, Any] = {"gradients": numbers[::-1], "step_size": -1e-2}
+            # A buffer's terms are along the write's own directions.
+            apart = rule != "momentum" and step % 2 == 0
+            estimated = (1000 + step, *draws[1:]) if apart else draws
             if rule == "adam":
                 own |= {"first": numbers, "second": tuple(map(abs, numbers)), "eps": 1e-3}
                 own["closes"] = tuple(i % 2 == 1 for i in range(len(draws)))
@@ -39,7 +42,7 @@ def script(count: int, *, stochastic: bool, rules: tuple[str, ...] = ("none",)) 
                 own["momentum"] = 0.9
                 # It has no other draw to round by.
                 rounding_draw = None if rounding_draw is None else draws[-1]
-            write = Write(draws, numbers, decay, rounding_draw, rule, draws, **own)
+            write = Write(draws, numbers, decay, rounding_draw, rule, estimated, **own)
         writes.append(write)
     return writes
 

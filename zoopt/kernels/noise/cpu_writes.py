@@ -313,10 +313,12 @@ def _write_each(
                     _along(acc, own, noise, draws[j], 1, ones, numbers[j : j + 1])
                     j += 1
                     continue
+                # One that is not kept has rows that are free between _load and _store.
+                row = grid[0 if normal else 1, :size] if single[j] else z[place, :size]
+                bits = uniform[:size] if single[j] else mask[place, :size]
                 if made[j]:
-                    _direction(z[place, :size], own, noise, draws[j])
+                    _direction(row, own, noise, draws[j])
                     if threshold is not None:
-                        bits = mask[place, :size]
                         bits[:] = _halves(bits, own, noise, draws[j], _MASK)
                 if threshold is None and j < middles[w]:
                     start, j = j, j + 1
@@ -325,7 +327,7 @@ def _write_each(
                     add_terms(acc, z, places, numbers, start, j)
                     continue
                 own_sum = acc if j < middles[w] else target
-                _add(own_sum, numbers[j], z[place], mask[place], threshold)
+                _add(own_sum, numbers[j], row, bits, threshold)
                 if closes[j]:
                     average(ghat, m, v, first[j], second[j])
                 j += 1
