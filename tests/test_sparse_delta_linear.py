@@ -26,13 +26,24 @@ def optimizer_of(params: Any, **options: Any) -> zoopt.SparseDeltaAdamW:
     return zoopt.SparseDeltaAdamW(params, **{**OPTIONS, "density": 0.1, "seed": 0, **options})
 
 
+def two_passes(net: nn.Module) -> None:
+    for _ in range(2):
+        (loss_of(net) * 0.5).backward()
+
+
+def two_calls_one_pass(net: nn.Module) -> None:
+    (loss_of(net) * 0.5 + loss_of(net) * 0.5).backward()
+
+
+@pytest.mark.parametrize("passes", [two_passes, two_calls_one_pass])
 @pytest.mark.parametrize("window", [3, 4])
 @pytest.mark.parametrize("growth", ["accumulated", "momentum"])
 def test_beside_a_float_weight_it_is_spiel_in_place(
-    growth: Any, window: int, monkeypatch: pytest.MonkeyPatch
+    growth: Any, window: int, passes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, with micro-batches, scaled gradients, gradients dropped before a step, and a
-    dL/dW of several chunks: the same entries, and changes equal to rounding."""
+    """In float64, with micro-batches or a layer that runs twice, scaled gradients, gradients
+    dropped before a step, and a dL/dW of several chunks: the same entries, and changes equal to
+    rounding."""
     monkeypatch.setattr("zoopt.nn.sparse_delta.CHUNK", 100)
     inside, beside = model(torch.float64), model(torch.float64)
     base = copy.deepcopy(inside)
@@ -47,8 +58,7 @@ def test_beside_a_float_weight_it_is_spiel_in_place(
             if step == 5:
                 (loss_of(net) * 3.0).backward()
                 optimizer.zero_grad()
-            for _ in range(2):
-                (loss_of(net) * 0.5).backward()
+            passes(net)
             for group in optimizer.param_groups:
                 for param in group["params"]:
                     param.grad.mul_(0.25)

@@ -51,7 +51,7 @@ class Tap:
         self.picked_finite = True
         self._gathered: Tensor | None = None
         self._reference: tuple[Tensor, Tensor] | None = None
-        self._version = -1
+        self._version = self._pass = -1
 
     @property
     def layer(self) -> SparseDeltaLinear:
@@ -67,10 +67,12 @@ class Tap:
         return self.layer.out_features, self.layer.in_features
 
     def begin(self) -> None:
-        """Begin a backward pass; what was gathered for a gradient that is gone is dropped."""
-        grad = self.layer.delta.grad
-        if grad is None or grad._version != self._version:
+        """Begin the backward of one of the layer's calls. The first one of a backward pass drops
+        what was gathered for a gradient that is gone."""
+        current, grad = torch._C._current_graph_task_id(), self.layer.delta.grad
+        if current != self._pass and (grad is None or grad._version != self._version):
             self._gathered = None
+        self._pass = current
 
     def gather(self, values: Tensor) -> None:
         """Add the gradients at the wanted positions."""
