@@ -100,6 +100,18 @@ def test_bytes_of_a_layer() -> None:
     assert layer.double().scale.dtype == torch.float64
 
 
+def test_a_move_keeps_the_dtype() -> None:
+    """That of the original weight, whose merged layer has it; a conversion changes it."""
+    layer = QuantisedLinear(normal(9, 16, dtype=torch.bfloat16), bits=4, group_size=8)
+    for move in (lambda: layer.to("cpu"), layer.share_memory, lambda: layer.to_empty(device="cpu")):
+        assert move().dtype == torch.bfloat16
+    assert layer.merge().weight.dtype == torch.bfloat16
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        assert layer.to(dtype).dtype == dtype
+        assert layer.scale.dtype == torch.float32
+    assert layer.double().dtype == layer.scale.dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     "build",
     [

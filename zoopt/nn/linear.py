@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from zoopt.distributed.seed import SharedSeed
+from zoopt.dtypes import accumulator_dtype
 from zoopt.nn.modules import Matrices, Target, is_conv1d, matrices
 from zoopt.nn.stacks import Stack, attach, merge_stacks
 
@@ -52,6 +54,15 @@ class ReparametrisedLinear(nn.Module):
         if self.bias is not None:
             merged.bias = nn.Parameter(self.bias.detach().clone())
         return merged.train(self.training)
+
+    def _apply_but_not_narrow(self, name: str, fn: Any, recurse: bool) -> None:
+        """As nn.Module._apply, but that parameter stays in float32 or float64 if `fn` would narrow
+        it."""
+        before = getattr(self, name).detach().clone()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        param: nn.Parameter = getattr(self, name)
+        if accumulator_dtype(param.dtype) != param.dtype:
+            param.data = before.to(param.device)
 
     def extra_repr(self) -> str:
         """The sizes."""

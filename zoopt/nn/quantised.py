@@ -226,11 +226,9 @@ class QuantisedLinear(ReparametrisedLinear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantisedLinear:
         """As in nn.Module, but scales stay in float32 or float64 if `fn` would narrow them."""
-        before = self.scale.detach().clone()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dtype = self.scale.dtype
-        if accumulator_dtype(self.scale.dtype) != self.scale.dtype:
-            self.scale.data = before.to(self.scale.device)
+        # What `fn` makes of the weight that the codes stand for.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
+        self._apply_but_not_narrow("scale", fn, recurse)
         return self
 
     def extra_repr(self) -> str:

@@ -287,10 +287,7 @@ class SparseDeltaLinear(ReparametrisedLinear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseDeltaLinear:
         """As in nn.Module, but D stays in float32 or float64 if `fn` would narrow it."""
-        before = self.delta.detach().clone()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if accumulator_dtype(self.delta.dtype) != self.delta.dtype:
-            self.delta.data = before.to(self.delta.device)
+        self._apply_but_not_narrow("delta", fn, recurse)
         return self
 
     def extra_repr(self) -> str:
