@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.utils.checkpoint import checkpoint
 
 import zoopt
@@ -323,6 +324,20 @@ def test_a_mask_on_the_gradient_is_cancelled_by_adam() -> None:
     full = (plain[2].weight - start).norm()
     assert (masked[2].weight - plain[2].weight).norm() < 1e-3 * full
     assert (held[2].weight - start).norm() < 0.11 * full
+
+
+def test_a_distributed_checkpoint_counts_no_step() -> None:
+    """It makes the optimizer's state by a step that is none of the run's."""
+    model = mlp(torch.bfloat16)
+    optimizer = zoopt.AdamW(model.named_parameters(), lr=1e-2)
+    losses = [lambda: loss_of(model, 11)]
+    tuned = zoopt.CoFiTune(model, optimizer, losses, target=["2"], seed=0)
+    before = copy.deepcopy(model.state_dict())
+    get_optimizer_state_dict(model, optimizer)
+    assert tuned.state_dict()["step"] == 0
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    step(model, optimizer)
+    assert tuned.state_dict()["step"] == 1
 
 
 def test_cofitune_refuses() -> None:

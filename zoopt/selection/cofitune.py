@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zoopt.distributed.checkpoint import called_by_checkpoint
 from zoopt.distributed.seed import SharedSeed
 from zoopt.dtypes import accumulator_dtype, resolved_rounding
 from zoopt.kernels.noise.key import NoiseKey
@@ -168,7 +169,8 @@ class CoFiTune(Removable):
                     across = own == "weight" and is_conv1d(layer)
                     self._hold_back(param, 1.0 - self.importance[name], across, key)
         self._saved.clear()
-        self._step += 1
+        if not called_by_checkpoint():  # That call only creates the optimizer's state.
+            self._step += 1
 
     def _hold_back(self, param: Tensor, share: Tensor, across: bool, key: NoiseKey) -> None:
         """W <- W_old + share (W_new - W_old), with a `share` for each row, or column (`across`)."""
