@@ -212,7 +212,7 @@ def test_the_loss_falls_and_what_rests_keeps_its_bits(name: str) -> None:
         run.handle.remove()
         assert all(param.requires_grad for param in run.model.parameters())
         assert not [
-            key for key in run.optimizer.param_groups[0] if key.startswith(("green", "half"))
+            key for key in run.optimizer.param_groups[0] if key.startswith(("green", "hft"))
         ]
 
 
