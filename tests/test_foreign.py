@@ -149,6 +149,8 @@ def test_refuses() -> None:
     uneven = nn.Sequential(bitsandbytes.nn.Linear4bit(96, 8, quant_type="nf4")).to("cpu")
     with pytest.raises(ValueError, match="blocks must divide a row of 96 weights, got blocks of"):
         adopt_quantised(uneven)
+    with pytest.raises(ValueError, match=r"got a bare Linear4bit; wrap it in nn.Sequential"):
+        adopt_quantised(bnb("nf4")[0], lambda name, module: True)
     floating = bitsandbytes.nn.Linear8bitLt(64, 8)
     with pytest.raises(ValueError, match="8-bit layer of bitsandbytes must be quantised, got a w"):
         adopt_quantised(nn.Sequential(floating))

@@ -207,6 +207,22 @@ def test_a_gradient_that_is_not_finite_chooses_nothing() -> None:
     assert torch.equal(net[0].index, before)
 
 
+def test_a_layer_has_one_delta() -> None:
+    """A second conversion is refused whole; a bare layer becomes its base, as others do."""
+    net, _ = build()
+    for target in (None, everything):
+        with pytest.raises(ValueError, match=r"not have a sparse delta yet, got '0', which has on"):
+            convert_to_sparse_delta(net, target)
+        assert net[0].delta.requires_grad
+        assert not isinstance(net[0].base, SparseDeltaLinear)
+    base = net[0].base
+    with pytest.raises(ValueError, match=r"must not have a sparse delta yet, got ''"):
+        convert_to_sparse_delta(net[0])
+    assert zoopt.nn.remove_sparse_delta(net[0]) is base
+    zoopt.nn.remove_sparse_delta(net)
+    assert [name for name, _ in convert_to_sparse_delta(net)] == ["0.delta", "2.delta"]
+
+
 def test_refuses() -> None:
     net = model()
     with pytest.raises(ValueError, match=r"model must have quantised layers, got none"):
@@ -215,6 +231,16 @@ def test_refuses() -> None:
         convert_to_sparse_delta(net, everything, density=2.0)
     with pytest.raises(TypeError, match=r"a layer must be an nn.Linear or a quantised one"):
         SparseDeltaLinear(nn.Tanh())
+    bare, uneven = nn.Linear(8, 8), model()
+    with pytest.raises(ValueError, match=r"got a bare Linear; wrap it in nn.Sequential"):
+        convert_to_sparse_delta(bare, everything)
+    uneven.append(nn.Linear(7, 1))
+    uneven[3].in_features = 0
+    with pytest.raises(ValueError, match=r"base must have weights, got 1 x 0"):
+        convert_to_sparse_delta(uneven, everything)
+    for unchanged in (bare, uneven):
+        assert all(param.requires_grad for param in unchanged.parameters())
+        assert not any(isinstance(m, SparseDeltaLinear) for m in unchanged.modules())
     net = convert_to_quantised(model(), everything, bits=4, group_size=8)
     deltas = convert_to_sparse_delta(net, density=0.1)
     loss_of(net).backward()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zoopt.checks import check_choice
+from zoopt.nn.linear import check_inside
 from zoopt.nn.modules import Target, linear_layers
 from zoopt.nn.quantised import FORMS, Codes, Form, QuantisedLinear
 
@@ -144,6 +145,7 @@ def adopt_quantised(
             "model must have quantised layers of torchao or bitsandbytes, got none; quantise a "
             "float model by zoopt.nn.convert_to_quantised(model)"
         )
+    check_inside(layers)
     built = {}
     for name, layer in layers.items():
         bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]

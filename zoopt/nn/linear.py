@@ -91,6 +91,15 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_inside(layers: dict[str, nn.Module]) -> None:
+    """Raise if one of the layers, by name, is the model itself, in which nothing can replace it."""
+    if "" in layers:
+        raise ValueError(
+            f"model must contain the layers to convert, got a bare {type(layers['']).__name__}; "
+            f"wrap it in nn.Sequential"
+        )
+
+
 def replace_layers(
     model: nn.Module,
     target: Target,
@@ -114,12 +123,9 @@ def replace_layers(
             own = found[f"{name}.weight" if name else "weight"]
             bare[f"{name}.weight"] = own
             del layers[name]
-        elif not name:
-            raise ValueError(
-                f"model must contain the layers to convert, got a bare {type(module).__name__}; "
-                f"wrap it in nn.Sequential"
-            )
-        elif type(module) is not nn.Linear and not is_conv1d(module):
+    check_inside(layers)
+    for name, module in layers.items():
+        if type(module) is not nn.Linear and not is_conv1d(module):
             raise TypeError(
                 f"a layer to convert must be an nn.Linear or Conv1D itself, got "
                 f"{type(module).__name__} for {name!r}, whose owner may read its weight; choose "

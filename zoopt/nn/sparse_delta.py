@@ -17,7 +17,7 @@ from zoopt.kernels.dispatch import is_fake, known
 from zoopt.nn.foreign import frozen_dtype, frozen_weight, is_quantised
 from zoopt.nn.initial import CHUNK
 from zoopt.nn.largest import Largest
-from zoopt.nn.linear import ReparametrisedLinear, outer_dims
+from zoopt.nn.linear import ReparametrisedLinear, check_inside, outer_dims
 from zoopt.nn.modules import Target, chosen
 from zoopt.nn.quantised import QuantisedLinear
 
@@ -162,16 +162,7 @@ class SparseDeltaLinear(ReparametrisedLinear):
         self, base: nn.Module, density: float = 0.01, *, entries: int | None = None
     ) -> None:
         check_number("density", density, low=0.0, high=1.0, open_low=True)
-        dtype = frozen_dtype(base)
-        m, n = base.out_features, base.in_features
-        if not isinstance(m, int) or not isinstance(n, int) or m * n >= 2**31:
-            raise ValueError(
-                f"base must have fewer than 2^31 weights, got {m} x {n}: indices are int32"
-            )
-        if not m * n:
-            raise ValueError(
-                f"base must have weights, got {m} x {n}; choose layers by target without it"
-            )
+        m, n, dtype = _checked(base)
         super().__init__(n, m)
         self.base = base.requires_grad_(False)
         device = next(tensor.device for tensor in [*base.parameters(), *base.buffers()])
@@ -295,6 +286,21 @@ class SparseDeltaLinear(ReparametrisedLinear):
         return f"{super().extra_repr()}, entries={self.delta.numel()}"
 
 
+def _checked(base: nn.Module) -> tuple[int, int, torch.dtype]:
+    """The sizes m, n and the dtype of a base's weight; raises unless a delta can lie beside it."""
+    dtype = frozen_dtype(base)
+    m, n = base.out_features, base.in_features
+    if not isinstance(m, int) or not isinstance(n, int) or m * n >= 2**31:
+        raise ValueError(
+            f"base must have fewer than 2^31 weights, got {m} x {n}: indices are int32"
+        )
+    if not m * n:
+        raise ValueError(
+            f"base must have weights, got {m} x {n}; choose layers by target without it"
+        )
+    return m, n, dtype
+
+
 def _read(out: Tensor, dense: Tensor, positions: Tensor, start: int) -> None:
     """out[e] <- dense[positions[e] - start] for the positions that lie in dense."""
     inside = (positions >= start) & (positions < start + dense.numel())
@@ -319,8 +325,8 @@ def convert_to_sparse_delta(
         The deltas by name, for `zoopt.SparseDeltaAdamW`.
 
     Raises:
-        TypeError, ValueError: an argument is out of range, or no layer matches. The model is then
-            unchanged.
+        TypeError, ValueError: an argument is out of range, no layer matches, or one has a sparse
+            delta already. The model is then unchanged.
 
     Example:
         >>> zoopt.nn.convert_to_quantised(model, bits=4)
@@ -328,6 +334,16 @@ def convert_to_sparse_delta(
     """
     check_number("density", density, low=0.0, high=1.0, open_low=True)
     layers = _layers(model, target)
+    for name, module in model.named_modules():
+        if isinstance(module, SparseDeltaLinear) and (f"{name}.base" if name else "base") in layers:
+            raise ValueError(
+                f"layers must not have a sparse delta yet, got {name!r}, which has one; remove it "
+                f"first, by zoopt.nn.remove_sparse_delta(model), or choose layers by target "
+                f"without it"
+            )
+    check_inside(layers)
+    for layer in layers.values():
+        _checked(layer)
     built = {name: SparseDeltaLinear(layer, density) for name, layer in layers.items()}
     model.requires_grad_(False)
     for name, layer in built.items():
@@ -359,8 +375,10 @@ def remove_sparse_delta(model: nn.Module) -> nn.Module:
     """Replace each `SparseDeltaLinear` by its base: the layers as they were, bit for bit.
 
     Returns:
-        The model.
+        The model; if it is itself such a layer, its base.
     """
+    if isinstance(model, SparseDeltaLinear):
+        return model.base
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseDeltaLinear):
             model.set_submodule(name, module.base)
