@@ -1,8 +1,9 @@
 """Python time of a virtual step for each operator, beyond that of two forward passes.
 
-The model is many linear layers with biases, whose products take no time to speak of. Kernels are
-asked for as on a GPU, but not launched (see `stub_gpu`), so what is left is the time of Python on
-this machine: processor time of the only thread, the least of several steps.
+The model is many linear layers, whose products take no time to speak of: without biases, as LLaMA
+has them, and with, so that an operator reads two parameters. Kernels are asked for as on a GPU, but
+not launched (see `stub_gpu`), so what is left is the time of Python on this machine: processor time
+of the only thread, the least of several steps.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class Loop:
         inside: seconds of each evaluation.
     """
 
-    def __init__(self, name: str, layers: int) -> None:
+    def __init__(self, name: str, layers: int, bias: bool) -> None:
         cls, options, self.evaluations = METHODS[name]
-        self._net = nn.Sequential(*[nn.Linear(16, 16) for _ in range(layers)])
+        self._net = nn.Sequential(*[nn.Linear(16, 16, bias=bias) for _ in range(layers)])
         self._x, self.inside = torch.zeros(2, 16), list[float]()
         # No kernel runs, so that losses are made up: different ones, after two that are compared.
         self._losses = itertools.chain([1.0, 1.0], itertools.count(1.0, 1e-3))
@@ -99,9 +100,9 @@ def calls(function: Callable[[], Any]) -> int:
 
 
 @contextlib.contextmanager
-def begun(name: str, layers: int) -> Iterator[Loop]:
+def begun(name: str, layers: int, bias: bool) -> Iterator[Loop]:
     """A method that knows the order of reads, on a GPU where launches take no time."""
-    loop = Loop(name, layers)
+    loop = Loop(name, layers, bias)
     with (
         stub_gpu("sm_90"),
         mock.patch.object(JITFunction, "run", return_value=None),
@@ -113,9 +114,9 @@ def begun(name: str, layers: int) -> Iterator[Loop]:
         yield loop
 
 
-def measure(name: str, layers: int, repeats: int) -> common.Row:
+def measure(name: str, layers: int, repeats: int, bias: bool) -> common.Row:
     """A row of one method."""
-    with begun(name, layers) as loop:
+    with begun(name, layers, bias) as loop:
         forward, made = seconds(loop.evaluate, repeats), calls(loop.evaluate)
         loop.inside.clear()
         step = seconds(loop.step, repeats)
@@ -123,7 +124,7 @@ def measure(name: str, layers: int, repeats: int) -> common.Row:
         all_calls = calls(loop.step)
     operators = loop.evaluations * layers
     return common.measured(
-        name,
+        f"{name}, biases" if bias else name,
         [(step - loop.evaluations * forward) / operators * 1e6],
         UNIT,
         inside=(inside - forward) / layers * 1e6,
@@ -142,7 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(plot=None)
     options: argparse.Namespace = common.parse(parser, argv)
     torch.set_num_threads(1)
-    rows = [measure(name, options.layers, options.repeats) for name in METHODS]
+    rows = [
+        measure(name, options.layers, options.repeats, bias)
+        for bias in (False, True)
+        for name in METHODS
+    ]
     common.say(common.table(COLUMNS, rows), options.json)
     document = common.document("overhead", options, torch.device("cpu"), rows, ratio_to=None)
     common.write_json(options.json, document)
