@@ -576,6 +576,48 @@ def test_a_full_disk_loses_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert same(base, model)
 
 
+@pytest.mark.parametrize("how", ["write", "part of a write", "sync"])
+@pytest.mark.parametrize("call", ["probe", "zero_grad", "probe and zero_grad"])
+def test_a_probe_or_drop_that_could_not_be_written_is_written_before_the_next_event(
+    call: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = mlp()
+    model = copy.deepcopy(base)
+    optimizer = mezo(model)
+    recorder = optimizer.record(tmp_path / "run", model, sync_every=0.0)
+    write = os.write
+
+    def failing(file: int, data: bytes = b"") -> int:
+        if how == "part of a write" and len(data) > 5:
+            return write(file, data[:5])
+        raise OSError(28, "No space left on device")
+
+    def with_a_full_disk(function: Any, *args: Any) -> None:
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(os, "fsync" if how == "sync" else "write", failing)
+            function(*args)
+
+    if "probe" in call:
+        with_a_full_disk(optimizer.probe, closure_of(model))
+    else:
+        optimizer.probe(closure_of(model))
+    if "zero_grad" in call:
+        with_a_full_disk(optimizer.zero_grad)
+        assert not optimizer.has_pending
+        optimizer.zero_grad()
+        optimizer.probe(closure_of(model))
+    optimizer.step()
+    optimizer.step(closure_of(model))
+    recorder.close()
+    kinds = {"probe": "PA", "zero_grad": "PDPA", "probe and zero_grad": "PDPA"}[call]
+    names = {"P": Kind.PROBE, "D": Kind.DROP, "A": Kind.APPLY}
+    contents = read(tmp_path / "run")
+    assert [event.kind for event in contents.events] == [*(names[k] for k in kinds), Kind.STEP]
+    assert contents.steps == 2
+    replay(base, tmp_path / "run")
+    assert same(base, model)
+
+
 _KILLED = """
 import sys, torch
 from tests.test_trajectory import mezo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -57,9 +58,9 @@ class Recorder:
         self._calls, self._together = 0, False
         #: Whether these losses were measured elsewhere and passed to `told`.
         self._told = False
-        #: An event that could not be written to disk yet, or be synced where it is written; and
-        #: why recording has ended.
-        self._unwritten: Event | None = None
+        #: Events that are not yet written to disk, or not yet synced; whether the first of them
+        #: is written; and why recording has ended.
+        self._owed: deque[Event] = deque()
         self._written = False
         self._ended: str | None = None
         self._last_rates = self._rates()
@@ -173,7 +174,8 @@ class Recorder:
 
     def dropped(self) -> None:
         """Record that pending probes were dropped."""
-        self._wrote(Kind.DROP)
+        self._owe(Kind.DROP)
+        self._finish_owed()
 
     def failed(self, moved: bool) -> None:
         """Record evaluations that an error interrupted.
@@ -193,21 +195,31 @@ class Recorder:
         self._wrote(Kind.FAILED)
 
     def _wrote(self, kind: Kind) -> None:
-        if self._unwritten is None:
-            heard = kind in (Kind.STEP, Kind.PROBE, Kind.FAILED, Kind.TOLD)
-            losses = tuple(loss_value(loss) for loss in self._losses) if heard else ()
-            rates = self._rates()
-            changed = () if rates == self._last_rates else rates
-            self._unwritten = Event(kind, losses, changed)
-            self._last_rates = rates
-            self._note()
-        if not self._written:
-            self._append(self._unwritten)
-            self._written = True
-        # An error here makes the optimizer call again, and the record is not to be written twice.
-        self._sync()
-        self._unwritten, self._losses, self._calls, self._told = None, [], 0, False
-        self._written = False
+        # After an error the optimizer calls again, and the event is owed already.
+        if not self._owed:
+            self._owe(kind)
+        self._finish_owed()
+
+    def _owe(self, kind: Kind) -> None:
+        """Note an event to be written."""
+        heard = kind in (Kind.STEP, Kind.PROBE, Kind.FAILED, Kind.TOLD)
+        losses = tuple(loss_value(loss) for loss in self._losses) if heard else ()
+        rates = self._rates()
+        changed = () if rates == self._last_rates else rates
+        self._owed.append(Event(kind, losses, changed))
+        self._losses, self._calls, self._told = [], 0, False
+        self._last_rates = rates
+        self._note()
+
+    def _finish_owed(self) -> None:
+        """Write the events that are owed, in order, each of them once."""
+        while self._owed:
+            if not self._written:
+                self._append(self._owed[0])
+                self._written = True
+            self._sync()
+            self._owed.popleft()
+            self._written = False
 
     def before(self) -> None:
         """Record the changes since the last step, before the next one uses them.
@@ -215,7 +227,9 @@ class Recorder:
         Raises:
             TrajectoryError: something other than the optimizer wrote to the weights, groups were
                 added, or the recording has ended.
+            OSError: an earlier event that could not be written still cannot be.
         """
+        self._finish_owed()
         self._calls, self._together = 0, False
         if self._ended is not None:
             raise TrajectoryError(f"the recording to {self.path} has ended: {self._ended}")

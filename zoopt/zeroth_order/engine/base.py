@@ -184,9 +184,9 @@ class ZerothOrderOptimizer(JudgesLosses, ZerothOrderJob):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch: what has been accumulated goes, here the probes that are pending."""
         super().zero_grad(set_to_none)
-        if self._pending is not None and self.recorder is not None:
+        dropped, self._pending = self._pending is not None, None
+        if dropped and self.recorder is not None:
             self.recorder.dropped()
-        self._pending = None
 
     def record(
         self, path: str | Path, model: Any = None, *, sync_every: float = 1.0
