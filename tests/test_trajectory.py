@@ -230,6 +230,27 @@ def test_a_step_after_a_closure_that_failed_has_no_losses_of_it(tmp_path: Path) 
     assert same(base, model)
 
 
+def test_what_is_changed_before_a_drop_is_recorded(tmp_path: Path) -> None:
+    """Groups, which a replay changes too, and weights, which it cannot."""
+    base = mlp()
+    model = copy.deepcopy(base)
+    optimizer = mezo(model)
+    recorder = optimizer.record(tmp_path / "run", model)
+    optimizer.probe(closure_of(model))
+    optimizer.param_groups[0]["zo_eps"] = 1e-2
+    optimizer.zero_grad()
+    optimizer.step(closure_of(model))
+    replay(base, tmp_path / "run")
+    assert same(base, model)
+    optimizer.probe(closure_of(model))
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    optimizer.zero_grad()
+    with pytest.raises(TrajectoryError, match="by somebody else"):
+        optimizer.step(closure_of(model))
+    recorder.close()
+
+
 def test_what_was_probed_before_a_kill_is_not_there_afterwards(tmp_path: Path) -> None:
     """A probe behind the last step: the run that goes on knows nothing of it."""
     base = mlp()

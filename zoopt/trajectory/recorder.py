@@ -209,7 +209,8 @@ class Recorder:
         self._owed.append(Event(kind, losses, changed))
         self._losses, self._calls, self._told = [], 0, False
         self._last_rates = rates
-        self._note()
+        if kind is not Kind.DROP:  # It changes nothing, and others may have since the last note.
+            self._note()
 
     def _finish_owed(self) -> None:
         """Write the events that are owed, in order, each of them once."""
