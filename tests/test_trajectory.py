@@ -455,6 +455,31 @@ def test_a_disk_that_cannot_be_synced_is_told_and_no_step_is_written_twice(
     assert same(base, model)
 
 
+@pytest.mark.parametrize("end", ["close", "flush"])
+def test_the_last_sync_beside_the_steps_is_told_too(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk tells of a loss once: the next sync of the file succeeds."""
+    model = mlp()
+    optimizer = mezo(model)
+    recorder: Any = optimizer.record(tmp_path / "run", model, sync_every=1e-9)
+
+    def failing(file: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        optimizer.step(closure_of(model))
+        wait([recorder._syncing])
+    with pytest.raises(OSError, match="Input/output error"):
+        getattr(recorder, end)()
+    assert (optimizer.recorder is None) == (end == "close")
+    recorder.flush()
+    recorder.close()
+    assert optimizer.recorder is None
+    assert read(tmp_path / "run").steps == 1
+
+
 def contents_of(path: Path, steps: int) -> bytes:
     """A file of that many steps whose losses say where they belong."""
     header = encode_header({"format": 1, "groups": [{}], "zoopt": "0"})

@@ -247,13 +247,23 @@ class Recorder:
             self._sync()
 
     def flush(self) -> None:
-        """Sync the file to disk."""
+        """Sync the file to disk.
+
+        Raises:
+            OSError: this sync or one beside the steps has failed.
+        """
         if self._file is not None:
+            self._finish_sync()
             os.fsync(self._file)
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        """End the recording; the optimizer continues without it."""
+        """End the recording; the optimizer continues without it.
+
+        Raises:
+            OSError: the last sync has failed, or one beside the steps, after which the recording
+                has ended all the same.
+        """
         if self._file is not None:
             self._thread.shutdown()
             os.fsync(self._file)
@@ -261,6 +271,13 @@ class Recorder:
             self._file = None
         if self._optimizer.recorder is self:
             self._optimizer.recorder = None
+        self._finish_sync()
+
+    def _finish_sync(self) -> None:
+        """Wait for the sync beside the steps, if there is one, and raise its error once."""
+        last, self._syncing = self._syncing, None
+        if last is not None:
+            last.result()
 
     def _append(self, event: Event) -> None:
         record, chain = encode(event, self._chain)
@@ -282,6 +299,8 @@ class Recorder:
         Raises:
             OSError: a sync has failed, this one or the last one.
         """
+        if self._file is None:
+            return
         if not self.sync_every:
             self.flush()
             return
@@ -289,7 +308,7 @@ class Recorder:
         if time.monotonic() - self._synced < self.sync_every or not (last is None or last.done()):
             return
         self._synced = time.monotonic()
-        self._syncing = self._thread.submit(os.fsync, self._file or 0)
+        self._syncing = self._thread.submit(os.fsync, self._file)
         if last is not None:
             last.result()
 
