@@ -37,7 +37,8 @@ STEPS = 2
 CLASSES = list({row.cls: row for row in reversed(ROWS)}.values())
 #: One row a class, and those with state of their own or other noise.
 OTHERS = ("momentum", "window", "random mask", "magnitude mask", "indices momentum", "blocks")
-SOME = [row for row in ROWS if row in CLASSES or row.name in {f"MeZO {o}" for o in OTHERS}]
+CHOSEN = {f"MeZO {other}" for other in OTHERS} | {"ZOAdam window"}
+SOME = [row for row in ROWS if row in CLASSES or row.name in CHOSEN]
 #: Tangents take the place of what operators read.
 REFUSED = {zoopt.ForwardGrad}
 
