@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 import zoopt
 from tests.compare import same, state_bytes
 from tests.optimizer_table import CASES, ROWS, Row, closure_of, mlp, regression
+from zoopt.zeroth_order.engine.sites import Sites
 
 
 def run(row: Row, steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -404,6 +405,26 @@ def test_copies_and_pickles_go_on_with_the_record(row: Row) -> None:
         assert again.last_step.step == 3
     optimizer.step(closure_of(model))
     assert same(model, twin)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_lasting_sites_are_looked_up_once(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each block; what a step changes in its group is nothing that they depend on."""
+    model = mlp()
+    optimizer = row.build(model)
+    look_up, found = optimizer._sites, list[Sites]()
+
+    def counted(block: int | None) -> Sites:
+        found.append(Sites(look_up(block)))
+        return found[-1]
+
+    monkeypatch.setattr(optimizer, "_sites", counted)
+    for _ in range(6):
+        optimizer.step(closure_of(model))
+    blocks = optimizer.param_groups[0].get("blocks")
+    # The first step makes state, and one more look follows it.
+    looks = 2 * (len(blocks) if isinstance(blocks, list) else 1)
+    assert len(found) <= looks or not found[-1].lasting
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -61,8 +61,11 @@ class ProbeNames:
         return (*everyone, self.count, *self.run)
 
 
-#: Group keys on which sites do not depend.
-_APART = ("params", "param_names", "step", "draw", "lr", "window")
+#: Group keys on which sites do not depend, many of which change at each step.
+_APART = (
+    *("params", "param_names", "step", "draw", "lr", "window"),
+    *("past", "updates", "exp_avg_sq"),
+)
 #: Parameters that are no subclasses, whose attributes say all about them.
 _PLAIN = {torch.nn.Parameter, Tensor}
 #: A limit on directions a step: more are a mistake, which would use up the memory.
