@@ -92,12 +92,13 @@ class ZerothOrderJob(ZerothOrderUpdates):
                 closure = self.recorder.listen(closure)
             return self._own_evaluation(closure, perturbation)
         standing = self._standing(pending)
+        digest = digest_of(*standing)
         check = self._check_due(pending)
         self._check_shards(exchange)
         if self._wholes or any(site.in_place for site in pending.sites):
             # Before anything moves, as a move cannot be taken back to the bit; and before a forward
             # pass gathers shards, which must not meet another call of another rank.
-            self._agree_on(exchange, standing, check=check)
+            self._agree_on(exchange, standing, digest, check=check)
             check = False
         return SharedEvaluation(
             closure,
@@ -106,7 +107,7 @@ class ZerothOrderJob(ZerothOrderUpdates):
             verify=self._verifies,
             exchange=exchange,
             weight=float(weight),
-            digest=digest_of(*standing),
+            digest=digest,
             check=check,
             sharded=bool(self._wholes),
             compare=functools.partial(self._compare, exchange, standing),
@@ -126,13 +127,19 @@ class ZerothOrderJob(ZerothOrderUpdates):
         """Raise in all ranks unless all of them take the step with the same pending probes."""
         if self._exchange is None:
             return
-        self._agree_on(self._exchange, self._standing(pending, "step() of what was probed"))
+        standing = self._standing(pending, "step() of what was probed")
+        self._agree_on(self._exchange, standing, digest_of(*standing))
 
     def _agree_on(
-        self, exchange: Exchange, standing: list[tuple[str, Any]], *, check: bool = False
+        self,
+        exchange: Exchange,
+        standing: list[tuple[str, Any]],
+        digest: int,
+        *,
+        check: bool = False,
     ) -> None:
         """Raise in all ranks unless all are at the same position; `check`: compare the weights."""
-        agreed = exchange.combine([], count=0, digest=digest_of(*standing), check=check)
+        agreed = exchange.combine([], count=0, digest=digest, check=check)
         if agreed.apart or agreed.check:
             self._compare(exchange, standing)
         refuse(agreed)
@@ -187,7 +194,7 @@ class ZerothOrderJob(ZerothOrderUpdates):
         """Raise unless the ranks over which parameters are sharded are in the job, and evaluate at
         the same points: a forward pass gathers the parts of all of them."""
         first: dict[Hashable, Tensor] = {}
-        for param in self._wholes.values():
+        for param in dict.fromkeys(self._wholes.values()):
             first.setdefault(layout(param), param)
         for param in first.values():
             divided, holding = ranks_of(param)
