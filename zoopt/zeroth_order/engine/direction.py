@@ -174,23 +174,10 @@ class Elementwise(Direction):
     ) -> list[Tensor]:
         """As in `Direction`: one launch."""
         copies = packed_like(window.tensors)
-        sums = directions[0].sums(coefficients)
-        shape, _ = directions[0].shaping(coefficients, {})
-        beside: list[Any] = [own.shaping(coefficients, {})[1] for own in directions]
-        if shape.kind != "small":
-            pairs = zip(beside, window.tensors, strict=True)
-            beside = [read.view(theta.shape) for read, theta in pairs]
-        descend_(
-            window,
-            list(sums.values()),
-            [0.0] * len(sums),
-            draws=list(sums),
-            shape=shape,
-            rule=Rule(),
-            beside=beside,
-            decay=decay,
-            out=copies,
-        )
+        moving = zip(directions, window.tensors, strict=True)
+        terms = [own._terms(theta, coefficients, {}) for own, theta in moving]
+        beside = [read["beside"] for _, read in terms]
+        descend_(window, out=copies, rule=Rule(), decay=decay, beside=beside, **terms[0][0])
         return copies
 
     def shaping(
