@@ -91,19 +91,21 @@ def published(net: nn.Module, steps: int, lr: float = 1e-6, zo_eps: float = 1e-3
                 param.data = param.data + scale * z
 
 
-def replayed(net: nn.Module, path: Path, steps: int, *, one_by_one: bool) -> None:
-    """Replay that many steps of the file."""
+def replayed(
+    net: nn.Module, path: Path, steps: int, *, one_by_one: bool = False, exact: bool = True
+) -> None:
+    """Replay that many steps of the file, or the closed form of them."""
     module = sys.modules["zoopt.trajectory.replay"]
     own = {"side_effect": NotScriptedError} if one_by_one else {"wraps": module.Scripted}  # type: ignore[attr-defined]
     with mock.patch.object(module, "Scripted", **own):
-        zoopt.replay(net, path, until=steps, check_base=False)
+        zoopt.replay(net, path, until=steps, exact=exact, check_base=False)
 
 
 def replayed_by_all(net: nn.Module, path: Path, steps: int) -> None:
     """As `replayed`, on all threads."""
     torch.set_num_threads(os.cpu_count() or 1)
     try:
-        replayed(net, path, steps, one_by_one=False)
+        replayed(net, path, steps)
     finally:
         torch.set_num_threads(1)
 
@@ -139,12 +141,9 @@ def _ways(path: Path, steps: int, *, elements: int, signs: bool) -> Ways:
     steps."""
     few, fewest = max(2, steps // 10), max(2, steps // 40)
     return {
-        "passes": (steps, lambda net: replayed(net, path, steps, one_by_one=False)),
+        "passes": (steps, lambda net: replayed(net, path, steps)),
         "all_threads": (steps, lambda net: replayed_by_all(net, path, steps)),
-        "closed": (
-            steps,
-            lambda net: zoopt.replay(net, path, exact=False, check_base=False) and None,
-        ),
+        "closed": (steps, lambda net: replayed(net, path, steps, exact=False)),
         "noise": (few, lambda _: noise_alone(elements, few, signs=signs)),
         "one_by_one": (few, lambda net: replayed(net, path, few, one_by_one=True)),
         "published": (fewest, lambda net: published(net, fewest)),
@@ -193,7 +192,7 @@ def recording(folder: Path, steps: int) -> dict[str, Any]:
     for _ in range(20_000):
         data, chain = encode(Event(Kind.STEP, (0.5, 0.25)), chain)
         record += len(data)
-    return {**cost, "bytes_of_20000_steps": cost.pop("header") + record + 4}
+    return {**cost, "bytes_of_20000_steps": cost["header"] + record + 4}
 
 
 def recording_demo(folder: Path, model: str, steps: int) -> dict[str, Any]:
