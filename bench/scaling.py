@@ -48,8 +48,8 @@ from zoopt.distributed.exchange import Exchange
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 #: Bytes of a vector in an exchange: a head of 6 numbers and the losses, padded to 16 float64.
 PAYLOAD = 128
-#: A step in place agrees on its place before anything moves, and then on losses; a virtual one has
-#: the second alone.
+#: A step in place makes two: the ranks compare their position in the run before anything moves, and
+#: then exchange losses. A virtual step makes only the second.
 EXCHANGES = 2
 MODELLED = (8, 64, 512, 1000, 4096, 10_000)
 #: Which steps are compared: what the ranks cost in all, what the machine does, what we add.

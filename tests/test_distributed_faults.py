@@ -96,7 +96,7 @@ def assert_equal_everywhere(model: nn.Module, what: Any) -> None:
     assert all(other == first for other in others), what
 
 
-def nothing(loss: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+def not_a_number(loss: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """A loss of NaN."""
     return lambda: loss() * math.nan
 
@@ -107,7 +107,7 @@ def a_loss_of_nan_in_one_rank_is_skipped_in_all(folder: Path) -> None:
         optimizer = kind.build(model)
         optimizer.step(closure_of(model))
         before, loss = here(model), closure_of(model)
-        bad = nothing(loss) if dist.get_rank() == 1 else loss
+        bad = not_a_number(loss) if dist.get_rank() == 1 else loss
         with pytest.warns(UserWarning, match="skipped . of 2 probes"):
             optimizer.step(bad)
         # Divided, the other rank's direction is left.
@@ -287,7 +287,7 @@ def cases() -> Iterator[tuple[Kind, str]]:
 
 
 def ends(number: int, folder: Path) -> None:
-    """The first process takes steps with one of the others after the other, which ends."""
+    """The first process takes steps with each of the others in turn, and the other one ends."""
     for victim, (kind, how) in enumerate(cases(), 1):
         if number not in (0, victim):
             continue

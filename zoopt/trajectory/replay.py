@@ -45,11 +45,10 @@ def replay(
     For some methods one pass over the weights applies 128 steps. These are methods whose steps are
     sums of directions, signs of such sums, or moments computed from a window of directions, and
     that keep nothing beside the weights but a momentum buffer: `MeZO` and `FZOO` (on a GPU without
-    momentum or with a window),
-    `ZOAdam(state="window")` and `"scalar"`, `ZOSignSGD`, `ZOConservativeSGD` and
-    `EvolutionStrategy` without a rank, with any mask but `"magnitude"`. For all others each step
-    needs its own passes: one for each evaluation and one for the update with in-place
-    perturbation, only that of the update with virtual perturbation.
+    momentum or with a window), `ZOAdam(state="window")` and `"scalar"`, `ZOSignSGD`,
+    `ZOConservativeSGD` and `EvolutionStrategy` without a rank, with any mask but `"magnitude"`. For
+    all others each step needs its own passes: one for each evaluation and one for the update with
+    in-place perturbation, only that of the update with virtual perturbation.
 
     Args:
         model: a module, or any object with `named_parameters()`, that holds the base weights. They

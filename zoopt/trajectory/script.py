@@ -296,7 +296,7 @@ class Scripted:
         return direction
 
     def _buffer(self, param: Tensor, group: Any, name: str | int) -> Tensor:
-        """The parameter's momentum buffer, which the run's first step has made."""
+        """The parameter's momentum buffer, which is made if it is missing."""
         self._optimizer._ready_state(param, group, stream(name))
         buffer: Tensor = self._optimizer._state(param, group)["momentum_buffer"]
         return buffer

@@ -86,8 +86,9 @@ class Hybrid(Optimizer):
     that is so for all of a step, neither half moves. If the closure raises, nothing has changed (in
     place, up to rounding). If an error ends a step that has begun to update, for example because
     memory runs out in `first_order`, the next call of `step`, `probe` or `state_dict` finishes it,
-    also after `zero_grad`: `first_order` steps again from the same gradients. One of zoopt's goes
-    on where it was; torch's begin anew, with parameters that they had reached as well.
+    also after `zero_grad`, and so does copying or pickling: `first_order` steps again from the same
+    gradients. An optimizer of zoopt continues where it stopped. One of torch updates all its
+    parameters again, including those that it had updated already.
 
     The benchmark's published code has no such split. Here the late gradient comes from the probe's
     own evaluations, not from an additional one at theta.

@@ -238,7 +238,8 @@ class ZOMuon(LowRankZerothOrder):
                 together.setdefault(alike, []).append(site)
                 continue
             assert isinstance(site.direction, Noise)
-            # Of a sharded vector all of it: that needs nothing from the other parts.
+            # The norm of a sharded vector is that of the whole: its noise is made here, without
+            # the other parts.
             sharded = whole is not param
             values = param.new_empty(whole.numel()) if sharded else param.detach().flatten()
             noise = Noise(dataclasses.replace(site.direction.key, offset=0))

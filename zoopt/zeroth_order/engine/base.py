@@ -208,9 +208,9 @@ class ZerothOrderOptimizer(JudgesLosses, ZerothOrderJob):
             The recorder; `close()` ends the recording.
 
         Raises:
-            ValueError: a step has been taken, steps of this class do not follow from losses (of a
-                low-rank one, where parameters are sharded: they do up to rounding), or there is
-                neither a model nor a name for each parameter.
+            ValueError: a step has been taken; the steps of this class do not follow from losses; it
+                is a low-rank class and parameters are sharded, where steps follow from losses only
+                up to rounding; or there is neither a model nor a name for each parameter.
             FileExistsError: there is such a file; see `zoopt.trajectory.resume`.
         """
         from zoopt.trajectory.recorder import Recorder

@@ -136,8 +136,8 @@ class SharedEvaluation(Evaluation):
     ) -> list[float]:
         """Return the values of all ranks, or raise an error in all of them.
 
-        With sharded parameters an error is raised here alone: other ranks may be waiting for this
-        one in a forward pass, which an exchange would be taken for a part of. They raise when this
+        With sharded parameters an error is raised in this rank alone: others may be waiting for it
+        in a forward pass, and would take an exchange for a part of that pass. They raise when this
         process ends, or after the group's timeout.
         """
         if error is not None and self._sharded:

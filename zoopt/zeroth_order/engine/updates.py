@@ -58,8 +58,8 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         skipped_probes: how many probes this optimizer has left out for a non-finite loss.
     """
 
-    #: Whether, of a parameter without state whose directions are the noise itself, all that is
-    #: written follows from losses too: weights are read for nothing else.
+    #: Whether updates along plain noise depend only on losses, hyperparameters and a momentum
+    #: buffer, never on the weights' values.
     scripted = False
     # A copy, which torch makes without calling __init__, starts from these.
     last_step: StepRecord | None = None
