@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import math
+import os
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -994,3 +996,22 @@ def test_a_new_step_finishes_the_one_before() -> None:
     expected.step(closure_of(whole))
     assert optimizer.step(closure_of(model)) == expected.step(closure_of(whole))
     assert same_bits(bits(model.parameters()), bits(whole.parameters()))
+
+
+def test_zero_grad_drops_both_halves_though_the_record_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mlp()
+    optimizer = hybrid(model)
+    recorder = optimizer.zeroth_order.record(tmp_path / "run", sync_every=0.0)
+    optimizer.probe(closure_of(model))
+
+    def failing(file: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(os, "fsync", failing)
+        optimizer.zero_grad()
+    assert not optimizer.zeroth_order.has_pending
+    assert all(param.grad is None for _, param in split(model)[1])
+    recorder.close()

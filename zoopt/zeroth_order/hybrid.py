@@ -209,8 +209,9 @@ class Hybrid(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; pending probes of `zeroth_order` are dropped too."""
-        self.zeroth_order.zero_grad(set_to_none)
         self.first_order.zero_grad(set_to_none)
+        # Last: its recorder may raise, once the probes are dropped.
+        self.zeroth_order.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimizers' own, with their classes and the late parameters' shapes. A step that an
