@@ -639,9 +639,10 @@ def test_a_probe_or_drop_that_could_not_be_written_is_written_before_the_next_ev
         raise OSError(28, "No space left on device")
 
     def with_a_full_disk(function: Any, *args: Any) -> None:
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        with monkeypatch.context() as patch:
             patch.setattr(os, "fsync" if how == "sync" else "write", failing)
-            function(*args)
+            with pytest.raises(OSError, match="No space left"):
+                function(*args)
 
     if "probe" in call:
         with_a_full_disk(optimizer.probe, closure_of(model))
