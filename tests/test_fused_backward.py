@@ -434,6 +434,27 @@ def test_graphs_that_are_used_again_do_not_see_other_weights() -> None:
         torch.autograd.grad(loss, x)
 
 
+@pytest.mark.parametrize(
+    "options", [{"accumulation_steps": 2}, {"max_grad_norm": 0.1, "clip": "global"}], ids=str
+)
+def test_graphs_are_valid_until_the_step_that_updates(options: dict[str, Any]) -> None:
+    model = Deep(2, 8)
+    optimizer = zoopt.AdamW(model.parameters())
+    zoopt.fuse_backward(model, optimizer, **options)
+    x = torch.ones(1, 8, requires_grad=True)
+    losses = [model(x).sum() for _ in range(options.get("accumulation_steps", 1))]
+    [before] = torch.autograd.grad(losses[0], x, retain_graph=True)
+    for loss in losses:
+        loss.backward(retain_graph=True, inputs=list(model.parameters()))
+    for loss in losses:
+        [after] = torch.autograd.grad(loss, x, retain_graph=True)
+        assert torch.equal(after, before)
+    optimizer.step()
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, x, retain_graph=True)
+
+
 def test_refuses_bad_arguments() -> None:
     model = net()
     optimizer = zoopt.AdamW(model.parameters())

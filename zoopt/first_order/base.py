@@ -235,10 +235,17 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             gradients = [operand(_gradient(site)) for site in alike]
             self._complete(alike, self._update_together, alike, gradients)
 
-    def _complete(self, sites: Sequence[Site], update: Callable[..., None], *args: Any) -> None:
-        """Run an update of parameters. If an error ends it after it has begun to write, it is kept,
-        to be finished before anything else happens to the parameters."""
-        own = Update(sites, update, args)
+    def _complete(
+        self,
+        sites: Sequence[Site],
+        update: Callable[..., None],
+        *args: Any,
+        changes_weights: bool = True,
+    ) -> None:
+        """Run an update of parameters, or of their state alone. If an error ends it after it has
+        begun to write, it is kept, to be finished before anything else happens to the
+        parameters."""
+        own = Update(sites, update, args, changes_weights)
         try:
             own.run()
         except BaseException:
@@ -253,7 +260,8 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             mark = (self._begun or {}).get(site.name)
             if mark is not None:
                 mark.done = True
-            self._written(site.param)
+            if update.changes_weights:
+                self._written(site.param)
 
     def _finish(self) -> None:
         """Finish the updates that errors have interrupted."""

@@ -273,7 +273,9 @@ class FusedBackward(Removable):
             try:
                 if not is_sharded(param):
                     gradient = operand(gradient)
-                optimizer._complete([site], self._take, site, gradient)
+                optimizer._complete(
+                    [site], self._take, site, gradient, changes_weights=not self._deferred
+                )
             except BaseException:
                 if optimizer._interrupted:  # to be finished
                     self._arrivals[param] = arrivals

@@ -33,10 +33,17 @@ class Mark:
 
 
 class Update:
-    """An update of parameters, with its gradients among the arguments, and a journal of it."""
+    """An update of parameters, with its gradients among the arguments, and a journal of it.
 
-    def __init__(self, sites: Sequence[Site], update: Callable[..., None], args: Any) -> None:
-        self.sites = sites
+    Attributes:
+        sites: of the parameters.
+        changes_weights: whether it writes the parameters, not only their state.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], update: Callable[..., None], args: Any, changes_weights: bool
+    ) -> None:
+        self.sites, self.changes_weights = sites, changes_weights
         self._update, self._args = update, args
         self._journal = Journal()
         self._states: dict[Tensor, Any] = {}
