@@ -237,7 +237,7 @@ class Frugal(ProjectedOptimizer):
         if self._geometry(site.param, site.group) is None or site.continues:
             return True
         state = self._state(site.param, site.group)
-        if not self._refresh_due(site, state):
+        if not kept(self._refresh_due, site, state):
             return True
         if not known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True):
             return False
@@ -343,7 +343,7 @@ class Frugal(ProjectedOptimizer):
             return
         state = {name: local(value) for name, value in self._state(param, site.group).items()}
         completed, grad = int(state["step"]), matrix(local_like(gradient, param))
-        if self._refresh_due(site, state) and anywhere(not grad.isfinite().all(), param):
+        if kept(self._refresh_due, site, state) and anywhere(not grad.isfinite().all(), param):
             return
         rows, part, chosen = Rows(param), site.shard, columns_of(site, geo, completed)
         wide, key = accumulator_dtype(param.dtype), NoiseKey(site.seed, site.stream)

@@ -52,7 +52,9 @@ def settle(state: dict[str, Tensor], group: Group, changes: list[tuple[Tensor, T
     agreements = kept(int, state["agreements"]) + 1
     once(state["agreements"].fill_, agreements)
     if agreements >= group["queue_size"]:
-        once(state["doublings"].add_, 1)
+        # Not `add_`: a signal can come when that is done and not noted yet.
+        doublings = kept(int, state["doublings"]) + 1
+        once(state["doublings"].fill_, doublings)
 
 
 @register("qgalore-adamw", "low-rank")

@@ -4,6 +4,9 @@ An update runs in a journal, which notes what has been done. Run again in the sa
 that. All of an update that writes is therefore in `once` or `pieces`. What is computed from values
 that a later write changes is in `kept`, and so is a tensor of the update's own before `once` writes
 to it. Outside a journal the three do nothing of their own.
+
+Signals can interrupt a preparation between a write and its note, so that it is written again:
+there, what is written must not depend on what was there before. In updates signals wait.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ class ShardedMatrices(ProjectedState):
             return
         state = {name: local(value) for name, value in self._state(param, group).items()}
         completed, grad = int(state["step"]), matrix(local_like(gradient, param))
-        if self._refresh_due(site, state):
+        # A refresh can widen the gap. A step that is run again must not ask anew.
+        if kept(self._refresh_due, site, state):
             if not anywhere(not grad.isfinite().all(), param):
                 refresh = functools.partial(self._refresh, site, state, geo)
                 names = self._basis_specs(geo, group, param.dtype)

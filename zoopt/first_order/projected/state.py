@@ -24,7 +24,7 @@ from zoopt.first_order.projected.rules import ADAM, Rule
 from zoopt.first_order.projected.stacks import StackedMatrices, alone
 from zoopt.first_order.projected.subspace import factor_dtype
 from zoopt.kernels.dispatch import known
-from zoopt.kernels.journal import once
+from zoopt.kernels.journal import kept, once
 from zoopt.optimizer import STEP, Group, TensorSpec
 
 
@@ -73,7 +73,8 @@ class ProjectedState(StackedMatrices):
         if geo is None or site.continues:
             return True
         state = self._state(site.param, site.group)
-        if not self._refresh_due(site, state):
+        # A refresh can widen the gap. A step that is run again must not ask anew.
+        if not kept(self._refresh_due, site, state):
             return True
         # A norm makes no temporaries of the gradient's size.
         if known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True):
