@@ -3,6 +3,7 @@ and the step goes on where it was."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import signal
@@ -22,10 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zoopt
 from tests.first_order_table import ROWS, Row
 from tests.test_state_contract import bits
+from zoopt import interrupts
 from zoopt.distributed.sharding import local
 from zoopt.first_order.base import Site
 from zoopt.first_order.fused_backward import FusedBackward
 from zoopt.first_order.projected.core import ProjectedOptimizer
+from zoopt.interrupts import uninterrupted
 from zoopt.kernels.adam import reference as adam_reference
 from zoopt.kernels.product import reference as product_reference
 from zoopt.kernels.runtime import threads
@@ -340,6 +343,92 @@ def test_ctrl_c_at_any_line(row: Row) -> None:
         if last:
             break
     assert position > 331
+
+
+class Terminated(BaseException):
+    """What the handler of SIGTERM raises."""
+
+
+@pytest.fixture
+def came() -> Iterator[list[int]]:
+    """The signals whose handlers have been called; those of SIGINT and SIGTERM raise."""
+    came: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        came.append(number)
+        if number != signal.SIGUSR1:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, handle) for number in numbers]
+    yield came
+    now = [signal.signal(number, handler) for number, handler in zip(numbers, before, strict=True)]
+    assert now == [handle] * 3
+    assert not uninterrupted._waiting
+
+
+def test_signals_that_waited_are_delivered_though_a_handler_raises(came: list[int]) -> None:
+    sent = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+
+    def wait() -> None:
+        with uninterrupted():
+            for number in sent:
+                signal.raise_signal(number)
+            assert not came
+
+    with pytest.raises(Terminated):
+        wait()
+    assert came == sent
+
+
+def test_a_handler_that_raises_at_any_line_of_the_wait(came: list[int]) -> None:
+    """Signals have their handlers back, and those that waited are delivered."""
+    handler = signal.getsignal(signal.SIGINT)
+    case = Case(next(row for row in CHOSEN if row.cls is zoopt.GaLoreAdamW), torch.float32)
+    params, optimizer = case.new()
+    optimizer.step()
+    after = everything(params, optimizer)
+
+    def wait(sent: list[int]) -> None:
+        with uninterrupted():
+            for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGINT):
+                sent.append(number)
+                signal.raise_signal(number)
+
+    def step(sent: list[int]) -> None:
+        optimizer.step()
+
+    for run in (wait, step):
+        for position in range(1, 1000):
+            params, optimizer = case.new()
+            sent, seen = list[int](), 0
+            came.clear()
+
+            def trace(frame: Any, event: str, arg: Any) -> Any:
+                nonlocal seen
+                if frame.f_code.co_filename != interrupts.__file__:
+                    return None
+                if event == "line":
+                    seen += 1
+                    if seen == position:  # noqa: B023
+                        sent.append(signal.SIGTERM)  # noqa: B023
+                        signal.raise_signal(signal.SIGTERM)
+                return trace
+
+            sys.settrace(trace)
+            with contextlib.suppress(KeyboardInterrupt, Terminated):
+                run(sent)
+            sys.settrace(None)
+            assert sorted(came) == sorted(sent), position
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                assert signal.getsignal(number) is handler, position
+            assert not uninterrupted._waiting, position
+            if run is step and everything(params, optimizer) != after:
+                optimizer.step()
+                assert everything(params, optimizer) == after, position
+            if seen < position:
+                break
+        assert position > 40
 
 
 @pytest.mark.parametrize("row", CHOSEN[:3], ids=str)

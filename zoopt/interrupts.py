@@ -35,20 +35,35 @@ class uninterrupted:
         self._handlers: dict[int, Any] = {}
         if self._waiting or threading.current_thread() is not threading.main_thread():
             return  # in other threads Python handles no signals
-        for number in _SIGNALS:
-            handler = _module.getsignal(number)
-            if callable(handler):
-                self._handlers[number] = handler
-                _module.signal(number, self._wait)
-                uninterrupted._waiting = True
+        try:
+            for number in _SIGNALS:
+                handler = _module.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    _module.signal(number, self._wait)
+                    uninterrupted._waiting = True
+        except BaseException:  # from the handler of a signal that does not wait yet
+            self._end(list(self._handlers))
+            raise
 
     def __exit__(self, *error: object) -> None:
-        # Ctrl-C's last: from then on it interrupts.
-        for number in reversed(self._handlers):
-            uninterrupted._waiting = False
-            _module.signal(number, self._handlers[number])
-        for number, frame in self._caught:
-            self._handlers[number](number, frame)
+        if self._handlers:
+            self._end(list(self._handlers))
+
+    def _end(self, waiting: list[int]) -> None:
+        """Restore the handlers of the signals that wait, and call those of signals that have come.
+        All of them, even where a handler raises an error, which goes on after that."""
+        uninterrupted._waiting = False
+        try:
+            # Ctrl-C's last: from then on it interrupts.
+            while waiting:
+                _module.signal(waiting[-1], self._handlers[waiting[-1]])
+                waiting.pop()
+            while self._caught:
+                self._handlers[self._caught[0][0]](*self._caught.pop(0))
+        finally:
+            if waiting or self._caught:
+                self._end(waiting)
 
     def _wait(self, number: int, frame: FrameType | None) -> None:
         self._caught.append((number, frame))
