@@ -97,36 +97,28 @@ def rearranged(
     given, taken = [0] * place.size, [0] * place.size
     for peer in range(place.size):
         for i in changed:
-            piece = _bytes(tensors[i], have[i][me], _overlap(have[i][me], want[i][peer]))
+            piece = _bytes(tensors[i], have[i][me], want[i][peer])
             if peer == me:
-                _bytes(result[i], want[i][me], _overlap(have[i][me], want[i][me])).copy_(piece)
+                _bytes(result[i], want[i][me], have[i][me]).copy_(piece)
                 continue
             sent.append(piece)
             given[peer] += piece.numel()
-            taken[peer] += _bytes(
-                result[i], want[i][me], _overlap(have[i][peer], want[i][me])
-            ).numel()
+            taken[peer] += _bytes(result[i], want[i][me], have[i][peer]).numel()
     received = kept(torch.empty, sum(taken), dtype=torch.uint8, device=tensors[0].device)
     outgoing = torch.cat(sent) if sent else received.new_empty(0)
     once(torch.distributed.all_to_all_single, received, outgoing, taken, given, group=place.group)
     start = 0
     for peer in range(place.size):
         for i in changed if peer != me else ():
-            piece = _bytes(result[i], want[i][me], _overlap(have[i][peer], want[i][me]))
+            piece = _bytes(result[i], want[i][me], have[i][peer])
             piece.copy_(received[start : start + piece.numel()])
             start += piece.numel()
     return result
 
 
-def _overlap(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    """The elements that are in both, as a span; an empty one if there are none."""
-    start = max(one[0], other[0])
-    return start, max(start, min(one[1], other[1]))
-
-
 def _bytes(part: Tensor, span: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
-    """The bytes of the elements `wanted`, of a part that has those of `span`."""
-    start, stop = wanted
-    if start == stop:
+    """The bytes of the elements of `wanted`, of a part that has those of `span`: a view of them."""
+    start, stop = max(span[0], wanted[0]), min(span[1], wanted[1])
+    if start >= stop:
         return part.new_empty(0, dtype=torch.uint8)
     return part[start - span[0] : stop - span[0]].view(torch.uint8)
