@@ -350,20 +350,20 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
     def _step_shard(self, site: Site, gradient: Tensor) -> None:
         """Step this process's part of a sharded parameter, as if it were the whole."""
-        state, part = self._state(site.param, site.group), local(site.param)
-        gradient = local_like(gradient, site.param)
-        # A view of the whole state: writes to it go to the whole state.
-        self.state[part] = {name: local(value) for name, value in state.items()}
+        shard, gradient = site.shard, local_like(gradient, site.param)
+        self.state[shard.param] = self._local_state(site)
         try:
-            shard = dataclasses.replace(
-                site, param=part, offset=offset(site.param), sharded=site.param
-            )
             reduced = kept(self._reduce, shard, gradient)
             if reduced is not None:
                 self._apply(shard, reduced, gradient)
         finally:
-            del self.state[part]
+            del self.state[shard.param]
         self._merge(site)
+
+    def _local_state(self, site: Site) -> dict[str, Tensor]:
+        """This process's part of the parameter's state; writes to it go to the whole state."""
+        state = self._state(site.param, site.group)
+        return {name: local(value) for name, value in state.items()}
 
     def _prepare(self, site: Site, gradient: Tensor) -> bool:
         """Do everything that can fail, for all parameters, before any of them is written. If False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import ClassVar, Literal, get_args
 
@@ -16,7 +15,7 @@ from zoopt.checks import (
     check_number,
     check_positive_int,
 )
-from zoopt.distributed.sharding import Rows, anywhere, local, local_like
+from zoopt.distributed.sharding import Rows, anywhere, local_like
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
 from zoopt.first_order.base import Site
@@ -36,7 +35,7 @@ from zoopt.first_order.projected.rules import ADAM, LION, MOMENTUM, Rule
 from zoopt.first_order.projected.state import count
 from zoopt.first_order.projected.subspace import BLIND
 from zoopt.kernels.adam.moments import Format
-from zoopt.kernels.dispatch import all_known, known
+from zoopt.kernels.dispatch import all_known
 from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -232,16 +231,16 @@ class Frugal(ProjectedOptimizer):
         check_choice("projector", group["projector"], get_args(FrugalProjector))
         check_bool("stagger", group["stagger"])
 
-    def _prepare(self, site: Site, gradient: Tensor) -> bool:
-        """As GaLore's; a gradient that is not finite changes no subspace, and moves nothing."""
-        if self._geometry(site.param, site.group) is None or site.continues:
-            return True
-        state = self._state(site.param, site.group)
-        if not kept(self._refresh_due, site, state):
-            return True
-        if not known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True):
-            return False
-        return _selects(site) or super()._prepare(site, gradient)
+    def _waits(self, completed: int) -> bool:
+        """A gradient that is not finite changes no subspace, and moves nothing."""
+        return True
+
+    def _refresh(
+        self, site: Site, state: dict[str, Tensor], geo: Geometry, gradient: Tensor
+    ) -> None:
+        """As GaLore's; columns are made when they are used."""
+        if not _selects(site):
+            super()._refresh(site, state, geo, gradient)
 
     def _project(
         self,
@@ -333,15 +332,12 @@ class Frugal(ProjectedOptimizer):
         direction = once(self._direction, sites, reduced, states, step, keys)
         return direction.to(reduced.dtype)
 
-    def _waits(self, completed: int) -> bool:
-        return True
-
     def _step_shard(self, site: Site, gradient: Tensor) -> None:
         param, geo = site.param, self._geometry(site.param, site.group)
         if geo is None or not _selects(site):
             super()._step_shard(site, gradient)
             return
-        state = {name: local(value) for name, value in self._state(param, site.group).items()}
+        state = self._local_state(site)
         completed, grad = int(state["step"]), matrix(local_like(gradient, param))
         if kept(self._refresh_due, site, state) and anywhere(not grad.isfinite().all(), param):
             return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_bool, check_choice, check_number
-from zoopt.distributed.sharding import Rows, broadcast_, is_owner, local, local_like, whole
+from zoopt.distributed.sharding import Rows, broadcast_, is_owner, local_like, whole
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.base import Site, betas_of
@@ -385,7 +385,7 @@ class LDAdamW(AdamFamily):
         if geo is None:
             super()._step_shard(site, gradient)
             return
-        state = {name: local(value) for name, value in self._state(param, group).items()}
+        state = self._local_state(site)
         grad, rows = matrix(local_like(gradient, param)), Rows(param)
         # In float64: the sum of squares does not overflow before the norm itself does.
         norm = rows.norm(torch.linalg.vector_norm(grad, dtype=torch.float64))

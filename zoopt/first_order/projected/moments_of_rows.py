@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from zoopt.distributed.sharding import Rows
 from zoopt.first_order.base import Site
 from zoopt.first_order.projected.coded_shards import whole_blocks
 from zoopt.first_order.projected.geometry import Geometry
 from zoopt.first_order.projected.rules import adam_moments, store_moment
-from zoopt.first_order.projected.sharded import first_row
 from zoopt.kernels.adam.moments import decode
 from zoopt.kernels.journal import kept
 from zoopt.kernels.noise.key import NoiseKey
@@ -58,7 +58,7 @@ def store_moments(
             _store(cut.reads, cut.state, site, step, key.shifted(cut.first))
         return
     if site.sharded is not None and geo.side == "right":
-        key = key.shifted(first_row(site.sharded) * geo.rank)
+        key = key.shifted(Rows(site.sharded).first * geo.rank)
     _store(values, state, site, step, key)
 
 

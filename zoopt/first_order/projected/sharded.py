@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from zoopt.distributed.sharding import (
+    Rows,
     anywhere,
     broadcast_,
     greatest_,
@@ -25,7 +25,6 @@ from zoopt.distributed.sharding import (
     is_owner,
     local,
     local_like,
-    offset,
     runs,
     shard_dimensions,
     sum_,
@@ -74,7 +73,7 @@ class ShardedMatrices(ProjectedState):
             else:
                 super()._step_shard(site, gradient)
             return
-        state = {name: local(value) for name, value in self._state(param, group).items()}
+        state = self._local_state(site)
         completed, grad = int(state["step"]), matrix(local_like(gradient, param))
         # A refresh can widen the gap. A step that is run again must not ask anew.
         if kept(self._refresh_due, site, state):
@@ -90,15 +89,10 @@ class ShardedMatrices(ProjectedState):
             sum_(reduced, param)
         if group["projector"] not in BLIND:
             silence_rounding_(reduced, geo, greatest=functools.partial(greatest_, param=param))
-        first = first_row(param) * geo.rank if geo.side == "right" else 0
+        first = Rows(param).first * geo.rank if geo.side == "right" else 0
         key = NoiseKey(site.seed, site.stream, first)
         stack = reduced.unsqueeze(0)
         self._run(lambda: stack, [site.shard], [state], [key], [grad], [bases], geo, param)
-
-    def _waits(self, completed: int) -> bool:
-        """Whether a parameter is not stepped if new bases are due, after so many steps, and cannot
-        be had from this gradient."""
-        return completed == 0
 
     def _is_rounded(self, param: Tensor, group: Group) -> bool:
         """Whether a step by itself rounds numbers, which depends on their places in the whole."""
@@ -108,7 +102,7 @@ class ShardedMatrices(ProjectedState):
     def _step_runs(self, site: Site, gradient: Tensor) -> None:
         """Step a parameter by itself whose part here consists of runs, as if each were one."""
         param, group = site.param, site.group
-        state = {name: local(value) for name, value in self._state(param, group).items()}
+        state = self._local_state(site)
         part, starts = local(param), runs(param)
         if not part.numel():
             count([state])
@@ -134,7 +128,7 @@ class ShardedMatrices(ProjectedState):
     def _step_blocks(self, site: Site, gradient: Tensor) -> None:
         """Step a parameter by itself whose moments are coded: whole blocks of it."""
         param, group = site.param, site.group
-        state = {name: local(value) for name, value in self._state(param, group).items()}
+        state = self._local_state(site)
         part, grad = local(param), local_like(gradient, param)
         theta = kept(part.contiguous)
         units = self._units(param, group)
@@ -230,14 +224,7 @@ def refresh_together(
 
 def rows_of(bases: dict[str, Tensor], param: Tensor, geo: Geometry) -> dict[str, Tensor]:
     """The bases, where P (m, r) is cut to the rows of this process's part of the gradient."""
-    first, count = first_row(param), local(param).shape[0]
     left = {"left": "basis", "both": "basis_left"}.get(geo.side)
     return {
-        name: basis[first : first + count] if name == left else basis
-        for name, basis in bases.items()
+        name: Rows(param).mine(basis) if name == left else basis for name, basis in bases.items()
     }
-
-
-def first_row(param: Tensor) -> int:
-    """The number of this process's first row."""
-    return offset(param) // max(math.prod(param.shape[1:]), 1)

@@ -80,8 +80,12 @@ class ProjectedState(StackedMatrices):
         if known(torch.linalg.vector_norm(gradient, math.inf).isfinite(), True):
             self._refresh(site, state, geo, matrix(gradient))
             return True
-        # At first there is no basis yet, and none can be had from this gradient.
-        return int(state["step"]) > 0
+        return not self._waits(int(state["step"]))
+
+    def _waits(self, completed: int) -> bool:
+        """Whether a parameter is not stepped if new bases are due, after so many steps, and cannot
+        be had from this gradient: at first there are none."""
+        return completed == 0
 
     def _rounded_bases(
         self, sites: Sequence[Site], gradients: Sequence[Tensor], geo: Geometry
