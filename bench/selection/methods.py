@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 import zoopt
 
@@ -50,12 +49,8 @@ class Method:
     longer: int = 1
 
 
-def trained(classifier: Any) -> list[tuple[str, nn.Parameter]]:
-    return [(n, p) for n, p in classifier.model.named_parameters() if p.requires_grad]
-
-
 def adamw(classifier: Any, lr: float, seed: int, losses: Any) -> Training:
-    return Training(zoopt.AdamW(trained(classifier), lr=lr, seed=seed))
+    return Training(zoopt.AdamW(classifier.trainable(), lr=lr, seed=seed))
 
 
 def lora(classifier: Any, lr: float, seed: int, losses: Any) -> Training:
@@ -75,9 +70,9 @@ def ggpo(classifier: Any, lr: float, seed: int, losses: Any) -> Training:
 
 def spiel(growth: Any) -> Build:
     def build(classifier: Any, lr: float, seed: int, losses: Any) -> Training:
-        for _, param in trained(classifier):
+        for _, param in classifier.trainable():
             param.requires_grad_(param.dim() > 1)
-        params = trained(classifier)
+        params = classifier.trainable()
         options = {"growth": growth, "update_gap": ROUND, "seed": seed}
         return Training(zoopt.SparseDeltaAdamW(params, lr=lr, **options))
 

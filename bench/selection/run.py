@@ -12,7 +12,7 @@ import torch
 
 from bench.convergence.task import Settings, Task, evaluate
 from bench.runs import config_hash
-from bench.selection.methods import METHODS, Training, trained
+from bench.selection.methods import METHODS, Training
 from zoopt.bench import common
 from zoopt.memory.meter import StorageMeter
 from zoopt.memory.step import tensors_of
@@ -119,5 +119,5 @@ def cost(run: Run, task: Task) -> dict[str, Any]:
         "seconds": statistics.median(seconds),
         "peak_bytes": meter.peak,
         "state_bytes": trainer.state_bytes(),
-        "trained": sum(param.numel() for _, param in trained(trainer.classifier)),
+        "trained": sum(param.numel() for _, param in trainer.classifier.trainable()),
     }

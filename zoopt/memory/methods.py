@@ -87,17 +87,24 @@ def methods(rank: int = 128, lora_rank: int = 8, *, all_variants: bool = False) 
     # MeZO, on which the others are based, comes first.
     ordered = sorted(rows("zeroth-order"), key=lambda row: row.name != "mezo")
     zeroth_order = [m for row in ordered for m in _of_row(row, rank, all_variants)]
-    zeroth_order.append(Method("MeZO, QZO int4", "zeroth-order", _mezo, adapter=_quantised))
+    zeroth_order.append(
+        Method("MeZO, QZO int4", "zeroth-order", _of_class(MeZO), adapter=_quantised)
+    )
     backprop = [
-        Method("SGD", "backprop", _torch(torch.optim.SGD, lr=1e-3)),
-        Method("AdamW", "backprop", _torch(torch.optim.AdamW)),
+        Method("SGD", "backprop", _of_class(torch.optim.SGD, lr=1e-3)),
+        Method("AdamW", "backprop", _of_class(torch.optim.AdamW)),
         *(m for row in rows("compact") for m in _of_row(row, rank, all_variants)),
         *(m for row in rows("low-rank") for m in _of_row(row, rank, all_variants)),
-        Method("LoRA + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=lora(lora_rank)),
-        Method("LoRA-SB + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=_lora_sb(rank)),
-        Method("SLTrain + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=_sltrain(rank)),
-        Method("PEQA int4 + AdamW", "backprop", _torch(torch.optim.AdamW), adapter=_quantised),
-        Method("SparseDeltaAdamW over int4", "backprop", _sparse, adapter=_quantised_and_sparse),
+        Method("LoRA + AdamW", "backprop", _of_class(torch.optim.AdamW), adapter=lora(lora_rank)),
+        Method("LoRA-SB + AdamW", "backprop", _of_class(torch.optim.AdamW), adapter=_lora_sb(rank)),
+        Method("SLTrain + AdamW", "backprop", _of_class(torch.optim.AdamW), adapter=_sltrain(rank)),
+        Method("PEQA int4 + AdamW", "backprop", _of_class(torch.optim.AdamW), adapter=_quantised),
+        Method(
+            "SparseDeltaAdamW over int4",
+            "backprop",
+            _of_class(SparseDeltaAdamW),
+            adapter=_quantised_and_sparse,
+        ),
     ]
     return [Method("inference", "inference", _none), *zeroth_order, *backprop]
 
@@ -144,7 +151,7 @@ def _built(row: Row, variant: Variant, rank: int, model: nn.Module) -> torch.opt
     return cls(params, **variant.options)
 
 
-def _torch(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> Build:
+def _of_class(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> Build:
     return lambda model: cls(_trained(model), **options)
 
 
@@ -176,14 +183,6 @@ def _quantised_and_sparse(model: nn.Module) -> nn.Module:
     zoopt.nn.convert_to_quantised(model, bits=4)
     zoopt.nn.convert_to_sparse_delta(model)
     return model
-
-
-def _sparse(model: nn.Module) -> torch.optim.Optimizer:
-    return SparseDeltaAdamW(_trained(model))
-
-
-def _mezo(model: nn.Module) -> torch.optim.Optimizer:
-    return MeZO(_trained(model))
 
 
 def _sltrain(rank: int) -> Callable[[nn.Module], nn.Module]:
