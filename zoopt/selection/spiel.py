@@ -222,8 +222,11 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
 
     def _check_gradient(self, site: Site) -> None:
         super()._check_gradient(site)
-        tap, wanted = tap_of(site.param), self._wanted(site.param)
-        if tap is None or site.param.grad is None or wanted is None or not tap.layer.placed:
+        tap = tap_of(site.param)
+        if tap is None or site.param.grad is None:
+            return
+        wanted = self._wanted(site.param, tap, site.group)
+        if wanted is None or not tap.layer.placed:
             return
         missing = wanted.largest and tap.picked is None
         if missing or (wanted.at is not None and tap.gathered(site.param.grad) is None):
@@ -260,11 +263,9 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
                 if tap is not None:
                     tap.asks = functools.partial(_asked, own, weakref.ref(param))
 
-    def _wanted(self, param: Tensor) -> Wanted | None:
+    def _wanted(self, param: Tensor, tap: Tap, group: Group) -> Wanted | None:
         """What the next step needs of the gradient of the whole weight beside a delta."""
-        tap = tap_of(param)
-        [group] = [g for g in self.param_groups if any(p is param for p in g["params"])]
-        if tap is None or group["growth"] == "momentum":
+        if group["growth"] == "momentum":
             return None
         state, count = self.state.get(param, {}), param.numel()
         others = candidate_count(count, math.prod(tap.shape), group)
@@ -276,7 +277,11 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
 
 def _asked(optimizer: weakref.ref[SparseDeltaAdamW], param: weakref.ref[Tensor]) -> Wanted | None:
     own, delta = optimizer(), param()
-    return None if own is None or delta is None else own._wanted(delta)
+    tap = None if delta is None else tap_of(delta)
+    if own is None or delta is None or tap is None:
+        return None
+    [group] = [g for g in own.param_groups if any(p is delta for p in g["params"])]
+    return own._wanted(delta, tap, group)
 
 
 def _step_in_place(site: Site, state: State, grad: Tensor) -> None:
