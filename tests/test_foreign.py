@@ -151,6 +151,11 @@ def test_refuses() -> None:
         adopt_quantised(uneven)
     with pytest.raises(ValueError, match=r"got a bare Linear4bit; wrap it in nn.Sequential"):
         adopt_quantised(bnb("nf4")[0], lambda name, module: True)
+    for made in (MODELS["torchao int4"](), bnb("nf4"), bnb("int8")):
+        with pytest.raises(
+            TypeError, match=r"got '0.weight', which is quantised; .*adopt_quantised"
+        ):
+            zoopt.nn.convert_to_quantised(made)
     floating = bitsandbytes.nn.Linear8bitLt(64, 8)
     with pytest.raises(ValueError, match="8-bit layer of bitsandbytes must be quantised, got a w"):
         adopt_quantised(nn.Sequential(floating))

@@ -231,6 +231,9 @@ def test_refuses() -> None:
         convert_to_sparse_delta(net, everything, density=2.0)
     with pytest.raises(TypeError, match=r"a layer must be an nn.Linear or a quantised one"):
         SparseDeltaLinear(nn.Tanh())
+    for entries in (65, -1, 2.0):
+        with pytest.raises(ValueError, match=r"entries must be an int from 0 to 64, as many as"):
+            SparseDeltaLinear(nn.Linear(8, 8), entries=entries)  # type: ignore[arg-type]
     bare, uneven = nn.Linear(8, 8), model()
     with pytest.raises(ValueError, match=r"got a bare Linear; wrap it in nn.Sequential"):
         convert_to_sparse_delta(bare, everything)

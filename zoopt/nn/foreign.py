@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zoopt.checks import check_choice
 from zoopt.nn.linear import check_inside
-from zoopt.nn.modules import Target, linear_layers
+from zoopt.nn.modules import Target, foreign_kind, linear_layers
 from zoopt.nn.quantised import FORMS, Codes, Form, QuantisedLinear
 
 #: torchao's tensors with a code of 8 bits in memory for each weight, and a scale for each block.
@@ -24,15 +24,10 @@ def _kind(layer: nn.Module) -> str:
     """What a layer is: "ours", "4bit" or "8bit" (bitsandbytes), "torchao", "plain"."""
     if isinstance(layer, QuantisedLinear):
         return "ours"
-    for cls in type(layer).__mro__:
-        if cls.__module__.startswith("bitsandbytes.") and cls.__name__ in (
-            "Linear4bit",
-            "Linear8bitLt",
-        ):
-            return "4bit" if cls.__name__ == "Linear4bit" else "8bit"
+    if (kind := foreign_kind(layer)) is not None:
+        return kind
     if isinstance(layer, nn.Linear):
-        torchao = type(layer.weight.data).__module__.startswith("torchao.")
-        return "torchao" if torchao else "plain"
+        return "plain"
     raise TypeError(
         f"a layer must be an nn.Linear or a quantised one of zoopt, torchao or bitsandbytes, got "
         f"{type(layer).__name__}"

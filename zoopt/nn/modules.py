@@ -32,6 +32,18 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
+def foreign_kind(module: nn.Module) -> str | None:
+    """Who has quantised a linear layer: "4bit" or "8bit" (bitsandbytes), "torchao", or None."""
+    names = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("bitsandbytes.") and cls.__name__ in names:
+            return names[cls.__name__]
+    if isinstance(module, nn.Linear):
+        of_torchao = type(module.weight.data).__module__.startswith("torchao.")
+        return "torchao" if of_torchao else None
+    return None
+
+
 class Matrices(NamedTuple):
     """A parameter that holds weights of linear maps.
 

@@ -14,7 +14,7 @@ from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.dispatch import is_fake, known
 from zoopt.nn.initial import CHUNK
 from zoopt.nn.linear import ReparametrisedLinear, outer_dims, replace_layers
-from zoopt.nn.modules import Matrices, Target, matrices
+from zoopt.nn.modules import Matrices, Target, foreign_kind, matrices
 from zoopt.nn.packing import pack, unpack
 from zoopt.nn.stacks import Stack, stacks_of
 
@@ -347,6 +347,11 @@ def convert_to_quantised(
         return QuantisedStack(own, own.module, **options)
 
     for name, own in matrices(model, target).items():
+        if own.is_layers and foreign_kind(own.module) is not None:
+            raise TypeError(
+                f"a weight to quantise must be a float one, got {name!r}, which is quantised; take "
+                f"its codes over by zoopt.nn.adopt_quantised(model)"
+            )
         check_weight(name, own.param)
     return replace_layers(model, target, build, build_stack)
 

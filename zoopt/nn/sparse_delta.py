@@ -163,6 +163,11 @@ class SparseDeltaLinear(ReparametrisedLinear):
     ) -> None:
         check_number("density", density, low=0.0, high=1.0, open_low=True)
         m, n, dtype = _checked(base)
+        if entries is not None and not (type(entries) is int and 0 <= entries <= m * n):
+            raise ValueError(
+                f"entries must be an int from 0 to {m * n}, as many as the base has weights, got "
+                f"{entries!r}; pass fewer, or a density"
+            )
         super().__init__(n, m)
         self.base = base.requires_grad_(False)
         device = next(tensor.device for tensor in [*base.parameters(), *base.buffers()])
