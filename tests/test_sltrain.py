@@ -62,7 +62,7 @@ def test_gradients_over_several_runs_of_rows(monkeypatch: pytest.MonkeyPatch) ->
     built, x = layer(), torch.randn(4, 7, dtype=torch.float64)
     built(x).square().sum().backward()
     whole = built.values.grad.clone()
-    monkeypatch.setattr("zoopt.nn.sltrain.CHUNK", 15)
+    monkeypatch.setattr("zoopt.nn.linear.CHUNK", 15)
     built.zero_grad()
     built(x).square().sum().backward()
     assert torch.allclose(built.values.grad, whole, rtol=1e-13)

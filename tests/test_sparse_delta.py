@@ -33,6 +33,7 @@ def test_largest_and_products(monkeypatch: pytest.MonkeyPatch) -> None:
     dense[active.long()] = -1.0
     for chunk in (53, 200, 1 << 22):
         monkeypatch.setattr("zoopt.nn.largest.CHUNK", chunk)
+        monkeypatch.setattr("zoopt.selection.growth.CHUNK", chunk)
         assert torch.equal(products(rows, columns, active, 40), largest(dense, 40))
 
 

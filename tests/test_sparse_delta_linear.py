@@ -44,7 +44,7 @@ def test_beside_a_float_weight_it_is_spiel_in_place(
     """In float64, with micro-batches or a layer that runs twice, scaled gradients, gradients
     dropped before a step, and a dL/dW of several chunks: the same entries, and changes equal to
     rounding."""
-    monkeypatch.setattr("zoopt.nn.sparse_delta.CHUNK", 100)
+    monkeypatch.setattr("zoopt.nn.linear.CHUNK", 100)
     inside, beside = model(torch.float64), model(torch.float64)
     base = copy.deepcopy(inside)
     options = {"growth": growth, "window": window, "weight_decay": 0.1}
@@ -176,7 +176,7 @@ class Sizes(TorchDispatchMode):
 
 def test_the_gradient_of_the_whole_weight_never_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     """With candidates wanted or not, products of weights' size are a chunk at a time."""
-    monkeypatch.setattr("zoopt.nn.sparse_delta.CHUNK", 5 * 64)
+    monkeypatch.setattr("zoopt.nn.linear.CHUNK", 5 * 64)
     net = nn.Sequential(nn.Linear(64, 96, bias=False))
     optimizer = optimizer_of(convert_to_sparse_delta(net, everything, density=0.1))
     for _ in range(5):

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels.dispatch import is_fake
-
-#: How many scores are computed or compared at a time.
-CHUNK = 1 << 20
+from zoopt.nn.initial import CHUNK
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -31,18 +29,25 @@ def largest(scores: Tensor, count: int) -> Tensor:
 class Largest:
     """The `count` largest of scores that come in parts, in order; as `largest` of all of them.
 
+    Args:
+        like: the scores have its dtype and device.
+        without: positions that are left out; scores are then at least 0.
+
     Attributes:
         scores: the largest ones so far.
         positions: theirs, int64, ascending.
     """
 
-    def __init__(self, count: int, like: Tensor) -> None:
-        self._count = count
+    def __init__(self, count: int, like: Tensor, *, without: Tensor | None = None) -> None:
+        self._count, self._without = count, None if without is None else without.long()
         self.scores = like.new_empty(0)
         self.positions = like.new_empty(0, dtype=torch.int64)
 
     def add(self, scores: Tensor, start: int) -> None:
-        """Take scores (n,) of the positions from `start` on."""
+        """Take scores (n,) of the positions from `start` on; those left out are overwritten."""
+        if self._without is not None:
+            places = self._without - start
+            scores[places[(places >= 0) & (places < scores.numel())]] = -1.0
         own = largest(scores, min(self._count, scores.numel()))
         best = torch.cat((self.scores, scores[own]))
         where = torch.cat((self.positions, own + start))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from zoopt.distributed.seed import SharedSeed
 from zoopt.dtypes import accumulator_dtype
+from zoopt.kernels.dispatch import is_fake
+from zoopt.nn.initial import CHUNK
 from zoopt.nn.modules import Matrices, Target, is_conv1d, matrices
 from zoopt.nn.stacks import Stack, attach, merge_stacks
 
@@ -68,6 +71,63 @@ class ReparametrisedLinear(nn.Module):
         """The sizes."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
+
+
+class RecomputedLinear(ReparametrisedLinear):
+    """A layer whose W is a function of frozen tensors and one that trains, `values`.
+
+    W exists only temporarily, in forward and backward, and no more than a few rows of dL/dW do.
+    """
+
+    def weight_of(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """W (out, in) in that dtype, a new tensor."""
+        raise NotImplementedError
+
+    def _gradient(self, values: Tensor, grad: Tensor, tokens: Tensor) -> Tensor:
+        """dL/dvalues, from the output's gradient (t, out) and the input (t, in)."""
+        raise NotImplementedError
+
+    def _recomputed(self, x: Tensor, values: Tensor) -> Tensor:
+        return _Recomputed.apply(x, self, values, self.bias)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Recomputed(torch.autograd.Function):
+    """x (..., n) -> x W^T + bias. Backward computes W again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: RecomputedLinear, values: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype
+        w = layer.weight_of(values, x.dtype)
+        return functional.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, values = ctx.saved_tensors
+        layer: RecomputedLinear = ctx.layer
+        tokens, grad = outer_dims(x), outer_dims(grads[0])  # (t, n), (t, m)
+        x_grad = values_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = (grad @ layer.weight_of(values, x.dtype)).view_as(x)
+        if ctx.needs_input_grad[2]:
+            values_grad = layer._gradient(values, grad, tokens)
+        if ctx.needs_input_grad[3]:
+            bias_grad = grad.sum(0).to(ctx.bias_dtype)
+        return x_grad, None, values_grad, bias_grad
+
+
+def gradient_rows(
+    grad: Tensor, tokens: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """dL/dW, from the output's gradient (t, m) and the input (t, n), a few rows at a time: which
+    rows, and their gradient (rows, n) in that dtype."""
+    m, rows = grad.shape[1], max(1, CHUNK // tokens.shape[1])
+    # Fake tensors only measure memory, and two chunks have the same peak as all of them.
+    for start in range(0, min(2 * rows, m) if is_fake(grad) else m, rows):
+        run = slice(start, start + rows)
+        yield run, (grad[:, run].t() @ tokens).to(dtype)
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from zoopt.checks import check_number, check_positive_int
 from zoopt.dtypes import accumulator_dtype
 from zoopt.nn.linear import ReparametrisedLinear
-from zoopt.nn.modules import Target, is_conv1d, linear_layers
+from zoopt.nn.modules import Target, is_conv1d, linear_layers, named
 
 
 def first_step(gradient: Tensor, rank: int, lr: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,5 +225,4 @@ def adapt_lora_to_sb(
         made = down.parametrizations.weight.original
         made.requires_grad_(True)
         cores.append(made)
-    own = {id(core) for core in cores}
-    return [(name, param) for name, param in model.named_parameters() if id(param) in own]
+    return named(model, cores)

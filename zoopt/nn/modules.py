@@ -5,10 +5,10 @@ from __future__ import annotations
 import collections
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -198,6 +198,12 @@ def _matching(
             f"target must be 'linear', a regular expression, a sequence of name patterns or a "
             f"predicate of name and module, got {target!r}"
         )
+
+
+def named(model: nn.Module, params: Iterable[Tensor]) -> list[tuple[str, nn.Parameter]]:
+    """Those of the parameters that are the model's, with their names, in the model's order."""
+    own = set(map(id, params))
+    return [(name, param) for name, param in model.named_parameters() if id(param) in own]
 
 
 def tied_parameters(model: nn.Module) -> set[str]:

@@ -11,10 +11,9 @@ from torch.nn import functional
 
 from zoopt.checks import check_choice, check_positive_int
 from zoopt.dtypes import accumulator_dtype
-from zoopt.kernels.dispatch import is_fake, known
-from zoopt.nn.initial import CHUNK
-from zoopt.nn.linear import ReparametrisedLinear, outer_dims, replace_layers
-from zoopt.nn.modules import Matrices, Target, foreign_kind, matrices
+from zoopt.kernels.dispatch import known
+from zoopt.nn.linear import RecomputedLinear, gradient_rows, replace_layers
+from zoopt.nn.modules import Matrices, Target, foreign_kind, matrices, named
 from zoopt.nn.packing import pack, unpack
 from zoopt.nn.stacks import Stack, stacks_of
 
@@ -102,43 +101,7 @@ def group_sums(values: Tensor, group_size: int, groups: int) -> Tensor:
     return padded.view(m, groups, group_size).sum(-1)
 
 
-class _Quantised(torch.autograd.Function):
-    """x (..., n) -> x W^T + bias. Backward recomputes W, and dL/dW a few rows at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, layer: QuantisedLinear, scale: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype
-        w = layer.weight_of(scale, x.dtype)
-        return functional.linear(x, w, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
-        layer: QuantisedLinear = ctx.layer
-        tokens, grad = outer_dims(x), outer_dims(grads[0])  # (t, n), (t, m)
-        x_grad = scale_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = (grad @ layer.weight_of(scale, x.dtype)).view_as(x)
-        if ctx.needs_input_grad[2]:
-            scale_grad = torch.empty_like(scale)
-            rows = max(1, CHUNK // tokens.shape[1])
-            m = scale.shape[0]
-            # Fake tensors only measure memory, and two chunks have the same peak as all of them.
-            for start in range(0, min(2 * rows, m) if is_fake(grad) else m, rows):
-                run = slice(start, start + rows)
-                dense = (grad[:, run].t() @ tokens).to(scale.dtype)  # (rows, n)
-                dense.mul_(layer.integers(run, scale.dtype))
-                sums = group_sums(dense, layer.group_size, scale.shape[1])
-                # W = s (q - z), or e^t (q - z) with s = e^t.
-                scale_grad[run] = sums * scale[run].exp() if layer.form == "log" else sums
-        bias_grad = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
-        return x_grad, None, scale_grad, bias_grad
-
-
-class QuantisedLinear(ReparametrisedLinear):
+class QuantisedLinear(RecomputedLinear):
     r"""A linear layer of integer codes: W = s (q - z), with one s and one z per group of a row.
 
     q has 8, 4 or 3 bits and is packed without gaps. q and the zero points z (uint8) are buffers;
@@ -210,9 +173,9 @@ class QuantisedLinear(ReparametrisedLinear):
         values = integers(codes, self.zero[rows], self.group_size, dtype)
         return values if self.offset is None else values.add_(self.offset(rows, dtype))
 
-    def weight_of(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def weight_of(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute W (out, in) from scales in the layer's form."""
-        scale = scale.exp() if self.form == "log" else scale
+        scale = values.exp() if self.form == "log" else values
         wide = times_scale(self.integers(slice(None), scale.dtype), scale, self.group_size)
         return wide.to(dtype)
 
@@ -222,7 +185,16 @@ class QuantisedLinear(ReparametrisedLinear):
         return self.weight_of(self.scale, self.dtype)
 
     def _linear(self, x: Tensor) -> Tensor:
-        return _Quantised.apply(x, self, self.scale, self.bias)  # type: ignore[no-any-return,no-untyped-call]
+        return self._recomputed(x, self.scale)
+
+    def _gradient(self, values: Tensor, grad: Tensor, tokens: Tensor) -> Tensor:
+        made = torch.empty_like(values)
+        for run, dense in gradient_rows(grad, tokens, values.dtype):
+            dense.mul_(self.integers(run, values.dtype))
+            sums = group_sums(dense, self.group_size, values.shape[1])
+            # W = s (q - z), or e^t (q - z) with s = e^t.
+            made[run] = sums * values[run].exp() if self.form == "log" else sums
+        return made
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantisedLinear:
         """As in nn.Module, but scales stay in float32 or float64 if `fn` would narrow them."""
@@ -378,5 +350,4 @@ def train_scales(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     model.requires_grad_(False)
     for scale in scales:
         scale.requires_grad_(True)
-    own = {id(scale) for scale in scales}
-    return [(name, param) for name, param in model.named_parameters() if id(param) in own]
+    return named(model, scales)

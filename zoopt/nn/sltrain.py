@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zoopt.checks import check_choice, check_number, check_positive_int
-from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.noise.key import check_unsigned
-from zoopt.nn.initial import CHUNK, kaiming_uniform_
+from zoopt.nn.initial import kaiming_uniform_
 from zoopt.nn.linear import (
     ReparametrisedLinear,
+    gradient_rows,
     outer_dims,
     replace_layers,
     resolved_seed,
@@ -72,12 +72,7 @@ class _SparsePlusLowRank(torch.autograd.Function):
         left_grad = grad.t() @ (tokens @ right.to(x.dtype).t())
         right_grad = (grad @ left.to(x.dtype)).t() @ tokens
         values_grad = torch.empty_like(values)
-        rows = max(1, CHUNK // tokens.shape[1])
-        # Without values only memory is counted, and two chunks use as much as all.
-        end = min(2 * rows, values.shape[0]) if is_fake(grad) else values.shape[0]
-        for start in range(0, end, rows):
-            run = slice(start, start + rows)
-            dense = grad[:, run].t() @ tokens  # (rows, n)
+        for run, dense in gradient_rows(grad, tokens, grad.dtype):
             values_grad[run] = dense.gather(1, columns[run])
         return (
             x_grad,

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
 from zoopt.checks import check_number
 from zoopt.dtypes import accumulator_dtype
-from zoopt.kernels.dispatch import is_fake, known
+from zoopt.kernels.dispatch import known
 from zoopt.nn.foreign import frozen_dtype, frozen_weight, is_quantised
-from zoopt.nn.initial import CHUNK
 from zoopt.nn.largest import Largest
-from zoopt.nn.linear import ReparametrisedLinear, check_inside, outer_dims
-from zoopt.nn.modules import Target, chosen
+from zoopt.nn.linear import RecomputedLinear, check_inside, gradient_rows
+from zoopt.nn.modules import Target, chosen, named
 from zoopt.nn.quantised import QuantisedLinear
 
 
@@ -107,33 +105,7 @@ def tap_of(param: Tensor) -> Tap | None:
     return tap
 
 
-class _SparseDelta(torch.autograd.Function):
-    """x (..., n) -> x W^T + bias. Backward recomputes W, and dL/dW a few rows at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, layer: SparseDeltaLinear, delta: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, delta)
-        ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype
-        w = layer.dense(delta, x.dtype)
-        return functional.linear(x, w, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta = ctx.saved_tensors
-        layer: SparseDeltaLinear = ctx.layer
-        tokens, grad = outer_dims(x), outer_dims(grads[0])  # (t, n), (t, m)
-        x_grad = delta_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = (grad @ layer.dense(delta, x.dtype)).view_as(x)
-        if ctx.needs_input_grad[2]:
-            delta_grad = layer._gradient(grad, tokens).to(delta.dtype)
-        bias_grad = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
-        return x_grad, None, delta_grad, bias_grad
-
-
-class SparseDeltaLinear(ReparametrisedLinear):
+class SparseDeltaLinear(RecomputedLinear):
     r"""A linear layer y = x (W0 + D)^T + bias with a frozen W0 and a sparse D.
 
     D has k = density m n entries that may be nonzero. Their values, `delta` (k,), train; their
@@ -197,23 +169,23 @@ class SparseDeltaLinear(ReparametrisedLinear):
         self.index.copy_(index)
         self._placed = True
 
-    @torch.no_grad()
-    def dense(self, delta: Tensor, dtype: torch.dtype) -> Tensor:
-        """W0 + D, (out, in), with the values delta (k,) in D; the sum is rounded once."""
+    def weight_of(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """W0 + D, (out, in), with those values (k,) in D; the sum is rounded once."""
         w = frozen_weight(self.base, dtype)
         if self.placed:
             flat, places = w.view(-1), self.index.long()
-            flat[places] = (flat[places].to(delta.dtype) + delta).to(dtype)
+            flat[places] = (flat[places].to(values.dtype) + values).to(dtype)
         return w
 
+    @torch.no_grad()
     def materialise(self) -> Tensor:
         """W0 + D (out, in) in the base's dtype."""
-        return self.dense(self.delta, frozen_dtype(self.base))
+        return self.weight_of(self.delta, frozen_dtype(self.base))
 
     def _linear(self, x: Tensor) -> Tensor:
-        return _SparseDelta.apply(x, self, self.delta, self.bias)  # type: ignore[no-any-return,no-untyped-call]
+        return self._recomputed(x, self.delta)
 
-    def _gradient(self, grad: Tensor, tokens: Tensor) -> Tensor:
+    def _gradient(self, values: Tensor, grad: Tensor, tokens: Tensor) -> Tensor:
         """dL/dW at D's positions, (k,). The first time it chooses them; and it tells the tap what
         the optimizer wants of dL/dW."""
         tap = tap_of(self.delta)
@@ -242,29 +214,21 @@ class SparseDeltaLinear(ReparametrisedLinear):
             tap.picked = picked.to(torch.int32)
         return own
 
-    def _rows(self, grad: Tensor, tokens: Tensor) -> Any:
+    def _rows(self, grad: Tensor, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
         """dL/dW in the accumulator's dtype, a few rows at a time: first position, (rows n,)."""
-        n, wide = self.in_features, self.delta.dtype
-        rows = max(1, CHUNK // n)
-        # Fake tensors only measure memory, and two chunks have the same peak as all of them.
-        last = min(2 * rows, self.out_features) if is_fake(grad) else self.out_features
-        for start in range(0, last, rows):
-            yield start * n, (grad[:, start : start + rows].t() @ tokens).to(wide).view(-1)
+        for run, dense in gradient_rows(grad, tokens, self.delta.dtype):
+            yield run.start * self.in_features, dense.view(-1)
 
     def _largest(
         self, grad: Tensor, tokens: Tensor, count: int, active: Tensor | None
     ) -> tuple[Tensor, bool]:
         """The positions of the `count` largest |dL/dW| of entries that are not active, int64; and
         whether all of dL/dW is finite."""
-        best, finite = Largest(count, self.delta), True
+        best, finite = Largest(count, self.delta, without=active), True
         for start, dense in self._rows(grad, tokens):
             scores = dense.abs()
             finite = finite and bool(known(scores.amax().isfinite(), True))
-            scores.nan_to_num_(0.0)
-            if active is not None:
-                inside = (active >= start) & (active < start + scores.numel())
-                scores[active[inside] - start] = -1.0
-            best.add(scores, start)
+            best.add(scores.nan_to_num_(0.0), start)
         return best.positions, finite
 
     def _connect(self) -> Tap:
@@ -354,8 +318,7 @@ def convert_to_sparse_delta(
     for name, layer in built.items():
         model.set_submodule(name, layer.train(layers[name].training))
         layer.delta.requires_grad_(True)
-    own = {id(layer.delta) for layer in built.values()}
-    return [(name, param) for name, param in model.named_parameters() if id(param) in own]
+    return named(model, (layer.delta for layer in built.values()))
 
 
 def _layers(model: nn.Module, target: Target | None) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoopt.kernels.dispatch import is_fake, known
 from zoopt.kernels.journal import kept, once
-from zoopt.nn import largest as scan
+from zoopt.nn.initial import CHUNK
 from zoopt.nn.largest import Largest, largest
 from zoopt.optimizer import Group, TensorSpec
 
@@ -102,17 +102,12 @@ def products(rows: Tensor, columns: Tensor, active: Tensor, count: int) -> Tenso
     """The positions of the `count` largest r_i c_j among inactive entries, ascending. Rows are
     processed in chunks, so that the full product never exists."""
     n = columns.numel()
-    step = max(1, scan.CHUNK // n)
+    step = max(1, CHUNK // n)
     if is_fake(rows):
         return active[:count].long()
-    best = Largest(count, rows)
-    ordered = active.long().sort().values
+    best = Largest(count, rows, without=active)
     for first in range(0, rows.numel(), step):
-        run = torch.outer(rows[first : first + step], columns).view(-1)
-        start, stop = first * n, first * n + run.numel()
-        inside = ordered[(ordered >= start) & (ordered < stop)] - start
-        run[inside] = -1.0
-        best.add(run, start)
+        best.add(torch.outer(rows[first : first + step], columns).view(-1), first * n)
     return best.positions
 
 
