@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "zoopt"
 #: From the bottom up; a module imports its own layer and those below. A folder stands for all in
 #: it that no longer name covers.
 LAYERS = (
-    ("checks", "dtypes", "interrupts", "removable", "version", "warn"),
+    ("checks", "dtypes", "interrupts", "removable", "version", "warn", "wrapper"),
     ("kernels",),
     ("ambient", "distributed", "linalg", "noise", "registry"),
     ("checkpoint", "groups", "nn", "optimizer", "parameters"),

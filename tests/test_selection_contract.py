@@ -216,6 +216,39 @@ def test_the_loss_falls_and_what_rests_keeps_its_bits(name: str) -> None:
         ]
 
 
+@pytest.mark.parametrize("first", [half, green, ggpo, cofitune])
+def test_an_optimizer_is_wrapped_once(first: Callable[[nn.Module, int], Run]) -> None:
+    """Noise would be saved as weights, or what rests trained, by a second one; the same holds for
+    updates in the backward pass."""
+    run = first(Net(torch.float32), 0)
+    before = copy.deepcopy(run.model.state_dict())
+    trains = [param.requires_grad for param in run.model.parameters()]
+    again: list[Callable[[], Any]] = [
+        lambda: zoopt.HalfFineTuning(run.model, run.optimizer, round_steps=3),
+        lambda: zoopt.GreenTrainer(
+            run.model, run.optimizer, lambda: loss_of(run.model), budget=0.5
+        ),
+        lambda: zoopt.LoRAGGPO(run.model, run.optimizer),
+        lambda: zoopt.CoFiTune(
+            run.model, run.optimizer, [lambda: loss_of(run.model)], target=["*.1.up"]
+        ),
+    ]
+    for wrap in again:
+        with pytest.raises(ValueError, match=r"optimizer must not be under .* yet, got one that"):
+            wrap()
+    if run.handle.unfused is not None:
+        with pytest.raises(ValueError, match=f"must not be under {run.handle.label}, got one that"):
+            zoopt.fuse_backward(run.model, run.optimizer)
+    assert [param.requires_grad for param in run.model.parameters()] == trains
+    assert all(torch.equal(v, before[n]) for n, v in run.model.state_dict().items())
+    run.handle.remove()
+    other = again[2]()
+    run.handle.remove()
+    with pytest.raises(ValueError, match="must not be under LoRAGGPO yet"):
+        again[2]()
+    other.remove()
+
+
 DAMAGE = [math.nan, -1, "x", 10**400, np.float64(2), None, [], 0.5, True, {"a": None}, [[-1]]]
 
 

@@ -158,6 +158,12 @@ def test_merge_file_and_removal(tmp_path: Any) -> None:
     small = {"index": torch.tensor([10**6]), "value": torch.ones(1)}
     with pytest.raises(ValueError, match=r"the delta's sizes, got 33 x 20 for '0.weight'"):
         zoopt.apply_delta(base, {"0.weight": small})
+    negative = {"index": torch.tensor([-1]), "value": torch.ones(1)}
+    base[0].bias.requires_grad_()
+    for damaged in ({**delta, "9.weight": small}, {**delta, "2.weight": negative}):
+        with pytest.raises(ValueError, match="model must have"):
+            zoopt.apply_delta(base, damaged)
+        assert base[0].bias.requires_grad
 
 
 class Sizes(TorchDispatchMode):

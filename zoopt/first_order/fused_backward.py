@@ -27,6 +27,7 @@ from zoopt.first_order.fused_checks import (
 from zoopt.interrupts import uninterrupted
 from zoopt.kernels.journal import Journal, kept, once
 from zoopt.removable import Removable
+from zoopt.wrapper import wrapper_of
 
 Clip = Literal["global", "parameter"]
 
@@ -76,7 +77,8 @@ def fuse_backward(
 
     Raises:
         TypeError: the optimizer is not one of zoopt's first-order optimizers.
-        ValueError: it is fused already, holds parameters that are not the model's, or needs whole
+        ValueError: it is fused already, is under a wrapper that needs whole steps (`GreenTrainer`,
+            `LoRAGGPO`, `CoFiTune`), holds parameters that are not the model's, or needs whole
             gradients (APOLLO, Fira) where only R is kept, or projects sharded parameters there;
             the model is wrapped in DDP or FSDP1, whose gradients are not complete when a
             parameter's backward is.
@@ -117,6 +119,12 @@ def fuse_backward(
     if optimizer._fusion is not None:
         raise ValueError(
             "optimizer must not be fused yet, got one that is; call remove() on its handle first"
+        )
+    wrapper = wrapper_of(optimizer)
+    if wrapper is not None and wrapper.unfused is not None:
+        raise ValueError(
+            f"optimizer must not be under {wrapper.label}, got one that is: {wrapper.unfused}; "
+            f"call remove() on it first"
         )
     return FusedBackward(model, optimizer, accumulation_steps, max_grad_norm, clip)
 

@@ -134,7 +134,7 @@ class SparseDeltaLinear(RecomputedLinear):
         self, base: nn.Module, density: float = 0.01, *, entries: int | None = None
     ) -> None:
         check_number("density", density, low=0.0, high=1.0, open_low=True)
-        m, n, dtype = _checked(base)
+        m, n, dtype = checked_base(base)
         if entries is not None and not (type(entries) is int and 0 <= entries <= m * n):
             raise ValueError(
                 f"entries must be an int from 0 to {m * n}, as many as the base has weights, got "
@@ -255,7 +255,7 @@ class SparseDeltaLinear(RecomputedLinear):
         return f"{super().extra_repr()}, entries={self.delta.numel()}"
 
 
-def _checked(base: nn.Module) -> tuple[int, int, torch.dtype]:
+def checked_base(base: nn.Module) -> tuple[int, int, torch.dtype]:
     """The sizes m, n and the dtype of a base's weight; raises unless a delta can lie beside it."""
     dtype = frozen_dtype(base)
     m, n = base.out_features, base.in_features
@@ -312,7 +312,7 @@ def convert_to_sparse_delta(
             )
     check_inside(layers)
     for layer in layers.values():
-        _checked(layer)
+        checked_base(layer)
     built = {name: SparseDeltaLinear(layer, density) for name, layer in layers.items()}
     model.requires_grad_(False)
     for name, layer in built.items():

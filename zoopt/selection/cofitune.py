@@ -16,8 +16,8 @@ from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.nn.modules import Target, is_conv1d, linear_layers
 from zoopt.noise import stream
-from zoopt.removable import Removable
 from zoopt.selection.saved import check_saved, check_vectors
+from zoopt.wrapper import Wrapper
 
 
 def normalised_importance(gates: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def normalised_importance(gates: Tensor) -> Tensor:
     return torch.where(spread > 0, standard.tanh().abs(), torch.zeros_like(sizes))
 
 
-class CoFiTune(Removable):
+class CoFiTune(Wrapper):
     r"""CoFiTune (Zhang et al., 2024, arXiv:2404.10306), over any first-order optimizer.
 
     Coarse: only the linear layers that match `target` train, for example the up and down
@@ -62,8 +62,9 @@ class CoFiTune(Removable):
         seed: seed of the bits that round 16-bit weights; default torch.initial_seed().
 
     Raises:
-        TypeError, ValueError: the optimizer is fused into the backward pass or does not hold the
-            layers; `target` matches nothing; there are no losses.
+        TypeError, ValueError: the optimizer is already under CoFiTune or another wrapper, is fused
+            into the backward pass, or does not hold the layers; `target` matches nothing; there are
+            no losses.
 
     Differs from the authors' code, which masks the gradient.
 
@@ -72,6 +73,9 @@ class CoFiTune(Removable):
         >>> keep = [lambda batch=batch: model(**batch).loss for batch in general]
         >>> tuned = zoopt.CoFiTune(model, opt, keep, target=["*.layers.[4-7].mlp.*"])
     """
+
+    label = "CoFiTune"
+    unfused = "its steps are not in step()"
 
     def __init__(
         self,
@@ -82,13 +86,7 @@ class CoFiTune(Removable):
         target: Target,
         seed: int | None = None,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
-        if getattr(optimizer, "_fusion", None) is not None:
-            raise ValueError(
-                "optimizer must not be fused into the backward pass, got one that is: its steps "
-                "are not in step(); call remove() on the handle of fuse_backward"
-            )
+        self._check(optimizer)
         layers = linear_layers(model, target)
         held = {id(param) for group in optimizer.param_groups for param in group["params"]}
         for name, layer in layers.items():
@@ -97,7 +95,7 @@ class CoFiTune(Removable):
                     f"optimizer must hold the weights of the layers that train, got one without "
                     f"that of {name!r}; make it of the model's parameters"
                 )
-        self._layers, self._optimizer = layers, optimizer
+        self._layers = layers
         self._seed = SharedSeed(seed, type(self).__name__).value
         self._step = 0
         self._required = {param: param.requires_grad for param in model.parameters()}
@@ -111,15 +109,15 @@ class CoFiTune(Removable):
         except BaseException:
             self._release()
             raise
-        self._hooks = [
+        self._attach(
+            optimizer,
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
-        ]
+        )
 
     def remove(self) -> None:
         """Undo it: parameters that trained before train again, and steps are not reduced."""
-        for hook in self._hooks:
-            hook.remove()
+        self._detach()
         self._release()
 
     def state_dict(self) -> dict[str, Any]:

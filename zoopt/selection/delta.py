@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from zoopt.nn.sparse_delta import SparseDeltaLinear, tap_of
+from zoopt.nn.sparse_delta import SparseDeltaLinear, checked_base, tap_of
 from zoopt.selection.growth import State
 from zoopt.selection.spiel import SparseDeltaAdamW
 
@@ -79,9 +79,8 @@ def _replace(model: nn.Module, delta: Delta, old: str, new: str) -> None:
     params = dict(model.named_parameters())
     beside = {name: own for name, own in delta.items() if "base" not in own}
     delta = {name: own for name, own in delta.items() if "base" in own}
-    layers = {
-        name: _replaced(model, name, own, adds=new == "value") for name, own in beside.items()
-    }
+    for name, own in beside.items():
+        _check_beside(model, name, own, adds=new == "value")
     for name, own in delta.items():
         if name not in params:
             raise ValueError(
@@ -90,18 +89,19 @@ def _replace(model: nn.Module, delta: Delta, old: str, new: str) -> None:
             )
         index = own["index"].long()
         flat = params[name].detach().reshape(-1)
-        if index.numel() and int(index.max()) >= flat.numel():
+        if (entry := _outside(index, flat.numel())) is not None:
             raise ValueError(
                 f"model must have parameters of the delta's sizes, got {flat.numel()} elements of "
-                f"{name!r}, which has an entry {int(index.max())}"
+                f"{name!r}, which has an entry {entry}"
             )
         if not torch.equal(flat[index.to(flat.device)], own[old].to(flat)):
             raise ValueError(
                 f"model must hold what the delta {'was trained on' if old == 'base' else 'made'}, "
                 f"got other entries of {name!r}; load the model that it belongs to"
             )
-    for name, layer in layers.items():
-        model.set_submodule(name.removesuffix(".weight"), layer)
+    for name, own in beside.items():
+        path = name.removesuffix(".weight")
+        model.set_submodule(path, _replaced(model.get_submodule(path), own))
     for name, own in delta.items():
         param = params[name].detach()
         flat = param.reshape(-1)
@@ -110,10 +110,15 @@ def _replace(model: nn.Module, delta: Delta, old: str, new: str) -> None:
             param.copy_(flat.view(param.shape))
 
 
-def _replaced(model: nn.Module, name: str, own: dict[str, Tensor], *, adds: bool) -> nn.Module:
-    """The layer that takes the place of the one with that weight: with the delta, or its base."""
-    modules = dict(model.named_modules())
-    layer = modules.get(name.removesuffix(".weight"))
+def _outside(index: Tensor, size: int) -> int | None:
+    """An index that is none of `size` elements; None if there is none."""
+    outside = index[(index < 0) | (index >= size)]
+    return int(outside[0]) if outside.numel() else None
+
+
+def _check_beside(model: nn.Module, name: str, own: dict[str, Tensor], *, adds: bool) -> None:
+    """Raise unless the layer with that weight can get the delta, or has it to be removed."""
+    layer = dict(model.named_modules()).get(name.removesuffix(".weight"))
     if layer is None:
         raise ValueError(
             f"model must have the layers of the delta, got none for {name!r}; load the model that "
@@ -131,13 +136,20 @@ def _replaced(model: nn.Module, name: str, own: dict[str, Tensor], *, adds: bool
                 f"model must hold what the delta made, got other entries of {name!r}; load the "
                 f"model that it belongs to"
             )
+        return
+    m, n, _ = checked_base(layer)
+    if (entry := _outside(own["index"], m * n)) is not None:
+        raise ValueError(
+            f"model must have layers of the delta's sizes, got {m} x {n} for {name!r}, which has "
+            f"an entry {entry}"
+        )
+
+
+def _replaced(layer: nn.Module, own: dict[str, Tensor]) -> nn.Module:
+    """The layer with the delta beside its weight; or the base of one that has it."""
+    if isinstance(layer, SparseDeltaLinear):
         return layer.base
     made = SparseDeltaLinear(layer, entries=own["index"].numel())
-    if own["index"].numel() and int(own["index"].max()) >= made.in_features * made.out_features:
-        raise ValueError(
-            f"model must have layers of the delta's sizes, got {made.out_features} x "
-            f"{made.in_features} for {name!r}, which has an entry {int(own['index'].max())}"
-        )
     made.place(own["index"])
     made.delta.copy_(own["value"])
     return made.train(layer.training)

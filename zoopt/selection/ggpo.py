@@ -16,9 +16,9 @@ from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.op import perturb
 from zoopt.noise import stream
-from zoopt.removable import Removable
 from zoopt.selection.saved import check_saved, check_vectors
 from zoopt.warn import warn
+from zoopt.wrapper import Wrapper
 
 
 def row_scales(weight: Tensor, squares: Tensor | None, sigma: float, beta: float) -> Tensor:
@@ -35,7 +35,7 @@ def row_scales(weight: Tensor, squares: Tensor | None, sigma: float, beta: float
     return scales / math.sqrt(weight.shape[0])
 
 
-class LoRAGGPO(Removable):
+class LoRAGGPO(Wrapper):
     r"""LoRA-GGPO (Chang et al., 2025, arXiv:2502.14538), over any first-order optimizer.
 
     During training the model computes with W + c z instead of W, for each matrix W (m, n) that the
@@ -61,8 +61,8 @@ class LoRAGGPO(Removable):
         seed: seed of the noise; default torch.initial_seed(), rank 0's in all processes.
 
     Raises:
-        TypeError, ValueError: an argument is out of range; the optimizer is fused into the backward
-            pass, or trains no matrix of the model.
+        TypeError, ValueError: an argument is out of range; the optimizer is already under LoRAGGPO
+            or another wrapper, is fused into the backward pass, or trains no matrix of the model.
 
     `remove()`, or leaving the `with` block, restores the weights and undoes it. Save weights after
     a step or after `restore()`.
@@ -79,6 +79,9 @@ class LoRAGGPO(Removable):
         ...     opt.zero_grad()
     """
 
+    label = "LoRAGGPO"
+    unfused = "it would step from perturbed weights"
+
     def __init__(
         self,
         model: nn.Module,
@@ -90,13 +93,7 @@ class LoRAGGPO(Removable):
     ) -> None:
         check_number("sigma", sigma, low=0.0)
         check_number("beta", beta, low=0.0)
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
-        if getattr(optimizer, "_fusion", None) is not None:
-            raise ValueError(
-                "optimizer must not be fused into the backward pass, got one that is: it would "
-                "step from perturbed weights; call remove() on the handle of fuse_backward"
-            )
+        self._check(optimizer)
         held = {id(param) for group in optimizer.param_groups for param in group["params"]}
         self._params = {
             name: param
@@ -108,13 +105,14 @@ class LoRAGGPO(Removable):
                 "optimizer must hold a matrix of the model that trains, got none; make it of the "
                 "model's parameters"
             )
-        self._optimizer, self._sigma, self._beta = optimizer, sigma, beta
+        self._sigma, self._beta = sigma, beta
         self._seed = SharedSeed(seed, type(self).__name__).value
         self._step = 0
         self._squares: dict[str, Tensor] = {}
         self._saved: dict[str, Tensor] = {}
         self._perturbed = self._warned = False
-        self._hooks = [
+        self._attach(
+            optimizer,
             model.register_forward_pre_hook(lambda module, _: self._forward(module)),
             *(
                 module.register_forward_pre_hook(lambda module, _: self._enter(module))
@@ -122,7 +120,7 @@ class LoRAGGPO(Removable):
             ),
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
-        ]
+        )
 
     def _owners(self, model: nn.Module) -> list[nn.Module]:
         """The modules below the model that hold a perturbed matrix: they may be called alone."""
@@ -137,8 +135,7 @@ class LoRAGGPO(Removable):
     def remove(self) -> None:
         """Restore the weights and remove the hooks."""
         self.restore()
-        for hook in self._hooks:
-            hook.remove()
+        self._detach()
 
     @torch.no_grad()
     def restore(self) -> None:

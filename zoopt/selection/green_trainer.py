@@ -49,7 +49,8 @@ class GreenTrainer(Rounds):
 
     Raises:
         TypeError, ValueError: an argument is out of range; the optimizer is already under
-            GreenTrainer, or fused into the backward pass; no tensor fits the budget.
+            GreenTrainer or another wrapper, or fused into the backward pass; no tensor fits the
+            budget.
         RuntimeError: no parameter has a gradient, or none has a positive importance.
 
     `remove()`, or leaving the `with` block, lets all parameters train again.
@@ -69,6 +70,9 @@ class GreenTrainer(Rounds):
         ...     opt.zero_grad()
     """
 
+    label, key = "GreenTrainer", "green_step"
+    unfused = "a choice takes its step back"
+
     def __init__(
         self,
         model: nn.Module,
@@ -80,7 +84,7 @@ class GreenTrainer(Rounds):
     ) -> None:
         check_number("budget", budget, low=0.0, high=1.0, open_low=True)
         check_positive_int("select_every", select_every)
-        _check(optimizer)
+        self._check(optimizer)
         self._model, self._optimizer, self._probe, self._budget = model, optimizer, probe, budget
         self._params = [
             param
@@ -225,18 +229,3 @@ def _copied(value: Any) -> Any:
 
 def _devices(params: list[nn.Parameter]) -> list[int]:
     return sorted({param.device.index or 0 for param in params if param.is_cuda})
-
-
-def _check(optimizer: Any) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
-    if any("green_step" in group for group in optimizer.param_groups):
-        raise ValueError(
-            "optimizer must not be under GreenTrainer yet, got one that is; call remove() on it "
-            "first"
-        )
-    if getattr(optimizer, "_fusion", None) is not None:
-        raise ValueError(
-            "optimizer must not be fused into the backward pass, got one that is: a choice takes "
-            "its step back; call remove() on the handle of fuse_backward"
-        )

@@ -114,9 +114,9 @@ class HalfFineTuning(Rounds):
 
     Raises:
         TypeError, ValueError: an argument is out of range; the model has no repeated layers; the
-            optimizer is already under half fine-tuning, or keeps a window of past directions
-            (MeZO's `momentum_window`, ZOAdam's `state="window"`), which would move parameters that
-            rested.
+            optimizer is already under half fine-tuning or another wrapper, or keeps a window of
+            past directions (MeZO's `momentum_window`, ZOAdam's `state="window"`), which would move
+            parameters that rested.
 
     `remove()`, or leaving the `with` block, lets all parameters train again.
     DistributedDataParallel needs find_unused_parameters=True.
@@ -132,15 +132,26 @@ class HalfFineTuning(Rounds):
         ...     opt.zero_grad()
     """
 
+    label, key = "half fine-tuning", "hft_step"
+
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, *, round_steps: int, seed: int | None = None
     ) -> None:
         check_positive_int("round_steps", round_steps)
         seed = SharedSeed(seed, type(self).__name__).value
-        _check(optimizer)
+        self._check(optimizer)
         self._units = units(model)
         run = {"hft_seed": seed, "hft_round_steps": round_steps, "hft_step": 0}
         super().__init__(optimizer, run)
+
+    @classmethod
+    def _check(cls, optimizer: Any) -> None:
+        super()._check(optimizer)
+        for window in _windows(optimizer):
+            raise ValueError(
+                f"optimizer must not keep a window of past directions, which would move "
+                f"parameters that rested then, got {window}; store the momentum, or leave it out"
+            )
 
     @property
     def round(self) -> int:
@@ -182,18 +193,3 @@ def _windows(optimizer: Optimizer) -> Iterator[str]:
             yield f"momentum_window={group['momentum_window']}"
         if group.get("state") == "window":
             yield "state='window'"
-
-
-def _check(optimizer: Any) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
-    if any("hft_step" in group for group in optimizer.param_groups):
-        raise ValueError(
-            "optimizer must not be under half fine-tuning yet, got one that is; call remove() on "
-            "it first"
-        )
-    for window in _windows(optimizer):
-        raise ValueError(
-            f"optimizer must not keep a window of past directions, which would move parameters "
-            f"that rested then, got {window}; store the momentum, or leave it out"
-        )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
 
 from zoopt.distributed.checkpoint import called_by_checkpoint
-from zoopt.removable import Removable
+from zoopt.wrapper import Wrapper
 
 
-class Rounds(Removable):
+class Rounds(Wrapper):
     """Chooses which parameters train, by the number of the optimizer's steps.
 
     The optimizer's param groups hold the run's numbers, so its state dict has them.
@@ -20,22 +20,33 @@ class Rounds(Removable):
     Args:
         optimizer: its steps are counted.
         run: the numbers at the start, by group key.
+
+    Attributes:
+        key: of the number of steps, in the groups.
     """
+
+    key: ClassVar[str]
 
     def __init__(self, optimizer: Optimizer, run: dict[str, Any]) -> None:
         self._optimizer, self._run = optimizer, run
         self._write()
         self._follow()
-        self._hooks = [
+        self._attach(
+            optimizer,
             optimizer.register_load_state_dict_pre_hook(lambda _, saved: self._check_saved(saved)),
             optimizer.register_step_post_hook(lambda *_: self._stepped()),
             optimizer.register_load_state_dict_post_hook(lambda *_: self._load()),
-        ]
+        )
+
+    @classmethod
+    def _label_of(cls, optimizer: Optimizer) -> str | None:
+        if any(cls.key in group for group in optimizer.param_groups):
+            return cls.label
+        return super()._label_of(optimizer)
 
     def remove(self) -> None:
         """Undo it: all parameters train again, and the optimizer's groups are as before."""
-        for hook in self._hooks:
-            hook.remove()
+        self._detach()
         for param, _ in self._choice():
             param.requires_grad_(True)
         for group in self._optimizer.param_groups:
