@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.writes import ALL_RULES, batch, one_by_one, script
 from zoopt import kernels
 from zoopt.kernels import NoiseKey, Write
-from zoopt.kernels.noise.writes import kept_directions
+from zoopt.kernels.noise.writes import Script, kept_directions
 
 SIZES = (5000, 37, 2048, 1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -96,6 +96,33 @@ def test_a_direction_of_one_term_leaves_those_that_are_kept() -> None:
             kernels.write_each_(theta, writes, key=key, impl="numba")
             kernels.write_each_(expected, writes, key=key, impl="reference")
             assert torch.equal(theta, expected)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_sums_after_sums_are_one_write(decay: float) -> None:
+    """Moves and updates of a window, beside a step of one direction, which has a loop of its own,
+    and a sign step: the bits of each write made alone."""
+    window = [
+        write
+        for draw in range(3, 6)
+        for write in (
+            Write((draw,), (1e-3,)),
+            Write((draw,), (-2e-3,)),
+            Write((draw, draw - 1, draw - 2), (1e-3, -1e-4, -1e-5), decay),
+        )
+    ]
+    sign = Write((7,), (0.1,), rule="sign", estimate_draws=(7,), gradients=(1.0,), step_size=1e-3)
+    alone = [Write((8,), (0.1,)), Write((8,), (-0.2,)), Write((8,), (0.1,))]
+    writes = [*window, sign, *window, *alone, *window]
+    key = NoiseKey(1, 2)
+    theta, expected = torch.linspace(-1, 1, 5000), torch.linspace(-1, 1, 5000)
+    kernels.write_each_(theta, writes, key=key, impl="numba")
+    one_by_one(expected, key, writes, torch.zeros(0))
+    assert torch.equal(theta.view(torch.int32), expected.view(torch.int32))
+    # A decay begins a write; so do a rule, what follows it, and the run of one direction.
+    ends, *_ = Script(writes, torch.float32).arrays
+    assert len(ends) - 1 == (7 if decay == 1.0 else 16)
+    assert len(Script(writes, torch.bfloat16).arrays[0]) - 1 == len(writes)
 
 
 def test_what_does_not_fit_is_told() -> None:

@@ -260,24 +260,29 @@ def along_rounded(theta, pairs, random, decay, number):
 
 @intrinsic
 def _add_terms(typing_context, theta, z, stride, places, numbers, first, last):
-    """Add terms first ... last - 1 to a quarter of a group; see `add_terms`."""
+    """Add terms first ... last - 1 to two quarters of a group; see `add_terms`."""
 
     def generate(context, builder, signature, args):
         theta, z, stride, places, numbers, first, last = args
         count = words_together()
-        for start in range(0, QUARTER, count):
-            kind = ir.VectorType(FLOAT, count)
-            total = cgutils.alloca_once(builder, kind)
-            builder.store(Vector.load(builder, FLOAT, count, theta, 4 * start).value, total)
+        # Twice the usual number of elements together: a term's address and number serve them all.
+        for half in range(0, 2 * QUARTER, 2 * count):
+            starts = (half, half + count)
+            totals = [cgutils.alloca_once(builder, ir.VectorType(FLOAT, count)) for _ in starts]
+            for total, start in zip(totals, starts, strict=True):
+                own = Vector.load(builder, FLOAT, count, theta, 4 * start)
+                builder.store(own.value, total)
             with cgutils.for_range_slice(builder, first, last, INT64(1)) as (j, _):
                 where = builder.add(places, _place(builder, j, 8))
                 place = builder.load(builder.inttoptr(where, INT64.as_pointer()))
-                own = builder.add(z, builder.mul(place, stride))
-                direction = Vector.load(builder, FLOAT, count, own, 4 * start)
+                row = builder.add(z, builder.mul(place, stride))
                 at = builder.add(numbers, _place(builder, j, 4))
-                term = direction * Vector.loaded(builder, FLOAT, count, at)
-                builder.store((Vector(builder, builder.load(total)) + term).value, total)
-            Vector(builder, builder.load(total)).store(theta, 4 * start)
+                number = Vector.loaded(builder, FLOAT, count, at)
+                for total, start in zip(totals, starts, strict=True):
+                    term = Vector.load(builder, FLOAT, count, row, 4 * start) * number
+                    builder.store((Vector(builder, builder.load(total)) + term).value, total)
+            for total, start in zip(totals, starts, strict=True):
+                Vector(builder, builder.load(total)).store(theta, 4 * start)
         return context.get_dummy_value()
 
     u, i = numba.uint64, numba.int64
@@ -289,14 +294,14 @@ def add_terms(theta, z, places, numbers, first, last):
     """theta <- theta + numbers[j] z[places[j]] for j = first ... last - 1, each operation rounded.
 
     Args:
-        theta: float32 (64 n,).
+        theta: float32 (128 n,).
         z: float32 (kept, m), its rows at least as long.
         places, numbers: int64 and float32, one a term.
     """
     start, own, stride = u64(theta.ctypes.data), u64(z.ctypes.data), u64(z.strides[0])
     where, weights = u64(places.ctypes.data), u64(numbers.ctypes.data)
-    for q in range(len(theta) // QUARTER):
-        at = u64(4 * QUARTER * q)
+    for q in range(len(theta) // (2 * QUARTER)):
+        at = u64(8 * QUARTER * q)
         _add_terms(u64(start + at), u64(own + at), stride, where, weights, first, last)
 
 

@@ -202,7 +202,8 @@ class Script:
 
     @functools.cached_property
     def arrays(self) -> tuple[np.ndarray[Any, Any], ...]:
-        """The numbers as columns for the CPU, rounded to float32.
+        """The numbers as columns for the CPU, rounded to float32; a write is one with those before
+        it where it only adds terms to their result (see `_joined`).
 
         A number a write: where its terms end (a 0 comes before), where its estimate's begin, the
         length of the run that begins there (see `_runs`), rounding draw or -1, rule, decay,
@@ -210,28 +211,31 @@ class Script:
         made there first, whether for this term alone, coefficient or gradient, first, second,
         whether it closes.
         """
-        writes = self._given
-        counts = [len(write.draws) + len(write.estimate_draws) for write in writes]
+        counts = [len(write.draws) + len(write.estimate_draws) for write in self._given]
         ends = np.cumsum([0, *counts], dtype=np.int64)
-        own = np.array([len(write.draws) for write in writes], np.int64)
         exact = self._dtype == torch.float32
+        places, made, last = self._directions
+        runs = self._runs(ends.tolist(), made, last)
+        joined = self._joined(runs) if exact else [False] * len(runs)
+        begun = [w for w, own in enumerate(joined) if not own]
+        writes = [self._given[w] for w in begun]
+        ends = np.append(ends[begun], ends[-1])
         rounds = [
             -1 if exact or write.rounding_draw is None else write.rounding_draw for write in writes
         ]
-        places, made, last = self._directions
 
         def column(dtype: Any, *names: str) -> np.ndarray[Any, Any]:
             """A number a term: those of the write and of its estimate, or else zeros."""
             values: list[Any] = []
-            for write in writes:
+            for write in self._given:
                 for name, draws in zip(names, (write.draws, write.estimate_draws), strict=True):
                     values += (getattr(write, name) if name else ()) or (0,) * len(draws)
             return np.array(values, dtype)
 
         return (
             ends,
-            ends[:-1] + own,
-            np.array(self._runs(ends.tolist(), made, last), np.int64),
+            ends[1:] - np.array([len(write.estimate_draws) for write in writes], np.int64),
+            np.array([runs[w] for w in begun], np.int64),
             np.array(rounds, np.int64),
             np.array([RULES[write.rule] for write in writes], np.int64),
             *(
@@ -247,6 +251,17 @@ class Script:
             column(np.float32, "", "second"),
             column(np.bool_, "", "closes"),
         )
+
+    def _joined(self, runs: list[int]) -> list[bool]:
+        """For each float32 write, whether it can be one with the write before: both are sums alone
+        and outside of runs, and its decay is 1, so that it adds its terms to what that has left."""
+        joined, before, free = [], False, 0
+        for w, write in enumerate(self._given):
+            free = max(free, w + runs[w])
+            alone = w >= free and write.rule == "none"
+            joined.append(alone and before and np.float32(write.decay) == 1.0)
+            before = alone
+        return joined
 
     def _runs(self, ends: list[int], made: list[bool], last: list[int]) -> list[int]:
         """For each write, how many writes of one term each begin there, all along a direction that
