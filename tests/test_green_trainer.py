@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoopt
+from bench import green_trainer as bench
 from zoopt.selection.budget import Cost, backward_costs, choose, in_units
+
+ROOT = Path(__file__).parents[1]
 
 
 def cost_of(chosen: tuple[int, ...], costs: list[tuple[int, int]]) -> int:
@@ -239,6 +244,19 @@ def test_the_backward_pass_makes_the_products_that_were_planned() -> None:
     assert [p.grad is not None for p in model.parameters()] == [
         id(p) in chosen for p in model.parameters()
     ]
+
+
+def test_the_time_of_the_backward_pass_falls_as_planned() -> None:
+    """Within 15 %: the committed measurement. A new one makes the same rows."""
+    committed = json.loads((ROOT / "bench/results/green_trainer_cpu.json").read_text())["rows"]
+    assert {row["model"] for row in committed} == set(bench.MODELS)
+    assert len(committed) == len(bench.MODELS) * len(bench.BUDGETS)
+    for row in committed:
+        assert row["median"] == pytest.approx(row["planned"], rel=0.15), row["name"]
+    row = bench.measure(*bench.chain(16, 4, rows=8), 0.5, repeats=3)
+    assert row.keys() | {"model"} == committed[0].keys()
+    assert row["repeats"] == 3
+    assert 0.2 < row["planned"] <= 0.5
 
 
 def test_refuses() -> None:

@@ -321,10 +321,10 @@ def quantised() -> str:
 def green_trainer() -> str:
     """Shares of a full backward pass, planned and measured."""
     rows = [
-        [f"{row['budget']:.0%}", f"{row['planned']:.1%}", f"{row['median']:.1%}"]
+        [row["model"], f"{row['budget']:.0%}", f"{row['planned']:.1%}", f"{row['median']:.1%}"]
         for row in read("green_trainer_cpu.json")["rows"]
     ]
-    return table(["budget", "planned", "measured time"], rows, text=0)
+    return table(["model", "budget", "planned", "measured time"], rows)
 
 
 def decision() -> str:
