@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.writes import ALL_RULES, batch, one_by_one, script
 from zoopt import kernels
-from zoopt.kernels import NoiseKey, Write
+from zoopt.kernels import NoiseKey, Write, dispatch
 from zoopt.kernels.noise.writes import Script, kept_directions
 
 SIZES = (5000, 37, 2048, 1)
@@ -123,6 +123,22 @@ def test_sums_after_sums_are_one_write(decay: float) -> None:
     ends, *_ = Script(writes, torch.float32).arrays
     assert len(ends) - 1 == (7 if decay == 1.0 else 16)
     assert len(Script(writes, torch.bfloat16).arrays[0]) - 1 == len(writes)
+
+
+def test_the_reference_has_buffers_where_triton_would_be_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    writes = [Write((1,), (0.1,), 1.0, None, "momentum", (1,), (1.0,), step_size=-0.1)]
+    key, theta, expected = NoiseKey(1, 2), torch.ones(9), torch.ones(9)
+    buffer, own = torch.ones(9), torch.ones(9)
+    one_by_one(expected, key, writes, own)
+    monkeypatch.setattr(dispatch, "_best", lambda _: "triton")
+    kernels.write_each_(theta, writes, buffer=buffer, key=key, impl="reference")
+    assert torch.equal(theta, expected)
+    assert torch.equal(buffer, own)
+    with pytest.raises(ValueError, match=r"must be made by impl='numba' or 'reference', got"):
+        kernels.write_each_(theta, writes, buffer=buffer, key=key)
+    assert torch.equal(theta, expected)
 
 
 def test_what_does_not_fit_is_told() -> None:

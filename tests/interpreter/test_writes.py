@@ -7,9 +7,19 @@ import torch
 
 from tests.test_writes import DTYPES, NOISES, check
 from tests.writes import RULES
+from zoopt import kernels
+from zoopt.kernels import NoiseKey, Write
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_writes_have_the_bits_of_each_made_alone(dtype: torch.dtype) -> None:
     for noise, rules in zip(NOISES, (RULES, ("none",), ("none",), RULES), strict=True):
         check(dtype, noise, rules, "triton")
+
+
+def test_a_buffer_is_not_ignored() -> None:
+    theta, buffer = torch.zeros(3), torch.ones(3)
+    write = Write((1,), (0.1,), rule="momentum", estimate_draws=(1,), gradients=(1.0,))
+    with pytest.raises(ValueError, match=r"must be made by impl='numba' or 'reference', got"):
+        kernels.write_each_(theta, [write], buffer=buffer, key=NoiseKey(1, 2), impl="triton")
+    assert not theta.any()

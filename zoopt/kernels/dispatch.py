@@ -242,6 +242,11 @@ def choose(theta: Tensor, impl: str | None, family: str = "noise") -> ModuleType
     return _module(f"{family}.{_MODULES[impl]}")
 
 
+def takes_batches(backend: ModuleType) -> bool:
+    """Whether an implementation works on a whole batch at once."""
+    return bool(getattr(backend, "BATCHES", False))
+
+
 @functools.cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"zoopt.kernels.{name}")

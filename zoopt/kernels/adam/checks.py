@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -15,11 +14,6 @@ from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.operands import check_dense, check_like, check_read, check_tensor, dense
 
 Item = TypeVar("Item", Tensor, Moment)
-
-
-def takes_batches(backend: ModuleType) -> bool:
-    """Whether an implementation works on a whole batch at once."""
-    return bool(getattr(backend, "BATCHES", False))
 
 
 def row_major(gradient: Tensor | Batch, key: NoiseKey | None) -> Batch:

@@ -27,7 +27,6 @@ from zoopt.kernels.adam.checks import (
     outs_for,
     row_major,
     stored,
-    takes_batches,
     widest,
 )
 from zoopt.kernels.adam.moments import Moment
@@ -127,7 +126,7 @@ def adam_(
     backend = dispatch.choose(widest(batch, firsts), impl, "adam")
     if norms is not None and not batch.numel:
         norms.zero_()
-    elif takes_batches(backend):
+    elif dispatch.takes_batches(backend):
         once(backend.adam, batch, firsts, seconds, outs, norms, numbers, moment_draw)
     else:
         _adam_each(backend, batch, firsts, seconds, outs, norms, numbers, moment_draw)
@@ -260,7 +259,7 @@ def adamw_(
             check_apart(theta=dense_batch.tensors, **written)
             places = zip(gradients, dense_batch.tensors, firsts, seconds, strict=True)
             values = [kept(_apart, g, own, *memories(m), *memories(v)) for g, own, m, v in places]
-        if takes_batches(backend):
+        if dispatch.takes_batches(backend):
             once(backend.adamw, dense_batch, values, firsts, seconds, decay, numbers, *draws)
             return theta
         operands = zip(dense_batch.tensors, values, firsts, seconds, dense_batch.keys, strict=True)

@@ -17,7 +17,6 @@ from zoopt.kernels.adam.checks import (
     outs_for,
     row_major,
     stored,
-    takes_batches,
     widest,
 )
 from zoopt.kernels.adam.moments import Moment
@@ -99,7 +98,7 @@ def average_(
     outs = kept(outs_for, batch, out, wide)
     check_apart(out=outs, **stored("moment", moments))
     backend = dispatch.choose(widest(batch, moments), impl, "adam")
-    if takes_batches(backend):
+    if dispatch.takes_batches(backend):
         if batch.numel:
             once(backend.average, batch, moments, outs, numbers, signs, moment_draw)
         return outs if isinstance(gradient, Batch) else outs[0]

@@ -176,7 +176,7 @@ def energies(
         coefficients = scalars(coefficients, theta.dtype)
     backend = dispatch.choose(theta.tensors[0], impl, _FAMILY)
     dense = theta.row_major()
-    if getattr(backend, "BATCHES", False):
+    if dispatch.takes_batches(backend):
         found: Tensor = backend.energies(dense, coefficients, list(draws))
         return found
     parts = [

@@ -182,7 +182,7 @@ def run(
         numbers: what else it takes, the same for all.
     """
     function = getattr(backend, operation)
-    if getattr(backend, "BATCHES", False):
+    if dispatch.takes_batches(backend):
         function(batch, *beside, *numbers)
         return
     together = getattr(backend, f"{operation}_batch", None)

@@ -245,7 +245,7 @@ def write_each_(
     Args:
         theta: a dense tensor or a batch, as for `apply_`.
         writes: see `Write`.
-        buffer: that of `rule="momentum"`, as for `momentum_`; on the CPU.
+        buffer: that of `rule="momentum"`, as for `momentum_`; not with Triton.
         key, impl: as for `apply_`.
 
     Returns:
@@ -265,9 +265,10 @@ def write_each_(
         raise ValueError(
             f"buffer must be given where a write has rule 'momentum', and only there, got {buffer}"
         )
-    if script.stateful and dispatch.launches(batch.tensors[0]):
+    if script.stateful and dispatch.takes_batches(backend):
         raise ValueError(
-            f"writes of rule 'momentum' must be on the CPU, got {batch.device}; use momentum_"
+            f"writes of rule 'momentum' must be made by impl='numba' or 'reference', got "
+            f"impl={impl!r} on {batch.device}; use momentum_"
         )
     buffers = None if buffer is None else _beside("buffer", buffer, theta, batch)
     with batch.contiguous() as dense:

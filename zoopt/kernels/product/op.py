@@ -119,7 +119,7 @@ def add_product_(
         operands = [
             kept(_apart, own, *beside) for own, beside in zip(target.tensors, operands, strict=True)
         ]
-        if getattr(backend, "BATCHES", False):
+        if dispatch.takes_batches(backend):
             lefts, rights, gradients, scales, signs = (
                 None if part[0] is None else part for part in zip(*operands, strict=True)
             )
@@ -256,7 +256,7 @@ def squares(gradient: Tensor | Sequence[Tensor], axis: int, *, impl: str | None 
     first = gradients[0]
     backend, wide = dispatch.choose(first, impl, "product"), accumulator_dtype(first.dtype)
     values = [own.detach() for own in gradients]
-    if getattr(backend, "BATCHES", False):
+    if dispatch.takes_batches(backend):
         found: Tensor = backend.squares(values, axis, wide)
     elif len(values) == 1:
         found = backend.squares(values[0], axis, wide).unsqueeze(0)
