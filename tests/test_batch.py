@@ -149,6 +149,43 @@ def test_tensors_may_move_between_uses() -> None:
         kernels.apply_(batch, [1.0], draws=[1])
 
 
+def test_the_address_of_a_tensor_alone_is_the_present_one() -> None:
+    """An empty one is at 0; a check of one that is not must forget that."""
+    param = torch.nn.Parameter(torch.zeros(0))
+    batch = Batch([param], [NoiseKey(1, 2)])
+    batch.check()
+    assert batch.addresses == (0,)
+    param.data = torch.ones(1000)
+    batch.check()
+    assert batch.addresses == (param.data_ptr(),)
+    param.data = torch.zeros(0)
+    for _ in range(2):
+        batch.check()
+        assert batch.addresses == (0,)
+        assert batch.row_major() is batch
+
+
+def test_a_check_that_fails_is_not_remembered() -> None:
+    """The layout that it found belongs to tensors that were refused."""
+    param, base = torch.nn.Parameter(torch.zeros(4, 3).t()), torch.zeros(12)
+    batch, old = Batch([param, base], [NoiseKey(1, 2), NoiseKey(1, 3)]), param.data
+    assert batch.row_major() is not batch
+    param.data = base.view(3, 4)
+    with pytest.raises(ValueError, match="share no memory"):
+        batch.check()
+    param.data = old
+    batch.check()
+    assert batch.row_major() is not batch
+
+
+def test_another_layout_of_the_same_memory_is_checked() -> None:
+    param = torch.nn.Parameter(torch.zeros(4, 4).t())
+    batch = Batch([param, torch.zeros(3)], [NoiseKey(1, 2), NoiseKey(1, 3)])
+    param.data = param.data[:1].expand(4, 4)
+    with pytest.raises(ValueError, match="is expanded"):
+        batch.check()
+
+
 A, B = NoiseKey(1, 2), NoiseKey(1, 3)
 X = torch.zeros(8)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Batch:
     ) -> None:
         self.tensors, self.keys, self.reads = tuple(tensors), tuple(keys), reads
         self.indices = None if indices is None else tuple(indices)
-        self._checked: list[tuple[int, int, bool, torch.dtype, torch.device]] | None = None
+        self._checked: list[tuple[Any, ...]] | None = None
         self._row_major = False
         alone = len(self.tensors) == len(self.keys) == 1 and indices is None
         if alone and self._takes(self.tensors[0]):
@@ -88,8 +89,10 @@ class Batch:
         """Whether the only tensor is one that `check` would find nothing to say about."""
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
             return False
-        self._row_major = settled(tensor) != 0
-        return self._row_major
+        if not settled(tensor):
+            return False
+        self._row_major = True
+        return True
 
     @property
     def key(self) -> NoiseKey:
@@ -129,12 +132,13 @@ class Batch:
     def check(self, name: str = "theta") -> None:
         """Raise unless kernels can take all tensors as they are now. Cheap while none has moved."""
         if len(self.tensors) == 1 and self._takes(self.tensors[0]):
+            self._checked = None
             return
         try:
             places = None
             if not is_fake(self.tensors[0]):
                 places = [
-                    (t.data_ptr(), t.numel(), t.is_contiguous(), t.dtype, t.device)
+                    (t.data_ptr(), t.numel(), t.is_contiguous() or t.stride(), t.dtype, t.device)
                     for t in self.tensors
                 ]
         except (AttributeError, NotImplementedError, RuntimeError):
@@ -143,18 +147,18 @@ class Batch:
         if places is not None and places == self._checked:
             return
         dtype, device = self.dtype, self.device
-        alike = dtype in DTYPES and all(t.dtype == dtype for t in self.tensors)
-        if alike and all(settled(t) and t.device == device for t in self.tensors):
-            self._row_major = True
-        else:
+        row_major = dtype in DTYPES and all(
+            t.dtype == dtype and settled(t) and t.device == device for t in self.tensors
+        )
+        if not row_major:
             self._check_each(name)
-            self._row_major = all(is_row_major(tensor) for tensor in self.tensors)
+            row_major = all(is_row_major(tensor) for tensor in self.tensors)
         if places is not None and len(places) > 1 and not self.reads and not apart(self.tensors):
             raise ValueError(
                 f"{name} must be tensors that share no memory, got two that do; pass one of them, "
                 f"or a clone"
             )
-        self._checked = places
+        self._checked, self._row_major = places, row_major
 
     def _check_each(self, name: str) -> None:
         for tensor in self.tensors:
