@@ -79,9 +79,13 @@ def listing(compiled: Any) -> str:
     return _read_cubin(compiled.asm["cubin"], "nvdisasm", "-c")
 
 
-def _nvidia(compiled: Any) -> tuple[list[str], int, int, list[int]]:
-    """Opcodes, registers, spills and the widths in bits of the accesses to global memory."""
-    opcodes = SASS_LINE.findall(listing(compiled))
+def _nvidia(compiled: Any, text: str) -> tuple[list[str], int, int, list[int]]:
+    """Opcodes, registers, spills and the widths in bits of the accesses to global memory.
+
+    Args:
+        text: the listing of the machine code.
+    """
+    opcodes = SASS_LINE.findall(text)
     spills = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
     accesses = [opcode.split(".") for opcode in opcodes if opcode.startswith(("LDG", "STG"))]
     widths = [
@@ -117,16 +121,17 @@ def report(variant: Variant, target: str) -> Report:
     """
     launch = variant.launch(target)
     compiled = launch.compiled
-    read = _amd if target.startswith("gfx") else _nvidia
-    opcodes, registers, spills, widths = read(compiled)
+    machine_code = None if target.startswith("gfx") else listing(compiled)
+    counts = _amd(compiled) if machine_code is None else _nvidia(compiled, machine_code)
+    opcodes, registers, spills, widths = counts
     threads = compiled.metadata.num_warps * TARGETS[target].warp_size
     named = launch.arguments
     block = named["BLOCK"] if "BLOCK" in named else named["ROWS"] * named["COLUMNS"]
     work = [opcode for opcode in opcodes if not opcode.startswith(PADDING)]
     executed = None
-    if read is _nvidia:
+    if machine_code is not None:
         blocks = named.get("BLOCKS", 1)
-        count = sass_path.executed(listing(compiled), blocks)
+        count = sass_path.executed(machine_code, blocks)
         executed = count * threads / (block * blocks)
     vectors = int(variant.bytes_beside_codes * block) // (16 * threads)
     # A thread has as many codes as it has other numbers.

@@ -53,7 +53,6 @@ class Listing:
     def loops(self) -> list[tuple[int, int]]:
         """The first and the last instruction of each loop."""
         ends = enumerate(self._targets)
-        ends = enumerate(self._targets)
         return [(first, last) for last, first in ends if first is not None and first < last]
 
     def _followers(self, i: int) -> Iterator[int]:

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 import zoopt
 import zoopt.kernels
-from bench.sass import _nvidia, report
+from bench.sass import _nvidia, listing, report
 from bench.stub_gpu import TARGETS, launches, stub_gpu
 from bench.variants import Variant, variants
 from zoopt import kernels
@@ -115,7 +115,7 @@ def test_one_tensor_out_of_step_leaves_the_others_their_vectors() -> None:
     with stub_gpu():
         call = lambda: kernels.apply_(batch, [0.1], draws=[3], rounding="stochastic")  # noqa: E731
         [launch] = launches(call, compiled=True).launches
-    opcodes, _, spills, widths = _nvidia(launch.compiled)
+    opcodes, _, spills, widths = _nvidia(launch.compiled, listing(launch.compiled))
     # Of 4096 elements a thread of 128 reads and writes 32.
     assert (widths.count(128), spills) == (8, 0)
     assert len(opcodes) < 3000
