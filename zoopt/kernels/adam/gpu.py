@@ -29,11 +29,13 @@ from zoopt.kernels.operands import address
 
 #: An operation takes a whole batch.
 BATCHES = True
-#: Elements that are in registers at a time, and warps: 16 elements a thread are 128 bits of int8
-#: codes. A program does so many blocks one after the other, and finds its tensor once.
+#: Elements that are in registers at a time, and blocks of them that a program does one after the
+#: other: it finds its tensor once.
 BLOCK, BLOCKS = 1024, 8
+#: Eight elements a thread: 128 bits of 16-bit numbers, 64 of int8 codes, 32 of int4 codes.
 NUM_WARPS = {"cuda": 4, "hip": 2, "interpreter": 1}
-#: Four groups of warps then fit on a processor, and hide the latency of memory from each other.
+#: Left to itself, ptxas saves registers at the price of one or two instructions an element. With so
+#: many, four programs fit on a multiprocessor, and hide the latency of memory from each other.
 _REGISTERS: dict[str, dict[str, int]] = {"cuda": {"maxnreg": 128}}
 #: Elements of a block of codes of any format.
 _UNIT = max(CODE_BLOCK.values())

@@ -112,8 +112,9 @@ def read_moment(
     BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Elements start ... start + BLOCK - 1 of a moment, the first `left` of them inside: float32,
-    (BLOCK,)."""
+    """Elements start ... start + BLOCK - 1 of a moment, the first `left` of them inside, and all of
+    them if `whole`: float32, (BLOCK,). If EVEN, `left` is a multiple of EVEN_ELEMENTS.
+    """
     if FORMAT == "float32" or FORMAT == "bfloat16":
         inside = tl.arange(0, BLOCK) < left
         value = widened(_load(codes + start, inside, whole, EVEN, BLOCK), BACKEND)
@@ -136,8 +137,9 @@ def read_moment(
             # A power of two, which may multiply the scale as well: all products are normal.
             scales *= 1.0 / (TOP * TOP)
         if EVEN:
-            # Of elements outside the moment is 0, as the gradient is. They are whole groups, of
-            # which the compiler can see that a thread has one.
+            # Elements outside get the scale 0, so that their moment is 0, as their gradient is.
+            # The mask has one bit a group: all elements of a thread are in one, which the compiler
+            # can see.
             group = tl.arange(0, BLOCK // _GROUP) < left // _GROUP
             scales = tl.where(group, _spread(scales, SIZE // _GROUP, BLOCK // _GROUP), 0.0)
             scales = _spread(scales, _GROUP, BLOCK)

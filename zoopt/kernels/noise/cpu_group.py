@@ -1,7 +1,7 @@
 """The noise of many directions on the same elements: compiled, a group of elements at a time.
 
 A group is 32 blocks of Philox, 256 elements. What a direction does to them is independent of their
-order, so they lie in the order in which the words come: see `place`. In that order a word's two
+order, so they lie in the order in which the words come: see `grouped`. In that order a word's two
 halves are in vectors of their own, and nothing is moved between lanes.
 
 Of ten rounds, the first two multiply only numbers that depend on the block or on the draw. So the
@@ -25,8 +25,6 @@ from zoopt.kernels.runtime.vectors import FLOAT, INT32, INT64, Vector, words_tog
 BLOCKS, GROUP, QUARTER = 32, 256, 64
 #: Numbers that name a draw: three of its first two rounds, and the keys of the others.
 KEYS = 3 + 2 * (philox.ROUNDS - 2)
-#: What is done along a direction before the next one is made: at most so many writes.
-LONGEST_RUN = 3
 
 _M0, _M1 = u64(philox.MULTIPLIER_0), u64(philox.MULTIPLIER_1)
 _W0, _W1 = u32(philox.WEYL_0), u32(philox.WEYL_1)

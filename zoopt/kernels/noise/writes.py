@@ -19,9 +19,7 @@ Rule = Literal["none", "sign", "adam", "momentum"]
 RULES: dict[str, int] = {"none": 0, "sign": 1, "adam": 2, "momentum": 3}
 #: Directions of a tile that are kept on the CPU until a later write uses them again.
 _MOST_KEPT = 64
-
-
-#: The writes that the CPU makes at once along one direction.
+#: At most so many writes along one direction are made at once on the CPU.
 _LONGEST_RUN = 3
 
 
@@ -37,15 +35,16 @@ class Write:
 
         m <- m + first[i] ghat,    v <- v + second[i] (ghat ghat),    ghat <- 0
 
-    and u = (step_size m) / (sqrt(v) + eps), as in `adam_window_`. `rule="momentum"`: the terms are
-    added to momentum buffer instead, a tensor beside theta that the next write finds, and
-    u = step_size buffer, as in `momentum_`.
+    and u = (step_size m) / (sqrt(v) + eps), as in `adam_window_`. `rule="momentum"`: a tensor
+    beside theta, the buffer, takes the place of ghat and is kept for the next write. It is first
+    multiplied by `momentum`, then the terms are added to it, and u = step_size buffer, as in
+    `momentum_`.
 
     Attributes:
         draws, coefficients: a number a direction.
         decay: multiplies theta.
         rounding_draw: the draw whose bits round stochastically, or None to round to nearest.
-        rule: `"none"`, `"sign"` or `"adam"`.
+        rule: `"none"`, `"sign"`, `"adam"` or `"momentum"`.
         estimate_draws, gradients, first, second, closes: a number a term; the last three of
             `"adam"` alone.
         step_size, eps, momentum: as in the formulas.
