@@ -27,6 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DISTRIBUTIONS = ("normal", "rademacher", "masked normal", "masked rademacher")
 #: Directions of a call.
 _DRAWS = {"apply": 1, "apply_4": 4, "apply_10": 10, "momentum": 1, "momentum_10": 10, "add": 1}
+_PERTURBED = ("perturb", "perturb_alone", "perturb_out", "perturb_rows", "perturb_scaled")
 _ROUNDED = (*_DRAWS, "adam_window")
 #: Updates by shape and rule, and the bytes that they read and write beside theta.
 _DESCENTS = {
@@ -249,9 +250,7 @@ def variants() -> Iterator[Variant]:
     """Every variant that an operation on whole tensors can ask for."""
     for dtype in DTYPES:
         for distribution in DISTRIBUTIONS:
-            for kernel in (
-                *("perturb", "perturb_alone", "perturb_out", "perturb_rows", "perturb_scaled"),
-            ):
+            for kernel in _PERTURBED:
                 yield Variant(kernel, dtype, distribution)
             for kernel in _ROUNDED:
                 for rounding in _roundings(dtype):

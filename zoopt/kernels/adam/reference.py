@@ -59,6 +59,13 @@ def _averages(g: Tensor, first: Moment, second: Moment, numbers: Numbers) -> tup
     return m, v
 
 
+def _mixtures(g: Tensor, stored: Moment, numbers: Average) -> tuple[Tensor, Tensor]:
+    """The direction and the new moment, (k,), both of the old moment."""
+    m = decode(stored)
+    direction = m * numbers.look_m + g * numbers.look_g
+    return direction, m * numbers.keep_m + g * numbers.keep_g
+
+
 def _quotient(
     gradient: Tensor,
     first: Moment,
@@ -149,11 +156,10 @@ def average(
     """
     for start, stop in pieces(chunks(gradient.numel())):
         g, part, bits = gradient[start:stop], stored.part(start, stop), None
-        m = kept(torch.clone, decode(part))
-        direction = m * numbers.look_m + g * numbers.look_g
+        direction, m = kept(_mixtures, g, part, numbers)
         if moment_draw is not None:
             shifted = key.shifted(start)
             bits = _halfwords(shifted, g.numel(), moment_draw, philox.PURPOSE_MOMENTS, g.device)
-        encode(m * numbers.keep_m + g * numbers.keep_g, part, bits)
+        encode(m, part, bits)
         direction = direction.sign() if signs else direction
         out[start:stop] = round_nearest(direction, out.dtype)
