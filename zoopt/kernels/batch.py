@@ -126,6 +126,10 @@ class Batch:
             return tuple([address(tensor, tensor.dtype) for tensor in self.tensors])
         return tuple([place[0] for place in self._checked])
 
+    def addresses_of(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+        """The addresses of the batch's own tensors, or of contiguous ones beside them."""
+        return self.addresses if tensors is self.tensors else addresses(tensors)
+
     def __len__(self) -> int:
         return len(self.tensors)
 

@@ -25,7 +25,6 @@ from zoopt.kernels.adam.reference import Average, Numbers
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.gpu import _TYPES, _addresses, _int32, _table, backend_name
-from zoopt.kernels.operands import address
 
 #: An operation takes a whole batch.
 BATCHES = True
@@ -178,8 +177,7 @@ def _launch(
         for tensor, own_key in zip(batch.tensors, batch.keys, strict=True)
     )
     places = tuple(
-        None if tensors is None else tuple([address(tensor, tensor.dtype) for tensor in tensors])
-        for tensors in memories.values()
+        None if tensors is None else batch.addresses_of(tensors) for tensors in memories.values()
     )
     if alone:
         [(numel, offset, number)] = rows

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoopt.kernels.batch import Batch, addresses
+from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import interpreting
 from zoopt.kernels.noise.gpu_kernels import (
     momentum_kernel,
@@ -179,9 +179,7 @@ def launch(
         if tensors is None or alone:
             arguments[name] = None if tensors is None else tensors[0]
         else:
-            own_memory = tensors is batch.tensors
-            places = batch.addresses if own_memory else addresses(tensors)
-            arguments[name] = _addresses(places, batch.device)
+            arguments[name] = _addresses(batch.addresses_of(tensors), batch.device)
     with torch.cuda.device_of(batch.tensors[0]):
         kernel[(programs,)](
             **arguments,

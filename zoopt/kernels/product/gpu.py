@@ -18,7 +18,6 @@ from torch import Tensor
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.journal import pieces
 from zoopt.kernels.noise.gpu import _TYPES, _addresses, _int32, backend_name
-from zoopt.kernels.operands import address
 from zoopt.kernels.product.gpu_batch import add_products
 from zoopt.kernels.product.gpu_kernels import product_kernel
 from zoopt.kernels.product.reference import blas_rounds
@@ -120,10 +119,7 @@ def _launch(
     if alone:
         arguments: list[Any] = [None if part is None else part[0] for part in memories]
     else:
-        places = [
-            None if part is None else tuple([address(t, t.dtype) for t in part])
-            for part in memories
-        ]
+        places = [None if part is None else theta.addresses_of(part) for part in memories]
         vectors = not any(at % 16 for part in places if part is not None for at in part)
         arguments = [None if part is None else _addresses(part, theta.device) for part in places]
         own = [word for each in theta.keys for word in (each.offset, _int32(each.stream))]

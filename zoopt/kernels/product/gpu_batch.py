@@ -10,9 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from zoopt.kernels.batch import Batch
+from zoopt.kernels.batch import Batch, addresses
 from zoopt.kernels.noise.gpu import _TYPES, Table, _addresses, _int32, backend_name, table_of
-from zoopt.kernels.operands import address
 from zoopt.kernels.product.gpu_kernels_batch import products_kernel
 
 #: Rows and columns of a program's tile, and how many columns of a factor it reads at a time.
@@ -34,7 +33,7 @@ def add_products(
             # With a single row or column both b and its transpose are contiguous.
             kind = (a.shape[0], a.shape[2], not b.is_contiguous())
             alike.setdefault(kind, []).append(i)
-    backend = backend_name()
+    backend, matrices = backend_name(), batch.addresses
     for (count, rank, transposed), places in alike.items():
         own = [batch.tensors[i] for i in places]
         keys = [batch.keys[i] for i in places]
@@ -45,18 +44,15 @@ def add_products(
             ]
         )
         table = _tiles(rows, batch.device)
-        addresses = [
-            tuple([address(each, each.dtype) for each in tensors])
-            for tensors in (
-                own,
-                [left[i] for i in places],
-                [right[i].mT if transposed else right[i] for i in places],
-            )
-        ]
-        vectors = not any(at % 16 for at in addresses[0]) and not any(n % 8 for _, n, *_ in rows)
+        memories = (
+            tuple([matrices[i] for i in places]),
+            addresses([left[i] for i in places]),
+            addresses([right[i].mT if transposed else right[i] for i in places]),
+        )
+        vectors = not any(at % 16 for at in memories[0]) and not any(n % 8 for _, n, *_ in rows)
         with torch.cuda.device_of(own[0]):
             products_kernel[(table.programs,)](
-                *(_addresses(each, batch.device) for each in addresses),
+                *(_addresses(each, batch.device) for each in memories),
                 table.places,
                 table.hints,
                 table.shift,

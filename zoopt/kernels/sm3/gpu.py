@@ -27,7 +27,6 @@ from zoopt.kernels.noise.gpu import (
     to_device,
 )
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.operands import address
 from zoopt.kernels.sm3.gpu_kernels import WIDTH, sm3_kernel
 from zoopt.kernels.sm3.reference import Bounds, Numbers
 
@@ -177,10 +176,7 @@ def _launch(
     rows = [vectors[0] if len(vectors) > 1 else _unbounded(device) for vectors in accumulators]
     columns = [vectors[-1] for vectors in accumulators]
     memories = [batch.tensors, gradients, rows, columns, buffers]
-    places = [
-        None if tensors is None else tuple([address(t, t.dtype) for t in tensors])
-        for tensors in memories
-    ]
+    places = [None if tensors is None else batch.addresses_of(tensors) for tensors in memories]
     theta, gradient, row, column, buffer = (
         None if place is None else _addresses(place, device) for place in places
     )
