@@ -157,7 +157,8 @@ class Batch:
         if not row_major:
             self._check_each(name)
             row_major = all(is_row_major(tensor) for tensor in self.tensors)
-        if places is not None and len(places) > 1 and not self.reads and not apart(self.tensors):
+        written_together = places is not None and len(places) > 1 and not self.reads
+        if written_together and not share_no_memory(self.tensors):
             raise ValueError(
                 f"{name} must be tensors that share no memory, got two that do; pass one of them, "
                 f"or a clone"
@@ -273,7 +274,7 @@ def as_batch(theta: Tensor | Batch, key: NoiseKey | None) -> Batch:
     return theta
 
 
-def apart(tensors: Iterable[Tensor]) -> bool:
+def share_no_memory(tensors: Iterable[Tensor]) -> bool:
     """Whether no two contiguous tensors share memory: one launch writes to all, in no order."""
     spans = sorted(
         (tensor.data_ptr(), tensor.numel() * tensor.itemsize)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zoopt.distributed.sharding import is_sharded
 from zoopt.kernels import Write, dispatch, write_each_
-from zoopt.kernels.batch import Batch, apart
+from zoopt.kernels.batch import Batch, share_no_memory
 from zoopt.kernels.descent.rule import Rule, Shape
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.noise import stream
@@ -275,7 +275,7 @@ class Scripted:
         if not all(group["params"] for group in groups):
             raise NotScriptedError
         self.kinds = list(kinds.values())
-        if not apart(param for kind in self.kinds for param, *_ in kind.params):
+        if not share_no_memory(param for kind in self.kinds for param, *_ in kind.params):
             # Tied by their data: their writes take turns, step by step.
             raise NotScriptedError
         self.stand_in = self._stand_in(groups)
