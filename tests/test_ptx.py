@@ -119,7 +119,7 @@ def test_an_approximate_root_leads_to_the_same_code(
     s = np.minimum(np.concatenate([s, s * np.float32(1e-9)]), np.float32(top**2))
     random = words(len(s), 0, 256)
     clamped = np.maximum(s, np.float32(least))
-    [root] = run("rsqrt.approx.ftz.f32 $0, $1;", [bits(clamped)], 1, units=units)
+    [root] = run(ptx.INVERSE_ROOT.value, [bits(clamped)], 1, units=units)
     shifted = fma(clamped, floats(root), base_value - np.float32(0.5))
     level = shifted - base_value
     below = (random + 0.5) * (2 * level + 1.0) / 256 - (s - level.astype(float) ** 2)

@@ -7,127 +7,129 @@ it. `tests/test_ptx.py` runs the instructions below one by one, and compares the
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
+#: Which bytes of two words a permutation takes: the lowest of each, the signs of each in all bits,
+#: the lower half of each.
+_LOW, _SIGN, _JOIN = "0x0040", "0x00fb", "0x5410"
+
+
+def _code(*lines: str) -> str:
+    """Instructions, one a line."""
+    return "".join(f"\n    {line};" for line in lines) + "\n"
+
+
+def _scope(*lines: str) -> str:
+    """Instructions with registers of their own."""
+    return "{" + _code(*lines) + "}"
+
+
+def _floats(word: str, first: int) -> list[str]:
+    """Outputs first ... first + 3: the bytes b of a word as the float32 numbers 2^23 + b."""
+    return [f"prmt.b32 ${first + i}, {word}, 0x4b000000, 0x744{i}" for i in range(4)]
+
+
+def _gathered(out: str, parts: Sequence[str], first: int, selector: str) -> list[str]:
+    """out: a byte of each of the operands first ... first + 3. parts: two registers to work in."""
+    a, b = parts
+    return [
+        f"prmt.b32 {a}, ${first}, ${first + 1}, {selector}",
+        f"prmt.b32 {b}, ${first + 2}, ${first + 3}, {selector}",
+        f"prmt.b32 {out}, {a}, {b}, {_JOIN}",
+    ]
+
+
+def _signed_halves(out: str, other: str, low: int, x: int) -> list[str]:
+    """out: the low halves of bytes are 8 + l or 8 - l, of magnitudes l below 8 from operand `low`
+    on and signs from operand x on: 8 + l, or (l ^ 15) + 9 = 16 + 8 - l."""
+    return [
+        *_gathered(out, out + other, low, _LOW),
+        *_gathered("s", other + "s", x, _SIGN),
+        f"xor.b32 {out}, {out}, s",
+        f"and.b32 {out}, {out}, 0x0f0f0f0f",
+        "and.b32 s, s, 0x01010101",
+        "or.b32 s, s, 0x08080808",
+        f"add.u32 {out}, {out}, s",
+    ]
+
+
 #: Two bfloat16 numbers in a word, as float32.
-WIDEN = tl.constexpr("""
-    shl.b32 $0, $2, 16;
-    and.b32 $1, $2, 0xffff0000;
-""")
+WIDEN = tl.constexpr(_code("shl.b32 $0, $2, 16", "and.b32 $1, $2, 0xffff0000"))
 #: The two halves of a word.
-SPLIT = tl.constexpr("""
-    prmt.b32 $0, $2, 0, 0x4410;
-    prmt.b32 $1, $2, 0, 0x4432;
-""")
+SPLIT = tl.constexpr(_code("prmt.b32 $0, $2, 0, 0x4410", "prmt.b32 $1, $2, 0, 0x4432"))
 #: The four bytes of a word b, as the float32 numbers 2^23 + b: a byte becomes the low bits of the
 #: mantissa.
-BYTES = tl.constexpr("""
-    prmt.b32 $0, $4, 0x4b000000, 0x7440;
-    prmt.b32 $1, $4, 0x4b000000, 0x7441;
-    prmt.b32 $2, $4, 0x4b000000, 0x7442;
-    prmt.b32 $3, $4, 0x4b000000, 0x7443;
-""")
+BYTES = tl.constexpr(_code(*_floats("$4", 0)))
 #: The same of signed bytes c: 2^23 + 128 + c.
-SIGNED_BYTES = tl.constexpr("""{
-    .reg .b32 w;
-    xor.b32 w, $4, 0x80808080;
-    prmt.b32 $0, w, 0x4b000000, 0x7440;
-    prmt.b32 $1, w, 0x4b000000, 0x7441;
-    prmt.b32 $2, w, 0x4b000000, 0x7442;
-    prmt.b32 $3, w, 0x4b000000, 0x7443;
-}""")
+SIGNED_BYTES = tl.constexpr(
+    _scope(".reg .b32 w", "xor.b32 w, $4, 0x80808080", *_floats("w", 0)),
+)
 #: The lower and the upper halves h of four bytes, as 2^23 + h.
-HALVES = tl.constexpr("""{
-    .reg .b32 l, h;
-    and.b32 l, $8, 0x0f0f0f0f;
-    shr.u32 h, $8, 4;
-    and.b32 h, h, 0x0f0f0f0f;
-    prmt.b32 $0, l, 0x4b000000, 0x7440;
-    prmt.b32 $1, l, 0x4b000000, 0x7441;
-    prmt.b32 $2, l, 0x4b000000, 0x7442;
-    prmt.b32 $3, l, 0x4b000000, 0x7443;
-    prmt.b32 $4, h, 0x4b000000, 0x7440;
-    prmt.b32 $5, h, 0x4b000000, 0x7441;
-    prmt.b32 $6, h, 0x4b000000, 0x7442;
-    prmt.b32 $7, h, 0x4b000000, 0x7443;
-}""")
+HALVES = tl.constexpr(
+    _scope(
+        ".reg .b32 l, h",
+        "and.b32 l, $8, 0x0f0f0f0f",
+        "shr.u32 h, $8, 4",
+        "and.b32 h, h, 0x0f0f0f0f",
+        *_floats("l", 0),
+        *_floats("h", 4),
+    )
+)
 #: The bits of a finite float32 number plus a small integer; of others the number itself.
-CARRY = tl.constexpr("""{
-    .reg .pred p;
-    .reg .f32 a;
-    abs.f32 a, $1;
-    setp.lt.f32 p, a, 0f7F800000;
-    mov.b32 $0, $1;
-    @p add.u32 $0, $0, $2;
-}""")
+CARRY = tl.constexpr(
+    _scope(
+        ".reg .pred p",
+        ".reg .f32 a",
+        "abs.f32 a, $1",
+        "setp.lt.f32 p, a, 0f7F800000",
+        "mov.b32 $0, $1",
+        "@p add.u32 $0, $0, $2",
+    )
+)
 #: The low bytes of four words, in one.
-PACK = tl.constexpr("""{
-    .reg .b32 a, b;
-    prmt.b32 a, $1, $2, 0x0040;
-    prmt.b32 b, $3, $4, 0x0040;
-    prmt.b32 $0, a, b, 0x5410;
-}""")
+PACK = tl.constexpr(_scope(".reg .b32 a, b", *_gathered("$0", "ab", 1, _LOW)))
 #: The same of magnitudes below 128, negated where the float32 numbers that follow are negative:
 #: bytes of -1 or 0 replicate the signs, and -l is (l ^ -1) + 1, without a carry between bytes.
-PACK_SIGNED = tl.constexpr("""{
-    .reg .b32 a, b, s, t;
-    prmt.b32 a, $1, $2, 0x0040;
-    prmt.b32 b, $3, $4, 0x0040;
-    prmt.b32 a, a, b, 0x5410;
-    prmt.b32 b, $5, $6, 0x00fb;
-    prmt.b32 s, $7, $8, 0x00fb;
-    prmt.b32 b, b, s, 0x5410;
-    xor.b32 t, a, b;
-    and.b32 t, t, 0x7f7f7f7f;
-    and.b32 s, b, 0x01010101;
-    add.u32 t, t, s;
-    and.b32 b, b, 0x80808080;
-    xor.b32 $0, t, b;
-}""")
+PACK_SIGNED = tl.constexpr(
+    _scope(
+        ".reg .b32 a, b, s, t",
+        *_gathered("a", "ab", 1, _LOW),
+        *_gathered("b", "bs", 5, _SIGN),
+        "xor.b32 t, a, b",
+        "and.b32 t, t, 0x7f7f7f7f",
+        "and.b32 s, b, 0x01010101",
+        "add.u32 t, t, s",
+        "and.b32 b, b, 0x80808080",
+        "xor.b32 $0, t, b",
+    )
+)
 #: Eight numbers of 4 bits, four for the lower halves of bytes and then four for the upper halves.
-PACK_HALVES = tl.constexpr("""{
-    .reg .b32 a, b, c;
-    prmt.b32 a, $1, $2, 0x0040;
-    prmt.b32 b, $3, $4, 0x0040;
-    prmt.b32 a, a, b, 0x5410;
-    prmt.b32 b, $5, $6, 0x0040;
-    prmt.b32 c, $7, $8, 0x0040;
-    prmt.b32 b, b, c, 0x5410;
-    shl.b32 b, b, 4;
-    or.b32 $0, a, b;
-}""")
-#: The same of magnitudes below 8 with the signs of eight float32 numbers, 8 added to each: 8 + l,
-#: or (l ^ 15) + 9 = 16 + 8 - l.
-PACK_SIGNED_HALVES = tl.constexpr("""{
-    .reg .b32 a, b, c, s, t;
-    prmt.b32 a, $1, $2, 0x0040;
-    prmt.b32 b, $3, $4, 0x0040;
-    prmt.b32 a, a, b, 0x5410;
-    prmt.b32 b, $9, $10, 0x00fb;
-    prmt.b32 s, $11, $12, 0x00fb;
-    prmt.b32 s, b, s, 0x5410;
-    xor.b32 a, a, s;
-    and.b32 a, a, 0x0f0f0f0f;
-    and.b32 s, s, 0x01010101;
-    or.b32 s, s, 0x08080808;
-    add.u32 a, a, s;
-    and.b32 a, a, 0x0f0f0f0f;
-    prmt.b32 b, $5, $6, 0x0040;
-    prmt.b32 c, $7, $8, 0x0040;
-    prmt.b32 b, b, c, 0x5410;
-    prmt.b32 c, $13, $14, 0x00fb;
-    prmt.b32 s, $15, $16, 0x00fb;
-    prmt.b32 s, c, s, 0x5410;
-    xor.b32 b, b, s;
-    and.b32 b, b, 0x0f0f0f0f;
-    and.b32 s, s, 0x01010101;
-    or.b32 s, s, 0x08080808;
-    add.u32 b, b, s;
-    shl.b32 b, b, 4;
-    and.b32 b, b, 0xf0f0f0f0;
-    or.b32 $0, a, b;
-}""")
+PACK_HALVES = tl.constexpr(
+    _scope(
+        ".reg .b32 a, b, c",
+        *_gathered("a", "ab", 1, _LOW),
+        *_gathered("b", "bc", 5, _LOW),
+        "shl.b32 b, b, 4",
+        "or.b32 $0, a, b",
+    )
+)
+#: The same of magnitudes below 8 with the signs of eight float32 numbers, 8 added to each.
+PACK_SIGNED_HALVES = tl.constexpr(
+    _scope(
+        ".reg .b32 a, b, c, s, t",
+        *_signed_halves("a", "b", 1, 9),
+        "and.b32 a, a, 0x0f0f0f0f",
+        *_signed_halves("b", "c", 5, 13),
+        "shl.b32 b, b, 4",
+        "and.b32 b, b, 0xf0f0f0f0",
+        "or.b32 $0, a, b",
+    )
+)
+#: 1 / sqrt(x), approximately, with denormal numbers taken for zeros.
+INVERSE_ROOT = tl.constexpr("rsqrt.approx.ftz.f32 $0, $1;")
 
 
 def _quotients(count: int) -> str:
@@ -287,6 +289,4 @@ def quotients(a, v, eps):
 @triton.jit
 def inverse_roots(x):
     """1 / sqrt(x), approximately: one instruction, which takes denormal numbers for zeros."""
-    return tl.inline_asm_elementwise(
-        "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise(INVERSE_ROOT, "=f,f", [x], tl.float32, is_pure=True, pack=1)
