@@ -21,7 +21,7 @@ from tests.meter import peak_bytes
 from tests.optimizer_table import PERTURBATIONS, SHAPINGS, closure_of, mlp
 from tests.reference import evolution_float64 as oracle
 from zoopt import kernels, noise
-from zoopt.zeroth_order.engine import direction
+from zoopt.zeroth_order.engine import noise as engine_noise
 from zoopt.zeroth_order.engine.population import shaped
 
 SEED = 7
@@ -205,7 +205,7 @@ def test_one_pass_adds_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     optimizer = zoopt.EvolutionStrategy(model.named_parameters(), population_size=12, seed=1)
     fitness = optimizer.evaluate(closure_of(model))
-    monkeypatch.setattr(direction, "apply_", spy)
+    monkeypatch.setattr(engine_noise, "apply_", spy)
     optimizer.update(fitness)
     assert calls == [(param.numel(), list(range(6))) for param in model.parameters()]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import zoopt
 from tests.optimizer_table import ROWS, Row, closure_of, mlp
 from zoopt.kernels.noise import cpu
-from zoopt.zeroth_order.engine import direction
+from zoopt.zeroth_order.engine import chunks
 
 INPLACE = [row for row in ROWS if "inplace" in row.perturbations]
 ZEROTH_ORDER = str(Path(zoopt.__file__).parent / "zeroth_order")
@@ -101,7 +101,7 @@ def test_an_error_at_any_pass(row: Row, after: bool, monkeypatch: pytest.MonkeyP
         return result
 
     # Pieces of few elements, so that a pass has several.
-    monkeypatch.setattr(direction, "_CHUNK", {"cpu": 24, "cuda": 24})
+    monkeypatch.setattr(chunks, "_CHUNK", {"cpu": 24, "cuda": 24})
     kernels(monkeypatch, around)
     while True:
         model, optimizer = runs.new()

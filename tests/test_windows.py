@@ -15,8 +15,9 @@ from tests.optimizer_table import Row, closure_of, mlp
 from zoopt.kernels import NoiseKey, dispatch, perturb
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.noise.op import perturbed_copies
-from zoopt.zeroth_order.engine import direction, windows
-from zoopt.zeroth_order.engine.direction import Noise
+from zoopt.zeroth_order.engine import noise as engine_noise
+from zoopt.zeroth_order.engine import windows
+from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.sites import Site, Sites, along
 from zoopt.zeroth_order.engine.windows import Moves, Reads, Windows
 
@@ -58,7 +59,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return perturbed_copies(theta, *numbers, **options)
 
     monkeypatch.setattr(dispatch, "launches", lambda tensor: True)
-    monkeypatch.setattr(direction, "perturbed_copies", counted)
+    monkeypatch.setattr(engine_noise, "perturbed_copies", counted)
     monkeypatch.setattr(windows, "WINDOW_BYTES", 3 * 45 * 3 * 4)
     return sizes
 
@@ -303,7 +304,8 @@ def test_an_operator_takes_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     closure()
     optimizer = zoopt.MeZO(net.parameters(), 1e-3, perturbation="virtual", seed=1)
     monkeypatch.setattr(dispatch, "launches", lambda tensor: True)
-    monkeypatch.setattr(direction, "perturbed_copies", lambda theta, *_, **__: list(theta.tensors))
+    unmoved = lambda theta, *_, **__: list(theta.tensors)  # noqa: E731
+    monkeypatch.setattr(engine_noise, "perturbed_copies", unmoved)
     optimizer.step(closure)
     optimizer.step(closure)
     assert (counts[-1] - counts[0]) / layers <= MOST_CALLS

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import zoopt
 from tests.meter import peak_bytes
 from tests.optimizer_table import PERTURBATIONS, closure_of, mlp
-from zoopt.zeroth_order.engine.direction import Noise
 from zoopt.zeroth_order.engine.mask import magnitude_threshold
+from zoopt.zeroth_order.engine.noise import Noise
 
 # --- the estimate ---------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ from zoopt.noise import stream
 from zoopt.parameters import named_params
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.blocks import block_of
-from zoopt.zeroth_order.engine.direction import Noise
 from zoopt.zeroth_order.engine.mask import Indexed
+from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.passes import Passes
 from zoopt.zeroth_order.engine.progress import Progress, count_write
 

@@ -23,8 +23,10 @@ from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import STEP, Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.engine.direction import Coefficients, Noise, whole
+from zoopt.zeroth_order.engine.chunks import whole
+from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.mask import Mask
+from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress

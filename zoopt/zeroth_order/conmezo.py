@@ -23,7 +23,9 @@ from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.parameters import named_params
 from zoopt.registry import register
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
-from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, chunks
+from zoopt.zeroth_order.engine.chunks import chunks
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction
+from zoopt.zeroth_order.engine.noise import Elementwise
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
@@ -69,7 +71,7 @@ class Cone(Elementwise):
         self.lateral = lateral
 
     def combine(self, theta: Tensor, coefficients: Coefficients, start: int) -> Tensor:
-        """As in `Elementwise`."""
+        """As in `Chunkwise`."""
         total = super().combine(theta, self.sums(coefficients), start)
         return total.add_(
             self.momentum[start : start + theta.numel()] * self.along_momentum(coefficients)

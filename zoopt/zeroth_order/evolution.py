@@ -22,10 +22,11 @@ from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.batched import evaluate_batch
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.closure import Closure, check_closure
-from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction
 from zoopt.zeroth_order.engine.groups import ProbeNames
 from zoopt.zeroth_order.engine.low_rank import OuterProduct
 from zoopt.zeroth_order.engine.members import MemberBatch
+from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.perturbation import Perturbation, PerturbationMode
 from zoopt.zeroth_order.engine.population import (
     GenerationRecord,

@@ -18,7 +18,9 @@ from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise, chunks
+from zoopt.zeroth_order.engine.chunks import chunks
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction
+from zoopt.zeroth_order.engine.noise import Elementwise, Noise
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Evaluation, Outcome, PendingProbe, three_point
 from zoopt.zeroth_order.engine.progress import Progress
@@ -61,7 +63,7 @@ class Preconditioned(Elementwise):
         self.hessian = hessian.view(-1)
 
     def combine(self, theta: Tensor, coefficients: Coefficients, start: int) -> Tensor:
-        """As in `Elementwise`."""
+        """As in `Chunkwise`."""
         noise = super().combine(theta, coefficients, start)
         return noise.div_(self.hessian[start : start + theta.numel()].sqrt())
 

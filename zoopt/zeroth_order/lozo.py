@@ -19,13 +19,16 @@ from zoopt.kernels.product.op_batch import add_products_
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.engine.direction import Coefficients, Noise, whole, withdrawn
+from zoopt.zeroth_order.engine.chunks import whole
+from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.factors import Normals, Pair, Terms, make
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
+from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 from zoopt.zeroth_order.engine.sites import Site
+from zoopt.zeroth_order.engine.updates import withdrawn
 
 
 def averaged(N: Tensor, gU: Tensor, b: float) -> Tensor:

@@ -15,13 +15,15 @@ from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.engine.direction import Coefficients, Elementwise, descent, withdrawn
+from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.mask import Mask
+from zoopt.zeroth_order.engine.noise import Elementwise
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 from zoopt.zeroth_order.engine.sites import Site
 from zoopt.zeroth_order.engine.sparse import SparseZerothOrder
+from zoopt.zeroth_order.engine.updates import descent, withdrawn
 from zoopt.zeroth_order.engine.window import check_past, check_window, extended, window_steps
 
 

@@ -23,13 +23,15 @@ from zoopt.kernels.product.op_batch import add_products_
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
-from zoopt.zeroth_order.engine.direction import Coefficients, Noise, withdrawn
+from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.factors import Normals, Pair, Terms, cast, make
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
+from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.perturbation import Perturbation, PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 from zoopt.zeroth_order.engine.sites import Site
+from zoopt.zeroth_order.engine.updates import withdrawn
 
 #: Elements of matrices that are decomposed together: 64 MiB of float64.
 _TOGETHER = 1 << 23

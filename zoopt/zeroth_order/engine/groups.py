@@ -32,7 +32,8 @@ from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
 from zoopt.parameters import check_param, named_params
 from zoopt.zeroth_order.engine.blocks import block_due, block_of, check_blocks
-from zoopt.zeroth_order.engine.direction import Direction, Noise
+from zoopt.zeroth_order.engine.direction import Direction
+from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator
 from zoopt.zeroth_order.engine.sites import Site, Sites

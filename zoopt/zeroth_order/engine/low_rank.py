@@ -28,9 +28,11 @@ from zoopt.noise import normal, stream
 from zoopt.optimizer import Group, Params, TensorSpec
 from zoopt.parameters import named_params
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
-from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Noise, whole
+from zoopt.zeroth_order.engine.chunks import whole
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction
 from zoopt.zeroth_order.engine.factors import Normals, Pair, Terms, make
 from zoopt.zeroth_order.engine.groups import ProbeNames
+from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.progress import Progress
 
 #: Rows of a narrow matrix are updated some at a time, so that their float32 sum stays small.

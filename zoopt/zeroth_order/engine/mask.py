@@ -20,7 +20,8 @@ from zoopt.kernels.batch import Batch, packed, packed_like
 from zoopt.kernels.descent.op import small_elements
 from zoopt.kernels.descent.rule import Shape
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.zeroth_order.engine.direction import Coefficients, Direction, Elementwise, Noise
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction
+from zoopt.zeroth_order.engine.noise import Elementwise, Noise
 from zoopt.zeroth_order.engine.progress import Progress
 
 #: "random", "magnitude", or name (without names: position in the group) -> flat indices.
@@ -43,7 +44,7 @@ class SmallMagnitudes(Elementwise):
         self.mask = mask
 
     def combine(self, theta: Tensor, coefficients: Coefficients, start: int) -> Tensor:
-        """As in `Elementwise`."""
+        """As in `Chunkwise`."""
         total = super().combine(theta, coefficients, start)
         if self.mask is None:
             return total.mul_(theta.abs() <= self.threshold)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels import apply_, dispatch
-from zoopt.zeroth_order.engine.direction import Elementwise
 from zoopt.zeroth_order.engine.low_rank import LowRank, OuterProduct
+from zoopt.zeroth_order.engine.noise import Elementwise
 from zoopt.zeroth_order.engine.sites import Site
 
 #: Directions of up to this many bytes are kept until the evaluation ends: a tied weight is read

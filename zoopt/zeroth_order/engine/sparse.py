@@ -14,14 +14,8 @@ from zoopt.kernels.descent.rule import Rule
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, TensorSpec
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
-from zoopt.zeroth_order.engine.direction import (
-    Coefficients,
-    Direction,
-    Elementwise,
-    Noise,
-    chunks,
-    withdrawn,
-)
+from zoopt.zeroth_order.engine.chunks import chunks
+from zoopt.zeroth_order.engine.direction import Coefficients, Direction
 from zoopt.zeroth_order.engine.mask import (
     Indexed,
     SmallMagnitudes,
@@ -30,9 +24,11 @@ from zoopt.zeroth_order.engine.mask import (
     choose_small,
     magnitude_threshold,
 )
+from zoopt.zeroth_order.engine.noise import Elementwise, Noise
 from zoopt.zeroth_order.engine.probe import PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
 from zoopt.zeroth_order.engine.sites import Site
+from zoopt.zeroth_order.engine.updates import withdrawn
 
 
 class SparseZerothOrder(ZerothOrderOptimizer):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from zoopt.ambient import OwnArithmetic
 from zoopt.optimizer import Group
 from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure
-from zoopt.zeroth_order.engine.direction import Coefficients, Noise, descent
+from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.groups import ZerothOrderGroups
+from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.passes import Passes
 from zoopt.zeroth_order.engine.perturbation import Perturbation
 from zoopt.zeroth_order.engine.probe import (
@@ -20,6 +21,26 @@ from zoopt.zeroth_order.engine.probe import (
 )
 from zoopt.zeroth_order.engine.progress import Commit, Progress, count_write
 from zoopt.zeroth_order.engine.sites import Site
+
+
+def withdrawn(offset: Coefficients, decay: float) -> dict[int, float]:
+    """The coefficients that, beside decay theta, take the offset of theta + sum_d offset[d] z(d)
+    away."""
+    return {draw: -decay * coefficient for draw, coefficient in offset.items()}
+
+
+def descent(
+    offset: Coefficients, g: Mapping[int, float], *, lr: float, decay: float
+) -> dict[int, float]:
+    """theta <- decay theta - lr sum_d g_d z(d), from theta + sum_d offset[d] z(d).
+
+    Returns:
+        draw -> coefficient: what is added beside decay times the present value, in one pass.
+    """
+    total = withdrawn(offset, decay)
+    for draw, g_d in g.items():
+        total[draw] = total.get(draw, 0.0) - lr * g_d
+    return {draw: total[draw] for draw in sorted(total) if total[draw]}
 
 
 class RunRecorder(Protocol):
