@@ -71,10 +71,11 @@ class Variant:
         """What is read and written of tensors of theta's size."""
         item = DTYPES[self.dtype].itemsize
         if self.format != "-":
-            moments = 1 if self.kernel == "lion" else 2
-            others = {"adam": item, "lion": item, "adam_norms": 4}
+            if self.kernel == "store":
+                return item + BYTES[self.format]
+            others = {"adam_norms": 4, **dict.fromkeys(("adam", "lion", "lerp"), item)}
             beside = others.get(self.kernel, 2 * item)
-            return 2 * moments * BYTES[self.format] + item + beside
+            return 2 * self._moments * BYTES[self.format] + item + beside
         beside = {"momentum": 8, "momentum_10": 8, "add": 4, "sm3": item, "sm3_momentum": item + 8}
         beside |= {"product_gradient": item, "scaled": item}
         beside |= {name: bytes_ for name, (_, _, bytes_) in _DESCENTS.items()}
@@ -89,8 +90,12 @@ class Variant:
     @property
     def bytes_beside_codes(self) -> float:
         """What is read and written of tensors of theta's size, except codes."""
-        moments = 1 if self.kernel == "lion" else 2
-        return self.bytes_per_element - 2 * moments * self.bytes_of_code
+        passes = 1 if self.kernel == "store" else 2 * self._moments
+        return self.bytes_per_element - passes * self.bytes_of_code
+
+    @property
+    def _moments(self) -> int:
+        return 1 if self.kernel in ("lion", "lerp", "store") else 2
 
     def launch(self, target: str) -> Launch:
         """What the operation launches for a key of `TARGETS`, compiled.
@@ -189,6 +194,10 @@ class Variant:
         if self.kernel == "lion":
             averages = {"look": (0.9, 0.1), "keep": (0.99, 0.01), "signs": True, "out": tensors}
             return functools.partial(kernels.average_, batch, moments[0], **averages, **options)
+        if self.kernel == "lerp":
+            return functools.partial(kernels.lerp_, batch, moments[0], 0.1, out=tensors, **options)
+        if self.kernel == "store":
+            return functools.partial(kernels.store_, batch, moments[1], **options)
         options |= NUMBERS
         if self.kernel.startswith("adamw"):
             rounding_draw = self._rounding["rounding_draw"]
@@ -276,7 +285,7 @@ def variants() -> Iterator[Variant]:
     for form in get_args(Format):
         for kernel in ("adam", "adam_norms"):
             yield Variant(kernel, "fp32", format=form, rounding="stochastic")
-        for kernel in ("adam", "lion"):
+        for kernel in ("adam", "lion", "lerp", "store"):
             yield Variant(kernel, "bf16", format=form, rounding="stochastic")
     for form in ("bfloat16", "int4"):
         yield Variant("adamw_odd", "bf16", format=form, rounding="stochastic")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 from tests.test_kernels_adam import CODED, FORMATS, agree, moments
 from zoopt import kernels
 from zoopt.kernels import NoiseKey
-from zoopt.kernels.adam.moments import Moment
+from zoopt.kernels.adam.moments import Moment, decode, encode
 from zoopt.kernels.batch import Batch
+from zoopt.kernels.noise import philox
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IMPLS = [impl for impl in kernels.available_impls() if impl != "triton"]
@@ -96,15 +98,25 @@ def run(
                         norms[:, start : start + len(gradient)] = part
                         start += len(gradient)
             written += [] if norms is None else [norms]
+            continue
+        options = {"impl": impl, **draws}
+        if operation == "store":
+            for kept, values in ((firsts, gradients), (seconds, [g.abs() for g in gradients])):
+                if together:
+                    kernels.store_(Batch(values, own), kept, **options)
+                for i, value in enumerate([] if together else values):
+                    kernels.store_(value, kept[i], key=own[i], **options)
+            continue
+        average = functools.partial(kernels.average_, **AVERAGES.get(operation, {}), **options)
+        if operation == "lerp":
+            # On either side of 1/2, where its formula changes.
+            average = functools.partial(kernels.lerp_, weight=0.1 + 0.6 * step, **options)
+        if together:
+            written += average(Batch(gradients, own), firsts)
         else:
-            options = {"impl": impl, **draws, **AVERAGES[operation]}
-            if together:
-                written += kernels.average_(Batch(gradients, own), firsts, **options)
-            else:
-                written += [
-                    kernels.average_(gradient, firsts[i], key=own[i], **options)
-                    for i, gradient in enumerate(gradients)
-                ]
+            written += [
+                average(g, m, key=k) for g, m, k in zip(gradients, firsts, own, strict=True)
+            ]
     return [*theta, *stored(firsts), *stored(seconds), *written]
 
 
@@ -112,7 +124,7 @@ AVERAGES: dict[str, dict[str, Any]] = {
     "momentum": {"look": (0.9, 1.0), "keep": (0.9, 1.0)},
     "lion": {"look": (0.9, 1.0 - 0.9), "keep": (0.99, 1.0 - 0.99), "signs": True},
 }
-OPERATIONS = ["adamw", "adam", "momentum", "lion"]
+OPERATIONS = ["adamw", "adam", "momentum", "lion", "lerp", "store"]
 
 
 def all_agree(got: list[Tensor], expected: list[Tensor]) -> bool:
@@ -145,8 +157,6 @@ def test_norms_of_a_batch_are_those_of_its_tensors(form: str, impl: str) -> None
 @pytest.mark.parametrize("operation", AVERAGES)
 def test_averages_are_the_formulas(operation: str, form: str) -> None:
     """To nearest, in torch's own operations and `encode`."""
-    from zoopt.kernels.adam.moments import decode, encode
-
     gradient = torch.randn(5000).bfloat16()
     [moment], [expected] = (pairs([5000], form)[0] for _ in range(2))
     for _ in range(3):
@@ -158,6 +168,44 @@ def test_averages_are_the_formulas(operation: str, form: str) -> None:
         got = kernels.average_(gradient, moment, key=NoiseKey(1, 2), **options)
         assert agree(got, direction.sign() if options.get("signs") else direction)
         assert all_agree(stored([moment]), stored([expected]))
+
+
+def expected_bits(key: NoiseKey, count: int, draw: int | None) -> Tensor | None:
+    if draw is None:
+        return None
+    place = torch.arange(key.offset, key.offset + count)
+    words = {"seed": key.seed, "stream": key.stream, "draw": draw}
+    return philox.halfwords(place, purpose=philox.PURPOSE_MOMENTS, **words)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_lerp_is_torchs(form: str, impl: str) -> None:
+    """To the bit, on either side of 1/2; with the random bits of moments."""
+    for weight, draw, dtype in ((0.1, 7, torch.float32), (0.7, None, torch.bfloat16)):
+        [gradient], [key] = tensors(dtype, [(5000,)]), keys(1)
+        [got], [expected] = (pairs([5000], form)[0] for _ in range(2))
+        for _ in range(2):
+            average = decode(expected).lerp(gradient.float(), weight)
+            encode(average, expected, expected_bits(key, 5000, draw))
+            options: dict[str, Any] = {"key": key, "moment_draw": draw, "impl": impl}
+            assert agree(kernels.lerp_(gradient, got, weight, **options), average)
+            assert all_agree(stored([got]), stored([expected]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_stored_values_are_encoded_ones(form: str, impl: str) -> None:
+    """Whatever the moment was before, signed or unsigned."""
+    [key] = keys(1)
+    for which, dtype in ((0, torch.float32), (1, torch.bfloat16)):
+        [value] = tensors(dtype, [(5000,)])
+        value = value if which == 0 else value.abs()
+        value[3] = torch.nan
+        [got], [expected] = (pairs([5000], form)[which] for _ in range(2))
+        encode(value.float(), expected, expected_bits(key, 5000, 7))
+        kernels.store_(value, got, key=key, moment_draw=7, impl=impl)
+        assert all_agree(stored([got]), stored([expected]))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -28,6 +28,10 @@ def operation(name: str, form: str, shapes: Any) -> Callable[[], Any]:
     options: dict[str, Any] = {"moment_draw": 3}
     if name in AVERAGES:
         return lambda: kernels.average_(batch, firsts, out=tensors, **AVERAGES[name], **options)
+    if name == "store":
+        return lambda: kernels.store_(batch, seconds, **options)
+    if name == "lerp":
+        return lambda: kernels.lerp_(batch, firsts, 0.1, out=tensors, **options)
     options |= {"betas": (0.9, 0.9), "scale": 1.0, "eps": 1e-8}
     if name == "adamw":
         gradients = [torch.zeros_like(tensor) for tensor in tensors]
@@ -39,7 +43,7 @@ def operation(name: str, form: str, shapes: Any) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("name", ["adamw", "adam", "momentum", "lion"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "momentum", "lion", "lerp", "store"])
 def test_a_batch_is_one_launch(name: str, form: str) -> None:
     call = operation(name, form, [(37 * i % 5 * 1000 + 2,) for i in range(COUNT)])
     with stub_gpu():

@@ -1,7 +1,7 @@
 """Fused kernels: the PyTorch reference, numba on the CPU and Triton on the GPU, with equal bits."""
 
 from zoopt.kernels.adam.op import adam_, adamw_
-from zoopt.kernels.adam.op_average import average_
+from zoopt.kernels.adam.op_average import average_, lerp_, store_
 from zoopt.kernels.dispatch import available_impls
 from zoopt.kernels.noise.key import Distribution, NoiseKey
 from zoopt.kernels.noise.op import perturb, perturb_rows
@@ -22,10 +22,12 @@ __all__ = [
     "apply_",
     "available_impls",
     "average_",
+    "lerp_",
     "momentum_",
     "perturb",
     "perturb_rows",
     "sm3_",
     "squares",
+    "store_",
     "write_each_",
 ]

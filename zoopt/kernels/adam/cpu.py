@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels.adam import cpu_kernels as cpu_adam_kernels
-from zoopt.kernels.adam.cpu_kernels import TILE
+from zoopt.kernels.adam.cpu_kernels import MODES, TILE
 from zoopt.kernels.adam.cpu_moments import FORMATS
 from zoopt.kernels.adam.moments import Moment
-from zoopt.kernels.adam.reference import Average, Numbers
+from zoopt.kernels.adam.reference import Average, Mode, Numbers
 from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.cpu import _KINDS, _counter, _floats, _parallel, _rounding
 from zoopt.kernels.noise.key import NoiseKey
@@ -115,7 +115,7 @@ def average(
     stored: Moment,
     out: Tensor,
     numbers: Average,
-    signs: bool,
+    mode: Mode,
     moment_draw: int | None,
     key: NoiseKey,
 ) -> None:
@@ -130,7 +130,8 @@ def average(
         _KINDS[out.dtype],
         *_moments(stored),
         tuple(map(f32, numbers)),
-        signs,
+        MODES[mode],
+        stored.signed,
         _counter(key),
         _rounding(moment_draw),
     )

@@ -15,12 +15,15 @@ from zoopt.kernels.adam.cpu_moments import FLOAT, read_moment, write_moment
 from zoopt.kernels.noise import philox
 from zoopt.kernels.noise.cpu_tile import halfwords, store
 from zoopt.kernels.runtime.convert import FLOAT32, decode, encode
-from zoopt.kernels.runtime.intrinsics import add_any_order, f32, jit
+from zoopt.kernels.runtime.intrinsics import add_any_order, f32, fma, jit
 from zoopt.kernels.runtime.spread import spread
 
 #: Elements of a tile; its data fit into the first-level cache. A multiple of the codes' blocks.
 TILE = 2048
 _MOMENTS = philox.PURPOSE_MOMENTS
+#: What becomes of an average: see `reference.Mode`.
+_AVERAGE, _SIGNS, _LERP, _STORE = range(4)
+MODES = {"average": _AVERAGE, "signs": _SIGNS, "lerp": _LERP, "store": _STORE}
 
 
 @jit
@@ -234,16 +237,28 @@ def _multiple(values, g, factor, kind, shifted):
 
 
 @jit
-def _average_tile(look, keep, m, numbers, signs):
+def _average_tile(look, keep, m, numbers, mode):
     """look, float32 (k,) <- look_m m + look, or its signs, and m <- keep_m m + keep."""
     look_m, _, keep_m, _ = numbers
     for j in range(len(m)):
         look[j] = f32(f32(look_m * m[j]) + look[j])
         m[j] = f32(f32(keep_m * m[j]) + keep[j])
-    if signs:
+    if mode == _SIGNS:
         for j in range(len(m)):
             x = look[j]
             look[j] = f32(1.0) if x > f32(0.0) else (f32(-1.0) if x < f32(0.0) else f32(0.0))
+
+
+@jit
+def _lerp_tile(out, m, g, weight):
+    """out, m, float32 (k,) <- m + weight (g - m), rounded as by torch.lerp."""
+    if weight < f32(0.5):
+        for j in range(len(m)):
+            m[j] = fma(weight, f32(g[j] - m[j]), m[j])
+    else:
+        for j in range(len(m)):
+            m[j] = fma(f32(weight - f32(1.0)), f32(g[j] - m[j]), g[j])
+    out[:] = m
 
 
 @jit
@@ -256,7 +271,8 @@ def _average(
     scale,
     form,
     numbers,
-    signs,
+    mode,
+    signed,
     key,
     moment_draw,
     span,
@@ -269,12 +285,21 @@ def _average(
         stop = min(start + TILE, span[1])
         count = stop - start
         g = _read(tiles[2], gradient, gradient_kind, start, stop)
-        m = read_moment(tiles[0], unpacked, codes, scale, form, True, start, count)
+        m = tiles[0][:count]
+        if mode != _STORE or form == FLOAT:
+            m = read_moment(tiles[0], unpacked, codes, scale, form, signed, start, count)
         look, keep = tiles[1][:count], tiles[3][:count]
-        _multiple(look, g, numbers[1], gradient_kind, shifted)
-        _multiple(keep, g, numbers[3], gradient_kind, shifted)
-        _average_tile(look, keep, m, numbers, signs)
-        if out_kind == FLOAT32:
+        if mode == _STORE:
+            m[:] = g
+        elif mode == _LERP:
+            _lerp_tile(look, m, g, numbers[0])
+        else:
+            _multiple(look, g, numbers[1], gradient_kind, shifted)
+            _multiple(keep, g, numbers[3], gradient_kind, shifted)
+            _average_tile(look, keep, m, numbers, mode)
+        if mode == _STORE:
+            pass
+        elif out_kind == FLOAT32:
             out.view(np.float32)[start:stop] = look
         else:
             encode(out.view(np.uint16)[start:stop], look, out_kind)
@@ -282,7 +307,7 @@ def _average(
         if form != FLOAT and stochastic:
             index = offset + start
             random = halfwords(words, index, count, stream, moment_draw, _MOMENTS, k0, k1)
-        write_moment(m, unpacked, shifted, codes, scale, form, True, start, random, stochastic)
+        write_moment(m, unpacked, shifted, codes, scale, form, signed, start, random, stochastic)
 
 
 @jit

@@ -21,7 +21,7 @@ from zoopt.kernels.adam.gpu_kernels import average_kernel, moments_kernel
 from zoopt.kernels.adam.gpu_moments import EVEN_ELEMENTS
 from zoopt.kernels.adam.moments import BLOCK as CODE_BLOCK
 from zoopt.kernels.adam.moments import Moment
-from zoopt.kernels.adam.reference import Average, Numbers
+from zoopt.kernels.adam.reference import Average, Mode, Numbers
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.gpu import _TYPES, _addresses, _int32, _table, backend_name
@@ -128,20 +128,25 @@ def average(
     moments: Sequence[Moment],
     outs: Sequence[Tensor],
     numbers: Average,
-    signs: bool,
+    mode: Mode,
     moment_draw: int | None,
 ) -> None:
     """See reference.average."""
     _launch(
         average_kernel,
         batch,
-        {"gradient": batch.tensors, "out": outs, **_stored("", moments)},
+        {
+            "gradient": batch.tensors,
+            "out": None if mode == "store" else outs,
+            **_stored("", moments),
+        },
         **numbers._asdict(),
         moment_draw=_int32(moment_draw or 0),
         DTYPE=_TYPES[outs[0].dtype],
         GRADIENT=_TYPES[batch.dtype],
         **_formats(moments[0], moment_draw),
-        SIGNS=signs,
+        MODE=mode,
+        SIGNED=moments[0].signed,
     )
 
 

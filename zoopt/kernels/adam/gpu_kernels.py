@@ -246,6 +246,16 @@ def moments_kernel(
 
 
 @triton.jit
+def _fma(a, b, c, BACKEND: tl.constexpr):
+    """a b + c of float32 numbers, rounded once."""
+    if BACKEND == "interpreter":
+        # Its own rounds twice. In float64 the product is exact.
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
 def _average_block(
     gradient,
     out,
@@ -266,7 +276,8 @@ def _average_block(
     GRADIENT: tl.constexpr,
     FORMAT: tl.constexpr,
     CODED: tl.constexpr,
-    SIGNS: tl.constexpr,
+    MODE: tl.constexpr,
+    SIGNED: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
     BACKEND: tl.constexpr,
@@ -279,22 +290,32 @@ def _average_block(
     inside = tl.arange(0, BLOCK) < left
     whole = left == BLOCK
     g = widened(_load(gradient + start, inside, whole, EVEN, BLOCK), BACKEND)
-    m = read_moment(codes, scale, start, left, whole, FORMAT, True, EVEN, BACKEND, BLOCK)
-    # Multiples of the gradient are rounded to its own dtype before they are added.
-    look, keep = nearest(look_g * g, GRADIENT, BACKEND), nearest(keep_g * g, GRADIENT, BACKEND)
-    step = look_m * m + widened(look, BACKEND)
-    m = keep_m * m + widened(keep, BACKEND)
-    if SIGNS:
-        step = tl.where(step > 0.0, 1.0, tl.where(step < 0.0, -1.0, 0.0))
-    _store(out + start, nearest(step, DTYPE, BACKEND), inside, whole, EVEN, BLOCK)
+    if MODE == "store":
+        m = g
+    else:
+        m = read_moment(codes, scale, start, left, whole, FORMAT, SIGNED, EVEN, BACKEND, BLOCK)
+        if MODE == "lerp":
+            near = look_m < 0.5
+            m = _fma(tl.where(near, look_m, look_m - 1.0), g - m, tl.where(near, m, g), BACKEND)
+            step = m
+        else:
+            # Multiples of the gradient are rounded to its own dtype before they are added.
+            look = nearest(look_g * g, GRADIENT, BACKEND)
+            keep = nearest(keep_g * g, GRADIENT, BACKEND)
+            step = look_m * m + widened(look, BACKEND)
+            m = keep_m * m + widened(keep, BACKEND)
+            if MODE == "signs":
+                step = tl.where(step > 0.0, 1.0, tl.where(step < 0.0, -1.0, 0.0))
+        _store(out + start, nearest(step, DTYPE, BACKEND), inside, whole, EVEN, BLOCK)
     random = 0
     if CODED:
         index = offset + start
         words = _words(index, number, moment_draw, k0, k1, _MOMENTS, ALIGNED, BLOCK)
-        random, _ = moment_bytes(words, BACKEND, BLOCK)
+        low, high = moment_bytes(words, BACKEND, BLOCK)
+        random = low if SIGNED else high
     write_moment(
         *(m, codes, scale, start, left, whole, random),
-        *(FORMAT, True, CODED, EVEN, BACKEND, BLOCK),
+        *(FORMAT, SIGNED, CODED, EVEN, BACKEND, BLOCK),
     )
 
 
@@ -322,7 +343,8 @@ def average_kernel(
     FIRST: tl.constexpr,
     FORMAT: tl.constexpr,
     CODED: tl.constexpr,
-    SIGNS: tl.constexpr,
+    MODE: tl.constexpr,
+    SIGNED: tl.constexpr,
     TABLE: tl.constexpr,
     VECTORS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -331,12 +353,13 @@ def average_kernel(
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """reference.average on out, of DTYPE, and one signed moment, whose codes are of FIRST."""
+    """reference.average on out, of DTYPE, or None, and one moment, whose codes are of FIRST."""
     tensor, program, numel, offset, number = _place(
         places, hints, shift, numel, offset, number, TABLE
     )
     gradient = _memory(gradient, tensor, GRADIENT, TABLE, VECTORS)
-    out = _memory(out, tensor, DTYPE, TABLE, VECTORS)
+    if MODE != "store":
+        out = _memory(out, tensor, DTYPE, TABLE, VECTORS)
     codes = _memory(codes, tensor, FIRST, TABLE, VECTORS)
     if FORMAT == "int8" or FORMAT == "int4":
         scale = _memory(scale, tensor, tl.float32, TABLE, VECTORS)
@@ -347,18 +370,18 @@ def average_kernel(
             _average_block(
                 *(gradient, out, codes, scale, start, end, offset, number),
                 *(look_m, look_g, keep_m, keep_g, moment_draw, k0, k1),
-                *(DTYPE, GRADIENT, FORMAT, CODED, SIGNS, ALIGNED, True, BACKEND, BLOCK),
+                *(DTYPE, GRADIENT, FORMAT, CODED, MODE, SIGNED, ALIGNED, True, BACKEND, BLOCK),
             )
         elif numel % EVEN_ELEMENTS == 0:
             _average_block(
                 *(gradient, out, codes, scale, start, end, offset, number),
                 *(look_m, look_g, keep_m, keep_g, moment_draw, k0, k1),
-                *(DTYPE, GRADIENT, FORMAT, CODED, SIGNS, ALIGNED, True, BACKEND, BLOCK),
+                *(DTYPE, GRADIENT, FORMAT, CODED, MODE, SIGNED, ALIGNED, True, BACKEND, BLOCK),
             )
         else:
             _average_block(
                 *(gradient, out, codes, scale, start, end, offset, number),
                 *(look_m, look_g, keep_m, keep_g, moment_draw, k0, k1),
-                *(DTYPE, GRADIENT, FORMAT, CODED, SIGNS, ALIGNED, False, BACKEND, BLOCK),
+                *(DTYPE, GRADIENT, FORMAT, CODED, MODE, SIGNED, ALIGNED, False, BACKEND, BLOCK),
             )
         start += BLOCK

@@ -1,12 +1,14 @@
-"""Running averages, as in momentum and Lion: one moment, and the direction made of it."""
+"""Operations on one moment: averages, as in momentum and Lion; and values stored as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import overload
 
+import torch
 from torch import Tensor
 
+from zoopt.checks import check_number
 from zoopt.dtypes import scalars
 from zoopt.kernels import dispatch
 from zoopt.kernels.adam.checks import (
@@ -20,7 +22,7 @@ from zoopt.kernels.adam.checks import (
     widest,
 )
 from zoopt.kernels.adam.moments import Moment
-from zoopt.kernels.adam.reference import Average
+from zoopt.kernels.adam.reference import Average, Mode
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
@@ -87,25 +89,119 @@ def average_(
     Raises:
         TypeError, ValueError: as for `adam_`.
     """
+    mode: Mode = "signs" if signs else "average"
+    return _averaged(gradient, moment, [*look, *keep], mode, key, moment_draw, out, impl)
+
+
+@overload
+def lerp_(
+    gradient: Tensor,
+    moment: Moment,
+    weight: float,
+    *,
+    key: NoiseKey,
+    moment_draw: int | None = None,
+    out: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def lerp_(
+    gradient: Batch,
+    moment: Sequence[Moment],
+    weight: float,
+    *,
+    moment_draw: int | None = None,
+    out: Sequence[Tensor] | None = None,
+    impl: str | None = None,
+) -> Sequence[Tensor]: ...
+
+
+def lerp_(
+    gradient: Tensor | Batch,
+    moment: Moment | Sequence[Moment],
+    weight: float,
+    *,
+    key: NoiseKey | None = None,
+    moment_draw: int | None = None,
+    out: Tensor | Sequence[Tensor] | None = None,
+    impl: str | None = None,
+) -> Tensor | Sequence[Tensor]:
+    """m <- m + weight (g - m), rounded as torch.lerp does it; returns m before it is stored.
+
+    With w = weight, that is fma(w, g - m, m) for w < 1/2, else fma(w - 1, g - m, g).
+
+    Args:
+        gradient, moment, key, moment_draw, out, impl: as for `average_`.
+        weight: in [0, 1].
+
+    Returns:
+        out.
+
+    Raises:
+        TypeError, ValueError: as for `adam_`.
+    """
+    check_number("weight", weight, low=0.0, high=1.0)
+    numbers = [weight, 0.0, 0.0, 0.0]
+    return _averaged(gradient, moment, numbers, "lerp", key, moment_draw, out, impl)
+
+
+def store_(
+    values: Tensor | Batch,
+    moment: Moment | Sequence[Moment],
+    *,
+    key: NoiseKey | None = None,
+    moment_draw: int | None = None,
+    impl: str | None = None,
+) -> None:
+    """Round values to a moment's format, and keep them there.
+
+    Args:
+        values: of as many elements as the moment, in any dtype and shape; or a batch. None are
+            negative where the moment is unsigned.
+        moment: signed or unsigned.
+        key, moment_draw, impl: as for `adam_`.
+
+    Raises:
+        TypeError, ValueError: as for `adam_`.
+    """
+    numbers = [0.0, 0.0, 0.0, 0.0]
+    _averaged(values, moment, numbers, "store", key, moment_draw, None, impl)
+
+
+def _averaged(
+    gradient: Tensor | Batch,
+    moment: Moment | Sequence[Moment],
+    numbers: list[float],
+    mode: Mode,
+    key: NoiseKey | None,
+    moment_draw: int | None,
+    out: Tensor | Sequence[Tensor] | None,
+    impl: str | None,
+) -> Tensor | Sequence[Tensor]:
+    """Check the operands, and run the implementation."""
     batch = row_major(gradient, key)
     moments = each("moment", moment, batch)
-    check_moments(batch, moments, signed=True, name="moment")
+    signed = mode != "store" or moments[0].signed
+    check_moments(batch, moments, signed=signed, name="moment")
     check_format(moments)
     if moment_draw is not None:
         check_unsigned("moment_draw", moment_draw, 32)
     wide = moments[0].accumulator
-    numbers = Average(*scalars([*look, *keep], wide))
-    outs = kept(outs_for, batch, out, wide)
+    computed = torch.promote_types(wide, batch.dtype) if mode == "lerp" else wide
+    rounded = Average(*scalars(numbers, computed))
+    outs = batch.tensors if mode == "store" else kept(outs_for, batch, out, wide)
     check_apart(out=outs, **stored("moment", moments))
     backend = dispatch.choose(widest(batch, moments), impl, "adam")
     if dispatch.takes_batches(backend):
         if batch.numel:
-            once(backend.average, batch, moments, outs, numbers, signs, moment_draw)
+            once(backend.average, batch, moments, outs, rounded, mode, moment_draw)
         return outs if isinstance(gradient, Batch) else outs[0]
     operands = zip(batch.tensors, moments, outs, batch.keys, strict=True)
     for own, average, target, own_key in pieces(operands):
         if own.numel():
             g = flat(kept(apart, own, target, *memories(average), same=True), backend)
             written = flat(target, backend)
-            backend.average(g, average, written, numbers, signs, moment_draw, own_key)
+            backend.average(g, average, written, rounded, mode, moment_draw, own_key)
     return outs if isinstance(gradient, Batch) else outs[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,13 @@ class Numbers(NamedTuple):
     eps: float
 
 
+#: What becomes of an average: itself, its signs, or torch.lerp's; or values take its place.
+Mode = Literal["average", "signs", "lerp", "store"]
+
+
 class Average(NamedTuple):
     """The factors of a moment and of the gradient in the direction (look) and in the new moment
-    (keep), rounded to the accumulator's dtype."""
+    (keep), rounded to the accumulator's dtype. For lerp the first is its weight."""
 
     look_m: float
     look_g: float
@@ -59,9 +63,15 @@ def _averages(g: Tensor, first: Moment, second: Moment, numbers: Numbers) -> tup
     return m, v
 
 
-def _mixtures(g: Tensor, stored: Moment, numbers: Average) -> tuple[Tensor, Tensor]:
+def _mixtures(g: Tensor, stored: Moment, numbers: Average, mode: Mode) -> tuple[Tensor, Tensor]:
     """The direction and the new moment, (k,), both of the old moment."""
+    if mode == "store":
+        return g, g.to(stored.accumulator)
     m = decode(stored)
+    if mode == "lerp":
+        wide = torch.promote_types(m.dtype, g.dtype)
+        average = m.to(wide).lerp(g.to(wide), numbers.look_m)
+        return average, average.to(stored.accumulator)
     direction = m * numbers.look_m + g * numbers.look_g
     return direction, m * numbers.keep_m + g * numbers.keep_g
 
@@ -146,20 +156,23 @@ def average(
     stored: Moment,
     out: Tensor,
     numbers: Average,
-    signs: bool,
+    mode: Mode,
     moment_draw: int | None,
     key: NoiseKey,
 ) -> None:
-    """out (k,) receives look_m m + look_g g, or its signs, and m <- keep_m m + keep_g g.
+    """out (k,) receives look_m m + look_g g, or its signs, and m <- keep_m m + keep_g g; for lerp
+    both are m + weight (g - m). To store is m <- g alone: out is not written.
 
     Multiples of the gradient are rounded to its own dtype; out's elements to out's, to nearest.
     """
     for start, stop in pieces(chunks(gradient.numel())):
         g, part, bits = gradient[start:stop], stored.part(start, stop), None
-        direction, m = kept(_mixtures, g, part, numbers)
+        direction, m = kept(_mixtures, g, part, numbers, mode)
         if moment_draw is not None:
             shifted = key.shifted(start)
             bits = _halfwords(shifted, g.numel(), moment_draw, philox.PURPOSE_MOMENTS, g.device)
         encode(m, part, bits)
-        direction = direction.sign() if signs else direction
+        if mode == "store":
+            continue
+        direction = direction.sign() if mode == "signs" else direction
         out[start:stop] = round_nearest(direction, out.dtype)
