@@ -69,6 +69,6 @@ def whole_blocks(
         moved[: len(reads)], moved[len(reads) : between], {**state, **coded}, cut[place.rank][0]
     )
     back = kept(rearranged, moved[len(reads) :], want[len(reads) :], have[len(reads) :], place)
-    for before, after in zip(values[len(reads) :], back, strict=True):
-        if after is not before:
-            once(before.copy_, after)
+    for i, after in enumerate(back, len(reads)):
+        if have[i] != want[i]:
+            once(values[i].copy_, after)
