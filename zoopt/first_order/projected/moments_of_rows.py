@@ -12,9 +12,10 @@ from zoopt.distributed.sharding import Rows
 from zoopt.first_order.base import Site
 from zoopt.first_order.projected.coded_shards import whole_blocks
 from zoopt.first_order.projected.geometry import Geometry
-from zoopt.first_order.projected.rules import adam_moments, store_moment
+from zoopt.first_order.projected.rules import adam_moments, moment_draw
 from zoopt.kernels.adam.moments import decode
-from zoopt.kernels.journal import kept
+from zoopt.kernels.adam.op_average import store_
+from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 
 State = dict[str, Tensor]
@@ -63,5 +64,10 @@ def store_moments(
 
 
 def _store(values: Sequence[Tensor], state: State, site: Site, step: int, key: NoiseKey) -> None:
-    for value, moment in zip(values, adam_moments(state, values[0].numel()), strict=True):
-        store_moment(value, moment, site.group, step, key)
+    draw, moments = moment_draw(site.group, step), adam_moments(state, values[0].numel())
+    if moments[0].format == "float32":
+        codes = [moment.codes.view(values[0].shape) for moment in moments]
+        once(torch._foreach_copy_, codes, list(values))
+        return
+    for value, moment in zip(values, moments, strict=True):
+        store_(value, moment, key=key, moment_draw=draw)
