@@ -226,9 +226,6 @@ def frugal(name: str, **options: Any) -> Row:
         return 8 + basis + moments * coded(channels * r, state_dtype, itemsize)
 
     oracle = None if "state_dtype" in options else Frugal64
-    if options.get("rule", "adam") != "adam":
-        why = "the average and the write of its direction are two passes over a parameter"
-        options = {"one_by_one": why, **options}
     base = {"lr": 2e-3, "update_proj_gap": 5}
     return row(name, zoopt.Frugal, oracle, kept, **{**base, **options})
 
@@ -279,7 +276,6 @@ def adafactor(name: str, **options: Any) -> Row:
         return low_rank(shape, itemsize) + moments
 
     oracle = None if "state_dtype" in options else GaLoreAdafactor64
-    options = {"one_by_one": "means over the axes of each are torch's", **options}
     base = {"update_proj_gap": 5, "scale": 1.0}
     return row(name, zoopt.GaLoreAdafactor, oracle, kept, **{**base, **options})
 

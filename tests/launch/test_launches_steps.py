@@ -96,16 +96,22 @@ def test_launches_do_not_depend_on_the_number_of_matrices(row: Row) -> None:
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.one_by_one], ids=str)
 def test_launches_do_not_depend_on_the_number_of_plain_parameters(row: Row) -> None:
-    """One of Triton's, and at most three operations of torch's, for 2 parameters or for 8."""
+    """At most two of Triton's, and as many operations of torch's for 2 parameters as for 8."""
     options = {**row.options, "update_proj_gap": 1 << 30, "stagger": False}
     known = inspect.signature(row.cls).parameters
     options = {name: value for name, value in options.items() if name in known}
+    found = []
     for count in (2, 8):
         recorded = step_of(row.cls, count, torch.bfloat16, ((300,),), **options)
         # Tables of addresses are additions; they move with what an allocator returns.
         others = [name for name in recorded.others if name != "add"]
-        assert (len(recorded.launches), recorded.waits) == (1, 0)
-        assert len(others) <= 3
+        found.append((len(recorded.launches), len(others), recorded.waits))
+    averages = options.get("rule", "adam") != "adam" or options.get("beta1") is not None
+    launched, others_of, waits = found[0]
+    assert found[1] == found[0]
+    assert (launched, waits) == (2 if averages else 1, 0)
+    # Adafactor's means and norms are torch's.
+    assert others_of <= (24 if row.cls is zoopt.GaLoreAdafactor else 3)
 
 
 #: Of each dtype, without random rounding, and with a limiter or none.

@@ -21,9 +21,11 @@ from zoopt.first_order.projected.coded_shards import whole_blocks
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import ProjType
 from zoopt.first_order.projected.residuals import Residual, State
-from zoopt.first_order.projected.rules import Rule, store_moment
+from zoopt.first_order.projected.rules import Rule, moment_draw
 from zoopt.first_order.projected.subspace import Projector
-from zoopt.kernels.adam.moments import Format, Moment, decode
+from zoopt.kernels.adam.moments import Format
+from zoopt.kernels.adam.op_average import lerp_
+from zoopt.kernels.batch import Batch
 from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -36,6 +38,15 @@ def root_mean_square(tensor: Tensor, rows: Rows | None = None) -> Tensor:
     if rows is None:
         return norm / math.sqrt(max(tensor.numel(), 1))
     return rows.norm(norm) / math.sqrt(max(rows.count * math.prod(tensor.shape[1:]), 1))
+
+
+def root_mean_squares(tensors: Sequence[Tensor], rows: Rows | None = None) -> Tensor:
+    """Of each of k tensors of as many elements: (k,); of several in one pass."""
+    if len(tensors) == 1:
+        return root_mean_square(tensors[0], rows).unsqueeze(0)
+    wide = accumulator_dtype(tensors[0].dtype)
+    norms = torch._foreach_norm(list(tensors), 2, dtype=wide)
+    return torch.stack(norms).div_(math.sqrt(max(tensors[0].numel(), 1)))
 
 
 def mean_of_rows(tensor: Tensor, rows: Rows | None) -> Tensor:
@@ -107,8 +118,12 @@ def _adafactor(
     """
     if len(states) == 1:
         return _one(gradients[0], states[0], group, step, keys[0], rows).unsqueeze(0)
-    each = zip(gradients, states, keys, strict=True)
-    return torch.stack([once(_one, own, state, group, step, key) for own, state, key in each])
+    update, means = kept(_all_clipped, gradients, states, group, step)
+    for name, stack in means.items():
+        once(torch._foreach_copy_, [state[name] for state in states], stack.unbind())
+    if group["beta1"] is not None:
+        _average_(Batch(update.unbind(), keys), states, group, step)
+    return update
 
 
 def _one(
@@ -124,49 +139,65 @@ def _one(
         once(state[name].copy_, mean)
     if group["beta1"] is None:
         return update
-    shape = tuple(update.shape) if rows is None else (rows.count, *update.shape[1:])
-    units = coded_units(_specs(shape, group, update.dtype), shape, group["state_dtype"])
+    update, units = kept(update.contiguous), dict[str, int]()
+    if rows is not None:
+        shape = (rows.count, *update.shape[1:])
+        units = coded_units(_specs(shape, group, update.dtype), shape, group["state_dtype"])
     if rows is None or not units:
-        return _averaged(update, state, group, step, key)
-    update = kept(update.contiguous)
+        _average_(Batch([update], [key]), [state], group, step)
+        return update
     with whole_blocks(rows.param, shape, state, units, writes=[update]) as cut:
-        [own] = cut.writes
-        if own.numel():
+        if cut.writes[0].numel():
             here = replace(key, offset=cut.first)
-            own.copy_(once(_averaged, own, cut.state, group, step, here))
+            _average_(Batch(cut.writes, [here]), [cut.state], group, step)
     return update
 
 
-def _averaged(update: Tensor, state: State, group: Group, step: int, key: NoiseKey) -> Tensor:
-    """M <- beta1 M + (1 - beta1) U, before it is stored."""
-    stored = moment(state, "exp_avg", update.numel(), signed=True)
-    average = kept(_average, update, stored, group)
-    store_moment(average, stored, group, step, key)
-    return average
+def _average_(updates: Batch, states: Sequence[State], group: Group, step: int) -> None:
+    """M <- beta1 M + (1 - beta1) U, and U <- M before it is stored."""
+    each = zip(updates.tensors, states, strict=True)
+    moments = [moment(state, "exp_avg", own.numel(), signed=True) for own, state in each]
+    weight, draw = 1.0 - group["beta1"], moment_draw(group, step)
+    lerp_(updates, moments, weight, moment_draw=draw, out=updates.tensors)
 
 
-def _average(update: Tensor, stored: Moment, group: Group) -> Tensor:
-    before = decode(stored).view_as(update).to(update.dtype)
-    return before.lerp(update, 1.0 - group["beta1"])
+#: The states of the second moment.
+_VARIANCES = ("variance", "row_var", "col_var")
 
 
 def _clipped(
     gradient: Tensor, state: State, group: Group, step: int, rows: Rows | None
 ) -> tuple[Tensor, State]:
     """U, and the new mean squares."""
+    means = {name: state[name].clone() for name in _VARIANCES if name in state}
+    update = _divided(gradient, means, group, step, rows)
+    update = update.div_((root_mean_square(update, rows) / group["d"]).clamp_min(1.0))
+    return update, means
+
+
+def _all_clipped(
+    gradients: Tensor, states: Sequence[State], group: Group, step: int
+) -> tuple[Tensor, State]:
+    """The same of k gradients, (k, ...), all in the same operations."""
+    names = [name for name in _VARIANCES if name in states[0]]
+    means = {name: torch.stack([state[name] for state in states]) for name in names}
+    update = _divided(gradients, means, group, step)
+    scales = (root_mean_squares(update.unbind()) / group["d"]).clamp_min(1.0)
+    return update.div_(scales.view(-1, *[1] * (update.dim() - 1))).contiguous(), means
+
+
+def _divided(
+    gradient: Tensor, means: State, group: Group, step: int, rows: Rows | None = None
+) -> Tensor:
+    """g / sqrt(v), from mean squares that it updates."""
     g = gradient.to(accumulator_dtype(gradient.dtype))
     mix = step ** float(group["beta2_decay"])
     info = torch.finfo(g.dtype)
     # Whose square is not 0: where there has been no gradient, 0 / sqrt(v) is to be 0.
     eps = info.eps if group["eps"][0] is None else max(float(group["eps"][0]), info.tiny**0.5)
-    names = state.keys() & {"variance", "row_var", "col_var"}
-    means = {name: state[name].clone() for name in names}
     if "variance" in means:
-        update = unfactored_(g, means["variance"], mix=mix, eps=eps)
-    else:
-        update = factored_(g, means["row_var"], means["col_var"], mix=mix, eps=eps, rows=rows)
-    update = update.div_((root_mean_square(update, rows) / group["d"]).clamp_min(1.0))
-    return update, means
+        return unfactored_(g, means["variance"], mix=mix, eps=eps)
+    return factored_(g, means["row_var"], means["col_var"], mix=mix, eps=eps, rows=rows)
 
 
 ADAFACTOR = Rule(_specs, _adafactor)
@@ -288,9 +319,9 @@ class GaLoreAdafactor(ProjectedOptimizer):
             return direction
         # min(lr, 1 / sqrt(t)) / lr, of a rate of 0 too.
         share = max(1.0, float(group["lr"]) * math.sqrt(step))
-        for site, own in zip(sites, direction, strict=True):
-            size = root_mean_square(site.param, rows).clamp_min(group["eps"][1])
-            once(own.mul_, size / share)
+        sizes = root_mean_squares([site.param.detach() for site in sites], rows)
+        sizes = sizes.clamp_min(group["eps"][1]).div_(share)
+        once(direction.mul_, sizes.view(-1, *[1] * (direction.dim() - 1)))
         return direction
 
     def _rule_options(self, site: Site) -> dict[str, Any]:

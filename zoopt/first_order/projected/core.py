@@ -82,9 +82,7 @@ class ProjectedOptimizer(ShardedMatrices):
             gradients = None if gradient is None else [gradient]
             self._step_matrices([site], gradients, reduced=reduced.unsqueeze(0))
             return
-        state = self._state(param, group)
-        self._apply_whole(site, reduced, state, int(state["step"]) + 1)
-        count([state])
+        self._update_whole([site], [reduced])
 
     def _step_matrices(
         self,
@@ -241,17 +239,18 @@ class ProjectedOptimizer(ShardedMatrices):
 
     def _kind(self, site: Site) -> Hashable:
         """For parameters that the rule writes itself, their step and how their state is stored. For
-        projected ones on a GPU, their step and geometry; on the CPU these are updated one by one,
-        each while its R is in the cache."""
+        others on a GPU, their step and their geometry or shape; on the CPU these are updated one by
+        one, each while its R is in the cache."""
         param, group = site.param, site.group
         geo = self._geometry(param, group)
-        if not (launches(param) if geo is not None else self._rule(group).write):
+        writes = geo is None and self._rule(group).write is not None
+        if not (writes or launches(param)):
             return None
         state = self._state(param, group)
-        if geo is None:
+        if writes:
             return batch_kind(site, *state.values())
         kind = batch_kind(site, state["step"])
-        return None if kind is None else (kind, geo)
+        return None if kind is None else (kind, geo or param.shape)
 
     def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
         geo = self._geometry(sites[0].param, sites[0].group)
@@ -259,8 +258,17 @@ class ProjectedOptimizer(ShardedMatrices):
             for part in pieces(_windows(len(sites), math.prod(geo.reduced_shape))):
                 self._update_matrices(sites[part], gradients[part])
             return
+        self._update_whole(sites, gradients)
+
+    def _update_whole(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
+        """Update parameters of one kind that are not projected."""
         states = [self._state(site.param, site.group) for site in sites]
-        self._write_whole(sites, gradients, int(states[0]["step"]) + 1)
+        step = int(states[0]["step"]) + 1
+        if self._rule(sites[0].group).write is not None:
+            self._write_whole(sites, gradients, step)
+        else:
+            for part in pieces(_windows(len(sites), sites[0].param.numel())):
+                self._write_directions(sites[part], gradients[part], step)
         count(states)
 
     def _update_matrices(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
@@ -300,32 +308,31 @@ class ProjectedOptimizer(ShardedMatrices):
         decay = 1.0 - float(group["lr"]) * group["weight_decay"]
         return decay, group.get("decay", "before") == "after"
 
-    def _apply_whole(
-        self, site: Site, gradient: Tensor, state: dict[str, Tensor], step: int
+    def _write_directions(
+        self, sites: Sequence[Site], gradients: Sequence[Tensor], step: int
     ) -> None:
-        """The rule on the parameter itself."""
-        param, group = site.param, site.group
-        if self._rule(group).write is not None:
-            self._write_whole([site], [gradient], step)
-            return
+        """The same in two passes, of parameters of one shape, by a rule that does not write."""
+        group, numel = sites[0].group, sites[0].param.numel()
+        states, keys = [self.state[site.param] for site in sites], [site.key for site in sites]
+        stack = gradients[0].unsqueeze(0) if len(sites) == 1 else torch.stack(list(gradients))
+        direction = once(self._direction, sites, stack, states, step, keys)
         decay, after = self._decay(group)
-        stack = gradient.unsqueeze(0)
-        [direction] = once(self._direction, [site], stack, [state], step, [site.key])
-        theta = kept(param.detach().reshape, 1, -1)
+        thetas = kept(lambda: [site.param.detach().reshape(1, numel) for site in sites])
+        rate = direction.new_full((1, 1), descent_rate(group))
         add_product_(
-            theta,
+            Batch(thetas, keys),
             None,
             None,
             decay=1.0 if after else decay,
-            gradient=direction.reshape(1, -1),
-            channel_scale=direction.new_full((1, 1), descent_rate(group)),
-            key=site.key,
-            rounding_draw=site.rounding_draw(step),
+            gradient=direction.reshape(len(sites), 1, numel).unbind(),
+            channel_scale=[rate] * len(sites),
+            rounding_draw=sites[0].rounding_draw(step),
         )
-        if not param.is_contiguous():
-            once(param.copy_, theta.reshape(param.shape))
         if after and decay != 1.0:
-            once(param.mul_, decay)
+            once(torch._foreach_mul_, thetas, decay)
+        for site, theta in zip(sites, thetas, strict=True):
+            if not site.param.is_contiguous():
+                once(site.param.copy_, theta.reshape(site.param.shape))
 
 
 def _matrices(sites: Sequence[Site]) -> list[Tensor]:

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from zoopt.first_order.base import betas_of, draw_of
 from zoopt.first_order.projected.codecs import moment, moment_specs
-from zoopt.kernels.adam.moments import Moment, encode
+from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.op import adam_, adamw_
 from zoopt.kernels.adam.op_average import average_
 from zoopt.kernels.batch import Batch
-from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.journal import kept
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.kernels.noise.philox import PURPOSE_MOMENTS, halfwords
 from zoopt.optimizer import Group, TensorSpec
 
 State = dict[str, Tensor]
@@ -165,18 +163,6 @@ def _lion_specs(
 ) -> Mapping[str, TensorSpec]:
     kind = group["state_dtype"]
     return moment_specs("exp_avg", shape, kind, signed=True, accumulator=accumulator)
-
-
-def store_moment(values: Tensor, stored: Moment, group: Group, step: int, key: NoiseKey) -> None:
-    """Write a moment's values to its format, with the step's bits where they are rounded so."""
-    draw = moment_draw(group, step)
-    bits = None
-    if draw is not None and stored.format != "float32" and not is_fake(values):
-        index = torch.arange(key.offset, key.offset + values.numel(), device=values.device)
-        bits = halfwords(
-            index, seed=key.seed, stream=key.stream, draw=draw, purpose=PURPOSE_MOMENTS
-        )
-    encode(values.reshape(-1).to(stored.accumulator), stored, bits)
 
 
 def _average(
