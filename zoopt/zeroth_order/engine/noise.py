@@ -51,10 +51,12 @@ class Elementwise(Chunkwise):
     ) -> list[Tensor]:
         """As in `Direction`: one launch."""
         copies = packed_like(window.tensors)
-        moving = zip(directions, window.tensors, strict=True)
-        terms = [own._terms(theta, coefficients, {}) for own, theta in moving]
-        beside = [read["beside"] for _, read in terms]
-        descend_(window, out=copies, rule=Rule(), decay=decay, beside=beside, **terms[0][0])
+        numbers, _ = directions[0]._terms(window.tensors[0], coefficients, {})
+        beside: list[Any] = [own.shaping(coefficients, {})[1] for own in directions]
+        if numbers["shape"].kind != "small":
+            pairs = zip(beside, window.tensors, strict=True)
+            beside = [read.view(theta.shape) for read, theta in pairs]
+        descend_(window, out=copies, rule=Rule(), decay=decay, beside=beside, **numbers)
         return copies
 
     def shaping(
