@@ -327,6 +327,24 @@ def green_trainer() -> str:
     return table(["model", "budget", "planned", "measured time"], rows)
 
 
+def machine_code() -> str:
+    """What GPU kernels compile to."""
+    kernels = {
+        "perturb, bf16, normal, nearest": "perturb bfloat16 weights",
+        "apply, bf16, normal, stochastic": "MeZO's update, rounded stochastically",
+        "adamw, bf16, int8, stochastic": "AdamW, int8 moments, rounded stochastically",
+    }
+    found = {row["name"]: row for row in read("sass.json")["rows"]}
+    rows = []
+    for name, what in kernels.items():
+        for target in ("sm_80", "sm_90"):
+            row = found[f"{name}, {target}"]
+            counts = (row["registers"], row["spills"], row["access_bits"])
+            rows.append([what, target, f"{row['executed_per_element']:.1f}", *map(str, counts)])
+    headings = ["kernel", "target", "instructions an element", "registers", "spills", "access bits"]
+    return table(headings, rows, text=2)
+
+
 def decision() -> str:
     """Which optimizer: what must fit, what it takes at 7B, and what it trains to."""
     planned = {e["name"]: e["peak"] / 1e9 for e in read("plan_llama7b.json")["estimates"]}
@@ -387,6 +405,7 @@ TABLES: dict[str, Callable[..., str]] = {
         demo_memory,
         quantised,
         green_trainer,
+        machine_code,
         decision,
         source,
     )
