@@ -22,6 +22,7 @@ from zoopt.checkpoint import (
     saved_groups,
 )
 from zoopt.checks import shown
+from zoopt.distributed.checkpoint import check_nothing_left_out
 from zoopt.distributed.seed import SharedSeed
 from zoopt.distributed.sharding import is_sharded, sharded_as, sharded_zeros
 from zoopt.groups import Group, Params, check_keys, check_ordered, check_saved_keys, listed, plain
@@ -236,6 +237,7 @@ class DeclaredStateOptimizer(torch.optim.Optimizer):
                 shapes; it is not complete; or it holds what the constructor would refuse. Nothing
                 has changed then.
         """
+        check_nothing_left_out(state_dict)
         state_dict = state_dict.copy()
         hooks = self._optimizer_load_state_dict_pre_hooks
         for hook in hooks.values():

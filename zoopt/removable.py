@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,6 +22,12 @@ class Removable:
         trace: TracebackType | None,
     ) -> None:
         self.remove()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be copied or pickled, since the hooks that it has set "
+            f"are not; call remove(), copy model and optimizer, and make another over the copies"
+        )
 
     def remove(self) -> None:
         """Undo it."""

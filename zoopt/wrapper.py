@@ -26,10 +26,12 @@ class Wrapper(Removable):
 
     Attributes:
         label: its name in messages.
+        chooses: whether it decides which parameters train.
         unfused: why the optimizer must not be fused into the backward pass; None: it may be.
     """
 
     label: ClassVar[str]
+    chooses: ClassVar[bool] = False
     unfused: ClassVar[str | None] = None
 
     @classmethod
@@ -42,6 +44,11 @@ class Wrapper(Removable):
             raise ValueError(
                 f"optimizer must not be under {label} yet, got one that is; call remove() on it "
                 f"first"
+            )
+        if cls.chooses and hasattr(optimizer, "sampled_layers"):
+            raise ValueError(
+                f"optimizer must not be {type(optimizer).__name__}, which decides itself which "
+                f"parameters train, under {cls.label}; use one of them"
             )
         if cls.unfused is not None and getattr(optimizer, "_fusion", None) is not None:
             raise ValueError(

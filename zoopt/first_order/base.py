@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.checks import check_bool, check_choice, check_number
-from zoopt.distributed.checkpoint import asks_for_state
+from zoopt.distributed.checkpoint import asks_for_state, called_by_get, called_by_load
 from zoopt.distributed.sharding import (
     Rows,
     check_placement,
@@ -161,7 +161,8 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
                 no values; or processes have different seeds. Nothing has changed then.
         """
         if asks_for_state(self):
-            self._make_state()
+            if called_by_load():
+                self._make_state()
             return None
         self._check_seed()
         if self._fusion is not None:
@@ -272,19 +273,38 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
                 self._completed(first)
                 self._interrupted = others
 
+    def forget_begun(self) -> None:
+        """Drop what an error has left unfinished, because other weights or state take its place."""
+        self._begun, self._interrupted = None, ()
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the parameters' shapes in each group, which a load checks. An update
         that an error has interrupted is finished before."""
         self._finish()
-        return super().state_dict()
+        if not called_by_get():
+            return super().state_dict()
+        # With all entries that a load will look for, and no trace here.
+        new = [site for site in self._sites() if site.param not in self.state]
+        new = [site for site in new if self._may_train(site.param, site.group)]
+        try:
+            with OwnArithmetic():
+                for site in new:
+                    self.allocate_state(site.param, site.group)
+            return super().state_dict()
+        finally:
+            for site in new:
+                self.state.pop(site.param, None)
+
+    def _may_train(self, param: Tensor, group: Group) -> bool:
+        """Whether a parameter trains in some of the steps."""
+        return param.requires_grad
 
     def __getstate__(self) -> dict[str, Any]:
         self._finish()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # What was begun belongs to the state before.
-        self._begun, self._interrupted = None, ()
+        self.forget_begun()  # It belongs to the state before.
         super().__setstate__(state)
 
     @contextlib.contextmanager

@@ -17,6 +17,7 @@ from zoopt.checks import (
     check_positive_int,
     shown,
 )
+from zoopt.distributed.checkpoint import called_by_load
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.base import draw_of
@@ -218,6 +219,9 @@ class OwLore(AdamFamily):
         super().__init__(groups, defaults, seed=seed)
         self._train_sampled()
 
+    #: Whether all layers require gradients, because a checkpoint is being loaded.
+    _loading = False
+
     @property
     def sampled_layers(self) -> list[int]:
         """The numbers of the layers that train in the next step."""
@@ -228,6 +232,25 @@ class OwLore(AdamFamily):
             seed=run["seed"],
             draw=draw_of(run["updates"] // run["sampling_gap"]),
         )
+
+    def _make_state(self) -> None:
+        """State for torch.distributed.checkpoint: all layers train until it has loaded theirs."""
+        if called_by_load():
+            self._loading = True
+            for group in self.param_groups:
+                for param, number in zip(group["params"], group["layers"] or (), strict=False):
+                    if number is not None:
+                        param.requires_grad_(True).grad = torch.zeros_like(param)
+        super()._make_state()
+
+    def _may_train(self, param: Tensor, group: Group) -> bool:
+        layers = dict(zip(group["params"], group["layers"] or (), strict=False))
+        return param.requires_grad or layers.get(param) is not None
+
+    def _step(self) -> None:
+        if self._loading:  # it has failed
+            self._train_sampled()
+        super()._step()
 
     def _stepped(self) -> None:
         """Count the step and, if it is due, sample other layers."""
@@ -245,6 +268,7 @@ class OwLore(AdamFamily):
 
     def _train_sampled(self) -> None:
         """Let only the sampled layers require gradients; free gradients and state of the others."""
+        self._loading = False
         sampled = set(self.sampled_layers)
         for group in self.param_groups:
             numbers = group["layers"] or itertools.repeat(None)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zoopt.distributed.checkpoint import called_by_checkpoint
+from zoopt.distributed.checkpoint import called_by_checkpoint, check_nothing_left_out
 from zoopt.distributed.seed import SharedSeed
 from zoopt.dtypes import accumulator_dtype, resolved_rounding
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.nn.modules import Target, is_conv1d, linear_layers
 from zoopt.noise import stream
-from zoopt.selection.saved import check_saved, check_vectors
+from zoopt.selection.saved import check_plain, check_saved, check_vectors
 from zoopt.wrapper import Wrapper
 
 
@@ -28,8 +30,13 @@ def normalised_importance(gates: Tensor) -> Tensor:
     """
     sizes = gates.abs()
     spread = sizes.std(correction=0)
+    if sizes.any() and not 1e-6 * float(sizes.max()) < float(spread) < math.inf:
+        # Equal but for rounding, or their squares are outside the dtype's range.
+        sizes = sizes.double() / float(sizes.max())
+        spread = sizes.std(correction=0)
     standard = (sizes - sizes.mean()) / spread
-    return torch.where(spread > 0, standard.tanh().abs(), torch.zeros_like(sizes))
+    own = torch.where(spread > 0, standard.tanh().abs(), torch.zeros_like(sizes))
+    return own.to(gates.dtype)
 
 
 class CoFiTune(Wrapper):
@@ -62,9 +69,9 @@ class CoFiTune(Wrapper):
         seed: seed of the bits that round 16-bit weights; default torch.initial_seed().
 
     Raises:
-        TypeError, ValueError: the optimizer is already under CoFiTune or another wrapper, is fused
-            into the backward pass, or does not hold the layers; `target` matches nothing; there are
-            no losses.
+        TypeError, ValueError: the optimizer is already under CoFiTune or another wrapper, is
+            OwLore, is fused into the backward pass, or does not hold the layers; `target` matches
+            nothing; there are no losses, or gradients of one are not finite.
 
     Differs from the authors' code, which masks the gradient.
 
@@ -75,6 +82,7 @@ class CoFiTune(Wrapper):
     """
 
     label = "CoFiTune"
+    chooses = True
     unfused = "its steps are not in step()"
 
     def __init__(
@@ -95,6 +103,8 @@ class CoFiTune(Wrapper):
                     f"optimizer must hold the weights of the layers that train, got one without "
                     f"that of {name!r}; make it of the model's parameters"
                 )
+            for part, param in layer.named_parameters(recurse=False):
+                check_plain(f"{name}.{part}", param)
         self._layers = layers
         self._seed = SharedSeed(seed, type(self).__name__).value
         self._step = 0
@@ -113,6 +123,11 @@ class CoFiTune(Wrapper):
             optimizer,
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            optimizer.register_load_state_dict_pre_hook(
+                lambda _, saved: check_nothing_left_out(
+                    saved, remedy="load it inside `with CoFiTune.loading():`"
+                )
+            ),
         )
 
     def remove(self) -> None:
@@ -144,6 +159,20 @@ class CoFiTune(Wrapper):
             name: state["importance"][name].to(values.device, values.dtype, copy=True)
             for name, values in self.importance.items()
         }
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """A context in which torch.distributed.checkpoint can load an optimizer's state that has
+        parts for parameters that do not train."""
+        frozen = [param for param, required in self._required.items() if required]
+        frozen = [param for param in frozen if not param.requires_grad]
+        for param in frozen:
+            param.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for param in frozen:
+                param.requires_grad_(False)
 
     def _release(self) -> None:
         for param, required in self._required.items():
@@ -210,4 +239,10 @@ def _importance(
             "losses must hold a function at least, got none; pass one for each batch of what the "
             "model is to keep"
         )
+    for name, own in gates.items():
+        if not own.isfinite().all():
+            raise ValueError(
+                f"losses must have finite gradients, got one that is not for {name!r}; leave out "
+                f"batches of which the model makes infinities or NaN"
+            )
     return {name: normalised_importance(own / count) for name, own in gates.items()}

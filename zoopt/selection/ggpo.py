@@ -16,23 +16,33 @@ from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.op import perturb
 from zoopt.noise import stream
-from zoopt.selection.saved import check_saved, check_vectors
+from zoopt.selection.saved import check_plain, check_saved, check_vectors
 from zoopt.warn import warn
 from zoopt.wrapper import Wrapper
 
 
-def row_scales(weight: Tensor, squares: Tensor | None, sigma: float, beta: float) -> Tensor:
-    """c_i = (sigma ||W_i|| + beta ||G_i||^2) / sqrt(m) of each row of W (m, n): (m,).
+def row_scales(weight: Tensor, squares: Tensor, sigma: float, beta: float) -> Tensor:
+    """c_i = (sigma ||W_i|| + min(beta ||G_i||^2, max(1, ||W_i||))) / sqrt(m) of each row of W
+    (m, n): (m,).
 
     Args:
-        squares: ||G_i||^2 of the last step's gradient, (m,); None before the first step.
+        squares: ||G_i||^2 of the last step's gradient, (m,); 0 before the first step.
     """
     wide = accumulator_dtype(weight.dtype)
     norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
-    scales = norms.mul_(sigma)
-    if squares is not None:
-        scales = scales + squares * beta
+    scales = norms * sigma + torch.minimum(squares * beta, norms.clamp(min=1.0))
     return scales / math.sqrt(weight.shape[0])
+
+
+def row_squares(gradient: Tensor, before: Tensor) -> Tensor:
+    """||G_i||^2 of each row of G (m, n), at most the largest number; of rows that are not finite,
+    that of `before`: (m,)."""
+    if not gradient.numel():
+        return before
+    largest = torch.linalg.vector_norm(gradient, ord=math.inf, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(gradient, dim=1, dtype=before.dtype)
+    squares = norms.square_().clamp_(max=torch.finfo(before.dtype).max)
+    return torch.where(largest.isfinite(), squares, before)
 
 
 class LoRAGGPO(Wrapper):
@@ -44,7 +54,8 @@ class LoRAGGPO(Wrapper):
         c_i = (sigma ||W_i|| + beta ||G_i||^2) / sqrt(m)
 
     for each row i, with G the last step's gradient. This leads to flatter minima, above all in rows
-    with large gradients. Before the optimizer's step, W is restored bit for bit.
+    with large gradients. Before the optimizer's step, W is restored bit for bit. A row of G that is
+    not finite is forgotten: its last finite norm stays.
 
     It hooks the optimizer's `step`, and the forward pass of the model and of each module that holds
     such a matrix. A forward pass in training mode perturbs the weights; one in evaluation mode
@@ -68,7 +79,8 @@ class LoRAGGPO(Wrapper):
     a step or after `restore()`.
 
     Differs from the paper, which adds noise to the layer's whole weight. Here the noise is on each
-    trained matrix.
+    trained matrix. beta ||G_i||^2 is at most max(1, ||W_i||): without a bound, the noise from a
+    gradient of 1e10 makes the next loss infinite.
 
     Example:
         >>> opt = zoopt.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -105,12 +117,21 @@ class LoRAGGPO(Wrapper):
                 "optimizer must hold a matrix of the model that trains, got none; make it of the "
                 "model's parameters"
             )
+        for name, param in self._params.items():
+            check_plain(name, param)
         self._sigma, self._beta = sigma, beta
         self._seed = SharedSeed(seed, type(self).__name__).value
         self._step = 0
-        self._squares: dict[str, Tensor] = {}
+        self._squares = {
+            name: torch.zeros(len(param), dtype=accumulator_dtype(param.dtype), device=param.device)
+            for name, param in self._params.items()
+        }
         self._saved: dict[str, Tensor] = {}
         self._perturbed = self._warned = False
+        # Before all other hooks: they must see the weights without noise.
+        first = optimizer.register_step_pre_hook(lambda *_: self._before_step())
+        hooks: Any = optimizer._optimizer_step_pre_hooks
+        hooks.move_to_end(first.id, last=False)
         self._attach(
             optimizer,
             model.register_forward_pre_hook(lambda module, _: self._forward(module)),
@@ -118,8 +139,8 @@ class LoRAGGPO(Wrapper):
                 module.register_forward_pre_hook(lambda module, _: self._enter(module))
                 for module in self._owners(model)
             ),
-            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            first,
         )
 
     def _owners(self, model: nn.Module) -> list[nn.Module]:
@@ -151,8 +172,7 @@ class LoRAGGPO(Wrapper):
         if self._saved:
             return
         for name, param in self._params.items():
-            squares = self._squares.get(name)
-            scales = row_scales(param.detach(), squares, self._sigma, self._beta)
+            scales = row_scales(param.detach(), self._squares[name], self._sigma, self._beta)
             theta = param.detach()
             self._saved[name] = theta.clone()
             key = NoiseKey(self._seed, stream(f"ggpo {name}"))
@@ -176,9 +196,10 @@ class LoRAGGPO(Wrapper):
         self.restore()
         self._seed, self._step = state["seed"], state["step"]
         self._squares = {
-            name: squares.to(param.device, accumulator_dtype(param.dtype), copy=True)
-            for name, squares in state["squares"].items()
-            for param in [self._params[name]]
+            name: torch.zeros_like(own)
+            if name not in state["squares"]
+            else state["squares"][name].to(own.device, own.dtype, copy=True)
+            for name, own in self._squares.items()
         }
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -196,8 +217,10 @@ class LoRAGGPO(Wrapper):
 
     @torch.no_grad()
     def _before_step(self) -> None:
+        if called_by_checkpoint():  # Its gradients are zeros.
+            return
         self.restore()
-        noiseless = not (self._perturbed or self._warned or called_by_checkpoint())
+        noiseless = not (self._perturbed or self._warned)
         if noiseless and any(param.grad is not None for param in self._params.values()):
             self._warned = True
             warn(
@@ -207,9 +230,7 @@ class LoRAGGPO(Wrapper):
             )
         for name, param in self._params.items():
             if param.grad is not None:
-                wide = accumulator_dtype(param.dtype)
-                norms = torch.linalg.vector_norm(param.grad, dim=1, dtype=wide)
-                self._squares[name] = norms.square_()
+                self._squares[name] = row_squares(param.grad, self._squares[name])
 
     def _after_step(self) -> None:
         if not called_by_checkpoint():  # That call only creates the optimizer's state.

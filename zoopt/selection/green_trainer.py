@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zoopt.ambient import OwnArithmetic
 from zoopt.checks import check_nonnegative_int, check_number, check_positive_int, shown
+from zoopt.first_order.base import FirstOrderOptimizer
 from zoopt.selection.budget import Cost, backward_costs, choose, in_units
 from zoopt.selection.rounds import Rounds
 
@@ -33,7 +35,9 @@ class GreenTrainer(Rounds):
     pass of `probe()`, with torch's formulas for operations. The choice is exact
     (`zoopt.selection.budget.choose`). It evaluates `probe`, runs backward and takes a step of the
     optimizer. Afterwards weights, state, gradients and torch's random numbers are restored. Choices
-    are made at construction and every `select_every` steps, but not at a learning rate of 0.
+    are made at construction and every `select_every` steps, but not at a learning rate of 0. They
+    do not use autocast around `step`; `probe` can use its own. If a choice raises, the step has
+    been taken and counted, and the last choice stays until the next is due.
 
     It hooks the optimizer's `step`; the training loop stays the same. The choice and the number of
     steps are stored in the optimizer's param groups (`green_chosen`, `green_step`,
@@ -49,8 +53,8 @@ class GreenTrainer(Rounds):
 
     Raises:
         TypeError, ValueError: an argument is out of range; the optimizer is already under
-            GreenTrainer or another wrapper, or fused into the backward pass; no tensor fits the
-            budget.
+            GreenTrainer or another wrapper, is OwLore, or is fused into the backward pass; no
+            tensor fits the budget.
         RuntimeError: no parameter has a gradient, or none has a positive importance.
 
     `remove()`, or leaving the `with` block, lets all parameters train again.
@@ -86,7 +90,7 @@ class GreenTrainer(Rounds):
         check_positive_int("select_every", select_every)
         self._check(optimizer)
         self._model, self._optimizer, self._probe, self._budget = model, optimizer, probe, budget
-        self._params = [
+        self._held = [
             param
             for group in optimizer.param_groups
             for param in group["params"]
@@ -106,7 +110,7 @@ class GreenTrainer(Rounds):
     @property
     def chosen(self) -> list[nn.Parameter]:
         """The parameters that train."""
-        return [self._params[number] for number in self._run["green_chosen"]]
+        return [self._held[number] for number in self._run["green_chosen"]]
 
     @property
     def planned_share(self) -> float:
@@ -120,7 +124,7 @@ class GreenTrainer(Rounds):
     def _check_run(self, run: dict[str, Any]) -> None:
         check_nonnegative_int("green_step", run["green_step"], 1 << 53)
         check_positive_int("green_select_every", run["green_select_every"])
-        chosen, count = run["green_chosen"], len(self._params)
+        chosen, count = run["green_chosen"], len(self._held)
         if (
             not isinstance(chosen, list)
             or not chosen
@@ -135,6 +139,7 @@ class GreenTrainer(Rounds):
         if self._selecting:
             return
         self._run["green_step"] += 1
+        self._write()  # The step has been taken, also if an error ends the choice.
         # At a rate of 0, as at the end of a schedule, a step tells nothing of importance.
         moves = any(group.get("lr") != 0 for group in self._optimizer.param_groups)
         if moves and self._run["green_step"] % self._run["green_select_every"] == 0:
@@ -144,19 +149,24 @@ class GreenTrainer(Rounds):
 
     def _choice(self) -> Iterator[tuple[nn.Parameter, bool]]:
         chosen = set(self._run["green_chosen"])
-        for number, param in enumerate(self._params):
+        for number, param in enumerate(self._held):
             yield param, number in chosen
 
+    @torch.inference_mode(False)  # Its copies of state would stay what they are in that mode.
     def _select(self) -> list[int]:
         """Choose which parameters, by number, train next. Everything else is restored."""
-        kept = [(param.grad, param.requires_grad) for param in self._params]
+        kept = [(param.grad, param.requires_grad) for param in self._held]
         self._selecting = True
         try:
-            for param in self._params:
+            for param in self._held:
                 param.grad = None
                 param.requires_grad_(True)
-            with torch.random.fork_rng(devices=_devices(self._params)), torch.enable_grad():
-                self.order, self.costs = backward_costs(self._probe(), self._params)
+            with (
+                torch._C._DisableAutocast(),
+                torch.random.fork_rng(devices=_devices(self._held)),
+                torch.enable_grad(),
+            ):
+                self.order, self.costs = backward_costs(self._probe(), self._held)
             if not self.order:
                 raise RuntimeError(
                     "probe must return a loss with a graph to the optimizer's parameters, got one "
@@ -164,7 +174,7 @@ class GreenTrainer(Rounds):
                 )
             worth = self._importance()
         finally:
-            for param, (grad, required) in zip(self._params, kept, strict=True):
+            for param, (grad, required) in zip(self._held, kept, strict=True):
                 param.requires_grad_(required)
                 param.grad = grad
             self._selecting = False
@@ -187,8 +197,8 @@ class GreenTrainer(Rounds):
     def _importance(self) -> list[float]:
         """Compute I of each parameter, from a step of the optimizer that is undone."""
         optimizer = self._optimizer
-        weights = [param.detach().clone() for param in self._params]
-        gradients = [param.grad for param in self._params]
+        weights = [param.detach().clone() for param in self._held]
+        gradients = [param.grad for param in self._held]
         state = {
             key: {name: _copied(value) for name, value in own.items()}
             if isinstance(own, dict)
@@ -197,16 +207,19 @@ class GreenTrainer(Rounds):
         }
         groups = [dict(group) for group in optimizer.param_groups]
         try:
-            optimizer.step()
+            with OwnArithmetic():
+                optimizer.step()
             worth = [
                 0.0 if grad is None else -float((grad.double() * (param - old).double()).sum())
-                for param, old, grad in zip(self._params, weights, gradients, strict=True)
+                for param, old, grad in zip(self._held, weights, gradients, strict=True)
             ]
         finally:
-            for param, old in zip(self._params, weights, strict=True):
+            for param, old in zip(self._held, weights, strict=True):
                 param.copy_(old)
             optimizer.state.clear()
             optimizer.state.update(state)
+            if isinstance(optimizer, FirstOrderOptimizer):
+                optimizer.forget_begun()  # Of this step, nothing is left to be finished.
             for group, saved in zip(optimizer.param_groups, groups, strict=True):
                 group.clear()
                 group.update(saved)

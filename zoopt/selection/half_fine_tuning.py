@@ -114,9 +114,9 @@ class HalfFineTuning(Rounds):
 
     Raises:
         TypeError, ValueError: an argument is out of range; the model has no repeated layers; the
-            optimizer is already under half fine-tuning or another wrapper, or keeps a window of
-            past directions (MeZO's `momentum_window`, ZOAdam's `state="window"`), which would move
-            parameters that rested.
+            optimizer is already under half fine-tuning or another wrapper, is OwLore, or keeps a
+            window of past directions (MeZO's `momentum_window`, ZOAdam's `state="window"`), which
+            would move parameters that rested.
 
     `remove()`, or leaving the `with` block, lets all parameters train again.
     DistributedDataParallel needs find_unused_parameters=True.

@@ -1,4 +1,4 @@
-"""Checks of saved states, before anything is loaded from them."""
+"""Checks of weights and of saved states, before anything is done with them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from torch import Tensor
 
 from zoopt.checks import check_nonnegative_int, shown
 from zoopt.kernels.noise.key import check_unsigned
+from zoopt.parameters import is_wrapper
+
+
+def check_plain(name: str, param: Tensor) -> None:
+    """Raise unless a parameter's values lie in its own memory."""
+    if is_wrapper(param):
+        raise TypeError(
+            f"weights must be plain tensors, got the subclass {type(param).__name__} for {name!r}, "
+            f"whose elements zoopt cannot write; leave it out"
+        )
 
 
 def check_saved(owner: str, state: Any, key: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from zoopt.ambient import opaque
+from zoopt.distributed.checkpoint import called_by_get
 from zoopt.first_order.adamw import AdamW
 from zoopt.interrupts import uninterrupted
 from zoopt.nn.modules import repeated_layers
@@ -215,8 +216,17 @@ class Hybrid(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimizers' own, with their classes and the late parameters' shapes. A step that an
-        error has interrupted is finished before."""
+        error has interrupted is finished before.
+
+        Raises:
+            RuntimeError: torch.distributed.checkpoint asks for it.
+        """
         self._finish()
+        if called_by_get():
+            raise RuntimeError(
+                "torch.distributed.checkpoint must be given the two optimizers of a Hybrid one by "
+                "one, got the Hybrid; pass its zeroth_order, and then its first_order"
+            )
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self._identity()

@@ -1,0 +1,219 @@
+"""Gradients that are huge or not finite, and errors in the middle, of what chooses what trains."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
+
+import zoopt
+from tests.test_selection_contract import ROWS, Net, Run, adamw, loss_of, same
+from zoopt.selection.cofitune import normalised_importance
+from zoopt.selection.ggpo import row_squares
+
+FED_BY_BACKWARD = [name for name in ROWS if name not in ("qzo", "qes")]
+
+
+def advance(run: Run, steps: int, factor: float = 1.0) -> None:
+    """Steps from the gradients of the loss times a factor."""
+    for _ in range(steps):
+        run.optimizer.zero_grad()
+        loss_of(run.model).backward()
+        for param in run.model.parameters():
+            if param.grad is not None:
+                param.grad.mul_(factor)
+        run.optimizer.step()
+
+
+@pytest.mark.parametrize("factor", [1e10, 1e18, 1e30])
+@pytest.mark.parametrize("name", FED_BY_BACKWARD)
+def test_gradients_that_are_huge_leave_finite_weights(name: str, factor: float) -> None:
+    run = ROWS[name](Net(torch.float32), 3)
+    advance(run, 2, factor)
+    advance(run, 3)
+    assert math.isfinite(loss_of(run.model).item())
+    for value in run.model.state_dict().values():
+        assert not value.is_floating_point() or bool(value.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_row_norms_at_every_scale(dtype: torch.dtype) -> None:
+    before = torch.full((6,), 7.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    gradient = torch.ones(6, 4, dtype=dtype)
+    most, limit = torch.finfo(dtype).max, torch.finfo(before.dtype).max
+    gradient[1], gradient[2], gradient[3, 1] = 3.0, most, math.nan
+    gradient[4, 0], gradient[5] = -math.inf, 0.0
+    assert row_squares(gradient, before).tolist() == [4.0, 36.0, limit, 7.0, 7.0, 0.0]
+    assert row_squares(gradient[:, :0], before) is before
+
+
+def test_a_gradient_that_is_not_finite_is_forgotten_by_ggpo() -> None:
+    """The next noise is that of the last finite gradient. The optimizer here skips such steps."""
+    model = Net(torch.float32)
+    optimizer = adamw(model)
+    ggpo = zoopt.LoRAGGPO(model, optimizer, seed=3)
+    run = Run(model, optimizer, ggpo, ggpo)
+    advance(run, 2)
+    before = {name: value.clone() for name, value in ggpo.state_dict()["squares"].items()}
+    loss_of(model).backward()
+    for param in model.parameters():
+        assert param.grad is not None
+        param.grad.fill_(math.nan)
+    ggpo._before_step()
+    ggpo._after_step()
+    assert all(torch.equal(v, before[n]) for n, v in ggpo.state_dict()["squares"].items())
+    advance(run, 2)
+    assert all(bool(param.isfinite().all()) for param in model.parameters())
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_importance_at_every_scale(scale: float) -> None:
+    gates = torch.tensor([1.0, -2.0, 0.5, 4.0])
+    expected = normalised_importance(gates.double()).float()
+    torch.testing.assert_close(normalised_importance(gates * scale), expected, rtol=1e-5, atol=0.0)
+    assert not normalised_importance(torch.full((3,), scale)).any()
+    assert not normalised_importance(torch.zeros(3)).any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_of_cofitune_must_be_finite(value: float) -> None:
+    model = Net(torch.float32)
+    losses = [lambda: loss_of(model) * value]
+    with pytest.raises(
+        ValueError, match=r"losses must have finite gradients, got .* 'layers.1.up'"
+    ):
+        zoopt.CoFiTune(model, adamw(model), losses, target=["*.1.up"])
+    assert all(param.requires_grad for param in model.parameters())
+
+
+def test_a_choice_of_green_trainer_does_not_follow_autocast() -> None:
+    """At construction, and in the post-hook of a step under it."""
+    models = [Net(torch.float32) for _ in range(2)]
+    runs, seen = [], []
+
+    def probe(model: nn.Module) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return loss_of(model, 2)
+
+    for number, model in enumerate(models):
+        with torch.autocast("cpu", enabled=bool(number)):
+            options: Any = {"budget": 0.5, "select_every": 2}
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            zoopt.GreenTrainer(model, optimizer, lambda model=model: probe(model), **options)
+        runs.append(Run(model, optimizer))
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            with torch.autocast("cpu", enabled=bool(number)):
+                optimizer.step()
+    assert same(models[0], models[1])
+    assert not any(seen)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_choice_that_fails_is_counted_and_leaves_everything(error: Any) -> None:
+    """In the probe, or in the step that is taken back: the run goes on with its last choice."""
+    model = Net(torch.float32)
+    optimizer = adamw(model)
+    fails = [""]
+
+    def probe() -> torch.Tensor:
+        if fails[0] == "probe":
+            raise error
+        return loss_of(model, 2)
+
+    green = zoopt.GreenTrainer(model, optimizer, probe, budget=0.5, select_every=2)
+    run, chosen = Run(model, optimizer), list(green.chosen)
+    inner = optimizer._update_all
+
+    def update(sites: Any) -> None:
+        inner(sites)
+        if fails[0] == "step" and green._selecting:
+            optimizer._interrupted = (None,)  # as an error inside an update does
+            raise error
+
+    optimizer._update_all = update
+    for number, where in enumerate(("probe", "step")):
+        fails[0] = ""
+        run.step()
+        # What the step itself makes of the weights, without a choice.
+        twin = copy.deepcopy(model)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(green, "_count", lambda: None)
+            saved = copy.deepcopy(optimizer.state_dict())
+            run.step()
+            expected = copy.deepcopy(model.state_dict()), str(optimizer.state_dict()["state"])
+        model.load_state_dict(twin.state_dict())
+        optimizer.load_state_dict(saved)
+        fails[0] = where
+        with pytest.raises(error):
+            run.step()
+        assert [group["green_step"] for group in optimizer.param_groups] == [2 * number + 2]
+        assert all(torch.equal(v, expected[0][n]) for n, v in model.state_dict().items())
+        assert str(optimizer.state_dict()["state"]) == expected[1]
+        assert all(first is second for first, second in zip(green.chosen, chosen, strict=True))
+    fails[0] = ""
+    before = copy.deepcopy(model.state_dict())
+    optimizer.zero_grad()
+    optimizer.step()  # nothing is left to be finished
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_no_hook_sees_noise() -> None:
+    """Also one that was there before."""
+    model = Net(torch.float32)
+    optimizer = adamw(model)
+    seen = []
+
+    def hook(*_: Any) -> None:
+        seen.append(copy.deepcopy(model.state_dict()))
+
+    optimizer.register_step_pre_hook(hook)
+    zoopt.LoRAGGPO(model, optimizer, seed=3)
+    before = copy.deepcopy(model.state_dict())
+    Run(model, optimizer).step()
+    assert all(torch.equal(value, before[name]) for name, value in seen[0].items())
+
+
+def test_what_holds_no_plain_matrix_is_refused_at_once() -> None:
+    """Of torchao's training tensors, for example: kernels could not write them later."""
+    for build in (
+        lambda model, optimizer: zoopt.LoRAGGPO(model, optimizer),
+        lambda model, optimizer: zoopt.CoFiTune(
+            model, optimizer, [lambda: loss_of(model)], target=["head"]
+        ),
+    ):
+        model = Net(torch.float32)
+        weight = model.head.weight.detach()
+        model.head.weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(TypeError, match="must be plain tensors, got the subclass"):
+            build(model, optimizer)
+        assert all(param.requires_grad for param in model.parameters())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("name", ["half fine-tuning", "green trainer", "lora-ggpo", "cofitune"])
+def test_handles_are_not_copied(name: str, copied: Any) -> None:
+    """A copy would be without hooks, and go on as if nothing were to be chosen."""
+    run = ROWS[name](Net(torch.float32), 3)
+    with pytest.raises(TypeError, match="cannot be copied or pickled, since the hooks"):
+        copied(run.handle)
+
+
+def test_a_choice_under_inference_mode() -> None:
+    models = [Net(torch.float32) for _ in range(2)]
+    for number, model in enumerate(models):
+        run = ROWS["green trainer"](model, 3)
+        for _ in range(4):
+            run.optimizer.zero_grad()
+            loss_of(model).backward()
+            with torch.inference_mode(bool(number)):
+                run.optimizer.step()
+    assert same(*models)
