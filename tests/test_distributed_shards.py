@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -31,6 +31,9 @@ import zoopt
 from tests.optimizer_table import CASES, INDICES, ROWS, Row, mlp, regression
 from tests.processes import Scenario, bits, everywhere, failure, refusal, run_all, scenario_cases
 from tests.test_distributed import whole
+from zoopt.memory import plan
+from zoopt.memory.meter import StorageMeter
+from zoopt.memory.spec import ModelSpec
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 STEPS = 2
@@ -218,6 +221,65 @@ def copies_are_exact(folder: Path) -> None:
     assert "MemoryError" in refusal(lambda: optimizer.step(fails))
     for param, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(whole(param), value)
+
+
+def layers(checkpointing: bool = False) -> nn.Module:
+    """Layers that repeat, of rows that two processes share unequally, between two others."""
+    repeated = [nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 7)) for _ in range(6)]
+    return nn.Sequential(nn.Linear(5, 7), nn.Sequential(*repeated), nn.Linear(7, 3))
+
+
+def a_plan_counts_copies_and_what_is_gathered(folder: Path) -> None:
+    """Of the first process, which has the most rows, to the byte."""
+    spec = ModelSpec("layers", layers, lambda batch, seq: {"input": torch.zeros(batch, 5)})
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
+        processes = dist.get_world_size()
+        for cls in (zoopt.MeZO, zoopt.ZOAdam):
+            planned = plan(spec, optimizers=cls.__name__, dtype=name, processes=processes)
+            model = layers().to(dtype)
+            for layer in model[1]:  # type: ignore[union-attr]
+                fully_shard(layer)
+            fully_shard(model)
+            optimizer = cls(model.named_parameters(), seed=7, process_group=dist.group.WORLD)
+            gathered, held = list[int](), list[int]()
+            meter = StorageMeter()
+
+            def count(
+                *_: Any, model: Any = model, meter: Any = meter, gathered: Any = gathered
+            ) -> None:
+                whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
+                gathered.append(sum(p.untyped_storage().nbytes() for p in whole))
+
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    module.register_forward_hook(count)
+
+            def loss(
+                model: Any = model, meter: Any = meter, held: Any = held, dtype: Any = dtype
+            ) -> torch.Tensor:
+                held.append(meter.live["workspace"])
+                loss: torch.Tensor = model(torch.ones(1, 5, dtype=dtype)).double().sum()
+                return loss
+
+            optimizer.step(loss)  # It makes the state.
+            del held[:]
+            own = [p.to_local() for p in model.parameters()]  # type: ignore[attr-defined]
+            state = [v for each in optimizer.state.values() for v in each.values()]
+            state = [v.to_local() if isinstance(v, DTensor) else v for v in state]
+            meter.track([*own, *state], "parameters")
+            with meter:
+                optimizer.step(loss)
+            [estimate] = planned.estimates
+            shards = sum(part.nbytes for part in own)
+            if dist.get_rank():
+                continue
+            rest, most = min(gathered), max(gathered)
+            arriving = max(rest, most - rest) + most
+            assert estimate.categories["parameters"] == shards + arriving
+            assert estimate.categories["workspace"] == shards * (dtype == torch.bfloat16)
+            # At the first evaluation, beside the copies: numbers of the exchange.
+            assert estimate.categories["workspace"] <= held[0] < 512 + shards * (name != "float32")
+            assert estimate.state == sum(value.nbytes for value in state)
 
 
 def float32_shards_compute_in_bfloat16(folder: Path) -> None:
@@ -431,6 +493,7 @@ SCENARIOS: dict[int, list[Scenario]] = {
         a_record_knows_who_else_writes,
         what_is_gathered_is_let_go,
         copies_are_exact,
+        a_plan_counts_copies_and_what_is_gathered,
         float32_shards_compute_in_bfloat16,
         checkpoints_resume_to_the_bit,
         what_cannot_be_sharded_is_refused,

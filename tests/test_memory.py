@@ -279,6 +279,10 @@ def test_the_plan_explains_the_mezo_papers_table(model: str) -> None:
     [
         (["no-such-model"], "MODEL must be a directory, a config.json, module:function or one of"),
         (["gpt2", "--optimizer", "Adam"], "optimizers must be 'all' or some of inference, MeZO"),
+        (
+            ["gpt2", "--optimizer", "AdamW", "--processes", "2"],
+            "processes must be 1 for AdamW, got more",
+        ),
         (["gpt2", "--seq", "5000"], "seq must be at most 1024 for gpt2, got 5000"),
         (["zoopt:nothing"], "MODEL must be module:function that can be imported from here"),
     ],
@@ -311,3 +315,5 @@ def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str])
     assert [estimate["name"] for estimate in document["estimates"]] == ["MeZO", "AdamW"]
     assert document["parameters"] == 124439808
     assert document["gpu"]
+    assert main(["plan", "gpt2", "--optimizer", "MeZO", "--seq", "16", "--processes", "4"]) == 0
+    assert "on each of 4 processes" in capsys.readouterr().out.replace("\n", " ")

@@ -50,12 +50,13 @@ def both(
     dtype: torch.dtype = torch.bfloat16,
     *,
     checkpointing: bool = False,
+    processes: int = 1,
 ) -> Simulation:
     """Compare the estimates, and return the shortened simulation."""
     with fake(dtype):
         spec = quiet(kind, content)
-        short = Simulation(spec, checkpointing, 8)
-        whole = Simulation(spec, checkpointing, 8, whole=True)
+        short = Simulation(spec, checkpointing, 8, processes=processes)
+        whole = Simulation(spec, checkpointing, 8, processes=processes, whole=True)
         for method in methods(8, 4):
             if method.name in names:
                 assert short.estimate(method, 2) == whole.estimate(method, 2), method.name
@@ -74,6 +75,13 @@ def test_few_layers_tell_the_whole_models_memory_to_the_byte(kind: str, names: l
 def test_few_layers_tell_it_with_checkpoints_in_float32() -> None:
     content = DEEP["llama"]
     assert both("llama", content, METHODS, torch.float32, checkpointing=True)._whole is None
+
+
+def test_few_layers_tell_it_of_shards() -> None:
+    short = both("llama", DEEP["llama"], ["MeZO", "ZOAdam"], processes=3)
+    assert short._whole is None
+    # Its copies go where factors are made for the update, so that every layer runs.
+    assert both("llama", FEW, ["LOZO"], processes=3)._whole is not None
 
 
 def test_a_model_of_few_layers_runs_whole() -> None:

@@ -86,6 +86,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--rank", type=positive, default=128, help="of low-rank projections and factors"
     )
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        default=1,
+        help="plan for one of so many, over which FSDP2 divides the parameters; zeroth-order only",
+    )
     parser.add_argument("--lora-rank", type=positive, default=8, help="of LoRA's adapters")
     add_json_argument(parser)
     parser.set_defaults(func=run)
@@ -110,6 +116,7 @@ def run(options: argparse.Namespace) -> int:
                 rank=options.rank,
                 lora_rank=options.lora_rank,
                 gpu=options.gpu is not None,
+                processes=options.processes,
                 progress=lambda name: status.update(f"planning: {name}"),
             )
     except (ImportError, TypeError, ValueError) as error:
@@ -133,6 +140,8 @@ def run(options: argparse.Namespace) -> int:
             ]
         rows.append(row)
     checkpointed = ", checkpointed" if options.checkpointing else ""
+    if options.processes > 1:
+        checkpointed += f", on each of {options.processes} processes"
     title = (
         f"{options.model}: {result.parameters / 1e6:,.0f}M parameters, {options.dtype}, batch "
         f"{options.batch} x {result.seq} tokens{checkpointed}"

@@ -17,6 +17,7 @@ from zoopt.memory.grouped import run
 from zoopt.memory.meter import Run, StorageMeter
 from zoopt.memory.methods import Method
 from zoopt.memory.recall import Recall
+from zoopt.memory.shards import divide, gathered_bytes, in_shards
 from zoopt.memory.spec import ModelSpec
 from zoopt.memory.step import (
     Inputs,
@@ -40,14 +41,22 @@ class Parts:
     """
 
     def __init__(
-        self, spec: ModelSpec, model: nn.Module, recall: Recall | None, *, gpu: bool = False
+        self,
+        spec: ModelSpec,
+        model: nn.Module,
+        recall: Recall | None,
+        *,
+        gpu: bool = False,
+        processes: int = 1,
     ) -> None:
         """Copy the model, whose tensors are on the meta device; the model itself is not changed.
 
         Args:
             recall: cache of operators' results; None: every operator runs in every step.
             gpu: whether the step is one on a GPU, where parameters are updated together.
+            processes: over how many FSDP2 divides the parameters.
         """
+        self._processes = processes
         self.spec, self._meta, self._shared, self._gpu = spec, model, recall is not None, gpu
         self._run: Run = run if recall is None else recall
         self._plain = whole_model(model)
@@ -56,6 +65,8 @@ class Parts:
 
     def forward_only(self, method: Method, batch: int, seq: int) -> Timeline:
         """Whole steps of a method that never holds the gradients of all parameters."""
+        if self._processes > 1 and method.kind == "zeroth-order":
+            return self._steps_in_shards(in_shards(method), batch, seq)
         # What is recorded is a forward pass of the plain model.
         plain = method.kind == "zeroth-order" and method.adapter is None and not method.graph
         tape = self._tape(batch, seq) if plain else None
@@ -63,6 +74,34 @@ class Parts:
             return self._steps(method, batch, seq, tape)
         except Unplayable:
             return self._steps(method, batch, seq, None)
+
+    def _steps_in_shards(self, method: Method, batch: int, seq: int) -> Timeline:
+        """Whole steps on one process's shards, in which forward passes read what is gathered."""
+        meter = StorageMeter(keep_events=True, run=self._run)
+        inputs, tape = self.spec.inputs(batch, seq), self._tape(batch, seq)
+        shards = whole_model(self._meta)
+        divide(shards, self._processes)
+        gathered = gathered_bytes(self._plain, self._processes)
+        trained = [param for param in self._plain.parameters() if param.requires_grad]
+
+        def played(_: nn.Module, inputs: Inputs) -> Any:
+            held = torch.empty(gathered, dtype=torch.uint8)
+            meter.track([held], "parameters")
+            return loss_of(self._plain, inputs) if tape is None else tape.play(meter)
+
+        for param in trained:
+            param.requires_grad_(False)  # Nothing perturbs what is gathered.
+        # What is gathered stands for them.
+        meter.overlook([*self._plain.parameters(), *self._plain.buffers()])
+        try:
+            with meter, torch.no_grad():
+                optimizer = run_steps(shards, inputs, method, meter, steps=1, forward=played)
+            timeline = _timeline(meter)  # Before the optimizer's state is freed.
+            del optimizer
+        finally:
+            for param in trained:
+                param.requires_grad_()
+        return timeline
 
     def _steps(self, method: Method, batch: int, seq: int, tape: Tape | None) -> Timeline:
         meter = StorageMeter(keep_events=True, run=self._run)

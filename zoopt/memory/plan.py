@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from zoopt.checks import check_bool, check_choice, check_positive_int
+from zoopt.distributed.seed import alone
 from zoopt.memory.estimate import Estimate
 from zoopt.memory.methods import Method, methods
 from zoopt.memory.models import resolve
+from zoopt.memory.shards import plannable
 from zoopt.memory.simulate import Simulation, fake
 from zoopt.memory.spec import ModelSpec
 
@@ -25,7 +27,7 @@ class Plan:
     """The estimates for one model, the smallest first.
 
     Attributes:
-        model, batch, seq, dtype, checkpointing, gpu: what was planned.
+        model, batch, seq, dtype, checkpointing, gpu, processes: what was planned.
         parameters: how many the model has.
         longest: the longest sequence for which it has positions; None if there is no limit.
         sequential: whether its inputs grow with the sequence length.
@@ -39,6 +41,7 @@ class Plan:
     dtype: str
     checkpointing: bool
     gpu: bool
+    processes: int
     parameters: int
     longest: int | None
     sequential: bool
@@ -56,6 +59,7 @@ class Plan:
         return dataclasses.asdict(self)
 
 
+@alone()
 def plan(
     model: str | ModelSpec,
     *,
@@ -67,6 +71,7 @@ def plan(
     rank: int = 128,
     lora_rank: int = 8,
     gpu: bool = False,
+    processes: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Predict the peak memory of a training step, for each optimizer; nothing is allocated.
@@ -95,6 +100,11 @@ def plan(
             two buffers can meet. A CPU has one operator's temporaries at a time. Matrices of a
             shape are updated together, in windows of 32 MiB of projected gradients, with what is
             made of them.
+        processes: the step of one of so many processes, over which FSDP2 divides the parameters:
+            each repeated layer is gathered by itself, all others together. For zeroth-order methods
+            on whole models. Parameters that one process would perturb virtually (16-bit ones; all
+            of `LOZO`, `SubZero` and `ZOMuon`) move from a copy of the shard, which counts as
+            workspace during the evaluations.
         progress: called with the name of each method before it is planned.
 
     Returns:
@@ -110,14 +120,17 @@ def plan(
     check_positive_int("rank", rank)
     check_positive_int("lora_rank", lora_rank)
     check_bool("gpu", gpu)
+    check_positive_int("processes", processes)
     check_choice("dtype", dtype, DTYPES)
     chosen = select(optimizers, methods(rank, lora_rank))
+    if optimizers == "all" and processes > 1:
+        chosen = [method for method in chosen if plannable(method)]
     spec = resolve(model) if isinstance(model, str) else model
     if seq is None:
         seq = min(DEFAULT_SEQ, spec.longest or DEFAULT_SEQ)
     with fake(DTYPES[dtype]):
         spec.inputs(batch, seq)
-        simulation = Simulation(spec, checkpointing, seq, gpu=gpu)
+        simulation = Simulation(spec, checkpointing, seq, gpu=gpu, processes=processes)
         estimates = []
         left_out = {}
         for method in chosen:
@@ -140,6 +153,7 @@ def plan(
         dtype,
         checkpointing,
         gpu,
+        processes,
         parameters,
         spec.longest,
         spec.sequential,

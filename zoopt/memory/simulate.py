@@ -21,6 +21,7 @@ from zoopt.memory.depth import shortened, stacks_of
 from zoopt.memory.estimate import Estimate, parabola
 from zoopt.memory.methods import Method
 from zoopt.memory.parts import Parts, whole_model
+from zoopt.memory.shards import in_shards
 from zoopt.memory.recall import Recall
 from zoopt.memory.spec import ModelSpec
 from zoopt.memory.timeline import Part, Timeline, extended
@@ -71,6 +72,7 @@ class Simulation:
         spec, checkpointing, seq: the model and sequence length to plan.
         gpu: count what only GPUs have: buffers of temporaries of forward passes, and of matrices
             that are updated together.
+        processes: over how many FSDP2 divides the parameters; the step is that of one of them.
         whole: run every layer of the model; by default only a few of the repeated layers run.
     """
 
@@ -81,9 +83,11 @@ class Simulation:
         seq: int,
         *,
         gpu: bool = False,
+        processes: int = 1,
         whole: bool = False,
     ) -> None:
         self.spec, self.seq, self.gpu, self.whole = spec, seq, gpu, whole
+        self.processes = processes
         # A simulation of the whole model serves as the reference, so every operator runs there.
         self._recall = None if whole else Recall()
         with _disable_current_modes(), torch.device("meta"):
@@ -96,6 +100,8 @@ class Simulation:
 
     def estimate(self, method: Method, batch: int) -> Estimate:
         """Estimate the method's memory at that batch size."""
+        if self.processes > 1:
+            in_shards(method)  # It raises before anything runs.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             backward = method.kind == "backprop" or method.graph
@@ -104,7 +110,8 @@ class Simulation:
             elif method.kind == "inference":
                 part, state = self._inference(batch, self.seq), 0
             else:
-                buffers = self._buffers(method) if self.gpu else 0
+                # Shards have no temporaries: forward passes read what is gathered.
+                buffers = self._buffers(method) if self.gpu and self.processes == 1 else 0
                 part = self._part("forward_only", method, batch, self.seq, buffers=buffers)
                 state = part.last["optimizer state"]
             per_example, per_token = self._growth(backward, batch)
@@ -164,7 +171,7 @@ class Simulation:
             if timeline is not None:
                 return timeline
         if self._whole is None:
-            self._whole = Parts(self.spec, self._meta, self._recall, gpu=self.gpu)
+            self._whole = self._new_parts(self._meta)
         whole: Timeline = getattr(self._whole, name)(method, *sizes)
         return whole
 
@@ -185,10 +192,13 @@ class Simulation:
                     ]
                     with _disable_current_modes():
                         model = shortened(self._meta, cut)
-                    made.append(Parts(self.spec, model, self._recall, gpu=self.gpu))
+                    made.append(self._new_parts(model))
                 more = [family[0].units - units for family in families]
                 self._short[units] = made[0], list(zip(made[1:], more, strict=True))
         return self._short[units]
+
+    def _new_parts(self, model: nn.Module) -> Parts:
+        return Parts(self.spec, model, self._recall, gpu=self.gpu, processes=self.processes)
 
     def _backprop(self, method: Method, batch: int) -> tuple[Part, int]:
         passes = self._passes(method, batch, self.seq)

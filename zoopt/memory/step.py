@@ -14,6 +14,7 @@ from zoopt.kernels.dispatch import is_fake
 from zoopt.memory.meter import StorageMeter
 from zoopt.memory.methods import Method
 from zoopt.optimizer import DeclaredStateOptimizer
+from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 
 Inputs = Mapping[str, Any]
 #: How many evaluations of a zeroth-order step are run, since all take the same memory.
@@ -82,7 +83,9 @@ def run_steps(
     optimizer = method.build(model)
     if is_fake(next(model.parameters())) and isinstance(optimizer, DeclaredStateOptimizer):
         allocate_state(optimizer, meter)
-        for param in repeated_shapes(optimizer):
+        # Copies of shards are held for all parameters at once.
+        copied = isinstance(optimizer, ZerothOrderOptimizer) and optimizer.as_shards
+        for param in {} if copied else repeated_shapes(optimizer):
             param.requires_grad_(False)
     fusion: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if method.fused:

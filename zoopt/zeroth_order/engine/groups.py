@@ -77,6 +77,8 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
     """Parameters, their directions and their state, and the checks of a group."""
 
     _names = ProbeNames()
+    #: Whether whole parameters move as shards do, from copies: a plan of shards has them.
+    as_shards = False
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, seed: int | None) -> None:
         run = {"seed": self._share_seed(seed), "step": 0, "draw": 0, "noise_version": NOISE_VERSION}
@@ -153,7 +155,7 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
             if not param.numel():
                 continue
             virtual, copied = self._virtual(param, group), False
-            if sharded:
+            if sharded or self.as_shards:
                 # Its operators read what is gathered from the shards.
                 virtual, copied = False, virtual
             scale = float(group[self._names.scale])
