@@ -21,8 +21,8 @@ from zoopt.memory.depth import shortened, stacks_of
 from zoopt.memory.estimate import Estimate, parabola
 from zoopt.memory.methods import Method
 from zoopt.memory.parts import Parts, whole_model
-from zoopt.memory.shards import in_shards
 from zoopt.memory.recall import Recall
+from zoopt.memory.shards import in_shards
 from zoopt.memory.spec import ModelSpec
 from zoopt.memory.timeline import Part, Timeline, extended
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
