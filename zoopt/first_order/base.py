@@ -161,7 +161,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
                 no values; or processes have different seeds. Nothing has changed then.
         """
         if asks_for_state(self):
-            if called_by_load():
+            if called_by_load() or not called_by_get():  # `state_dict` makes its own.
                 self._make_state()
             return None
         self._check_seed()
