@@ -1,6 +1,6 @@
 """The cost of a zeroth-order step's exchange: measured on a few ranks, and modelled for more.
 
-    python -m bench.scaling [--ranks 2 4] [--rounds 5] [--steps 8]
+    python -m bench.scaling [--ranks 1 2 4] [--rounds 5] [--steps 8]
 
 Measured, with processes on this machine over gloo, each with a batch of its own. Rounds alternate,
 in the same processes, between
@@ -195,7 +195,7 @@ def chart(figures: dict[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=8, help="of each kind in a round")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median counts")
     parser.add_argument("--width", type=int, default=1024, help="a step is then about 0.1 s long")

@@ -57,6 +57,8 @@ RUNS: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
     "8M window": (1024, 8, torch.float32, {"momentum": 0.9, "momentum_window": 10}),
 }
 ROUNDS = 3
+#: Steps of each way in a round that is not timed.
+WARM_UP = 2
 #: Elements of a tile of the noise alone.
 TILE = 4096
 
@@ -133,20 +135,20 @@ def noise_alone(elements: int, steps: int, *, signs: bool) -> None:
     _noise(z, pairs, low, product, keys, steps, -(-elements // TILE), signs)
 
 
-Ways = dict[str, tuple[int, Callable[[nn.Module], None]]]
+#: way -> how many steps are timed, and the function that takes so many.
+Ways = dict[str, tuple[int, Callable[[nn.Module, int], None]]]
 
 
 def _ways(path: Path, steps: int, *, elements: int, signs: bool) -> Ways:
-    """way -> the number of timed steps, and the function that takes them. Slow ways take fewer
-    steps."""
+    """Slow ways take fewer steps."""
     few, fewest = max(2, steps // 10), max(2, steps // 40)
     return {
-        "passes": (steps, lambda net: replayed(net, path, steps)),
-        "all_threads": (steps, lambda net: replayed_by_all(net, path, steps)),
-        "closed": (steps, lambda net: replayed(net, path, steps, exact=False)),
-        "noise": (few, lambda _: noise_alone(elements, few, signs=signs)),
-        "one_by_one": (few, lambda net: replayed(net, path, few, one_by_one=True)),
-        "published": (fewest, lambda net: published(net, fewest)),
+        "passes": (steps, lambda net, count: replayed(net, path, count)),
+        "all_threads": (steps, lambda net, count: replayed_by_all(net, path, count)),
+        "closed": (steps, lambda net, count: replayed(net, path, count, exact=False)),
+        "noise": (few, lambda _, count: noise_alone(elements, count, signs=signs)),
+        "one_by_one": (few, lambda net, count: replayed(net, path, count, one_by_one=True)),
+        "published": (fewest, published),
     }
 
 
@@ -163,7 +165,7 @@ def replays(folder: Path, steps: int) -> list[dict[str, Any]]:
             for way, (count, run) in ways.items():
                 fresh = copy.deepcopy(net)
                 start = time.perf_counter()
-                run(fresh)
+                run(fresh, count if turn else WARM_UP)
                 if turn:  # The first round compiles.
                     times[way].append((time.perf_counter() - start) / count)
         rows.append(
@@ -277,10 +279,16 @@ def main(argv: list[str] | None = None) -> int:
         cost = {**recording(Path(name), options.recorded), **hashing()}
         print(cost, flush=True)
         if options.model:
-            few = max(2, options.recorded // 10)
+            few = max(2, options.recorded // 50)
             cost["demo"] = recording_demo(Path(name), options.model, few)
         rows = replays(Path(name), options.steps)
-    machine = {"threads": os.cpu_count(), "torch": torch.__version__}
+    machine = {
+        "threads": os.cpu_count(),
+        "torch": torch.__version__,
+        "load": os.getloadavg()[0],
+        "replay_steps": options.steps,
+        "replay_rounds": ROUNDS,
+    }
     common.write_json(options.json, {"machine": machine, "recording": cost, "replay": rows})
     shares = [cost["share"], *(own["share"] for own in cost.get("demo", {}).values())]
     bars = (max(shares) <= 0.01, cost["bytes_a_step"] <= 20, cost["bytes_of_20000_steps"] <= 4e5)

@@ -193,6 +193,15 @@ def reviews(tmp_path: Path) -> Path:
     return path
 
 
+def test_several_processes_can_train_the_demos_model(model_dir: Path, reviews: Path) -> None:
+    """Here one of them: a test with two runs the small network, by the same loop."""
+    demo = runpy.run_path(str(EXAMPLES / "11_distributed.py"))["demo"]
+    options = ("--dtype", "float32", "--lr", "1e-3", "--batch-size", "16", "--steps", "100")
+    figures = demo(["--model", str(model_dir), "--data", str(reviews), *options])
+    assert figures["ranks"] == 1
+    assert figures["loss"] < figures["loss_before"]
+
+
 def finetune(*options: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(EXAMPLES / "finetune_sentiment.py"), *map(str, options)],

@@ -25,6 +25,8 @@ FILLED = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 Row = dict[str, Any]
+#: The ratios of bench.scaling.
+RATIOS = (("together", "alone"), ("beside", "alone"), ("together", "beside"))
 
 
 def read(name: str) -> Any:
@@ -345,6 +347,66 @@ def machine_code() -> str:
     return table(headings, rows, text=2)
 
 
+def trajectory(*names: str) -> str:
+    """Milliseconds a step of replays of one file, and of ways to make its writes again."""
+    rows = []
+    for r in chosen(read("trajectory.json")["replay"], names, "run"):
+        ways = (("one_by_one", "x_one_by_one"), ("published", "x_published"))
+        rows.append(
+            [
+                r["run"],
+                *(f"{r[key]:.2f}" for key in ("ms_a_step", "ms_closed", "ms_noise")),
+                *(f"{r[f'ms_{way}']:.1f} ({r[ratio]:.0f}x)" for way, ratio in ways),
+            ]
+        )
+    headings = ["weights", "replay", "closed form", "the noise alone"]
+    return table([*headings, "one pass per write", "published passes"], rows)
+
+
+def recording() -> str:
+    """What the record costs."""
+    found = read("trajectory.json")["recording"]
+    costs = {"8M parameters": found}
+    costs |= {f"the demo's model, {name}": cost for name, cost in found.get("demo", {}).items()}
+    rows = [
+        [
+            name,
+            f"{cost['step_ms']:.0f}",
+            f"{cost['recorder_ms']:.2f}",
+            f"{cost['share']:.2%}",
+            f"{cost['bytes_a_step']:.0f}",
+        ]
+        for name, cost in costs.items()
+    ]
+    return table(["run", "ms a step", "ms in the recorder", "share", "bytes a step"], rows)
+
+
+def scaling() -> str:
+    """A step of several processes on one machine."""
+    rows = []
+    for r in read("scaling.json")["measured"]:
+        times = (f"{1e3 * r[key]:.0f}" for key in ("alone", "beside", "together"))
+        ratios = (f"{r[f'{name} / {base}']:.2f}" for name, base in RATIOS)
+        rows.append([str(r["ranks"]), *times, f"{1e6 * r['exchange']:.0f}", *ratios])
+    headings = ["processes", *(f"{name}, ms" for name in ("alone", "beside", "together"))]
+    ratios = (f"{name} / {base}" for name, base in RATIOS)
+    return table([*headings, "exchange, us", *ratios], rows)
+
+
+def many_ranks() -> str:
+    """A step as modelled for many ranks."""
+    rows = [
+        [
+            f"{r['ranks']:,}",
+            *(f"{1e3 * r[key]:.1f}" for key in ("tree", "ring", "straggler")),
+            f"{r['efficiency']:.0%}",
+        ]
+        for r in read("scaling.json")["modelled"]
+    ]
+    headings = ["ranks", "tree, ms", "ring, ms", "slowest rank, ms", "efficiency"]
+    return table(headings, rows)
+
+
 def decision() -> str:
     """Which optimizer: what must fit, what it takes at 7B, and what it trains to."""
     planned = {e["name"]: e["peak"] / 1e9 for e in read("plan_llama7b.json")["estimates"]}
@@ -406,6 +468,10 @@ TABLES: dict[str, Callable[..., str]] = {
         quantised,
         green_trainer,
         machine_code,
+        trajectory,
+        recording,
+        scaling,
+        many_ranks,
         decision,
         source,
     )
