@@ -23,7 +23,7 @@ def test_the_table_is_of_runs_of_one_model_at_the_best_rate(tmp_path: Path) -> N
     the method's best, are not in it."""
     committed = json.loads(Path(f"{quantised.RESULTS}.json").read_text())["methods"]
     assert table() == committed
-    assert committed["qzo-int4"]["seeds"] == 2
+    assert committed["qzo-int4"]["seeds"] == 3
     assert not table("--model", "another")
     runs = shutil.copytree(quantised.RESULTS, tmp_path / "runs")
     for name, lr in (("mezo-lr0.0002", 1e-3), ("qzo-int4-lr0.02", 1e-2)):
