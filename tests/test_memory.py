@@ -71,6 +71,17 @@ METHODS = [
     *("Apollo", "Fira", "SM3, fused backward", "LoRA + AdamW", "PEQA int4 + AdamW"),
     *("Hybrid, last two layers", "SparseDeltaAdamW over int4", "LoRA-SB + AdamW"),
 ]
+#: What chooses which parameters train, and what wraps optimizers; with the steps after which all
+#: that trains in turn has state.
+CHOOSING = {
+    "MeZO, QZO int4": 2,
+    "QES int4": 2,
+    "SparseDeltaAdamW": 2,
+    "HalfFineTuning + zoopt.AdamW": 8,
+    "GreenTrainer + zoopt.AdamW": 8,
+    "CoFiTune + zoopt.AdamW": 2,
+    "LoRA-GGPO + zoopt.AdamW": 2,
+}
 BATCH, SEQ, RANK = 2, 32, 16
 
 
@@ -96,19 +107,30 @@ def spec(request: pytest.FixtureRequest, tmp_path: Path) -> ModelSpec:
     return resolve(str(tmp_path))
 
 
-@pytest.mark.parametrize("spec", CONFIGS, indirect=True)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_planned_peaks_are_measured_ones(spec: ModelSpec, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("spec", "steps"),
+    [*((kind, dict.fromkeys(METHODS, 2)) for kind in CONFIGS), ("llama", CHOOSING)],
+    indirect=["spec"],
+    ids=[*CONFIGS, "llama-choosing"],
+)
+def test_planned_peaks_are_measured_ones(
+    spec: ModelSpec, steps: dict[str, int], dtype: str
+) -> None:
     """Within 5 %, and the optimizer's state to the byte."""
     known = {method.name: method for method in methods(RANK, 8)}
-    planned = plan(spec, optimizers=METHODS, batch=BATCH, seq=SEQ, dtype=dtype, rank=RANK)
-    for name in METHODS:
+    planned = plan(spec, optimizers=[*steps], batch=BATCH, seq=SEQ, dtype=dtype, rank=RANK)
+    for name, count in steps.items():
         real = measure_here(
-            spec, known[name], batch=BATCH, seq=SEQ, dtype=getattr(torch, dtype), steps=2
+            spec, known[name], batch=BATCH, seq=SEQ, dtype=getattr(torch, dtype), steps=count
         )
         estimate = planned[name]
         assert estimate.state == real.state, name
-        assert estimate.peak == pytest.approx(real.peak, rel=0.05), name
+        # A model of few layers takes most while it is quantised, before the steps.
+        later = max(peak for phase, peak in real.phases.items() if phase != "load")
+        assert estimate.peak == pytest.approx(later if name in CHOOSING else real.peak, rel=0.05), (
+            name
+        )
         assert sum(estimate.categories.values()) == estimate.peak
         assert sum(real.categories.values()) == real.peak
 

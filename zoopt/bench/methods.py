@@ -49,7 +49,8 @@ def key(name: str) -> str:
 
 def table(rank: int = RANK) -> dict[str, Entry]:
     """Everything that can be measured here, by key."""
-    known = [*methods(rank=rank, all_variants=True), published(), *peers(rank)]
+    own = [m for m in methods(rank=rank, all_variants=True) if m.wrapping is None]
+    known = [*own, published(), *peers(rank)]
     entries = [Entry(method) for method in known]
     entries += [Entry(method, True) for method in known if method.kind == "backprop"]
     return {key(entry.name): entry for entry in entries}

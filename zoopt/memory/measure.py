@@ -19,7 +19,8 @@ from zoopt.memory.methods import Method, methods
 from zoopt.memory.models import resolve
 from zoopt.memory.plan import DTYPES, select
 from zoopt.memory.spec import ModelSpec
-from zoopt.memory.step import run_steps, tensors_of
+from zoopt.memory.step import run_steps, state_tensors
+from zoopt.memory.wrapped import COFI, GGPO_NOISE, sum_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def measure_here(
     steps: int = 2,
 ) -> Measurement:
     """As `measure`, in this process; its other memory counts in `resident`, not in `peak`."""
-    _load_kernels(device)
+    _load_kernels(device, dtype)
     before = resident.now()
     resident.forget_peak()
     default = torch.get_default_dtype()
@@ -141,8 +142,7 @@ def measure_here(
         optimizer = run_steps(model, inputs, method, meter, steps=steps, mark=mark)
     state = 0
     if optimizer is not None:
-        kept = getattr(optimizer, "state", {})
-        state = sum(tensor.nbytes for tensor in tensors_of(list(kept.values())))
+        state = sum(tensor.nbytes for tensor in state_tensors(optimizer))
     if allocator is not None:
         allocator.enter("end")
     return Measurement(
@@ -175,12 +175,20 @@ class _Allocator:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _load_kernels(device: str) -> None:
-    """Compile or load what the first step of a process would."""
+def _load_kernels(device: str, dtype: torch.dtype) -> None:
+    """Compile or load what the first step of a process would. A compilation keeps references to
+    its callers' tensors for a while."""
     param = torch.nn.Parameter(torch.zeros(64, 64, device=device))
     zoopt.MeZO([param], perturbation="inplace", seed=0).step(lambda: 0.0)
     param.grad = torch.ones_like(param)
     zoopt.AdamW([param], seed=0).step()
+    layer = torch.nn.Linear(64, 64, device=device, dtype=dtype)
+    layers = torch.nn.ModuleList([torch.nn.Sequential(layer)])
+    optimizer = zoopt.AdamW(layers.named_parameters(), seed=0)
+    for wrapping in (COFI, GGPO_NOISE):
+        with wrapping.wrap(layers, optimizer, lambda: sum_of(layers)) as wrapper:
+            sum_of(layers).backward()  # type: ignore[no-untyped-call]
+            wrapping.step(optimizer, wrapper)
 
 
 def _main(request: dict[str, Any]) -> None:

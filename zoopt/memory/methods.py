@@ -14,12 +14,15 @@ from torch import nn
 
 import zoopt.nn
 from zoopt.first_order.projected.selection import param_groups
+from zoopt.memory.wrapped import COFI, GGPO_NOISE, GREEN, HALF, Wrapping
 from zoopt.nn.modules import is_conv1d, linear_layers
 from zoopt.registry import Row, Variant, rows
 from zoopt.selection import SparseDeltaAdamW
 from zoopt.zeroth_order import MeZO
 
 Kind = Literal["inference", "zeroth-order", "backprop"]
+#: Layers of a model of which no two are treated alike.
+EVERY = 1 << 20
 Build = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -35,6 +38,7 @@ class Method:
         fused: each gradient is applied and freed as backward reaches it.
         layers: how many of the repeated layers it treats differently from the others.
         graph: whether the closure of a zeroth-order step returns the loss with its graph.
+        wrapping: what wraps the optimizer.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Method:
     fused: bool = False
     graph: bool = False
     layers: int = 0
+    wrapping: Wrapping | None = None
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model that is trained."""
@@ -90,6 +95,7 @@ def methods(rank: int = 128, lora_rank: int = 8, *, all_variants: bool = False) 
     zeroth_order.append(
         Method("MeZO, QZO int4", "zeroth-order", _of_class(MeZO), adapter=_quantised)
     )
+    zeroth_order.append(Method("QES int4", "zeroth-order", _qes, adapter=_quantised))
     backprop = [
         Method("SGD", "backprop", _of_class(torch.optim.SGD, lr=1e-3)),
         Method("AdamW", "backprop", _of_class(torch.optim.AdamW)),
@@ -104,6 +110,22 @@ def methods(rank: int = 128, lora_rank: int = 8, *, all_variants: bool = False) 
             "backprop",
             _of_class(SparseDeltaAdamW),
             adapter=_quantised_and_sparse,
+        ),
+        Method(
+            "HalfFineTuning + zoopt.AdamW",
+            "backprop",
+            _of_class(zoopt.AdamW),
+            layers=EVERY,
+            wrapping=HALF,
+        ),
+        Method("GreenTrainer + zoopt.AdamW", "backprop", _of_class(zoopt.AdamW), wrapping=GREEN),
+        Method("CoFiTune + zoopt.AdamW", "backprop", _of_class(zoopt.AdamW), wrapping=COFI),
+        Method(
+            "LoRA-GGPO + zoopt.AdamW",
+            "backprop",
+            _of_class(zoopt.AdamW),
+            adapter=lora(lora_rank),
+            wrapping=GGPO_NOISE,
         ),
     ]
     return [Method("inference", "inference", _none), *zeroth_order, *backprop]
@@ -183,6 +205,10 @@ def _quantised_and_sparse(model: nn.Module) -> nn.Module:
     zoopt.nn.convert_to_quantised(model, bits=4)
     zoopt.nn.convert_to_sparse_delta(model)
     return model
+
+
+def _qes(model: nn.Module) -> Any:  # It has an optimizer's step without being a torch Optimizer.
+    return zoopt.QES(model, lr=1e-3)
 
 
 def _sltrain(rank: int) -> Callable[[nn.Module], nn.Module]:

@@ -26,6 +26,7 @@ from zoopt.memory.step import (
     loss_of,
     repeated_shapes,
     run_steps,
+    state_tensors,
     tensors_of,
 )
 from zoopt.memory.tape import Tape, Unplayable
@@ -137,8 +138,11 @@ class Parts:
 
     def passes(self, method: Method, batch: int, seq: int) -> Timeline:
         """Forward and backward pass, without an optimizer."""
-        model = self._model(method)
+        model, wrapping = self._model(method), method.wrapping
         model.train()
+        wrapper = None
+        if wrapping is not None:
+            wrapper = wrapping.simulate(model, method.build(model))
         meter = StorageMeter(keep_events=True, run=self._run)
         inputs = self.spec.inputs(batch, seq)
         freed = [
@@ -149,28 +153,40 @@ class Parts:
         with meter:
             meter.track([*model.parameters(), *model.buffers()], "parameters")
             meter.track(tensors_of(inputs), "activations")
+            kept = wrapping.kept(model) if wrapping is not None else []
+            meter.track(kept, "gradients")
             backprop(model, inputs, meter, meter.enter_phase)
         for hook in freed:
             hook.remove()
         model.zero_grad()
-        return _timeline(meter)
+        timeline = _timeline(meter)
+        if wrapping is not None:
+            wrapping.undo(wrapper)
+        return timeline
 
     def update(self, method: Method) -> Timeline:
         """One update, with all state and all gradients in memory. On a GPU all matrices
         of a shape are updated together, unless backward is fused."""
-        model = self._model(method)
+        model, wrapping = self._model(method), method.wrapping
         optimizer = method.build(model)
         params = [param for group in optimizer.param_groups for param in group["params"]]
         meter = StorageMeter(keep_events=True, run=self._run)
+        wrapper = None
+        if wrapping is not None:
+            if wrapping.rotates and isinstance(optimizer, DeclaredStateOptimizer):
+                allocate_state(optimizer, meter)
+            wrapper = wrapping.simulate(model, optimizer)
+        params = [param for param in params if param.requires_grad]
         with meter:
             meter.enter_phase("update")
             meter.track([*model.parameters(), *model.buffers()], "parameters")
+            kept = wrapping.kept(model) if wrapping is not None else []
             gradients = [torch.empty_like(param) for param in params]
-            meter.track(gradients, "gradients")
+            meter.track([*kept, *gradients], "gradients")
             for param, gradient in zip(params, gradients, strict=True):
                 param.grad = gradient
             together = self._gpu and not method.fused
-            repeated = {} if together else repeated_shapes(optimizer)
+            repeated = {} if together or wrapping is not None else repeated_shapes(optimizer)
             for param in repeated:
                 param.grad = None
             if isinstance(optimizer, DeclaredStateOptimizer):
@@ -179,16 +195,23 @@ class Parts:
                 optimizer.step()
                 for param, like in repeated.items():
                     optimizer.state[param] = _copies(optimizer.state[like])
-                meter.track(tensors_of(list(optimizer.state.values())), "optimizer state")
+                meter.track(state_tensors(optimizer), "optimizer state")
                 # torch's optimizers keep one parameter's temporaries until the next allocates its
                 # own, so all parameters take part.
                 for param, gradient in zip(params, gradients, strict=True):
                     param.grad = gradient
             meter.forget_peaks()
             with planning_a_gpu(self._gpu):
-                optimizer.step()
+                if wrapping is None:
+                    optimizer.step()
+                else:
+                    wrapping.step(optimizer, wrapper)
+            meter.track(state_tensors(optimizer), "optimizer state")
             model.zero_grad()
-        return _timeline(meter)
+        timeline = _timeline(meter)
+        if wrapping is not None:
+            wrapping.undo(wrapper)
+        return timeline
 
     def _model(self, method: Method) -> nn.Module:
         if method.adapter is None:

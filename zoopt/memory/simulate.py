@@ -131,7 +131,8 @@ class Simulation:
         )
 
     def _passes(self, method: Method, batch: int, seq: int) -> Part:
-        key = (method.name if method.adapter else "", method.fused, batch, seq)
+        own = method.adapter or method.wrapping
+        key = (method.name if own else "", method.fused, batch, seq)
         if key not in self._parts:
             self._parts[key] = self._part("passes", method, batch, seq)
         return self._parts[key]

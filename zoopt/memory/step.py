@@ -14,6 +14,7 @@ from zoopt.kernels.dispatch import is_fake
 from zoopt.memory.meter import StorageMeter
 from zoopt.memory.methods import Method
 from zoopt.optimizer import DeclaredStateOptimizer
+from zoopt.wrapper import wrapper_of
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 
 Inputs = Mapping[str, Any]
@@ -87,6 +88,9 @@ def run_steps(
         copied = isinstance(optimizer, ZerothOrderOptimizer) and optimizer.as_shards
         for param in {} if copied else repeated_shapes(optimizer):
             param.requires_grad_(False)
+    elif method.wrapping is not None:
+        enter("choose")
+        method.wrapping.wrap(model, optimizer, lambda: loss_of(model, inputs))
     fusion: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if method.fused:
         fusion = zoopt.fuse_backward(model, optimizer)  # type: ignore[arg-type]
@@ -101,9 +105,17 @@ def run_steps(
                 enter("update")
                 optimizer.step()
                 optimizer.zero_grad()
-            state = getattr(optimizer, "state", {})  # the published MeZO has none
-            meter.track(tensors_of(list(state.values())), "optimizer state")
+            meter.track(state_tensors(optimizer), "optimizer state")
     return optimizer
+
+
+def state_tensors(optimizer: Any) -> list[Tensor]:
+    """The tensors that an optimizer, and what wraps it, keep between steps."""
+    state = getattr(optimizer, "state", {})  # The published MeZO and QES have none.
+    found = [*tensors_of(list(state.values()))]
+    wrapper = wrapper_of(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else None
+    own: Callable[[], Any] | None = getattr(wrapper, "state_dict", None)
+    return found if own is None else [*found, *tensors_of(own())]
 
 
 def repeated_shapes(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
@@ -126,7 +138,7 @@ def allocate_state(optimizer: DeclaredStateOptimizer, meter: StorageMeter) -> No
         for param in group["params"]:
             if param.requires_grad:
                 optimizer.allocate_state(param, group)
-    meter.track(tensors_of(list(optimizer.state.values())), "optimizer state")
+    meter.track(state_tensors(optimizer), "optimizer state")
 
 
 def _zeroth_order_step(

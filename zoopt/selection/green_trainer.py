@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from zoopt.ambient import OwnArithmetic
 from zoopt.checks import check_nonnegative_int, check_number, check_positive_int, shown
 from zoopt.first_order.base import FirstOrderOptimizer
+from zoopt.nn.initial import CHUNK
 from zoopt.selection.budget import Cost, backward_costs, choose, in_units
 from zoopt.selection.rounds import Rounds
 
@@ -196,9 +198,22 @@ class GreenTrainer(Rounds):
     @torch.no_grad()
     def _importance(self) -> list[float]:
         """Compute I of each parameter, from a step of the optimizer that is undone."""
-        optimizer = self._optimizer
-        weights = [param.detach().clone() for param in self._held]
         gradients = [param.grad for param in self._held]
+        with undone(self._optimizer, self._held) as weights:
+            with OwnArithmetic():
+                self._optimizer.step()
+            worth = [
+                0.0 if grad is None else float(gain(grad, param, old))
+                for param, old, grad in zip(self._held, weights, gradients, strict=True)
+            ]
+        return [one if math.isfinite(one) else 0.0 for one in worth]
+
+
+@contextlib.contextmanager
+def undone(optimizer: Optimizer, params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Undo the steps inside: weights, state and groups are restored. Yields the weights before."""
+    with torch.no_grad():
+        weights = [param.detach().clone() for param in params]
         state = {
             key: {name: _copied(value) for name, value in own.items()}
             if isinstance(own, dict)
@@ -207,14 +222,9 @@ class GreenTrainer(Rounds):
         }
         groups = [dict(group) for group in optimizer.param_groups]
         try:
-            with OwnArithmetic():
-                optimizer.step()
-            worth = [
-                0.0 if grad is None else -float((grad.double() * (param - old).double()).sum())
-                for param, old, grad in zip(self._held, weights, gradients, strict=True)
-            ]
+            yield weights
         finally:
-            for param, old in zip(self._held, weights, strict=True):
+            for param, old in zip(params, weights, strict=True):
                 param.copy_(old)
             optimizer.state.clear()
             optimizer.state.update(state)
@@ -223,7 +233,13 @@ class GreenTrainer(Rounds):
             for group, saved in zip(optimizer.param_groups, groups, strict=True):
                 group.clear()
                 group.update(saved)
-        return [one if math.isfinite(one) else 0.0 for one in worth]
+
+
+def gain(grad: Tensor, param: Tensor, old: Tensor) -> Tensor:
+    """-sum g dw in float64, some elements at a time."""
+    pieces = [torch.split(tensor.reshape(-1), CHUNK) for tensor in (grad, param, old)]
+    sums = [(g.double() * (new - w).double()).sum() for g, new, w in zip(*pieces, strict=True)]
+    return -torch.stack(sums).sum()
 
 
 def _least(costs: list[tuple[int, int]], worth: list[float]) -> int | None:
