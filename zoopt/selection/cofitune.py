@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from zoopt.distributed.checkpoint import called_by_checkpoint, check_nothing_left_out
 from zoopt.distributed.seed import SharedSeed
 from zoopt.dtypes import accumulator_dtype, resolved_rounding
+from zoopt.kernels.dispatch import is_fake, known
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.nn.modules import Target, is_conv1d, linear_layers
@@ -30,7 +31,8 @@ def normalised_importance(gates: Tensor) -> Tensor:
     """
     sizes = gates.abs()
     spread = sizes.std(correction=0)
-    if sizes.any() and not 1e-6 * float(sizes.max()) < float(spread) < math.inf:
+    valued = not is_fake(sizes) and bool(sizes.any())
+    if valued and not 1e-6 * float(sizes.max()) < float(spread) < math.inf:
         # Equal but for rounding, or their squares are outside the dtype's range.
         sizes = sizes.double() / float(sizes.max())
         spread = sizes.std(correction=0)
@@ -240,7 +242,7 @@ def _importance(
             "model is to keep"
         )
     for name, own in gates.items():
-        if not own.isfinite().all():
+        if not known(own.isfinite().all(), True):
             raise ValueError(
                 f"losses must have finite gradients, got one that is not for {name!r}; leave out "
                 f"batches of which the model makes infinities or NaN"
