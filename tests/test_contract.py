@@ -387,6 +387,27 @@ def test_a_loss_beyond_float32_is_no_loss(row: Row) -> None:
         assert all(value.isfinite().all() for value in state.values())
 
 
+@pytest.mark.parametrize("row", CLASSES, ids=str)
+def test_what_a_closure_returns_is_one_real_number(row: Row) -> None:
+    """An int beyond float64 is no loss, as a float beyond float32 is none."""
+    model, optimizer = run(row, 1)
+    weights, closure = copy.deepcopy(model), closure_of(model)
+    for wrong in (
+        lambda: closure().to(torch.complex64),
+        lambda: torch.stack((closure(), closure())),
+        lambda: torch.empty((), device="meta"),
+        lambda: np.array(1.0),
+        lambda: None,
+    ):
+        with pytest.raises((ValueError, TypeError, RuntimeError), match="the closure must return"):
+            optimizer.step(wrong)
+    if row.cls is not zoopt.ForwardGrad:  # which takes tensors only
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step(lambda: (closure(), 10**400)[1])
+    assert all((p - q).abs().max() <= 1e-6 for p, q in zip(*map(params, (model, weights))))  # noqa: B905
+
+
 def params(model: nn.Module) -> list[torch.Tensor]:
     return [param.detach() for param in model.parameters()]
 

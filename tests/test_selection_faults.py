@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from typing import Any
@@ -65,7 +66,7 @@ def test_a_gradient_that_is_not_finite_is_forgotten_by_ggpo() -> None:
     for param in model.parameters():
         assert param.grad is not None
         param.grad.fill_(math.nan)
-    ggpo._before_step()
+    ggpo._before_step((optimizer,), {})
     ggpo._after_step()
     assert all(torch.equal(v, before[n]) for n, v in ggpo.state_dict()["squares"].items())
     advance(run, 2)
@@ -217,3 +218,80 @@ def test_a_choice_under_inference_mode() -> None:
             with torch.inference_mode(bool(number)):
                 run.optimizer.step()
     assert same(*models)
+
+
+@pytest.mark.parametrize("form", ["argument", "keyword"])
+@pytest.mark.parametrize("name", FED_BY_BACKWARD)
+def test_a_step_with_a_closure_is_one_without(name: str, form: str) -> None:
+    """As Lightning calls it: gradients come, and weights are perturbed, inside of the step."""
+    runs = [ROWS[name](Net(torch.float32), 3) for _ in range(2)]
+
+    def closure(run: Run) -> torch.Tensor:
+        run.optimizer.zero_grad()
+        loss = loss_of(run.model)
+        loss.backward()
+        return loss
+
+    for _ in range(6):
+        runs[0].step()
+        given: Any = functools.partial(closure, runs[1])
+        args, kwargs = ((given,), {}) if form == "argument" else ((), {"closure": given})
+        runs[1].optimizer.step(*args, **kwargs)
+    for run in runs:
+        if hasattr(run.handle, "restore"):
+            run.handle.restore()
+    assert same(runs[0].model, runs[1].model)
+
+
+def test_a_copy_of_the_model_gets_no_noise() -> None:
+    """An average of weights is a copy, with the hooks of the model."""
+    model = Net(torch.float32)
+    optimizer = adamw(model)
+    zoopt.LoRAGGPO(model, optimizer, seed=3)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for _ in range(3):
+        Run(model, optimizer).step()
+        average.update_parameters(model)
+        before = [copy.deepcopy(each.state_dict()) for each in (model, average)]
+        loss_of(average)
+        loss_of(average.eval())
+        for each, own in zip((model, average), before, strict=True):
+            assert all(torch.equal(v, own[n]) for n, v in each.state_dict().items())
+        average.train()
+
+
+@pytest.mark.parametrize("kind", ["ggpo", "cofitune", "green", "half"])
+@pytest.mark.parametrize("optimizer", ["mezo", "hybrid", "lbfgs"])
+def test_optimizers_that_do_not_step_from_own_gradients(kind: str, optimizer: str) -> None:
+    model = Net(torch.float32)
+    named = list(model.named_parameters())
+    own: Any = {
+        "mezo": lambda: zoopt.MeZO(named),
+        "hybrid": lambda: zoopt.Hybrid(zoopt.MeZO(named[:8]), torch.optim.SGD(named[8:])),
+        "lbfgs": lambda: torch.optim.LBFGS(model.parameters()),
+    }[optimizer]()
+    build: Any = {
+        "ggpo": lambda: zoopt.LoRAGGPO(model, own),
+        "cofitune": lambda: zoopt.CoFiTune(model, own, [lambda: loss_of(model)], target=["head"]),
+        "green": lambda: zoopt.GreenTrainer(model, own, lambda: loss_of(model), budget=0.5),
+        "half": lambda: zoopt.HalfFineTuning(model, own, round_steps=1),
+    }[kind]
+    if (kind, optimizer) in (("half", "mezo"), ("half", "hybrid"), ("ggpo", "lbfgs")):
+        build()
+        return
+    with pytest.raises(TypeError, match=r"optimizer must (be a first-order one|update parameters)"):
+        build()
+    assert all(param.requires_grad for param in model.parameters())
+
+
+def test_cofitune_says_what_it_could_not_hold_back() -> None:
+    run = ROWS["cofitune"](Net(torch.float32), 3)
+    run.optimizer.register_step_post_hook(lambda *_: None)
+    run.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.handle, "_after_step", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.step()
+    with pytest.warns(UserWarning, match="CoFiTune could not hold back the last step"):
+        run.step()
+    run.step()

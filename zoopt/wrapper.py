@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch.optim import Optimizer
 
 from zoopt.removable import Removable
@@ -19,6 +21,17 @@ def wrapper_of(optimizer: Optimizer) -> Wrapper | None:
     return None if found is None else found()
 
 
+def with_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], wrap: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of a step, self included, with `wrap` of its closure; None if it has none."""
+    if kwargs.get("closure") is not None:
+        return args, {**kwargs, "closure": wrap(kwargs["closure"])}
+    if len(args) > 1 and args[1] is not None:
+        return (args[0], wrap(args[1]), *args[2:]), kwargs
+    return None
+
+
 class Wrapper(Removable):
     """Hooks an optimizer's steps until `remove`.
 
@@ -27,11 +40,13 @@ class Wrapper(Removable):
     Attributes:
         label: its name in messages.
         chooses: whether it decides which parameters train.
+        from_gradients: whether the optimizer must step from gradients, not from losses.
         unfused: why the optimizer must not be fused into the backward pass; None: it may be.
     """
 
     label: ClassVar[str]
     chooses: ClassVar[bool] = False
+    from_gradients: ClassVar[bool] = False
     unfused: ClassVar[str | None] = None
 
     @classmethod
@@ -44,6 +59,16 @@ class Wrapper(Removable):
             raise ValueError(
                 f"optimizer must not be under {label} yet, got one that is; call remove() on it "
                 f"first"
+            )
+        if cls.from_gradients and hasattr(optimizer, "probe"):
+            raise TypeError(
+                f"optimizer must be a first-order one for {cls.label}, which works on steps from "
+                f"gradients, got {type(optimizer).__name__}; use zoopt.AdamW, say"
+            )
+        if cls.chooses and isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                f"optimizer must update parameters from their own gradients under {cls.label}, got "
+                f"LBFGS, whose history moves those that rest; use zoopt.AdamW, say"
             )
         if cls.chooses and hasattr(optimizer, "sampled_layers"):
             raise ValueError(

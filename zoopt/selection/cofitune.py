@@ -20,7 +20,8 @@ from zoopt.kernels.product.op import add_product_
 from zoopt.nn.modules import Target, is_conv1d, linear_layers
 from zoopt.noise import stream
 from zoopt.selection.saved import check_plain, check_saved, check_vectors
-from zoopt.wrapper import Wrapper
+from zoopt.warn import warn
+from zoopt.wrapper import Wrapper, with_closure
 
 
 def normalised_importance(gates: Tensor) -> Tensor:
@@ -85,6 +86,7 @@ class CoFiTune(Wrapper):
 
     label = "CoFiTune"
     chooses = True
+    from_gradients = True
     unfused = "its steps are not in step()"
 
     def __init__(
@@ -123,7 +125,7 @@ class CoFiTune(Wrapper):
             raise
         self._attach(
             optimizer,
-            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_pre_hook(lambda _, *given: self._before_step(*given)),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
             optimizer.register_load_state_dict_pre_hook(
                 lambda _, saved: check_nothing_left_out(
@@ -181,12 +183,18 @@ class CoFiTune(Wrapper):
             param.requires_grad_(required)
 
     @torch.no_grad()
-    def _before_step(self) -> None:
+    def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(not torch.equal(param, old) for param, old in self._saved.items()):
+            warn(
+                "CoFiTune could not hold back the last step, which an error or a signal has ended: "
+                "neurons have moved in full; load the weights from before it to undo that"
+            )
+        closure = with_closure(args, kwargs, lambda closure: closure) is not None
         self._saved = {
             param: param.detach().clone()
             for layer in self._layers.values()
             for param in layer.parameters(recurse=False)
-            if param.grad is not None
+            if closure or param.grad is not None
         }
 
     @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from zoopt.kernels.noise.op import perturb
 from zoopt.noise import stream
 from zoopt.selection.saved import check_plain, check_saved, check_vectors
 from zoopt.warn import warn
-from zoopt.wrapper import Wrapper
+from zoopt.wrapper import Wrapper, with_closure
 
 
 def row_scales(weight: Tensor, squares: Tensor, sigma: float, beta: float) -> Tensor:
@@ -92,6 +94,7 @@ class LoRAGGPO(Wrapper):
     """
 
     label = "LoRAGGPO"
+    from_gradients = True
     unfused = "it would step from perturbed weights"
 
     def __init__(
@@ -128,8 +131,9 @@ class LoRAGGPO(Wrapper):
         }
         self._saved: dict[str, Tensor] = {}
         self._perturbed = self._warned = False
+        self._modules = weakref.WeakSet([model, *self._owners(model)])
         # Before all other hooks: they must see the weights without noise.
-        first = optimizer.register_step_pre_hook(lambda *_: self._before_step())
+        first = optimizer.register_step_pre_hook(lambda _, *given: self._before_step(*given))
         hooks: Any = optimizer._optimizer_step_pre_hooks
         hooks.move_to_end(first.id, last=False)
         self._attach(
@@ -204,6 +208,8 @@ class LoRAGGPO(Wrapper):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward(self, module: nn.Module) -> None:
+        if module not in self._modules:  # A copy, as of weights' averages, has the hooks too.
+            return
         # Not if gradients are enabled: checkpointing evaluates without them first.
         if module.training:
             self.perturb()
@@ -216,10 +222,30 @@ class LoRAGGPO(Wrapper):
             self._forward(module)
 
     @torch.no_grad()
-    def _before_step(self) -> None:
+    def _before_step(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if called_by_checkpoint():  # Its gradients are zeros.
-            return
+            return None
         self.restore()
+        given = with_closure(args, kwargs, self._evaluated)
+        if given is None:
+            self._note_gradients()
+        return given
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure of a step, which updates after it: its noise is taken back by then."""
+
+        def evaluate() -> Any:
+            result = closure()
+            self.restore()
+            self._note_gradients()
+            return result
+
+        return evaluate
+
+    @torch.no_grad()
+    def _note_gradients(self) -> None:
         noiseless = not (self._perturbed or self._warned)
         if noiseless and any(param.grad is not None for param in self._params.values()):
             self._warned = True

@@ -77,6 +77,7 @@ class GreenTrainer(Rounds):
     """
 
     label, key = "GreenTrainer", "green_step"
+    from_gradients = True
     unfused = "a choice takes its step back"
 
     def __init__(

@@ -186,9 +186,9 @@ def _tangent(result: Any) -> float:
             "the closure must return a loss that depends on the parameters differentiably, got one "
             "without a derivative; take a differentiable loss, or MeZO, which needs none"
         )
-    if tangent.numel() != 1:
+    if tangent.numel() != 1 or tangent.is_complex():
         raise ValueError(
-            f"the closure must return one number, got a tensor of shape {tuple(result.shape)}; "
-            f"reduce it first, with .mean() say"
+            f"the closure must return one real number, got a {result.dtype} tensor of shape "
+            f"{tuple(result.shape)}; reduce it first, with .mean() say"
         )
     return float(tangent.item())

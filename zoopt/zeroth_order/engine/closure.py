@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random  # noqa: TID251 - the user's own state, which is put back where it was
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -67,17 +68,35 @@ def loss_of(result: Any) -> Loss:
                 f"the closure must return one real number, got a {result.dtype} tensor of shape "
                 f"{tuple(result.shape)}; reduce it first, with .mean() say"
             )
+        check_value("the closure must return a loss", result)
         if dispatch.waits(result):
             # A copy: a captured graph returns all its losses in one tensor's memory.
             return result.detach().to(torch.float64, copy=True).view(())
         return known(result, 1.0)
     if isinstance(result, Real):
-        return float(result)
+        return real(result)
     remedy = "end it with `return loss`" if result is None else "return the loss itself"
     raise TypeError(
         f"the closure must return a float, an int or a tensor of one element, got "
         f"{type(result).__name__}; {remedy}"
     )
+
+
+def check_value(wanted: str, result: Tensor) -> None:
+    """Raise if a tensor has no value."""
+    if result.is_meta and not dispatch.is_fake(result):
+        raise TypeError(
+            f"{wanted} with a value, got one on the meta device; load the model's weights, and "
+            f"leave torch.device('meta') before"
+        )
+
+
+def real(number: Any) -> float:
+    """A number in float64; one that is too large is infinite."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def narrow_eps(value: Any) -> float:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from zoopt.zeroth_order.engine.closure import narrow_eps
+from zoopt.zeroth_order.engine.closure import check_value, narrow_eps, real
 from zoopt.zeroth_order.engine.probe import Outcome, PendingProbe, StepRecord
 
 Shaping = Literal["zscore", "rank", "pair-sign"]
@@ -164,6 +164,7 @@ def fitness_values(fitness: Mapping[int, Any] | Sequence[Any] | Tensor, size: in
         TypeError, ValueError: not exactly one number a member.
     """
     if isinstance(fitness, Tensor):
+        check_value("fitness must be a tensor", fitness)
         fitness = fitness.tolist()
     if isinstance(fitness, str) or not isinstance(fitness, Mapping | Sequence):
         raise TypeError(
@@ -192,10 +193,12 @@ def fitness_eps(fitness: Any) -> float:
 
 
 def _number(value: Any, member: int) -> float:
+    if isinstance(value, Tensor):
+        check_value(f"fitness[{member}] must be one", value)
     scalar = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if not isinstance(scalar, Real):
         raise TypeError(f"fitness[{member}] must be one real number, got {value!r}")
-    return float(scalar)
+    return real(scalar)
 
 
 def _some(numbers: Sequence[Any]) -> str:
