@@ -77,10 +77,6 @@ def test_plain_parameters_of_projected_classes_are_one_launch() -> None:
     assert counted(zoopt.GaLoreAdamW, 7, torch.bfloat16, rank=None) == (1, 0, 0)
 
 
-#: Classes that launch something for each matrix: what a basis of noise is made of, or an error.
-BY_MATRIX = (zoopt.Frugal, zoopt.LDAdamW)
-
-
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_launches_do_not_depend_on_the_number_of_matrices(row: Row) -> None:
     """Of any first-order optimizer: its moments, norms and writes are launched for all at once."""
@@ -91,7 +87,16 @@ def test_launches_do_not_depend_on_the_number_of_matrices(row: Row) -> None:
     shapes = ((64, 80), (80, 64), (5, 12) if row.cls is zoopt.SM3 else (5, 4, 3))
     few, many = (step_of(row.cls, count, torch.bfloat16, shapes, **options) for count in (2, 4))
     more = len(many.launches) - len(few.launches)
-    assert more <= (3 * 2 * len(shapes) if row.cls in BY_MATRIX else 0)
+    # Each has a basis made in every step, by factorisations that may need another try.
+    by_matrix = row.cls is zoopt.LDAdamW
+    assert more <= (3 * 2 * len(shapes) if by_matrix else 0)
+    if by_matrix or row.one_by_one:
+        return
+    # With torch's, three a matrix, and one more where both of its sides are projected.
+    sides = 4 if row.options.get("proj_type") == "full" or row.cls is zoopt.GradNormLoRP else 3
+    each = [len(own.launches) + sum(name != "add" for name in own.others) for own in (few, many)]
+    assert each[1] - each[0] <= sides * 2 * len(shapes)
+    assert few.waits == many.waits
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.one_by_one], ids=str)

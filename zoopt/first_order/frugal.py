@@ -20,7 +20,7 @@ from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
 from zoopt.first_order.base import Site
 from zoopt.first_order.projected.basis import age
-from zoopt.first_order.projected.columns import axis_of, channels_first, columns_of, write_columns
+from zoopt.first_order.projected.columns import columns_of, reduced_to, write_columns
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.first_order.projected.geometry import Geometry, Side, matrix
 from zoopt.first_order.projected.residuals import (
@@ -72,14 +72,21 @@ def frugal(step: Step) -> None:
     rates = [rate] * len(N)
     assert step.gradients is not None
     if rate and step.group["projector"] not in BLIND:
-        whole = torch.stack([torch.linalg.vector_norm(G, dtype=R.dtype) for G in step.gradients])
-        inside = torch.stack([torch.linalg.vector_norm(own) for own in R])
+        whole, inside = _norms(step.gradients, R.dtype), _norms(R.unbind(), R.dtype)
         if step.sharded is not None:
             whole = Rows(step.sharded).norm(whole)
             inside = Rows(step.sharded).norm(inside) if step.geo.side == "right" else inside
         outside = energy_outside(whole, inside) > 0.0
         rates = [rate * heard for heard in all_known(outside, True)]
     step.descend(Terms(N, sign_steps=rates, reduced=R))
+
+
+def _norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The norm of each of k tensors, in that dtype: (k,); of several in one pass."""
+    if len(tensors) == 1:
+        alone: Tensor = torch.linalg.vector_norm(tensors[0], dtype=dtype)
+        return alone.unsqueeze(0)
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
 
 
 #: Of the part outside, the signs.
@@ -209,7 +216,7 @@ class Frugal(ProjectedOptimizer):
         side = geo.m if geo.side == "left" else geo.n
         dtype = accumulator_dtype(site.param.dtype)
         eye = torch.eye(side, dtype=dtype, device=site.param.device)
-        return {"basis": eye[:, columns_of(site, geo, completed)]}
+        return {"basis": eye[:, columns_of([site], geo, completed)[0]]}
 
     def _rule(self, group: Group) -> Rule:
         return RULES[group["rule"]]
@@ -254,12 +261,7 @@ class Frugal(ProjectedOptimizer):
         if not _selects(site):
             return super()._project(sites, gradients, bases)
         completed = int(self._state(site.param, site.group)["step"])
-        wide = accumulator_dtype(site.param.dtype)
-        blocks = []
-        for own, gradient in zip(sites, gradients, strict=True):
-            block = matrix(gradient).index_select(axis_of(geo), columns_of(own, geo, completed))
-            blocks.append(channels_first(block, geo).to(wide).contiguous())
-        return blocks[0].unsqueeze(0) if len(blocks) == 1 else torch.stack(blocks)
+        return reduced_to(gradients, columns_of(sites, geo, completed).unbind(), geo)
 
     def _kind(self, site: Site) -> Hashable:
         """Steps are counted from the last change of the subspace, which comes at different ones."""
@@ -308,11 +310,11 @@ class Frugal(ProjectedOptimizer):
             super()._step_matrices(sites, gradients, bases, reduced)
             return
         assert gradients is not None
-        if reduced is None:
-            reduced = kept(self._project, sites, gradients)
         states = [self.state[own.param] for own in sites]
         completed = int(states[0]["step"])
-        columns = [columns_of(own, geo, completed) for own in sites]
+        columns = kept(columns_of, sites, geo, completed).unbind()
+        if reduced is None:
+            reduced = kept(reduced_to, gradients, columns, geo)
         keys = [own.key for own in sites]
         directions = self._columns_direction(sites, reduced, states, keys)
         grads = [matrix(gradient) for gradient in gradients]
@@ -341,12 +343,12 @@ class Frugal(ProjectedOptimizer):
         completed, grad = int(state["step"]), matrix(local_like(gradient, param))
         if kept(self._refresh_due, site, state) and anywhere(not grad.isfinite().all(), param):
             return
-        rows, part, chosen = Rows(param), site.shard, columns_of(site, geo, completed)
+        rows, part, chosen = Rows(param), site.shard, columns_of([site], geo, completed)[0]
         wide, key = accumulator_dtype(param.dtype), NoiseKey(site.seed, site.stream)
         if geo.side == "right":
             before = rows.first * geo.rank
             reduced, key = grad.index_select(1, chosen).to(wide), key.shifted(before)
-            [own] = self._columns_direction([part], reduced.unsqueeze(0), [state], [key])
+            own = self._columns_direction([part], reduced.unsqueeze(0), [state], [key])
         else:
             # Every process has all of R and its moments, and here are some of the chosen rows.
             skipped = int((chosen < rows.first).sum())
@@ -357,12 +359,10 @@ class Frugal(ProjectedOptimizer):
             )
             every[mine] = grad.index_select(0, chosen).to(wide)
             reduced = rows.assembled(every).t().contiguous()
-            [direction] = self._columns_direction([part], reduced.unsqueeze(0), [state], [key])
-            own, before = direction[:, mine], skipped * geo.n
+            direction = self._columns_direction([part], reduced.unsqueeze(0), [state], [key])
+            own, before = direction[:, :, mine], skipped * geo.n
         signs = sign_rate(site.group, geo)
-        write_columns(
-            [part], [own], [grad], [chosen], geo, completed + 1, signs=signs, before=before
-        )
+        write_columns([part], own, [grad], [chosen], geo, completed + 1, signs=signs, before=before)
         count([state])
 
 

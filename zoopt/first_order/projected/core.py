@@ -281,8 +281,7 @@ class ProjectedOptimizer(ShardedMatrices):
             # Rounded once for both ways.
             first = bases[0]["basis"]
             narrow = first.new_empty((len(bases), *first.shape), dtype=dtype)
-            for basis, target in zip(bases, narrow, strict=True):
-                target.copy_(basis["basis"])
+            torch._foreach_copy_(narrow.unbind(), [basis["basis"] for basis in bases])
             bases = [{"basis": basis} for basis in narrow]
         self._step_matrices(sites, gradients, bases)
 
