@@ -8,7 +8,7 @@ import math
 import sys
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -524,8 +524,8 @@ def test_clips_whole_gradients_by_the_norms_of_their_projections() -> None:
         torch.testing.assert_close(p, q, rtol=0.0, atol=1e-10)
 
 
-def left_alive(row: Row, removed: bool) -> int:
-    """How many things of a fused run are alive when all its names are gone."""
+def a_run(row: Row, removed: bool) -> Iterator[list[weakref.ref[Any]]]:
+    """The things of a fused run, whose names are gone, though the caller's frame is still there."""
     model = net()
     optimizer = row.build(model)
     handle = zoopt.fuse_backward(model, optimizer)
@@ -537,8 +537,7 @@ def left_alive(row: Row, removed: bool) -> int:
     if removed:
         handle.remove()
     del model, optimizer, handle
-    gc.collect()
-    return sum(reference() is not None for reference in watched)
+    yield watched
 
 
 @pytest.fixture
@@ -553,11 +552,15 @@ def _trainer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("removed", [False, True])
 def test_lets_go_of_everything(removed: bool) -> None:
     """A hook that autograd holds must not hold the optimizer: Python's collector cannot see it."""
-    assert [str(row) for row in ROWS if left_alive(row, removed)] == []
+    runs = {str(row): a_run(row, removed) for row in ROWS}
+    watched = {name: next(run) for name, run in runs.items()}
+    gc.collect()
+    alive = {name: sum(thing() is not None for thing in each) for name, each in watched.items()}
+    assert alive == dict.fromkeys(runs, 0)
 
 
 def taking_turns_left_alive() -> list[int]:
-    """As `left_alive`, of OwLore's and half fine-tuning's models."""
+    """How many parameters are left alive, of OwLore's and half fine-tuning's models."""
 
     class Blocks(nn.Module):
         def __init__(self) -> None:
