@@ -25,8 +25,10 @@ from tests.first_order_table import ROWS, Row
 from tests.test_state_contract import bits
 from zoopt import interrupts
 from zoopt.distributed.sharding import local
+from zoopt.first_order import fusion
 from zoopt.first_order.base import Site
-from zoopt.first_order.fused_backward import FusedBackward
+from zoopt.first_order.fusion import FusedBackward
+from zoopt.first_order.projected import core
 from zoopt.first_order.projected.core import ProjectedOptimizer
 from zoopt.interrupts import uninterrupted
 from zoopt.kernels.adam import reference as adam_reference
@@ -229,9 +231,11 @@ def test_an_error_in_any_operation_on_a_shard(row: Row, monkeypatch: pytest.Monk
     check(Case(row, torch.float32, sharded=True), monkeypatch, CHOSEN.index(row))
 
 
-#: How gradients are accumulated and clipped, and over how many backward passes.
+#: How gradients are accumulated and clipped, and over how many backward passes; or whether they are
+#: gathered, as on a GPU.
 FUSED: dict[str, dict[str, Any]] = {
     "at once": {},
+    "gathered": {},
     "clipped": {"max_grad_norm": 0.5, "clip": "parameter"},
     "accumulated": {"accumulation_steps": 2, "max_grad_norm": 0.5},
 }
@@ -242,9 +246,11 @@ WHOLE = (zoopt.Apollo, zoopt.ApolloMini, zoopt.Fira, zoopt.Frugal)
 
 
 class Fused:
-    """A step whose updates come as gradients arrive, of one parameter after the other."""
+    """A step whose updates come as gradients arrive, of one parameter after the other, or of all
+    together."""
 
-    def __init__(self, case: Case, options: dict[str, Any]) -> None:
+    def __init__(self, case: Case, way: str) -> None:
+        options, self._together = FUSED[way], way == "gathered"
         self.params, self.optimizer = case.new()
         for param in self.params:
             param.grad = None
@@ -256,9 +262,13 @@ class Fused:
         """Whether an error came, after which the loop went on."""
         failed = False
         for _ in range(self._rounds):
-            for param, gradient in zip(self.params, self._gradients, strict=True):
+            pairs = zip(self.params, self._gradients, strict=True)
+            losses = [(param * gradient).sum() for param, gradient in pairs]
+            if self._together:  # but for the stack's, which is updated when it arrives
+                losses = [torch.stack(losses[:-1]).sum(), losses[-1]]
+            for loss in losses:
                 try:
-                    (param * gradient).sum().backward()
+                    loss.backward()
                 except ERRORS:
                     failed = True
         try:
@@ -279,7 +289,10 @@ def test_an_error_in_any_operation_of_a_fused_backward(
     if way == "accumulated" and row.cls in WHOLE:
         way = "clipped"
     failing = Failing(monkeypatch)
-    for name in ("_receive", "step"):
+    if way == "gathered":
+        for module in (fusion, core):
+            monkeypatch.setattr(module, "launches", lambda param: True)
+    for name in ("_apply_layer" if way == "gathered" else "_receive", "step"):
         original = getattr(FusedBackward, name)
 
         def among_ours(self: Any, *args: Any, run: Callable[..., Any] = original) -> Any:
@@ -287,12 +300,12 @@ def test_an_error_in_any_operation_of_a_fused_backward(
                 return run(self, *args)
 
         monkeypatch.setattr(FusedBackward, name, among_ours)
-    fused = Fused(case, FUSED[way])
+    fused = Fused(case, way)
     assert not fused.run()
     after = everything(fused.params, fused.optimizer)
     for at in positions(failing.calls, CHOSEN.index(row) + list(FUSED).index(way)):
         failing.at, failing.calls = at, 0
-        fused = Fused(case, FUSED[way])
+        fused = Fused(case, way)
         assert fused.run()
         assert everything(fused.params, fused.optimizer) == after, at
 

@@ -12,6 +12,7 @@ import zoopt
 from tests.optimizer_table import CASES as ALL
 from tests.optimizer_table import ROWS as ALL_ROWS
 from tests.optimizer_table import Row, closure_of, mlp
+from zoopt.first_order import fusion
 from zoopt.first_order.projected import core
 from zoopt.kernels import dispatch
 
@@ -149,3 +150,35 @@ def test_matrices_stepped_together_are_those_stepped_alone(
     monkeypatch.setattr(core, "WINDOW", 2 * 4 * 20)
     for a, b in zip(projected(cls, options), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cls", "own"),
+    [
+        (zoopt.AdamW, {"state_dtype": "int8"}),
+        (zoopt.GaLoreAdamW, {"rank": 2}),
+        (zoopt.Frugal, {"rule": "lion", "density": None}),
+    ],
+)
+def test_a_fused_layer_is_its_parameters_one_by_one(
+    cls: Any, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit."""
+    monkeypatch.setattr(dispatch, "_best", lambda theta: "triton")
+    results = []
+    for gathers in (False, True):
+        monkeypatch.setattr(fusion, "launches", lambda param, gathers=gathers: gathers)
+        torch.manual_seed(3)
+        model = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)) for _ in range(2)
+        )
+        optimizer = cls(model.named_parameters(), lr=1e-2, seed=1, **own)
+        zoopt.fuse_backward(model, optimizer)
+        for _ in range(2):
+            x = torch.linspace(-1, 1, 12).view(2, 6)
+            for layer in model:
+                x = layer(x)
+            x.square().sum().backward()
+            optimizer.step()
+        results.append([param.detach() for param in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

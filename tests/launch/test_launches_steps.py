@@ -205,3 +205,48 @@ def test_a_device_that_refuses_float32_products_is_asked_once(
         other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
         assert dispatch.multiplies_into_float32(torch.zeros(2, dtype=other))
         assert not dispatch.multiplies_into_float32(gradient)
+
+
+class Layers(torch.nn.Module):
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        linears = [
+            torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(width)) for _ in range(depth)
+        ]
+        self.layers = torch.nn.ModuleList(linears)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            assert isinstance(layer, torch.nn.ModuleList)
+            for linear in layer:
+                x = linear(x)
+        return x.sum()
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (zoopt.AdamW, {"state_dtype": "int8"}),
+        (zoopt.SM3, {}),
+        (zoopt.GaLoreAdamW, {"rank": 8}),
+        (zoopt.Apollo, {"rank": 8}),
+    ],
+)
+def test_a_fused_layer_is_launched_as_one(cls: type[Any], options: dict[str, Any]) -> None:
+    """As many launches for a layer of 6 matrices as for one of 2, and a layer's worth for each."""
+
+    def counted(depth: int, width: int) -> int:
+        model = Layers(depth, width).bfloat16()
+        optimizer = cls(model.named_parameters(), lr=1e-3, seed=1, **options)
+        zoopt.fuse_backward(model, optimizer)
+        x = torch.ones(2, 64, dtype=torch.bfloat16)
+        with stub_gpu():
+            for _ in range(2):
+                model(x).backward()
+                optimizer.step()
+            loss = model(x)
+            return len(launches(loss.backward).launches)
+
+    one = counted(1, 2)
+    assert 0 < one == counted(1, 6)
+    assert counted(3, 2) == 3 * one

@@ -28,7 +28,7 @@ from zoopt.first_order.progress import Mark, Update
 from zoopt.interrupts import uninterrupted
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import is_fake, launches
-from zoopt.kernels.journal import Journal, kept
+from zoopt.kernels.journal import kept
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
@@ -205,10 +205,8 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         ready = []
         for site in sites:
             mark = marks[site.name]
-            if not mark.prepared and not is_sharded(site.param):
-                prepared = mark.journal.run(self._prepare, site, operand(_gradient(site)))
-                mark.done = not prepared
-            mark.prepared, mark.journal = True, Journal()
+            if not is_sharded(site.param):
+                mark.prepare(self._prepare, site, operand(_gradient(site)))
             if not mark.done:
                 continues = site.continues or not is_sharded(site.param)
                 ready.append(dataclasses.replace(site, continues=continues))
@@ -222,19 +220,31 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
     def _update_all(self, sites: Sequence[Site]) -> None:
         """Update prepared parameters: those of one kind together."""
-        together: dict[Hashable, list[Site]] = {}
-        places: set[int] = set()
-        for site in sites:
-            kind = self._kind(site)
-            # Parameters tied by their data are updated one after the other.
-            if kind is None or _place(site.param) in places:
-                self._complete([site], self._step_param, site, _gradient(site))
-            else:
-                places.add(_place(site.param))
-                together.setdefault(kind, []).append(site)
-        for alike in together.values():
+        alone, together = self._partition(sites, [_gradient(site) for site in sites])
+        for i in alone:
+            self._complete([sites[i]], self._step_param, sites[i], _gradient(sites[i]))
+        for members in together:
+            alike = [sites[i] for i in members]
             gradients = [operand(_gradient(site)) for site in alike]
             self._complete(alike, self._update_together, alike, gradients)
+
+    def _partition(
+        self, sites: Sequence[Site], gradients: Sequence[Tensor]
+    ) -> tuple[list[int], list[list[int]]]:
+        """The numbers of the parameters that are updated by themselves, and of those that one
+        operation updates together."""
+        alone: list[int] = []
+        together: dict[Hashable, list[int]] = {}
+        places: set[int] = set()
+        for i, (site, gradient) in enumerate(zip(sites, gradients, strict=True)):
+            kind = self._kind(site, gradient)
+            # Parameters tied by their data are updated one after the other.
+            if kind is None or _place(site.param) in places:
+                alone.append(i)
+            else:
+                places.add(_place(site.param))
+                together.setdefault(kind, []).append(i)
+        return alone, list(together.values())
 
     def _complete(
         self,
@@ -325,9 +335,9 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         """`_apply` of all parts of a parameter."""
         self._apply(site, reduced, gradient)
 
-    def _kind(self, site: Site) -> Hashable:
-        """Equal for parameters that one operation updates together, which on a GPU is one launch.
-        None for a parameter that is updated by itself."""
+    def _kind(self, site: Site, gradient: Tensor) -> Hashable:
+        """Equal for parameters that one operation updates together from their gradients, which on
+        a GPU is one launch. None for a parameter that is updated by itself."""
         return None
 
     def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
@@ -473,13 +483,13 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         self._check_shards(group)
 
 
-def batch_kind(site: Site, *states: Tensor) -> Hashable:
+def batch_kind(site: Site, gradient: Tensor, *states: Tensor) -> Hashable:
     """The group, dtypes and device of a parameter that can be in a batch, and the dtypes and
     numbers of these of its states; None for one that cannot."""
-    param, gradient = site.param, site.param.grad
+    param = site.param
     planned = is_fake(param) and not launches(param)
-    alone = gradient is None or is_sharded(param) or planned or not param.is_contiguous()
-    if alone or gradient is None or gradient.layout != torch.strided or not param.numel():
+    alone = is_sharded(param) or planned or not param.is_contiguous()
+    if alone or gradient.layout != torch.strided or not param.numel():
         return None
     kinds = tuple(s.item() if not s.dim() and s.device.type == "cpu" else s.dtype for s in states)
     return id(site.group), param.dtype, gradient.dtype, param.device, kinds

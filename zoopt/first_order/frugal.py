@@ -263,9 +263,9 @@ class Frugal(ProjectedOptimizer):
         completed = int(self._state(site.param, site.group)["step"])
         return reduced_to(gradients, columns_of(sites, geo, completed).unbind(), geo)
 
-    def _kind(self, site: Site) -> Hashable:
+    def _kind(self, site: Site, gradient: Tensor) -> Hashable:
         """Steps are counted from the last change of the subspace, which comes at different ones."""
-        kind = super()._kind(site)
+        kind = super()._kind(site, gradient)
         if kind is None or self._geometry(site.param, site.group) is None:
             return kind
         return kind, age(site, int(self.state[site.param]["step"]))

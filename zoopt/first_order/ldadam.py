@@ -285,9 +285,11 @@ class LDAdamW(AdamFamily):
             self._following[site.param] = self._next_basis(site, matrix(gradient), geo)
         return True
 
-    def _kind(self, site: Site) -> Hashable:
+    def _kind(self, site: Site, gradient: Tensor) -> Hashable:
         """Projected matrices are updated one by one: each has a basis of its own to turn to."""
-        return super()._kind(site) if self._geometry(site.param, site.group) is None else None
+        if self._geometry(site.param, site.group) is not None:
+            return None
+        return super()._kind(site, gradient)
 
     def _next_basis(self, site: Site, gradient: Tensor, geo: Geometry) -> Tensor:
         """P+, (n, r), on the left (m, r)."""

@@ -27,6 +27,12 @@ class Mark:
         self.prepared = self.done = False
         self.journal = Journal()
 
+    def prepare(self, prepare: Callable[..., bool], *args: Any) -> None:
+        """Prepare the parameter, or finish that; if that returns False, it is not updated."""
+        if not self.prepared:
+            self.done = not self.journal.run(prepare, *args)
+            self.prepared, self.journal = True, Journal()
+
     def is_of(self, gradient: Tensor) -> bool:
         """Whether it was made for this gradient, which has not been written since."""
         return self._gradient() is gradient and gradient._version == self._version

@@ -121,9 +121,9 @@ class SM3(FirstOrderOptimizer):
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
         self._update_together([site], [reduced.coalesce() if reduced.is_sparse else reduced])
 
-    def _kind(self, site: Site) -> Hashable:
+    def _kind(self, site: Site, gradient: Tensor) -> Hashable:
         state = self._state(site.param, site.group)
-        return batch_kind(site, *([state["step"]] if "step" in state else []))
+        return batch_kind(site, gradient, *([state["step"]] if "step" in state else []))
 
     def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
         group = sites[0].group

@@ -237,7 +237,7 @@ class ProjectedOptimizer(ShardedMatrices):
             if not site.param.is_contiguous():
                 once(site.param.copy_, theta.reshape(site.param.shape))
 
-    def _kind(self, site: Site) -> Hashable:
+    def _kind(self, site: Site, gradient: Tensor) -> Hashable:
         """For parameters that the rule writes itself, their step and how their state is stored. For
         others on a GPU, their step and their geometry or shape; on the CPU these are updated one by
         one, each while its R is in the cache."""
@@ -248,8 +248,8 @@ class ProjectedOptimizer(ShardedMatrices):
             return None
         state = self._state(param, group)
         if writes:
-            return batch_kind(site, *state.values())
-        kind = batch_kind(site, state["step"])
+            return batch_kind(site, gradient, *state.values())
+        kind = batch_kind(site, gradient, state["step"])
         return None if kind is None else (kind, geo or param.shape)
 
     def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
