@@ -156,13 +156,21 @@ def test_every_method_can_be_planned(spec: ModelSpec, monkeypatch: pytest.Monkey
 def test_a_gpu_updates_the_matrices_of_a_shape_together(
     spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Projected ones, in windows, with what is made of them; where backward is fused, alone."""
+    """Projected ones, in windows, with what is made of them; where backward is fused, those of a
+    layer, whose gradients are there."""
     alone = ["AdamW", "zoopt.AdamW, int8 state", "SM3", "SM3, fused backward"]
     options: dict[str, Any] = {"seq": 4, "rank": RANK, "optimizers": [*alone, "Fira"]}
     cpu, gpu = (plan(spec, gpu=gpu, **options) for gpu in (False, True))
     for name in alone:
         assert gpu[name].phases["update"] <= cpu[name].phases["update"]
         assert gpu[name].state == cpu[name].state
+    fused = "SM3, fused backward"
+    with torch.device("meta"):
+        model = spec.build(False)
+    names = [name for name, _ in model.named_parameters() if ".layers.0." in name]
+    layer = sum(model.get_parameter(name).numel() for name in names) * 2
+    assert gpu[fused].categories["gradients"] == layer
+    assert 0 < gpu[fused].peak - cpu[fused].peak < layer
     window = gpu["Fira"].phases["update"]
     assert sum(gpu["Fira"].categories.values()) == gpu["Fira"].peak
     monkeypatch.setattr(core, "WINDOW", 1)

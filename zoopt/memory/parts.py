@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from zoopt.first_order.gathering import Gathered, layers_of
 from zoopt.kernels.dispatch import planning_a_gpu
 from zoopt.memory.depth import shortened
 from zoopt.memory.grouped import run
@@ -145,8 +146,22 @@ class Parts:
             wrapper = wrapping.simulate(model, method.build(model))
         meter = StorageMeter(keep_events=True, run=self._run)
         inputs = self.spec.inputs(batch, seq)
+        gathers = method.fused and self._gpu and self._processes == 1
+        layers, gathered = layers_of(model) if gathers else {}, Gathered()
+
+        def free(param: torch.Tensor) -> None:
+            gradient, param.grad = param.grad, None
+            if not gathers or gradient is None:
+                return
+            meter.track([gradient], "gradients")
+            if not gathered.belongs(layers.get(param)):
+                gathered.clear()
+            gathered.add(param, gradient, layers.get(param))
+            if gathered.full:
+                gathered.clear()
+
         freed = [
-            param.register_post_accumulate_grad_hook(_free)  # type: ignore[no-untyped-call]
+            param.register_post_accumulate_grad_hook(free)  # type: ignore[no-untyped-call]
             for param in model.parameters()
             if method.fused and param.requires_grad
         ]
@@ -156,6 +171,7 @@ class Parts:
             kept = wrapping.kept(model) if wrapping is not None else []
             meter.track(kept, "gradients")
             backprop(model, inputs, meter, meter.enter_phase)
+            gathered.clear()
         for hook in freed:
             hook.remove()
         model.zero_grad()
@@ -166,7 +182,7 @@ class Parts:
 
     def update(self, method: Method) -> Timeline:
         """One update, with all state and all gradients in memory. On a GPU all matrices
-        of a shape are updated together, unless backward is fused."""
+        of a shape are updated together, or those of a layer where backward is fused."""
         model, wrapping = self._model(method), method.wrapping
         optimizer = method.build(model)
         params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -186,7 +202,10 @@ class Parts:
             for param, gradient in zip(params, gradients, strict=True):
                 param.grad = gradient
             together = self._gpu and not method.fused
-            repeated = {} if together or wrapping is not None else repeated_shapes(optimizer)
+            layers = layers_of(model) if self._gpu and method.fused else {}
+            repeated = {}
+            if not together and wrapping is None:
+                repeated = repeated_shapes(optimizer, layers.get)
             for param in repeated:
                 param.grad = None
             if isinstance(optimizer, DeclaredStateOptimizer):
@@ -258,7 +277,3 @@ def _copies(state: dict[str, Any]) -> dict[str, Any]:
         name: value.clone() if isinstance(value, torch.Tensor) else value
         for name, value in state.items()
     }
-
-
-def _free(param: torch.Tensor) -> None:
-    param.grad = None

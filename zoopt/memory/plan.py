@@ -99,7 +99,7 @@ def plan(
             as workspace: 64 MiB at most, twice that where an operator reads several parameters and
             two buffers can meet. A CPU has one operator's temporaries at a time. Matrices of a
             shape are updated together, in windows of 32 MiB of projected gradients, with what is
-            made of them.
+            made of them. A fused backward pass gathers a layer's gradients, or 256 MiB of them.
         processes: the step of one of so many processes, over which FSDP2 divides the parameters:
             each repeated layer is gathered by itself, all others together. For zeroth-order methods
             on whole models. Parameters that one process would perturb virtually (16-bit ones; all

@@ -203,7 +203,8 @@ class Simulation:
 
     def _backprop(self, method: Method, batch: int) -> tuple[Part, int]:
         passes = self._passes(method, batch, self.seq)
-        # On a CPU an optimizer's update is the same whether it is fused or not.
+        # On a CPU an optimizer's update is the same whether it is fused or not. A GPU's fused one
+        # is that of a layer.
         optimizer = dataclasses.replace(method, name="", fused=self.gpu and method.fused)
         if optimizer not in self._updates:
             self._updates[optimizer] = self._part("update", method)

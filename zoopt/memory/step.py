@@ -118,8 +118,11 @@ def state_tensors(optimizer: Any) -> list[Tensor]:
     return found if own is None else [*found, *tensors_of(own())]
 
 
-def repeated_shapes(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
-    """All parameters but one of each shape and group, each with that one.
+def repeated_shapes(
+    optimizer: torch.optim.Optimizer, layer_of: Callable[[Tensor], str | None] = lambda _: None
+) -> dict[Tensor, Tensor]:
+    """All parameters but one of each shape and group, each with that one. Of those that have a
+    layer, the first layer's are left.
 
     Updates of one shape take the same memory.
     """
@@ -127,8 +130,10 @@ def repeated_shapes(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     for group in optimizer.param_groups:
         first: dict[torch.Size, Tensor] = {}
         for param in group["params"]:
-            if first.setdefault(param.shape, param) is not param:
-                repeated[param] = first[param.shape]
+            own = first.setdefault(param.shape, param)
+            layer = layer_of(param)
+            if own is not param and (layer is None or layer != layer_of(own)):
+                repeated[param] = own
     return repeated
 
 
