@@ -285,6 +285,15 @@ def test_refuses() -> None:
                 **{"budget": 0.5, **options},  # type: ignore[arg-type]
             )
         assert all(param.requires_grad for param in model.parameters())
+    for probe, got in (
+        (lambda: 0.5, "float"),
+        (lambda: loss_of(model).detach(), "one without"),
+        (lambda: next(model.parameters()), r"a tensor of shape \(16, 8\)"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"probe must return a loss with a graph .*, got {got}"
+        ):
+            zoopt.GreenTrainer(model, adamw, probe, budget=0.5)  # type: ignore[arg-type]
     fused = zoopt.AdamW(model.named_parameters())
     with zoopt.fuse_backward(model, fused), pytest.raises(ValueError, match="must not be fused"):
         zoopt.GreenTrainer(model, fused, lambda: loss_of(model), budget=0.5)

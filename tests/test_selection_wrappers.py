@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -458,6 +459,10 @@ def test_lora_sb_refuses() -> None:
             {},
             "losses must depend on all layers of target, got one that does not on '2'",
         ),
+        ([lambda: loss64(model) * math.nan], {}, "losses must have finite gradients, got .* '2'"),
+        ([lambda: loss64(model).item()], {}, "return a loss with a graph .*, got float; return"),
+        ([lambda: loss64(model).detach()], {}, "return a loss with a graph .*, got one without"),
+        ([lambda: model[0].weight], {}, r"return a loss with a graph .*, got a tensor of shape"),
     ):
         with pytest.raises(ValueError, match=message):
             zoopt.nn.convert_to_lora_sb(model, losses, ["2"], **{"rank": 1, "lr": 1.0, **options})
@@ -465,3 +470,55 @@ def test_lora_sb_refuses() -> None:
         assert type(model[2]) is nn.Linear
     with pytest.raises(ValueError, match="model must have LoRA layers of peft, got none"):
         zoopt.nn.adapt_lora_to_sb(model, keep(model), lr=1.0)
+
+
+def adapted(**options: Any) -> Any:
+    target = options.pop("target", ["0", "2"])
+    return peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=target, **options))
+
+
+def with_a_second_adapter() -> Any:
+    model = adapted()
+    model.add_adapter("b", peft.LoraConfig(r=2, target_modules=["0"]))
+    return model
+
+
+def twice() -> Any:
+    model = adapted()
+    zoopt.nn.adapt_lora_to_sb(model, [lambda: loss_of(model)], lr=1e-2)
+    return model
+
+
+def merged() -> Any:
+    model = adapted()
+    model.merge_adapter()
+    return model
+
+
+def quantised() -> Any:
+    model = adapted()
+    zoopt.nn.convert_to_quantised(model, ["*.base_layer"], group_size=4)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (with_a_second_adapter, "must have one adapter, got default, b for '.*0'"),
+        (twice, "must have new adapters, got one for '.*0' that has changed the weight"),
+        (lambda: adapted(init_lora_weights="pissa"), "must have new adapters, got one for '.*0'"),
+        (merged, "must have adapters that are not merged, got one for '.*0'"),
+        (lambda: adapted(use_dora=True), "must have plain LoRA adapters, got .*Dora.* for '.*0'"),
+        (quantised, "must have an nn.Linear or Conv1D under each .*, got QuantisedLinear for"),
+    ],
+    ids=["second", "twice", "pissa", "merged", "dora", "quantised"],
+)
+def test_lora_sb_of_peft_refuses(build: Callable[[], Any], message: str) -> None:
+    """What an adapter has learnt, or is beside its product, would be lost. Nothing changes."""
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    trains = [param.requires_grad for param in model.parameters()]
+    with pytest.raises((TypeError, ValueError), match=message):
+        zoopt.nn.adapt_lora_to_sb(model, [lambda: loss_of(model)], lr=1e-2)
+    assert [param.requires_grad for param in model.parameters()] == trains
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from zoopt.checks import check_number, check_positive_int
 from zoopt.dtypes import accumulator_dtype
 from zoopt.nn.linear import ReparametrisedLinear
+from zoopt.nn.losses import gradients as loss_gradients
 from zoopt.nn.modules import Target, is_conv1d, linear_layers, named
 
 
@@ -86,7 +87,8 @@ def first_gradients(
     """Sum the losses' gradients with respect to the weights, by name, without touching `.grad`.
 
     Raises:
-        ValueError: there are no losses, or a loss does not depend on one of the weights.
+        ValueError: there are no losses, or one returns no loss with a graph, does not depend on one
+            of the weights, or has gradients that are not finite.
     """
     required = {name: weight.requires_grad for name, weight in weights.items()}
     sums: dict[str, Tensor] = {}
@@ -94,8 +96,7 @@ def first_gradients(
         for weight in weights.values():
             weight.requires_grad_(True)
         for loss in losses:
-            with torch.enable_grad():
-                made = torch.autograd.grad(loss(), list(weights.values()), allow_unused=True)
+            made = loss_gradients(loss, [*weights.values()])
             for name, gradient in zip(weights, made, strict=True):
                 if gradient is None:
                     raise ValueError(
@@ -108,6 +109,12 @@ def first_gradients(
             weight.requires_grad_(required[name])
     if not sums:
         raise ValueError("losses must hold a function at least, got none; pass one for each batch")
+    for name, gradient in sums.items():
+        if not gradient.isfinite().all():
+            raise ValueError(
+                f"losses must have finite gradients, got one that is not for {name!r}; leave out "
+                f"batches of which the model makes infinities or NaN"
+            )
     return sums
 
 
@@ -189,14 +196,17 @@ def adapt_lora_to_sb(
     are those of `LoRASBLinear`.
 
     Args:
-        model: a peft model with one active LoRA adapter.
+        model: a peft model with one LoRA adapter, which is new: its product B A is 0, and it is not
+            merged.
         losses, lr: as for `convert_to_lora_sb`.
 
     Returns:
         The cores R by name. Nothing else trains.
 
     Raises:
-        TypeError, ValueError: as for `convert_to_lora_sb`, or the model has no LoRA layers.
+        TypeError, ValueError: as for `convert_to_lora_sb`; or the model has no LoRA layers, several
+            adapters, adapters that are not new, or a variant such as DoRA. The model is then
+            unchanged.
     """
     check_number("lr", lr, low=0.0, open_low=True)
     found: dict[str, Any] = {
@@ -208,6 +218,8 @@ def adapt_lora_to_sb(
         raise ValueError(
             "model must have LoRA layers of peft, got none; make it by peft.get_peft_model(...)"
         )
+    for name, module in found.items():
+        _check_adapter(name, module)
     weights = {name: module.base_layer.weight for name, module in found.items()}
     gradients = first_gradients(weights, losses)
     model.requires_grad_(False)
@@ -226,3 +238,35 @@ def adapt_lora_to_sb(
         made.requires_grad_(True)
         cores.append(made)
     return named(model, cores)
+
+
+def _check_adapter(name: str, module: Any) -> None:
+    """Raise unless the LoRA layer of peft can be adapted without losing anything."""
+    base, adapters = module.base_layer, list(module.lora_A.keys())
+    if not isinstance(base, nn.Linear) and not is_conv1d(base):
+        raise TypeError(
+            f"model must have an nn.Linear or Conv1D under each adapter, got "
+            f"{type(base).__name__} for {name!r}; leave it out of the adapter's target_modules"
+        )
+    if len(adapters) > 1:
+        raise ValueError(
+            f"model must have one adapter, got {', '.join(adapters)} for {name!r}; delete the "
+            f"others"
+        )
+    variants = list(getattr(module, "lora_variant", {}).values())
+    if variants:
+        raise ValueError(
+            f"model must have plain LoRA adapters, got a {type(variants[0]).__name__} for "
+            f"{name!r}; leave the variant out of LoraConfig"
+        )
+    if module.merged:
+        raise ValueError(
+            f"model must have adapters that are not merged, got one for {name!r} that is; call "
+            f"unmerge_adapter() first"
+        )
+    factors = (module.lora_A[adapters[0]].weight, module.lora_B[adapters[0]].weight)
+    if all(factor.detach().any() for factor in factors):
+        raise ValueError(
+            f"model must have new adapters, got one for {name!r} that has changed the weight, "
+            f"which would be lost; merge it, and add a new one with init_lora_weights=True"
+        )

@@ -17,6 +17,7 @@ from zoopt.dtypes import accumulator_dtype, resolved_rounding
 from zoopt.kernels.dispatch import is_fake, known
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
+from zoopt.nn.losses import gradients as loss_gradients
 from zoopt.nn.modules import Target, is_conv1d, linear_layers
 from zoopt.noise import stream
 from zoopt.selection.saved import check_plain, check_saved, check_vectors
@@ -236,8 +237,7 @@ def _importance(
     count = 0
     for loss in losses:
         count += 1
-        with torch.enable_grad():
-            made = torch.autograd.grad(loss(), list(weights.values()), allow_unused=True)
+        made = loss_gradients(loss, [*weights.values()])
         for (name, weight), gradient in zip(weights.items(), made, strict=True):
             wide = accumulator_dtype(weight.dtype)
             axis = 0 if is_conv1d(layers[name]) else 1

@@ -15,6 +15,7 @@ from zoopt.ambient import OwnArithmetic
 from zoopt.checks import check_nonnegative_int, check_number, check_positive_int, shown
 from zoopt.first_order.base import FirstOrderOptimizer
 from zoopt.nn.initial import CHUNK
+from zoopt.nn.losses import checked_loss
 from zoopt.selection.budget import Cost, backward_costs, choose, in_units
 from zoopt.selection.rounds import Rounds
 
@@ -55,8 +56,8 @@ class GreenTrainer(Rounds):
 
     Raises:
         TypeError, ValueError: an argument is out of range; the optimizer is already under
-            GreenTrainer or another wrapper, is OwLore, or is fused into the backward pass; no
-            tensor fits the budget.
+            GreenTrainer or another wrapper, is OwLore, or is fused into the backward pass; `probe`
+            returns no loss with a graph; no tensor fits the budget.
         RuntimeError: no parameter has a gradient, or none has a positive importance.
 
     `remove()`, or leaving the `with` block, lets all parameters train again.
@@ -169,7 +170,9 @@ class GreenTrainer(Rounds):
                 torch.random.fork_rng(devices=_devices(self._held)),
                 torch.enable_grad(),
             ):
-                self.order, self.costs = backward_costs(self._probe(), self._held)
+                self.order, self.costs = backward_costs(
+                    checked_loss("probe", self._probe()), self._held
+                )
             if not self.order:
                 raise RuntimeError(
                     "probe must return a loss with a graph to the optimizer's parameters, got one "
