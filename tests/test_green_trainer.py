@@ -266,6 +266,7 @@ def test_refuses() -> None:
         (adamw, {"budget": 0.0}, ValueError, "budget must be a finite number > 0 and <= 1, got 0"),
         (adamw, {"select_every": 0}, ValueError, "select_every must be a positive int, got 0"),
         (3, {}, TypeError, "optimizer must be a torch optimizer, got int"),
+        (adamw, {"probe": 3}, TypeError, "probe must be a function that returns a loss, got int"),
         (
             torch.optim.AdamW([p for p in model.parameters() if p.dim() > 1], lr=1e-2),
             {"budget": 1e-4},
@@ -281,8 +282,8 @@ def test_refuses() -> None:
     ):
         with pytest.raises(error, match=message):
             zoopt.GreenTrainer(
-                *(model, optimizer, lambda: loss_of(model)),
-                **{"budget": 0.5, **options},  # type: ignore[arg-type]
+                *(model, optimizer),
+                **{"probe": lambda: loss_of(model), "budget": 0.5, **options},  # type: ignore[arg-type]
             )
         assert all(param.requires_grad for param in model.parameters())
     for probe, got in (

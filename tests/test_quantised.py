@@ -102,6 +102,9 @@ def test_bytes_of_a_layer() -> None:
 
 def test_a_move_keeps_the_dtype() -> None:
     """That of the original weight, whose merged layer has it; a conversion changes it."""
+    whole, beyond = (QuantisedLinear(normal(9, 16), group_size=size) for size in (16, 10**12))
+    assert beyond.group_size == 16
+    assert torch.equal(beyond.materialise(), whole.materialise())
     layer = QuantisedLinear(normal(9, 16, dtype=torch.bfloat16), bits=4, group_size=8)
     for move in (lambda: layer.to("cpu"), layer.share_memory, lambda: layer.to_empty(device="cpu")):
         assert move().dtype == torch.bfloat16

@@ -352,6 +352,15 @@ def test_cofitune_refuses() -> None:
         zoopt.CoFiTune(model, torch.optim.SGD([model[0].weight], lr=0.1), losses, target=["2"])
     with pytest.raises(TypeError, match="optimizer must be a torch optimizer, got int"):
         zoopt.CoFiTune(model, 3, losses, target=["2"])  # type: ignore[arg-type]
+    wrong: Any
+    for wrong, got in (([3], r"\[int\]"), (losses[0], "function"), (None, "NoneType")):
+        for make in (
+            lambda wrong: zoopt.CoFiTune(model, optimizer, wrong, target=["2"]),
+            lambda wrong: zoopt.nn.convert_to_lora_sb(model, wrong, ["2"], rank=1, lr=1.0),
+        ):
+            with pytest.raises(TypeError, match=f"losses must be functions .*, got {got}; pass"):
+                make(wrong)
+    assert all(param.requires_grad for param in model.parameters())
     tuned = zoopt.CoFiTune(model, optimizer, losses, target=["2"])
     with pytest.raises(ValueError, match="state must be of the same layers"):
         tuned.load_state_dict({"seed": 0, "step": 0, "importance": {}})

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from zoopt.checks import check_number, check_positive_int
 from zoopt.dtypes import accumulator_dtype
 from zoopt.nn.linear import ReparametrisedLinear
+from zoopt.nn.losses import functions
 from zoopt.nn.losses import gradients as loss_gradients
 from zoopt.nn.modules import Target, is_conv1d, linear_layers, named
 
@@ -95,7 +96,7 @@ def first_gradients(
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        for loss in losses:
+        for loss in functions(losses):
             made = loss_gradients(loss, [*weights.values()])
             for name, gradient in zip(weights, made, strict=True):
                 if gradient is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,27 @@ def checked_loss(name: str, loss: Any) -> Tensor:
     raise ValueError(
         f"{name} must return a loss with a graph to the model's parameters, got {what}; return "
         f"model(**batch).loss, and not its value"
+    )
+
+
+def functions(losses: Iterable[Callable[[], Tensor]]) -> Iterator[Callable[[], Tensor]]:
+    """The functions, one by one.
+
+    Raises:
+        TypeError: it holds anything else, or is none that holds anything.
+    """
+    if callable(losses) or not isinstance(losses, Iterable):
+        raise TypeError(_not_functions(type(losses).__name__))
+    for loss in losses:
+        if not callable(loss):
+            raise TypeError(_not_functions(f"[{type(loss).__name__}]"))
+        yield loss
+
+
+def _not_functions(got: str) -> str:
+    return (
+        f"losses must be functions that return a loss, one for each batch, got {got}; pass "
+        f"[lambda: model(**batch).loss]"
     )
 
 

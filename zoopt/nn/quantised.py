@@ -119,7 +119,7 @@ class QuantisedLinear(RecomputedLinear):
         weight: (out, in), which is rounded to nearest; or `Codes`, with their bits and groups.
         bias: the layer's bias, used as it is.
         bits: 3, 4 (default) or 8.
-        group_size: how many weights of a row share a scale; default 64.
+        group_size: how many weights of a row share a scale, at most all of them; default 64.
         form: how the scales are stored, "linear" (default) or "log".
 
     Raises:
@@ -145,6 +145,7 @@ class QuantisedLinear(RecomputedLinear):
         else:
             check_options(bits, group_size, form)
             check_weight("weight", weight)
+            group_size = min(group_size, weight.shape[1])
             made = quantise(weight.detach(), bits, group_size)
             given = Codes(*made, bits, group_size, weight.dtype)
         if form == "log" and not known((given.scale > 0).all(), True):
@@ -218,8 +219,9 @@ class QuantisedStack(Stack):
         self, matrices: Matrices, owner: nn.Module, *, bits: int, group_size: int, form: Form
     ) -> None:
         super().__init__(matrices, owner)
-        self.bits, self.group_size, self.form = bits, group_size, form
         weight, (count, m, n) = matrices.param.detach(), self.stacked
+        group_size = min(group_size, n)
+        self.bits, self.group_size, self.form = bits, group_size, form
         self.dtype = weight.dtype
         codes, self._start, zero = quantise(weight.reshape(count * m, n), bits, group_size)
         self.register_buffer("codes", pack(codes, bits))

@@ -17,6 +17,7 @@ from zoopt.dtypes import accumulator_dtype, resolved_rounding
 from zoopt.kernels.dispatch import is_fake, known
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
+from zoopt.nn.losses import functions
 from zoopt.nn.losses import gradients as loss_gradients
 from zoopt.nn.modules import Target, is_conv1d, linear_layers
 from zoopt.noise import stream
@@ -235,7 +236,7 @@ def _importance(
     weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
     gates: dict[str, Tensor] = {}
     count = 0
-    for loss in losses:
+    for loss in functions(losses):
         count += 1
         made = loss_gradients(loss, [*weights.values()])
         for (name, weight), gradient in zip(weights.items(), made, strict=True):

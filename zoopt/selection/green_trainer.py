@@ -93,6 +93,11 @@ class GreenTrainer(Rounds):
         check_number("budget", budget, low=0.0, high=1.0, open_low=True)
         check_positive_int("select_every", select_every)
         self._check(optimizer)
+        if not callable(probe):
+            raise TypeError(
+                f"probe must be a function that returns a loss, got {type(probe).__name__}; pass "
+                f"lambda: model(**batch).loss"
+            )
         self._model, self._optimizer, self._probe, self._budget = model, optimizer, probe, budget
         self._held = [
             param
