@@ -24,9 +24,17 @@ NOISES: list[dict[str, Any]] = [
 ]
 
 
-def check(dtype: torch.dtype, noise: dict[str, Any], rules: tuple[str, ...], impl: str) -> None:
-    writes = script(23, stochastic=dtype in DTYPES[1:], rules=rules)
-    theta, expected = batch(dtype, SIZES, **noise), batch(dtype, SIZES, **noise)
+def check(
+    dtype: torch.dtype,
+    noise: dict[str, Any],
+    rules: tuple[str, ...],
+    impl: str,
+    *,
+    count: int = 23,
+    sizes: tuple[int, ...] = SIZES,
+) -> None:
+    writes = script(count, stochastic=dtype in DTYPES[1:], rules=rules)
+    theta, expected = batch(dtype, sizes, **noise), batch(dtype, sizes, **noise)
     wide = torch.promote_types(dtype, torch.float32)
     buffers = [torch.linspace(-1, 1, t.numel(), dtype=wide) for t in theta.tensors]
     before = [buffer.clone() for buffer in buffers]

@@ -9,12 +9,16 @@ from tests.test_writes import DTYPES, NOISES, check
 from tests.writes import RULES
 from zoopt import kernels
 from zoopt.kernels import NoiseKey, Write
+from zoopt.kernels.noise import gpu
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_writes_have_the_bits_of_each_made_alone(dtype: torch.dtype) -> None:
+    """Of a block and a little more, of some elements, across 2^32 blocks of noise, and of one."""
     for noise, rules in zip(NOISES, (RULES, ("none",), ("none",), RULES), strict=True):
-        check(dtype, noise, rules, "triton")
+        blocks = gpu.BLOCK if rules == ("none",) else gpu.ADAM_BLOCK
+        sizes = (blocks["density" in noise] + 100, 37, 800, 1)
+        check(dtype, noise, rules, "triton", count=21, sizes=sizes)
 
 
 def test_a_buffer_is_not_ignored() -> None:
