@@ -295,3 +295,28 @@ def test_cofitune_says_what_it_could_not_hold_back() -> None:
     with pytest.warns(UserWarning, match="CoFiTune could not hold back the last step"):
         run.step()
     run.step()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("name", ["half fine-tuning", "lora-ggpo", "cofitune"])
+def test_a_step_may_be_compiled(name: str) -> None:
+    """torch's step, whose hooks are none of the graph."""
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        with pytest.MonkeyPatch.context() as patch:
+            sgd = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)  # noqa: E731
+            patch.setattr("tests.test_selection_contract.adamw", sgd)
+            run = ROWS[name](Net(torch.float32), 3)
+        take: Any = run.optimizer.step
+        if compiled:
+            take = torch.compile(take, backend="eager")
+        for _ in range(5):
+            run.optimizer.zero_grad()
+            loss_of(run.model).backward()
+            take()
+        if hasattr(run.handle, "restore"):
+            run.handle.restore()
+        runs.append(run)
+    assert same(runs[0].model, runs[1].model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zoopt.ambient import opaque
 from zoopt.distributed.checkpoint import called_by_checkpoint, check_nothing_left_out
 from zoopt.distributed.seed import SharedSeed
 from zoopt.dtypes import accumulator_dtype, resolved_rounding
@@ -184,6 +185,7 @@ class CoFiTune(Wrapper):
         for param, required in self._required.items():
             param.requires_grad_(required)
 
+    @opaque
     @torch.no_grad()
     def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(not torch.equal(param, old) for param, old in self._saved.items()):
@@ -199,6 +201,7 @@ class CoFiTune(Wrapper):
             if closure or param.grad is not None
         }
 
+    @opaque
     @torch.no_grad()
     def _after_step(self) -> None:
         for name, layer in self._layers.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zoopt.ambient import opaque
 from zoopt.checks import check_number
 from zoopt.distributed.checkpoint import called_by_checkpoint
 from zoopt.distributed.seed import SharedSeed
@@ -221,6 +222,7 @@ class LoRAGGPO(Wrapper):
         if not torch.compiler.is_compiling():
             self._forward(module)
 
+    @opaque
     @torch.no_grad()
     def _before_step(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -258,6 +260,7 @@ class LoRAGGPO(Wrapper):
             if param.grad is not None:
                 self._squares[name] = row_squares(param.grad, self._squares[name])
 
+    @opaque
     def _after_step(self) -> None:
         if not called_by_checkpoint():  # That call only creates the optimizer's state.
             self._perturbed = False

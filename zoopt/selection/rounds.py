@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from zoopt.ambient import opaque
 from zoopt.checks import shown
 from zoopt.distributed.checkpoint import (
     called_by_checkpoint,
@@ -167,6 +168,7 @@ class Rounds(Wrapper):
                     f"got {shown(blank)}"
                 )
 
+    @opaque
     def _before_step(self) -> None:
         self._initial = called_by_checkpoint() and not called_by_load()
         if called_by_checkpoint():
@@ -178,6 +180,7 @@ class Rounds(Wrapper):
         elif self._loading:  # it has failed
             self._follow()
 
+    @opaque
     def _stepped(self) -> None:
         if not called_by_checkpoint():  # That call only creates the optimizer's state.
             self._count()
