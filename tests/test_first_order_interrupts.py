@@ -231,13 +231,14 @@ def test_an_error_in_any_operation_on_a_shard(row: Row, monkeypatch: pytest.Monk
     check(Case(row, torch.float32, sharded=True), monkeypatch, CHOSEN.index(row))
 
 
-#: How gradients are accumulated and clipped, and over how many backward passes; or whether they are
-#: gathered, as on a GPU.
+#: How gradients are accumulated and clipped, and over how many backward passes; or whether
+#: parameters are updated together, as on a GPU.
 FUSED: dict[str, dict[str, Any]] = {
     "at once": {},
     "gathered": {},
     "clipped": {"max_grad_norm": 0.5, "clip": "parameter"},
     "accumulated": {"accumulation_steps": 2, "max_grad_norm": 0.5},
+    "accumulated, together": {"accumulation_steps": 2, "max_grad_norm": 0.5},
 }
 
 
@@ -286,10 +287,10 @@ def test_an_error_in_any_operation_of_a_fused_backward(
     row: Row, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(row, torch.float32)
-    if way == "accumulated" and row.cls in WHOLE:
+    if way.startswith("accumulated") and row.cls in WHOLE:
         way = "clipped"
     failing = Failing(monkeypatch)
-    if way == "gathered":
+    if way in ("gathered", "accumulated, together"):
         for module in (fusion, core):
             monkeypatch.setattr(module, "launches", lambda param: True)
     for name in ("_apply_layer" if way == "gathered" else "_receive", "step"):

@@ -241,6 +241,23 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     assert same(*models)
 
 
+@pytest.mark.parametrize("cls", [zoopt.AdamW, zoopt.SM3, zoopt.GaLoreAdamW, zoopt.LDAdamW])
+def test_sums_and_clips_as_one_by_one(cls: Any) -> None:
+    models = []
+    for together in (False, True):
+        model = Blocks()
+        optimizer = cls(model.named_parameters(), seed=1, lr=1e-2)
+        zoopt.fuse_backward(model, optimizer, accumulation_steps=2, max_grad_norm=0.05)
+        with mock.patch.object(fusion, "launches", new=lambda param, own=together: own):
+            for _ in range(3):
+                for _ in range(2):
+                    model(X).backward()
+                    assert all(param.grad is None for param in model.parameters())
+                optimizer.step()
+        models.append(model)
+    assert same(*models)
+
+
 def test_a_closure_and_gradients_by_hand() -> None:
     models = []
     for fused in (False, True):

@@ -152,6 +152,7 @@ def test_matrices_stepped_together_are_those_stepped_alone(
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize(
     ("cls", "own"),
     [
@@ -161,9 +162,9 @@ def test_matrices_stepped_together_are_those_stepped_alone(
     ],
 )
 def test_a_fused_layer_is_its_parameters_one_by_one(
-    cls: Any, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    cls: Any, own: dict[str, Any], passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit."""
+    """Bit for bit, summed too."""
     monkeypatch.setattr(dispatch, "_best", lambda theta: "triton")
     results = []
     for gathers in (False, True):
@@ -173,12 +174,13 @@ def test_a_fused_layer_is_its_parameters_one_by_one(
             torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)) for _ in range(2)
         )
         optimizer = cls(model.named_parameters(), lr=1e-2, seed=1, **own)
-        zoopt.fuse_backward(model, optimizer)
+        zoopt.fuse_backward(model, optimizer, accumulation_steps=passes)
         for _ in range(2):
-            x = torch.linspace(-1, 1, 12).view(2, 6)
-            for layer in model:
-                x = layer(x)
-            x.square().sum().backward()
+            for part in range(passes):
+                x = torch.linspace(-1, 1 + part, 12).view(2, 6)
+                for layer in model:
+                    x = layer(x)
+                x.square().sum().backward()
             optimizer.step()
         results.append([param.detach() for param in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -250,3 +250,20 @@ def test_a_fused_layer_is_launched_as_one(cls: type[Any], options: dict[str, Any
     one = counted(1, 2)
     assert 0 < one == counted(1, 6)
     assert counted(3, 2) == 3 * one
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"), [(zoopt.AdamW, {}), (zoopt.SM3, {}), (zoopt.GaLoreAdamW, {"rank": 8})]
+)
+def test_what_has_been_summed_is_applied_together(cls: type[Any], options: dict[str, Any]) -> None:
+    """As many launches for 6 layers as for 2, in a step after two backward passes."""
+    counts = []
+    for depth in (2, 6):
+        model = Layers(depth, 2).bfloat16()
+        optimizer = cls(model.named_parameters(), lr=1e-3, seed=1, **options)
+        zoopt.fuse_backward(model, optimizer, accumulation_steps=2, max_grad_norm=1.0)
+        with stub_gpu():
+            for _ in range(2):
+                model(torch.ones(2, 64, dtype=torch.bfloat16)).backward()
+            counts.append(len(launches(optimizer.step).launches))
+    assert 0 < counts[0] == counts[1]

@@ -336,13 +336,18 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         self._apply(site, reduced, gradient)
 
     def _kind(self, site: Site, gradient: Tensor) -> Hashable:
-        """Equal for parameters that one operation updates together from their gradients, which on
-        a GPU is one launch. None for a parameter that is updated by itself."""
+        """Equal for parameters that one operation updates together from these gradients, or
+        results of `_reduce`; on a GPU that is one launch. None for one that is updated by itself.
+        """
         return None
 
     def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
         """Update parameters of one `_kind` and their state from their gradients."""
         raise NotImplementedError
+
+    def _apply_together(self, sites: Sequence[Site], reduced: Sequence[Tensor]) -> None:
+        """`_apply` of parameters of one `_kind`, which do not need their whole gradients."""
+        self._update_together(sites, reduced)
 
     @opaque
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -140,9 +140,9 @@ class FusedBackward(Removable):
             if self._clip == "global" and not self._scale:
                 # Of all of them, also where an error ends this step.
                 self._scale = (self._journal.run(self._clip_scale, waiting),)
-            for site in waiting:
-                scale = self._scale[0] if self._scale else None
-                optimizer._complete([site], self._finish, site, scale)
+            scale = self._scale[0] if self._scale else None
+            for members in self._alike(waiting):
+                optimizer._complete(members, self._finish, members, scale)
             self._forget()
             optimizer._stepped()
         return loss
@@ -293,18 +293,40 @@ class FusedBackward(Removable):
             alike = [sites[i] for i in members]
             self._optimizer._update_together(alike, [gradients[i] for i in members])
 
-    def _finish(self, site: Site, common: Tensor | None) -> None:
-        """Update a parameter whose R has been kept, with the factor of all of them if there is
-        one."""
-        scale = common if self._clip == "global" else kept(self._clip_scale, [site])
-        self._update(site, None, scale)
+    def _alike(self, sites: Sequence[Site]) -> list[list[Site]]:
+        """Parameters whose R has been kept: those that the same launches can update, and others
+        each alone."""
+        optimizer, groups = self._optimizer, list[list[Site]]()
+        batched: list[tuple[Site, Tensor]] = []
+        for site in sites:
+            reduced, param = self._kept[site.param], site.param
+            alone = reduced is None or is_sharded(param) or optimizer._is_parted(site)
+            if reduced is None or alone or not launches(param):
+                groups.append([site])
+            else:
+                batched.append((site, reduced))
+        members = [site for site, _ in batched]
+        single, together = optimizer._partition(members, [reduced for _, reduced in batched])
+        return groups + [[members[i] for i in own] for own in ([[i] for i in single] + together)]
+
+    def _finish(self, sites: Sequence[Site], common: Tensor | None) -> None:
+        """Update parameters of one kind whose R have been kept, with the factor of all R if there
+        is one."""
+        reduced = []
+        for site in sites:
+            scale = common if self._clip == "global" else kept(self._clip_scale, [site])
+            reduced.append(self._clipped(site, None, scale))
+        if len(sites) == 1:
+            self._apply(sites[0], reduced[0], None)
+        else:
+            self._optimizer._apply_together(sites, [own for own in reduced if own is not None])
 
     def _take(self, site: Site, gradient: Tensor) -> None:
         """Keep the R of a gradient, or update with it."""
         once(self._keep, site, gradient)
         if not self._deferred:
             scale = kept(self._clip_scale, [site])
-            self._update(site, gradient, scale)
+            self._apply(site, self._clipped(site, gradient, scale), gradient)
 
     def _checked_arrivals(self, site: Site) -> int:
         """How often the parameter has been reached with this gradient, which must be allowed."""
@@ -354,20 +376,24 @@ class FusedBackward(Removable):
         scale: Tensor = self._max_grad_norm / ((whole(norm) if is_sharded(norm) else norm) + 1e-6)
         return scale.clamp(max=1.0)
 
-    def _update(self, site: Site, gradient: Tensor | None, scale: Tensor | None) -> None:
-        """Update the parameter from its R, and from its gradient if that is still there."""
-        optimizer, reduced = self._optimizer, once(self._kept.pop, site.param)
-        if reduced is None:
-            return
-        if scale is not None:
+    def _clipped(self, site: Site, gradient: Tensor | None, scale: Tensor | None) -> Tensor | None:
+        """The parameter's R, times the factor; the gradient too, if the update needs it."""
+        reduced = once(self._kept.pop, site.param)
+        if reduced is not None and scale is not None:
             once(local(reduced).mul_, scale.to(reduced.device))
             apart = gradient is not None and gradient is not reduced
-            if gradient is not None and apart and optimizer._needs_gradient(site):
+            if gradient is not None and apart and self._optimizer._needs_gradient(site):
                 once(gradient.mul_, scale.to(gradient.device))
+        return reduced
+
+    def _apply(self, site: Site, reduced: Tensor | None, gradient: Tensor | None) -> None:
+        """Update the parameter from its R, and from its gradient if that is still there."""
+        if reduced is None:
+            return
         if is_sharded(site.param):
-            optimizer._step_shard(site, reduced)
+            self._optimizer._step_shard(site, reduced)
         else:
-            optimizer._apply_parts(site, reduced, gradient)
+            self._optimizer._apply_parts(site, reduced, gradient)
 
 
 def _hook(fusion: FusedBackward) -> Callable[[Tensor], None]:

@@ -271,6 +271,15 @@ class ProjectedOptimizer(ShardedMatrices):
                 self._write_directions(sites[part], gradients[part], step)
         count(states)
 
+    def _apply_together(self, sites: Sequence[Site], reduced: Sequence[Tensor]) -> None:
+        geo = self._geometry(sites[0].param, sites[0].group)
+        if geo is None:
+            self._update_whole(sites, reduced)
+            return
+        for part in pieces(_windows(len(sites), math.prod(geo.reduced_shape))):
+            stack = kept(torch.stack, list(reduced[part]))
+            self._step_matrices(sites[part], None, reduced=stack)
+
     def _update_matrices(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
         """Update matrices of one geometry from their gradients."""
         geo = self._geometry(sites[0].param, sites[0].group)
