@@ -586,7 +586,7 @@ def test_what_cannot_be_recorded_is_told(tmp_path: Path) -> None:
         zoopt.ForwardGrad(model.parameters()).record(tmp_path / "run", model)
     assert not (tmp_path / "run").exists()
     mezo(model).record(tmp_path / "run", model)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match="a recording must begin in a new file"):
         mezo(model).record(tmp_path / "run", model)
 
 

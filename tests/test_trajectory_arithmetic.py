@@ -172,6 +172,11 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["trajectory", "diff", a, b]) == 1
     assert "seed of group 0" in capsys.readouterr().out
     assert main(["trajectory", "merge", a, "--base", tuned, "--out", out]) == 2
-    assert "weights are not those" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "weights are not those" in message
+    assert "pass --other-base" in message
+    with pytest.raises(SystemExit):
+        main(["trajectory", "merge", a, "--base", base, "--out", out, "--drop", "1.5"])
+    assert "expected a number in [0, 1), got '1.5'" in capsys.readouterr().err
     replay(states[0], a)
     assert same(states[0], states[-1])

@@ -24,6 +24,17 @@ class Weights:
         return self.tensors.items()
 
 
+def share(text: str) -> float:
+    """A probability below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1), got {text!r}")
+    return value
+
+
 def add_parsers(commands: Any) -> None:
     """Register the commands."""
     replay = commands.add_parser(
@@ -79,7 +90,7 @@ def add_parsers(commands: Any) -> None:
     )
     merge.add_argument("--weights", type=float, nargs="+", metavar="W", help="one for each run")
     merge.add_argument(
-        "--drop", type=float, default=0.0, metavar="P", help="probability to drop an element"
+        "--drop", type=share, default=0.0, metavar="P", help="probability to drop an element"
     )
     merge.add_argument("--seed", type=int, default=0, help="seed of what is dropped")
     for each in (replay, revert, merge):
@@ -151,7 +162,8 @@ def _made(
         try:
             done = make(Weights(tensors), progress)
         except (OSError, ValueError) as error:
-            raise CommandError(str(error)) from None
+            message = str(error).replace("check_base=False", "--other-base")
+            raise CommandError(message) from None
     if options.delta:
         moved = {key: tensors[key].float() - old.float() for key, old in before.items()}
         tensors = {key: difference for key, difference in moved.items() if difference.any()}

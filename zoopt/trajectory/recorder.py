@@ -95,7 +95,15 @@ class Recorder:
         header = encode_header(describe(optimizer, names_of(optimizer, model)))
         if not writes:
             return cls(optimizer, path, None, 0, float(sync_every))
-        file = locked(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            file = locked(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except FileExistsError as error:
+            raise FileExistsError(
+                error.errno,
+                "a recording must begin in a new file, got one that exists; call "
+                "zoopt.trajectory.resume to go on with it, or record to another",
+                str(path),
+            ) from None
         recorder = cls(
             optimizer, path, file, int.from_bytes(header[-4:], "little"), float(sync_every)
         )
