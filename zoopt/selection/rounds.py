@@ -21,9 +21,20 @@ from zoopt.distributed.checkpoint import (
 from zoopt.selection.blank import add_blank_state, make_blank_state
 from zoopt.wrapper import Wrapper
 
-#: Group key: the parameters, by their number in the choice, whose state in a checkpoint of
-#: torch.distributed.checkpoint has no meaning, because they had none.
+#: Group key: the numbers of the parameters whose state in a checkpoint of
+#: torch.distributed.checkpoint has no meaning, because they had none. They are a text, because
+#: torch.distributed.checkpoint mistakes lists of another length for other entries.
 BLANK = "blank_state"
+
+
+def _text(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def _numbers(text: Any) -> Any:
+    """The numbers of a text; anything else as it is."""
+    words = text.split() if isinstance(text, str) else [""]
+    return [int(word) for word in words] if all(map(str.isdecimal, words)) else text
 
 
 class Rounds(Wrapper):
@@ -133,7 +144,12 @@ class Rounds(Wrapper):
         """Check a state dict before it is loaded; return it without what is blank."""
         self._check_saved(saved)
         groups = saved.get("param_groups")
-        blank = groups[0].get(BLANK) if groups else None
+        if groups:
+            lists = [key for key, own in self._run.items() if isinstance(own, list)]
+            lists = [key for key in lists if key in groups[0]]
+            texts = {key: _numbers(groups[0][key]) for key in lists}
+            saved = {**saved, "param_groups": [{**group, **texts} for group in groups]}
+        blank = _numbers(groups[0].get(BLANK, "")) if groups else None
         if blank:
             ids = [key for group in groups or () for key in group["params"]]
             held = [param for group in self._optimizer.param_groups for param in group["params"]]
@@ -158,13 +174,17 @@ class Rounds(Wrapper):
                     f"got one without {', '.join(map(repr, sorted(missing)))}"
                 )
             if found:
-                self._check_run(found)
-            blank, count = group.get(BLANK, []), len(self._numbered())
-            if not isinstance(blank, list) or any(
-                type(number) is not int or not 0 <= number < count for number in blank
+                given = {
+                    key: _numbers(value) if isinstance(self._run[key], list) else value
+                    for key, value in found.items()
+                }
+                self._check_run(given)
+            blank, count = _numbers(group.get(BLANK, "")), len(self._numbered())
+            if not isinstance(group.get(BLANK, ""), str) or any(
+                number not in range(count) for number in blank
             ):
                 raise ValueError(
-                    f"{BLANK} must be a list of numbers of the {count} parameters that train, "
+                    f"{BLANK} must be a text of numbers of the {count} parameters that train, "
                     f"got {shown(blank)}"
                 )
 
@@ -195,7 +215,10 @@ class Rounds(Wrapper):
                 self._optimizer.state.clear()
                 self._initial = False
             for group in state_dict["param_groups"]:
-                group[BLANK] = blank
+                group[BLANK] = _text(blank)
+                for key, own in self._run.items():
+                    if isinstance(own, list):
+                        group[key] = _text(own)
 
     def _refuse_half(self) -> None:
         if called_by_get() or called_by_load():
@@ -207,7 +230,7 @@ class Rounds(Wrapper):
 
     def _write(self) -> None:
         for group in self._optimizer.param_groups:
-            group.update({**self._run, BLANK: []})
+            group.update({**self._run, BLANK: ""})
 
     def _load(self) -> None:
         """Continue where a loaded state dict was, or go on if it does not say."""
