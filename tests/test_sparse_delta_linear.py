@@ -229,6 +229,16 @@ def test_a_layer_has_one_delta() -> None:
     assert [name for name, _ in convert_to_sparse_delta(net)] == ["0.delta", "2.delta"]
 
 
+def test_a_layer_in_several_places_is_left_as_it_is() -> None:
+    """As other conversions leave tied layers: a delta would be in one of the places only."""
+    shared = nn.Linear(8, 8)
+    net = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(8, 4))
+    assert [name for name, _ in convert_to_sparse_delta(net, everything)] == ["3.delta"]
+    assert net[0] is net[2] is shared
+    with pytest.raises(ValueError, match="target must match a linear layer"):
+        convert_to_sparse_delta(nn.Sequential(shared, shared), everything)
+
+
 def test_refuses() -> None:
     net = model()
     with pytest.raises(ValueError, match=r"model must have quantised layers, got none"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -322,11 +323,12 @@ def convert_to_sparse_delta(
 
 
 def _layers(model: nn.Module, target: Target | None) -> dict[str, nn.Module]:
-    """The layers that `target` names."""
+    """The layers that `target` names, except those in several places of the model."""
+    places = collections.Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     found: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | QuantisedLinear)
+        if isinstance(module, nn.Linear | QuantisedLinear) and places[id(module)] == 1
     }
     if target is not None:
         return chosen(model, found, target)
