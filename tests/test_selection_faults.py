@@ -320,3 +320,10 @@ def test_a_step_may_be_compiled(name: str) -> None:
             run.handle.restore()
         runs.append(run)
     assert same(runs[0].model, runs[1].model)
+
+
+def test_sharded_parameters_of_green_trainer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(torch.float32)
+    monkeypatch.setattr("zoopt.selection.green_trainer.is_sharded", lambda param: param.dim() == 2)
+    with pytest.raises(TypeError, match="must hold whole parameters under GreenTrainer"):
+        zoopt.GreenTrainer(model, adamw(model), lambda: loss_of(model), budget=0.5)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from zoopt.ambient import OwnArithmetic
 from zoopt.checks import check_nonnegative_int, check_number, check_positive_int, shown
+from zoopt.distributed.sharding import is_sharded
 from zoopt.first_order.base import FirstOrderOptimizer
 from zoopt.nn.initial import CHUNK
 from zoopt.nn.losses import checked_loss
@@ -105,6 +106,11 @@ class GreenTrainer(Rounds):
             for param in group["params"]
             if param.requires_grad
         ]
+        if any(is_sharded(param) for param in self._held):
+            raise TypeError(
+                "optimizer must hold whole parameters under GreenTrainer, got sharded ones, whose "
+                "backward passes its counts do not see; use HalfFineTuning, or DDP"
+            )
         self._selecting = False
         #: The parameters' numbers, in the order of the backward pass, and costs of the last choice.
         self.order: list[int] = []
