@@ -18,20 +18,20 @@ class Mark:
     """How far a parameter has come in the step from a gradient.
 
     Attributes:
-        prepared, done: whether it has been prepared, and updated.
-        journal: of its preparation.
+        done: whether it has been updated, or is not to be.
     """
 
     def __init__(self, gradient: Tensor) -> None:
         self._gradient, self._version = weakref.ref(gradient), gradient._version
-        self.prepared = self.done = False
-        self.journal = Journal()
+        self.done = False
+        #: Of its preparation, until that is done.
+        self._journal: Journal | None = Journal()
 
     def prepare(self, prepare: Callable[..., bool], *args: Any) -> None:
         """Prepare the parameter, or finish that; if that returns False, it is not updated."""
-        if not self.prepared:
-            self.done = not self.journal.run(prepare, *args)
-            self.prepared, self.journal = True, Journal()
+        if self._journal is not None:
+            self.done = not self._journal.run(prepare, *args)
+            self._journal = None
 
     def is_of(self, gradient: Tensor) -> bool:
         """Whether it was made for this gradient, which has not been written since."""

@@ -44,17 +44,19 @@ class Journal:
     def result(self, writes: bool, part: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """The result of a part of the update, which is run unless it has been done."""
         entries, at = self._entries, self._next
+        after = self._next = at + 1
         if at == len(entries):
             entries.append(0)
-        self._next = at + 1
-        entry = entries[at]
-        if not isinstance(entry, tuple):
-            entry = (part(*args, **kwargs),)
-            self.begun |= writes
-            entries[at] = entry
-            del entries[at + 1 :]
-            self._next = at + 1
-        result: T = entry[0]
+        elif type(entries[at]) is tuple:
+            done: T = entries[at][0]  # type: ignore[index]
+            return done
+        result = part(*args, **kwargs)
+        if writes:
+            self.begun = True
+        entries[at] = (result,)
+        if len(entries) != after:
+            del entries[after:]
+            self._next = after
         return result
 
     def remaining(self, items: Iterable[T]) -> Iterator[T]:

@@ -66,8 +66,8 @@ class ProjectedGroups(FirstOrderOptimizer):
         it is not."""
         if param.dim() < 2 or not self._is_projected(group):
             return None
-        count = self._matrices_of(param, group)
-        m, n, side = projected_side(tuple(param.shape), count, group["proj_type"])
+        shape, count = tuple(param.shape), group.get("matrices", 1)
+        m, n, side = projected_side(shape, count, group["proj_type"])
         return geometry(m, n, self._rank(m, n, side, group), side) if m and n else None
 
     def _matrices_of(self, param: Tensor, group: Group) -> int:
