@@ -15,6 +15,7 @@ from tests.optimizer_table import Row, closure_of, mlp
 from zoopt.first_order import fusion
 from zoopt.first_order.projected import core
 from zoopt.kernels import dispatch
+from zoopt.zeroth_order.engine import members
 
 CASES: list[tuple[Any, dict[str, Any]]] = [
     (zoopt.MeZO, {"num_probes": 2, "weight_decay": 0.1}),
@@ -184,3 +185,23 @@ def test_a_fused_layer_is_its_parameters_one_by_one(
             optimizer.step()
         results.append([param.detach() for param in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("together", [1 << 26, 400])
+def test_members_in_one_batch_have_the_fitness_of_the_cpu(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the directions of all parameters are made together, or those of a few."""
+    monkeypatch.setattr(members, "_TOGETHER_BYTES", together)
+
+    def fitness() -> dict[int, float]:
+        model = mlp()
+        options = {"population_size": 6, "rank": 2, "sigma": 0.1, "seed": 3}
+        optimizer = zoopt.EvolutionStrategy(model.named_parameters(), **options)
+        x = torch.linspace(-1, 1, 36).view(6, 6)
+        return optimizer.evaluate_batched(lambda: model(x).square().sum(1))
+
+    expected = fitness()
+    assert len({*expected.values()}) == 6
+    monkeypatch.setattr(dispatch, "_best", lambda theta: "triton")
+    assert fitness() == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 from typing import Any
 
@@ -16,6 +17,7 @@ from bench.stub_gpu import Recorded, launches, stub_gpu
 from tests.optimizer_table import ROWS, Row
 from zoopt.kernels.descent.op import energies
 from zoopt.zeroth_order import conmezo, muon
+from zoopt.zeroth_order.engine import members
 
 #: Passes over the weights beyond one for each evaluation off theta and one for the update.
 EXTRA = {
@@ -152,6 +154,27 @@ def test_operators_make_two_thin_products(row: Row) -> None:
     assert added["addmm_"] == 3 * off
     assert added["mm"] == 3 * (2 * off + at_theta)
     assert added.keys() <= {"mm", "addmm_", "add"}  # the last of addresses, as above
+
+
+@pytest.mark.parametrize("window", [1 << 26, 1])
+def test_members_in_one_batch_are_a_launch_a_draw(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all matrices and vectors together; a window of one parameter has a launch each."""
+    monkeypatch.setattr(members, "_TOGETHER_BYTES", window)
+    found = []
+    for layers in (4, 7):
+        net = nn.Sequential(*[nn.Linear(20, 20) for _ in range(layers)])
+        options = {"population_size": 6, "rank": 2, "sigma": 1e-3, "seed": 3}
+        optimizer = zoopt.EvolutionStrategy(net.named_parameters(), **options)
+        x = torch.zeros(6, 20)
+        run = functools.partial(optimizer.evaluate_batched, verify=False)
+        with stub_gpu():
+            recorded = launches(lambda run=run, net=net, x=x: run(lambda: net(x).sum(1)))
+        found.append(len(recorded.launches))
+        assert {each.kernel for each in recorded.launches} == {"sum_kernel"}
+    draws = 3
+    assert found == ([draws, draws] if window > 1 else [2 * 4 * draws, 2 * 7 * draws])
 
 
 #: Calls of functions at an operator, of Python and of C, in a whole virtual step beyond those of

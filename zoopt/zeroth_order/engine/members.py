@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -9,14 +10,18 @@ import torch
 from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
-from zoopt.kernels import apply_, dispatch
-from zoopt.zeroth_order.engine.low_rank import LowRank, OuterProduct
+from zoopt.kernels import dispatch
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.zeroth_order.engine.factors import Normals, make
+from zoopt.zeroth_order.engine.low_rank import OuterProduct
 from zoopt.zeroth_order.engine.noise import Elementwise
 from zoopt.zeroth_order.engine.sites import Site
 
 #: Directions of up to this many bytes are kept until the evaluation ends: a tied weight is read
 #: twice, and in text generation every token needs all of them.
 _KEPT_BYTES = 1 << 28
+#: On a GPU, normals of up to this many bytes are made by one launch a draw.
+_TOGETHER_BYTES = 1 << 26
 
 
 class MemberBatch:
@@ -55,6 +60,7 @@ class MemberDirections:
         self._batch = batch
         self._poisoned = poisoned
         self._kept: dict[int, tuple[Tensor, ...]] = {}
+        self._made: dict[int, Tensor] = {}
         self._room = _KEPT_BYTES
         self._scales: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
@@ -65,7 +71,7 @@ class MemberDirections:
             direction = self._sites[id(param)].direction
             assert isinstance(direction, OuterProduct)
             size = direction.rows + direction.columns
-            normals = self._normals(param, size * direction.rank).view(-1, size, direction.rank)
+            normals = self._normals(param).view(-1, size, direction.rank)
             return [
                 factor.transpose(1, 2).to(param.dtype).contiguous()
                 for factor in direction.split(normals)
@@ -76,7 +82,7 @@ class MemberDirections:
 
     def vectors(self, param: Tensor) -> Tensor:
         """Of a parameter of at most one dimension: z (D, d)."""
-        [z] = self._keep(param, lambda: [self._normals(param, param.numel())])
+        [z] = self._keep(param, lambda: [self._normals(param)])
         return z
 
     def own(self, param: Tensor) -> Tensor:
@@ -96,21 +102,61 @@ class MemberDirections:
             self._scales[key] = torch.tensor(scales, dtype=dtype, device=param.device)
         return self._scales[key]
 
-    def _normals(self, param: Tensor, count: int) -> Tensor:
-        """The first numbers of each draw's sequence: (D, count), in the accumulator's dtype."""
-        direction = self._sites[id(param)].direction
-        assert isinstance(direction, LowRank | Elementwise)
+    def _normals(self, param: Tensor) -> Tensor:
+        """The first numbers of each draw's sequence, as many as the parameter's directions have:
+        (D, count), in the accumulator's dtype."""
+        key, count = self._noise(self._sites[id(param)])
+        wide = accumulator_dtype(param.dtype)
+        if dispatch.launches(torch.empty(0, dtype=torch.float32, device=param.device)):
+            # A copy: a view would keep the memory of all that are made with it.
+            return self._together(param).to(wide, copy=True)
         shape = (len(self._batch.draws), count)
         normals = torch.zeros(shape, dtype=torch.float32, device=param.device)
-        key, backend = direction.key, dispatch.choose(normals, None)
+        backend = dispatch.choose(normals, None)
         for row, draw in zip(normals, self._batch.draws, strict=True):
-            if dispatch.launches(normals):
-                apply_(row, [1.0], key=key, draws=[draw])
-            else:
-                # The kernel itself, since checks of arguments would take as long as a short
-                # sequence.
-                backend.weighted_sum(row, row, None, [1.0], [draw], 1.0, None, key)
-        return normals.to(accumulator_dtype(param.dtype))
+            # The kernel itself, since checks of arguments would take as long as a short sequence.
+            backend.weighted_sum(row, row, None, [1.0], [draw], 1.0, None, key)
+        return normals.to(wide)
+
+    def _together(self, param: Tensor) -> Tensor:
+        """A parameter's normals, float32 (D, count). Those of the parameters that follow are made
+        with them, in expectation of being read next."""
+        if id(param) not in self._made:
+            terms = tuple(((draw, 1.0),) for draw in self._batch.draws)
+            following = self._following(param)
+            wanted = [Normals(key, (1, count), terms) for key, count in map(self._noise, following)]
+            made = make(wanted, torch.float32, param.device)
+            for site, normals in zip(following, made, strict=True):
+                self._made[id(site.param)] = normals.squeeze(1)
+        return self._made.pop(id(param))
+
+    def _following(self, param: Tensor) -> list[Site]:
+        """The parameter and those behind it whose normals are not there, of one device and seed,
+        as many as may be made together."""
+        own = self._sites[id(param)]
+        own_key, count = self._noise(own)
+        following, size = [own], count
+        behind = list(self._sites).index(id(param)) + 1
+        for name, site in itertools.islice(self._sites.items(), behind, None):
+            key, count = self._noise(site)
+            if name in self._kept or name in self._made:
+                continue
+            if site.param.device != param.device or key.seed != own_key.seed:
+                continue
+            size += count
+            if 4 * size * len(self._batch.draws) > _TOGETHER_BYTES:
+                break
+            following.append(site)
+        return following
+
+    @staticmethod
+    def _noise(site: Site) -> tuple[NoiseKey, int]:
+        """The noise of a parameter's directions, and how many numbers each has."""
+        direction = site.direction
+        if isinstance(direction, OuterProduct):
+            return direction.key, (direction.rows + direction.columns) * direction.rank
+        assert isinstance(direction, Elementwise)
+        return direction.key, site.param.numel()
 
     def _keep(self, param: Tensor, make: Callable[[], list[Tensor]]) -> tuple[Tensor, ...]:
         kept = self._kept.get(id(param))
