@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,41 @@ def trains_by_backward(folder: Path) -> None:
     assert_same_run(model, optimizer, plain, other)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     assert whole(norm).isfinite()
+
+
+class Layers(nn.Module):
+    """Repeated layers and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        parts = [{"up": nn.Linear(5, 7), "act": nn.Tanh(), "down": nn.Linear(7, 5)} for _ in "123"]
+        self.layers = nn.ModuleList(nn.Sequential(OrderedDict(own)) for own in parts)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        y: Tensor = self.head(x)
+        return y
+
+
+def halves_of_the_layers_train_in_turn(folder: Path) -> None:
+    """Half fine-tuning chooses among whole parameters, wherever their parts lie."""
+    models = Layers(), Layers()
+    for layer in models[0].layers:
+        fully_shard(layer)
+    fully_shard(models[0])
+    x = torch.linspace(-1.0, 1.0, 20).view(4, 5)
+    optimizers = [adamw(model) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        half = zoopt.HalfFineTuning(model, optimizer, round_steps=1, seed=3)
+        for _ in range(4):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        half.remove()
+    assert_same_run(models[0], optimizers[0], models[1], optimizers[1])
 
 
 def a_shard_of_zeros_counts_the_steps_of_the_others(folder: Path) -> None:
@@ -382,6 +419,8 @@ def refuses_what_has_no_shards(folder: Path) -> None:
     rest = r"must have whole parameters .* got 'weight', which is sharded; use one of Apollo, "
     experts = [{"params": named[:1], "rank": 2, "matrices": 4}]
     refuses(lambda: zoopt.GaLoreAdamW(experts), "GaLoreAdamW " + rest)
+    owlore = functools.partial(zoopt.OwLore, model, calibration=[torch.ones(1, 64)], rank=2)
+    refuses(owlore, "OwLore must have whole parameters, got 'weight', which is sharded; use GaLore")
     plain = net()
     replicated = nn.parallel.DistributedDataParallel(plain)
     refuses(lambda: zoopt.fuse_backward(replicated, adamw(plain)), "got DistributedDataParallel")
@@ -396,6 +435,7 @@ SCENARIOS: dict[int, list[Scenario]] = {
     2: [
         equals_the_unsharded_run,
         trains_by_backward,
+        halves_of_the_layers_train_in_turn,
         a_shard_of_zeros_counts_the_steps_of_the_others,
         checkpoints_resume_to_the_bit,
         whole_state_dicts_go_in_and_out,

@@ -18,6 +18,7 @@ from zoopt.checks import (
     shown,
 )
 from zoopt.distributed.checkpoint import called_by_load
+from zoopt.distributed.sharding import is_sharded
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.base import draw_of
@@ -209,6 +210,12 @@ class OwLore(AdamFamily):
             del defaults[name]
         check_positive_int("sampling_gap", sampling_gap)
         check_positive_int("num_layers", num_layers)
+        for name, param in model.named_parameters():
+            if is_sharded(param):
+                raise ValueError(
+                    f"OwLore must have whole parameters, got {name!r}, which is sharded; use "
+                    f"GaLoreAdamW, or another class that projects shards"
+                )
         groups = param_groups(model, target, rank=rank)
         numbers = _layer_numbers(model)
         for group in groups:
