@@ -144,6 +144,8 @@ CEILINGS = {
     Variant("adamw", "bf16", format="int4", rounding="stochastic"): (154, 100, 120),
     Variant("adam", "bf16", format="int8", rounding="stochastic"): (139, 85, 104),
     Variant("lion", "bf16", format="int8", rounding="stochastic"): (74, 53, 88),
+    Variant("lerp", "bf16", format="int8", rounding="stochastic"): (64, 43, 88),
+    Variant("store", "bf16", format="int8", rounding="stochastic"): (50, 30, 72),
     Variant("product", "bf16", rounding="stochastic"): (32, 32, 88),
     Variant("product", "fp16", rounding="stochastic"): (43, 43, 104),
     Variant("product_batch", "bf16", rounding="stochastic"): (33, 33, 104),
