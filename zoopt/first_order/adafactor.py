@@ -26,6 +26,7 @@ from zoopt.first_order.projected.subspace import Projector
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.adam.op_average import lerp_
 from zoopt.kernels.batch import Batch
+from zoopt.kernels.dispatch import launches
 from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -41,8 +42,9 @@ def root_mean_square(tensor: Tensor, rows: Rows | None = None) -> Tensor:
 
 
 def root_mean_squares(tensors: Sequence[Tensor], rows: Rows | None = None) -> Tensor:
-    """Of each of k tensors of as many elements: (k,); of several in one pass."""
-    if len(tensors) == 1:
+    """Of each of k tensors of as many elements: (k,); on a GPU in one pass, with the bits of each
+    alone."""
+    if rows is not None or (len(tensors) == 1 and not launches(tensors[0])):
         return root_mean_square(tensors[0], rows).unsqueeze(0)
     wide = accumulator_dtype(tensors[0].dtype)
     norms = torch._foreach_norm(list(tensors), 2, dtype=wide)
@@ -116,7 +118,7 @@ def _adafactor(
 
     `rows`, where the only gradient has some rows of a whole one.
     """
-    if len(states) == 1:
+    if rows is not None or (len(states) == 1 and not launches(gradients)):
         return _one(gradients[0], states[0], group, step, keys[0], rows).unsqueeze(0)
     update, means = kept(_all_clipped, gradients, states, group, step)
     for name, stack in means.items():

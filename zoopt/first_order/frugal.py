@@ -35,7 +35,7 @@ from zoopt.first_order.projected.rules import ADAM, LION, MOMENTUM, Rule
 from zoopt.first_order.projected.state import count
 from zoopt.first_order.projected.subspace import BLIND
 from zoopt.kernels.adam.moments import Format
-from zoopt.kernels.dispatch import all_known
+from zoopt.kernels.dispatch import all_known, launches
 from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
@@ -82,8 +82,9 @@ def frugal(step: Step) -> None:
 
 
 def _norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The norm of each of k tensors, in that dtype: (k,); of several in one pass."""
-    if len(tensors) == 1:
+    """The norm of each of k tensors, in that dtype: (k,); on a GPU in one pass, with the bits of
+    each alone."""
+    if len(tensors) == 1 and not launches(tensors[0]):
         alone: Tensor = torch.linalg.vector_norm(tensors[0], dtype=dtype)
         return alone.unsqueeze(0)
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
