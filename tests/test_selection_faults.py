@@ -52,6 +52,11 @@ def test_row_norms_at_every_scale(dtype: torch.dtype) -> None:
     gradient[4, 0], gradient[5] = -math.inf, 0.0
     assert row_squares(gradient, before).tolist() == [4.0, 36.0, limit, 7.0, 7.0, 0.0]
     assert row_squares(gradient[:, :0], before) is before
+    few = gradient[2:].clone()
+    few[0], few[1] = 0.0, 2.0
+    for axes in (1, 2):
+        made = row_squares(few.to_sparse(axes), before[2:])
+        assert made.tolist() == [0.0, 16.0, 7.0, 0.0]
 
 
 def test_a_gradient_that_is_not_finite_is_forgotten_by_ggpo() -> None:
@@ -327,3 +332,45 @@ def test_sharded_parameters_of_green_trainer_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr("zoopt.selection.green_trainer.is_sharded", lambda param: param.dim() == 2)
     with pytest.raises(TypeError, match="must hold whole parameters under GreenTrainer"):
         zoopt.GreenTrainer(model, adamw(model), lambda: loss_of(model), budget=0.5)
+
+
+class Embedded(nn.Module):
+    """An embedding, whose gradient may be sparse, below repeated layers."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(20, 8, sparse=sparse)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h: torch.Tensor = self.embedding(x)
+        for layer in self.layers:
+            h = torch.tanh(layer(h))
+        return h
+
+
+@pytest.mark.parametrize("kind", ["half", "green", "ggpo", "cofitune"])
+def test_sparse_gradients_are_those_of_dense_ones(kind: str) -> None:
+    """Up to the order of sums over the same index."""
+    models = [Embedded(sparse) for sparse in (False, True)]
+    loss = lambda model: model(torch.tensor([[1, 2, 2], [7, 1, 19]])).square().mean()  # noqa: E731
+    for model in models:
+        own: Any = model, torch.optim.SGD(model.parameters(), lr=0.3)
+        keep = functools.partial(loss, model)
+        if kind == "half":
+            zoopt.HalfFineTuning(*own, round_steps=2, seed=1)
+        elif kind == "green":
+            zoopt.GreenTrainer(*own, keep, budget=0.9, select_every=2)
+        elif kind == "ggpo":
+            ggpo = zoopt.LoRAGGPO(*own, beta=0.5, seed=1)
+        else:
+            zoopt.CoFiTune(*own, [keep], target=["layers.*"], seed=1)
+        for _ in range(6):
+            own[1].zero_grad()
+            loss(model).backward()
+            own[1].step()
+        if kind == "ggpo":
+            ggpo.restore()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

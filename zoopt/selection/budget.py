@@ -117,7 +117,9 @@ def backward_costs(loss: Tensor, params: Sequence[nn.Parameter]) -> tuple[list[i
     marks: dict[int, tuple[int, int]] = {}
 
     def reached(number: int, grad: Tensor) -> None:
-        marks[number] = (len(trace.events), grad.untyped_storage().data_ptr())
+        # No counted operation makes a sparse gradient.
+        dense = grad.layout == torch.strided
+        marks[number] = (len(trace.events), grad.untyped_storage().data_ptr() if dense else -1)
         order.append(number)
 
     hooks = [

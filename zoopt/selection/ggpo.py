@@ -40,6 +40,16 @@ def row_scales(weight: Tensor, squares: Tensor, sigma: float, beta: float) -> Te
 def row_squares(gradient: Tensor, before: Tensor) -> Tensor:
     """||G_i||^2 of each row of G (m, n), at most the largest number; of rows that are not finite,
     that of `before`: (m,)."""
+    if gradient.layout != torch.strided and gradient.sparse_dim() != 1:
+        gradient = gradient.to_dense()
+    if gradient.layout != torch.strided:
+        entries = gradient.coalesce()
+        squares = torch.zeros_like(before)
+        if entries.values().numel():
+            at = entries.indices()[0]
+            rows = entries.values().reshape(len(at), -1)
+            squares[at] = row_squares(rows, before[at])
+        return squares
     if not gradient.numel():
         return before
     largest = torch.linalg.vector_norm(gradient, ord=math.inf, dim=1)

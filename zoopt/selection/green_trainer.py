@@ -251,7 +251,11 @@ def undone(optimizer: Optimizer, params: Sequence[Tensor]) -> Iterator[list[Tens
 
 
 def gain(grad: Tensor, param: Tensor, old: Tensor) -> Tensor:
-    """-sum g dw in float64, some elements at a time."""
+    """-sum g dw in float64, some elements at a time; of a sparse gradient, over its entries."""
+    if grad.layout != torch.strided:
+        entries = grad.coalesce()
+        at = tuple(entries.indices())
+        grad, param, old = entries.values(), param[at], old[at]
     pieces = [torch.split(tensor.reshape(-1), CHUNK) for tensor in (grad, param, old)]
     sums = [(g.double() * (new - w).double()).sum() for g, new, w in zip(*pieces, strict=True)]
     return -torch.stack(sums).sum()
