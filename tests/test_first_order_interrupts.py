@@ -26,10 +26,10 @@ from tests.test_state_contract import bits
 from zoopt import interrupts
 from zoopt.distributed.sharding import local
 from zoopt.first_order import fusion
-from zoopt.first_order.base import Site
 from zoopt.first_order.fusion import FusedBackward
 from zoopt.first_order.projected import core
 from zoopt.first_order.projected.core import ProjectedOptimizer
+from zoopt.first_order.site import Site
 from zoopt.interrupts import uninterrupted
 from zoopt.kernels.adam import reference as adam_reference
 from zoopt.kernels.product import reference as product_reference

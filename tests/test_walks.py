@@ -26,6 +26,7 @@ SIDE_ROOMS = {
     "Checks, and the state of the surrounding program": (
         "ambient.py",
         "checks.py",
+        "first_order/checks.py",
         "kernels/adam/checks.py",
         "kernels/operands.py",
         "kernels/sm3/checks.py",
@@ -49,6 +50,7 @@ SIDE_ROOMS = {
         "distributed/seed.py",
         "distributed/sharding.py",
         "first_order/progress.py",
+        "first_order/site.py",
         "first_order/projected/groups.py",
         "first_order/projected/residuals.py:no_specs",
         "first_order/projected/stacks.py",

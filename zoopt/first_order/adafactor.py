@@ -14,7 +14,6 @@ from zoopt.checks import check_bool, check_number
 from zoopt.distributed.sharding import Rows
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
-from zoopt.first_order.base import Site
 from zoopt.first_order.galore import INSIDE
 from zoopt.first_order.projected.codecs import coded_units, moment, moment_specs
 from zoopt.first_order.projected.coded_shards import whole_blocks
@@ -23,6 +22,7 @@ from zoopt.first_order.projected.geometry import ProjType
 from zoopt.first_order.projected.residuals import Residual, State
 from zoopt.first_order.projected.rules import Rule, moment_draw
 from zoopt.first_order.projected.subspace import Projector
+from zoopt.first_order.site import Site
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.adam.op_average import lerp_
 from zoopt.kernels.batch import Batch

@@ -1,10 +1,9 @@
-"""Shared by all first-order optimizers: groups, the loop over gradients, the seed, rounding."""
+"""Shared by all first-order optimizers: the loop over gradients, and what a method fills in."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol, get_args
 
@@ -15,97 +14,19 @@ from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.checks import check_bool, check_choice, check_number
 from zoopt.distributed.checkpoint import asks_for_state, called_by_get, called_by_load
 from zoopt.distributed.sharding import (
-    Rows,
-    check_placement,
-    inner_dimension,
     is_sharded,
     local,
     local_like,
-    offset,
 )
-from zoopt.dtypes import RoundingMode, resolved_rounding
+from zoopt.dtypes import RoundingMode
+from zoopt.first_order.checks import check_gradient, check_shards, check_values
 from zoopt.first_order.progress import Mark, Update
+from zoopt.first_order.site import Site, gradient_of, operand, place_of
 from zoopt.interrupts import uninterrupted
-from zoopt.kernels.batch import Batch
-from zoopt.kernels.dispatch import is_fake, launches
 from zoopt.kernels.journal import kept
-from zoopt.kernels.noise.key import NoiseKey
-from zoopt.noise import NOISE_VERSION, stream
+from zoopt.noise import NOISE_VERSION
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
-from zoopt.parameters import check_param, is_wrapper, named_params
-from zoopt.registry import rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """A parameter, its group, and its place among all parameters.
-
-    Attributes:
-        name: the parameter's name, or its position if it has none.
-        position, count: its number among the optimizer's parameters, and how many there are.
-        continues: whether the step has already been prepared, or one of its micro-batches reduced.
-            Whatever the reduction uses, such as a basis, then stays the same.
-        offset: for a shard, the position of its first element in the whole parameter.
-        sharded: for a shard, that parameter.
-        stack: of a matrix in a stack, the parameter that is the stack.
-    """
-
-    param: Tensor
-    group: Group
-    name: str | int
-    position: int
-    count: int
-    continues: bool = False
-    offset: int = 0
-    sharded: Tensor | None = None
-    stack: Tensor | None = None
-
-    @property
-    def whole(self) -> Tensor:
-        """The parameter, or the one that it is a shard of."""
-        return self.param if self.sharded is None else self.sharded
-
-    @property
-    def rows(self) -> Rows | None:
-        """The rows that a shard has."""
-        return None if self.sharded is None else Rows(self.sharded)
-
-    @property
-    def shard(self) -> Site:
-        """This process's part of a sharded parameter."""
-        param = self.param
-        return dataclasses.replace(self, param=local(param), offset=offset(param), sharded=param)
-
-    @property
-    def seed(self) -> int:
-        """The run's seed."""
-        seed: int = self.group["seed"]
-        return seed
-
-    @property
-    def stream(self) -> int:
-        """The stream of the parameter's noise."""
-        return stream(self.name)
-
-    @property
-    def key(self) -> NoiseKey:
-        """The parameter's noise."""
-        return _key(self.seed, self.name, self.offset)
-
-    def rounding_draw(self, step: int) -> int | None:
-        """The draw whose bits round the weights in this step, or None for rounding to nearest."""
-        rounding = resolved_rounding(self.group["rounding"], self.param.dtype)
-        return draw_of(step) if rounding == "stochastic" else None
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _key(seed: int, name: str | int, offset: int) -> NoiseKey:
-    return NoiseKey(seed, stream(name), offset)
-
-
-def draw_of(number: int) -> int:
-    """The draw of that number, modulo 2^32."""
-    return number & 0xFFFFFFFF
+from zoopt.parameters import check_param, named_params
 
 
 class Fusion(Protocol):
@@ -196,7 +117,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         before, self._begun = self._begun or {}, {}
         marks = self._begun
         for site in sites:
-            source = _gradient(site) if site.stack is None else site.stack.grad
+            source = gradient_of(site) if site.stack is None else site.stack.grad
             assert source is not None
             mark = before.get(site.name)
             if mark is None or not mark.is_of(source):
@@ -206,7 +127,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         for site in sites:
             mark = marks[site.name]
             if not is_sharded(site.param):
-                mark.prepare(self._prepare, site, operand(_gradient(site)))
+                mark.prepare(self._prepare, site, operand(gradient_of(site)))
             if not mark.done:
                 continues = site.continues or not is_sharded(site.param)
                 ready.append(dataclasses.replace(site, continues=continues))
@@ -220,12 +141,12 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
     def _update_all(self, sites: Sequence[Site]) -> None:
         """Update prepared parameters: those of one kind together."""
-        alone, together = self._partition(sites, [_gradient(site) for site in sites])
+        alone, together = self._partition(sites, [gradient_of(site) for site in sites])
         for i in alone:
-            self._complete([sites[i]], self._step_param, sites[i], _gradient(sites[i]))
+            self._complete([sites[i]], self._step_param, sites[i], gradient_of(sites[i]))
         for members in together:
             alike = [sites[i] for i in members]
-            gradients = [operand(_gradient(site)) for site in alike]
+            gradients = [operand(gradient_of(site)) for site in alike]
             self._complete(alike, self._update_together, alike, gradients)
 
     def _partition(
@@ -239,10 +160,10 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         for i, (site, gradient) in enumerate(zip(sites, gradients, strict=True)):
             kind = self._kind(site, gradient)
             # Parameters tied by their data are updated one after the other.
-            if kind is None or _place(site.param) in places:
+            if kind is None or place_of(site.param) in places:
                 alone.append(i)
             else:
-                places.add(_place(site.param))
+                places.add(place_of(site.param))
                 together.setdefault(kind, []).append(i)
         return alone, list(together.values())
 
@@ -437,44 +358,9 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
     def _merge(self, site: Site) -> None:
         """Combine the state of all parts after the step of a sharded parameter."""
 
-    def _check_shards(self, group: Group) -> None:
-        """Raise if a parameter is sharded in a way that its update does not support."""
-        names = group.get("param_names", range(len(group["params"])))
-        for param, name in zip(group["params"], names, strict=True):
-            if not is_sharded(param):
-                continue
-            check_placement(param, name)
-            if inner_dimension(param) and not self._can_shard(param, group):
-                raise ValueError(
-                    f"{type(self).__name__} must have parameters sharded along dimension 0 under "
-                    f"these hyperparameters, got dimension {inner_dimension(param)} for {name!r}; "
-                    f"use AdamW with state_dtype 'float32' or 'bfloat16', a group with rank=None, "
-                    f"or SM3 (in 16 bits with rounding='nearest')"
-                )
-            if not self._can_shard(param, group):
-                raise ValueError(
-                    f"{type(self).__name__} must have whole parameters under these "
-                    f"hyperparameters, got {name!r}, which is sharded; use one of "
-                    f"{', '.join(_sharding_classes())}, without matrices in its group, or keep the "
-                    f"parameter out of fully_shard"
-                )
-
     def _check_gradient(self, site: Site) -> None:
-        gradient = site.param.grad
-        if gradient is None:
-            return
-        sharded = is_sharded(gradient)
-        if sharded != is_sharded(site.param) or (is_wrapper(gradient) and not sharded):
-            raise RuntimeError(
-                f"{type(self).__name__} needs a gradient of its parameter's kind, "
-                f"{type(site.param).__name__}, got {type(gradient).__name__} for parameter "
-                f"{site.name!r}; pass a plain tensor, or for a DTensor parameter a DTensor"
-            )
-        if gradient.layout != torch.strided:
-            raise RuntimeError(
-                f"{type(self).__name__} needs dense gradients, got layout {gradient.layout} "
-                f"for parameter {site.name!r}; use an embedding with sparse=False, or zoopt.SM3"
-            )
+        """Raise unless the update can read the parameter's gradient."""
+        check_gradient(site, type(self).__name__)
 
     def _check_group(self, group: Group) -> None:
         """Raise unless the group's hyperparameters and parameters are in range."""
@@ -485,64 +371,4 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         check_choice("rounding", group["rounding"], get_args(RoundingMode))
         for param in group["params"]:
             check_param(local(param))
-        self._check_shards(group)
-
-
-def batch_kind(site: Site, gradient: Tensor, *states: Tensor) -> Hashable:
-    """The group, dtypes and device of a parameter that can be in a batch, and the dtypes and
-    numbers of these of its states; None for one that cannot."""
-    param = site.param
-    planned = is_fake(param) and not launches(param)
-    alone = is_sharded(param) or planned or not param.is_contiguous()
-    if alone or gradient.layout != torch.strided or not param.numel():
-        return None
-    kinds = tuple(s.item() if not s.dim() and s.device.type == "cpu" else s.dtype for s in states)
-    return id(site.group), param.dtype, gradient.dtype, param.device, kinds
-
-
-def _place(param: Tensor) -> int:
-    """Equal for parameters whose data are one."""
-    return id(param) if is_fake(param) else param.data_ptr()
-
-
-def batch_of(sites: Sequence[Site]) -> Batch:
-    """The parameters with their noise."""
-    return Batch([site.param for site in sites], [site.key for site in sites])
-
-
-def _gradient(site: Site) -> Tensor:
-    assert site.param.grad is not None
-    return site.param.grad
-
-
-def check_values(site: Site) -> None:
-    """Raise if the parameter has no values here, since a step would silently skip it."""
-    if site.param.is_meta:
-        raise RuntimeError(
-            f"parameter {site.name!r} must hold values, got one on the meta device; load the "
-            f"model before the optimizer is made, and instead of accelerate's cpu_offload or "
-            f"disk_offload use fully_shard(..., offload_policy=CPUOffloadPolicy())"
-        )
-
-
-def operand(gradient: Tensor) -> Tensor:
-    """The gradient with its values contiguous, as updates read it; sparse ones as they are."""
-    if gradient.layout != torch.strided:
-        return gradient
-    return gradient.resolve_neg().contiguous()
-
-
-def _sharding_classes() -> list[str]:
-    """The names of the classes that update sharded parameters."""
-    return [row.cls.__name__ for row in rows() if getattr(row.cls, "shards", False)]
-
-
-def betas_of(group: Group) -> tuple[float, float]:
-    """The group's betas as numbers; like torch we accept tensors of one element."""
-    first, second = group["betas"]
-    return float(first), float(second)
-
-
-def descent_rate(group: Group) -> float:
-    """The factor of a direction: -lr, or lr if the objective is maximised."""
-    return float(group["lr"]) * (1.0 if group["maximize"] else -1.0)
+        check_shards(group, self._can_shard, type(self).__name__)

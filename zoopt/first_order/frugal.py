@@ -18,7 +18,6 @@ from zoopt.checks import (
 from zoopt.distributed.sharding import Rows, anywhere, local_like
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import StateRounding
-from zoopt.first_order.base import Site
 from zoopt.first_order.projected.basis import age
 from zoopt.first_order.projected.columns import columns_of, reduced_to, write_columns
 from zoopt.first_order.projected.core import ProjectedOptimizer
@@ -34,6 +33,7 @@ from zoopt.first_order.projected.residuals import (
 from zoopt.first_order.projected.rules import ADAM, LION, MOMENTUM, Rule
 from zoopt.first_order.projected.state import count
 from zoopt.first_order.projected.subspace import BLIND
+from zoopt.first_order.site import Site
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.dispatch import all_known, launches
 from zoopt.kernels.journal import kept, once

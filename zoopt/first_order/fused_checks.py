@@ -7,7 +7,9 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from zoopt.first_order.base import FirstOrderOptimizer, Site, check_values
+from zoopt.first_order.base import FirstOrderOptimizer
+from zoopt.first_order.checks import check_values
+from zoopt.first_order.site import Site
 
 #: Wrappers under which a hook sees gradients before they have been summed over the processes.
 #: (`fully_shard` calls the hooks of its shards after that.)

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from zoopt.ambient import OwnArithmetic, opaque
 from zoopt.distributed.sharding import is_sharded, local, whole
 from zoopt.dtypes import accumulator_dtype
-from zoopt.first_order.base import FirstOrderOptimizer, Site, operand
+from zoopt.first_order.base import FirstOrderOptimizer
 from zoopt.first_order.clipping import check_unclipped
 from zoopt.first_order.fused_checks import (
     check_model,
@@ -25,6 +25,7 @@ from zoopt.first_order.fused_checks import (
 )
 from zoopt.first_order.gathering import Gathered, layers_of
 from zoopt.first_order.progress import Mark
+from zoopt.first_order.site import Site, operand
 from zoopt.interrupts import uninterrupted
 from zoopt.kernels.dispatch import launches
 from zoopt.kernels.journal import Journal, kept, once, pieces

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from zoopt.checks import check_bool, check_choice, check_positive_int
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.base import Site
 from zoopt.first_order.galore import INSIDE
 from zoopt.first_order.projected.residuals import Residual
 from zoopt.first_order.projected.subspace import Projector
+from zoopt.first_order.site import Site
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.dispatch import known
 from zoopt.nn import GradNormLinear, convert_to_gradnorm

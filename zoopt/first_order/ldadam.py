@@ -12,7 +12,6 @@ from zoopt.checks import check_bool, check_choice, check_number
 from zoopt.distributed.sharding import Rows, broadcast_, is_owner, local_like, whole
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.base import Site, betas_of
 from zoopt.first_order.galore import INSIDE
 from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.moments_of_rows import load_moments, store_moments
@@ -28,6 +27,7 @@ from zoopt.first_order.projected.subspace import (
     subspace,
     times,
 )
+from zoopt.first_order.site import Site, betas_of
 from zoopt.kernels.adam.moments import Format, Moment
 from zoopt.kernels.adam.op import adam_
 from zoopt.kernels.dispatch import known

@@ -21,12 +21,12 @@ from zoopt.distributed.checkpoint import called_by_load
 from zoopt.distributed.sharding import is_sharded
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
-from zoopt.first_order.base import draw_of
 from zoopt.first_order.galore import INSIDE, GaLoreAdamW
 from zoopt.first_order.projected.geometry import ProjType
 from zoopt.first_order.projected.residuals import Residual
 from zoopt.first_order.projected.selection import param_groups
 from zoopt.first_order.projected.subspace import Projector
+from zoopt.first_order.site import draw_of
 from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.noise.philox import words
 from zoopt.nn.modules import Target, is_conv1d, linear_layers, repeated_layers

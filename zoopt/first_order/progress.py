@@ -11,7 +11,7 @@ from torch import Tensor
 from zoopt.kernels.journal import Journal
 
 if TYPE_CHECKING:
-    from zoopt.first_order.base import Site
+    from zoopt.first_order.site import Site
 
 
 class Mark:

@@ -10,13 +10,8 @@ from torch import Tensor
 from zoopt.checks import check_number
 from zoopt.distributed.sharding import greatest_, inner_dimension, local, shard_dimensions
 from zoopt.dtypes import RoundingMode, accumulator_dtype
-from zoopt.first_order.base import (
-    FirstOrderOptimizer,
-    Site,
-    batch_kind,
-    batch_of,
-    descent_rate,
-)
+from zoopt.first_order.base import FirstOrderOptimizer
+from zoopt.first_order.site import Site, batch_kind, batch_of, descent_rate
 from zoopt.kernels import sm3_
 from zoopt.kernels.journal import once
 from zoopt.optimizer import STEP, Group, Params, TensorSpec, hyperparameters

@@ -13,12 +13,8 @@ from torch import Tensor
 from zoopt.checks import check_betas, check_choice, check_number, check_positive_int
 from zoopt.distributed.seed import several_ranks
 from zoopt.dtypes import RoundingMode, accumulator_dtype
-from zoopt.first_order.base import (
-    FirstOrderOptimizer,
-    Site,
-    betas_of,
-    descent_rate,
-)
+from zoopt.first_order.base import FirstOrderOptimizer
+from zoopt.first_order.site import Site, betas_of, descent_rate
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.philox import PURPOSE_ROUNDING, words

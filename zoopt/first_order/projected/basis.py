@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
-from zoopt.first_order.base import Site, draw_of
 from zoopt.first_order.projected.basis_codec import decode_int4, encode_int4, int4_specs
 from zoopt.first_order.projected.geometry import Geometry
 from zoopt.first_order.projected.subspace import random_bases, subspace
+from zoopt.first_order.site import Site, draw_of
 from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, TensorSpec

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
-from zoopt.first_order.base import Site, descent_rate, draw_of
 from zoopt.first_order.projected.basis import cycle
 from zoopt.first_order.projected.geometry import Geometry, matrix
+from zoopt.first_order.site import Site, descent_rate, draw_of
 from zoopt.kernels import perturb
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.journal import kept, once

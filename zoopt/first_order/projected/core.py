@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from zoopt.dtypes import NARROW, accumulator_dtype
-from zoopt.first_order.base import Site, batch_kind, batch_of, descent_rate
 from zoopt.first_order.projected.basis import load_all_bases
 from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.residuals import Step, Terms
@@ -24,6 +23,7 @@ from zoopt.first_order.projected.subspace import (
     factors,
     silence_rounding_,
 )
+from zoopt.first_order.site import Site, batch_kind, batch_of, descent_rate
 from zoopt.kernels import dispatch
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import launches

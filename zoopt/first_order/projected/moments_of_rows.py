@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from zoopt.distributed.sharding import Rows
-from zoopt.first_order.base import Site
 from zoopt.first_order.projected.coded_shards import whole_blocks
 from zoopt.first_order.projected.geometry import Geometry
 from zoopt.first_order.projected.rules import adam_moments, moment_draw
+from zoopt.first_order.site import Site
 from zoopt.kernels.adam.moments import decode
 from zoopt.kernels.adam.op_average import store_
 from zoopt.kernels.journal import kept, once

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zoopt.first_order.base import betas_of, draw_of
 from zoopt.first_order.projected.codecs import moment, moment_specs
+from zoopt.first_order.site import betas_of, draw_of
 from zoopt.kernels.adam.moments import Moment
 from zoopt.kernels.adam.op import adam_, adamw_
 from zoopt.kernels.adam.op_average import average_

@@ -31,13 +31,13 @@ from zoopt.distributed.sharding import (
     whole,
 )
 from zoopt.dtypes import accumulator_dtype
-from zoopt.first_order.base import Site
 from zoopt.first_order.projected.basis import load_bases
 from zoopt.first_order.projected.codecs import coded_units
 from zoopt.first_order.projected.coded_shards import whole_blocks
 from zoopt.first_order.projected.geometry import Geometry, matrix
 from zoopt.first_order.projected.state import ProjectedState, count
 from zoopt.first_order.projected.subspace import BLIND, down, silence_rounding_
+from zoopt.first_order.site import Site
 from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.optimizer import Group, TensorSpec

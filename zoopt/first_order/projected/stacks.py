@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from zoopt.checks import check_positive_int
-from zoopt.first_order.base import Site, operand
 from zoopt.first_order.projected.geometry import in_stack
 from zoopt.first_order.projected.groups import ProjectedGroups
+from zoopt.first_order.site import Site, operand
 from zoopt.kernels.dispatch import is_fake
 from zoopt.kernels.journal import kept, once, pieces
 from zoopt.optimizer import Group

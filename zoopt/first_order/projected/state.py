@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
-from zoopt.first_order.base import Site
 from zoopt.first_order.projected.basis import (
     basis_specs,
     load_all_bases,
@@ -23,6 +22,7 @@ from zoopt.first_order.projected.residuals import Residual
 from zoopt.first_order.projected.rules import ADAM, Rule
 from zoopt.first_order.projected.stacks import StackedMatrices, alone
 from zoopt.first_order.projected.subspace import factor_dtype
+from zoopt.first_order.site import Site
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.journal import kept, once
 from zoopt.optimizer import STEP, Group, TensorSpec
