@@ -1,6 +1,7 @@
 """Scenarios that run in several processes at once: each is a function, and its failures are files.
 
-One process imports torch, and the others are its forks; each runs all scenarios in turn.
+One process imports torch, and the others are its forks; each runs all scenarios in turn. Those of
+fewer processes are run by the first of them, which have loaded the kernels by then.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ Scenario = Callable[[Path], None]
 KERNELS = ("numba", "zoopt.kernels.noise.cpu")
 
 
-def run(scenarios: Sequence[Scenario], processes: int, folder: Path, patience: float = 60) -> None:
-    """Run them in processes that wait `patience` seconds for each other."""
+def run(
+    scenarios: Mapping[int, Sequence[Scenario]], folder: Path, patience: float = 60
+) -> None:
+    """Run them, by how many processes take part, in processes that wait `patience` seconds for each
+    other."""
+    # Those of many processes come first: a process without more to do ends, and does not wait.
+    ordered = [(count, each) for count in sorted(scenarios)[::-1] for each in scenarios[count]]
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([scenarios[0].__module__, *KERNELS])
+    context.set_forkserver_preload([ordered[0][1].__module__, *KERNELS])
     torch.multiprocessing.start_processes(
-        _work,
-        (processes, scenarios, folder, patience),
-        nprocs=processes,
-        start_method="forkserver",
+        _work, (ordered, folder, patience), nprocs=max(scenarios), start_method="forkserver"
     )
 
 
@@ -51,8 +54,7 @@ def scenario_cases(scenarios: Mapping[int, Sequence[Scenario]]) -> pytest.MarkDe
 
 def run_all(scenarios: Mapping[int, Sequence[Scenario]], folder: Path) -> Path:
     """The folder of the scenarios' failures, after all of them have run."""
-    for processes, each in scenarios.items():
-        run(each, processes, folder)
+    run(scenarios, folder)
     return folder
 
 
@@ -70,9 +72,11 @@ def connect(rank: int, processes: int, store: Path, patience: float) -> None:
 
 
 def _work(
-    rank: int, processes: int, scenarios: Sequence[Scenario], folder: Path, patience: float
+    rank: int, scenarios: Sequence[tuple[int, Scenario]], folder: Path, patience: float
 ) -> None:
-    for scenario in scenarios:
+    for processes, scenario in scenarios:
+        if rank >= processes:
+            continue
         # A group for each: one process's failure ends it, and the others go on with the next.
         connect(rank, processes, folder / f"{scenario.__name__}{processes}", patience)
         torch.manual_seed(1337 + rank)  # as programs do
