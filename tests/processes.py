@@ -23,9 +23,7 @@ Scenario = Callable[[Path], None]
 KERNELS = ("numba", "zoopt.kernels.noise.cpu")
 
 
-def run(
-    scenarios: Mapping[int, Sequence[Scenario]], folder: Path, patience: float = 60
-) -> None:
+def run(scenarios: Mapping[int, Sequence[Scenario]], folder: Path, patience: float = 60) -> None:
     """Run them, by how many processes take part, in processes that wait `patience` seconds for each
     other."""
     # Those of many processes come first: a process without more to do ends, and does not wait.
