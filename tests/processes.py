@@ -25,9 +25,8 @@ KERNELS = ("numba", "zoopt.kernels.noise.cpu")
 
 def run(scenarios: Mapping[int, Sequence[Scenario]], folder: Path, patience: float = 60) -> None:
     """Run them, by how many processes take part, in processes that wait `patience` seconds for each
-    other."""
-    # Those of many processes come first: a process without more to do ends, and does not wait.
-    ordered = [(count, each) for count in sorted(scenarios)[::-1] for each in scenarios[count]]
+    other. A process ends once it takes part in no more, so the counts must fall."""
+    ordered = [(count, each) for count in scenarios for each in scenarios[count]]
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([ordered[0][1].__module__, *KERNELS])
     torch.multiprocessing.start_processes(
@@ -51,8 +50,15 @@ def scenario_cases(scenarios: Mapping[int, Sequence[Scenario]]) -> pytest.MarkDe
 
 
 def run_all(scenarios: Mapping[int, Sequence[Scenario]], folder: Path) -> Path:
-    """The folder of the scenarios' failures, after all of them have run."""
-    run(scenarios, folder)
+    """The folder of the scenarios' failures, after all of them have run in their order. Those of
+    fewer processes than the ones before share their launch."""
+    launches: list[dict[int, Sequence[Scenario]]] = []
+    for processes, each in scenarios.items():
+        if not launches or processes > min(launches[-1]):
+            launches.append({})
+        launches[-1][processes] = each
+    for launch in launches:
+        run(launch, folder)
     return folder
 
 

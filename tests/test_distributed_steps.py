@@ -299,6 +299,10 @@ def a_divided_population_is_recorded(folder: Path) -> None:
 
 
 SCENARIOS: dict[int, list[Scenario]] = {
+    4: [
+        a_mesh_of_equal_data_and_divided_probes_is_one_process,
+        parts_of_a_batch_make_the_whole,
+    ],
     2: [
         ranks_with_equal_data_are_one_process,
         divided_probes_are_those_of_one_process,
@@ -312,10 +316,6 @@ SCENARIOS: dict[int, list[Scenario]] = {
         a_population_by_hand_is_nobodys_exchange,
         a_rank_comes_back_from_the_record,
         a_divided_population_is_recorded,
-    ],
-    4: [
-        a_mesh_of_equal_data_and_divided_probes_is_one_process,
-        parts_of_a_batch_make_the_whole,
     ],
 }
 
