@@ -134,6 +134,27 @@ def test_a_full_state_dict_resumes_to_the_bit(name: str) -> None:
 
 
 @flattened
+@pytest.mark.parametrize("kind", ["half", "green"])
+def test_a_distributed_checkpoint_is_of_names_in_any_order(
+    kind: str, flatten: bool, tmp_path: Path
+) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    forwards = over(lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), kind)
+    backwards = over(lambda m: torch.optim.AdamW([*m.parameters()][::-1], lr=1e-2), kind)
+    run, resumed = forwards(Net(torch.float32), 3), backwards(Net(torch.float32), 8)
+    advance(run, 8)
+    save(run, tmp_path, options)
+    load(resumed, tmp_path, options)
+    trains = [
+        {n for n, p in own.model.named_parameters() if p.requires_grad} for own in (run, resumed)
+    ]
+    assert trains[0] == trains[1]
+    for each in (run, resumed):
+        advance(each, 6)
+    assert same(run.model, resumed.model)
+
+
+@flattened
 @pytest.mark.parametrize("name", ["half fine-tuning", "half, dampened", "owlore"])
 def test_a_distributed_checkpoint_before_the_first_step(
     name: str, flatten: bool, tmp_path: Path

@@ -100,12 +100,10 @@ class GreenTrainer(Rounds):
                 f"lambda: model(**batch).loss"
             )
         self._model, self._optimizer, self._probe, self._budget = model, optimizer, probe, budget
-        self._held = [
-            param
-            for group in optimizer.param_groups
-            for param in group["params"]
-            if param.requires_grad
-        ]
+        held = [param for group in optimizer.param_groups for param in group["params"]]
+        # In the model's order: a checkpoint may be loaded into an optimizer that has another.
+        ordered = dict.fromkeys([*filter(set(held).__contains__, model.parameters()), *held])
+        self._held = [param for param in ordered if param.requires_grad]
         if any(is_sharded(param) for param in self._held):
             raise TypeError(
                 "optimizer must hold whole parameters under GreenTrainer, got sharded ones, whose "
