@@ -12,10 +12,13 @@ numbers, and decisions depend on nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -41,6 +44,10 @@ _DIGEST_BITS = 19
 #: Vectors are padded to a multiple of this length. Ranks with different numbers of evaluations
 #: then still exchange vectors of equal length, and can report the error.
 _PADDED = 16
+#: For so many seconds a process looks for an exchange's end before it sleeps.
+_AWAKE = 0.01
+#: Lets another process have the core.
+_yield = getattr(os, "sched_yield", lambda: None)
 
 
 def digest_of(*values: Any) -> int:
@@ -171,20 +178,23 @@ class Exchange:
         for group in (self.data, self.probes):
             if group is not None:
                 parts: list[Any] = [None] * dist.get_world_size(group)
-                self._call(dist.all_gather_object, parts, values, group=group)
+                with self._explained():
+                    dist.all_gather_object(parts, values, group=group)
                 values = [each for part in parts for each in part]
         return values
 
     def _sum(self, values: list[float]) -> list[float]:
         vector = self._vector(values, self.data)
-        self._call(dist.all_reduce, vector, group=self.data)
+        with self._explained():
+            finish(dist.all_reduce(vector, group=self.data, async_op=True))
         summed: list[float] = vector.tolist()
         return summed
 
     def _gather(self, values: list[float]) -> list[list[float]]:
         vector = self._vector(values, self.probes)
         rows = [torch.empty_like(vector) for _ in range(dist.get_world_size(self.probes))]
-        self._call(dist.all_gather, rows, vector, group=self.probes)
+        with self._explained():
+            finish(dist.all_gather(rows, vector, group=self.probes, async_op=True))
         return [row.tolist() for row in rows]
 
     def _vector(self, values: list[float], group: Any) -> torch.Tensor:
@@ -192,15 +202,29 @@ class Exchange:
         padded = [*values, *[0.0] * (length - len(values))]
         return torch.tensor(padded, dtype=torch.float64, device=_device(group))
 
-    def _call(self, collective: Any, *args: Any, group: Any) -> None:
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say of an error in a collective operation what it means."""
         try:
-            collective(*args, group=group)
+            yield
         except Exception as error:
             raise RuntimeError(
                 f"rank {self.rank} could not exchange numbers with the other ranks of its step: "
                 f"one has ended, or has done something else until the group's timeout; see what "
                 f"that rank says, and start the job again from a checkpoint or a record"
             ) from error
+
+
+def finish(work: Any) -> None:
+    """Wait for a collective operation: look for its end for a while, and sleep only then.
+
+    A message of a few bytes takes a fraction of a millisecond, but waking a process that sleeps may
+    take until the next tick of the system's clock, up to 4 ms.
+    """
+    until = time.monotonic() + _AWAKE
+    while not work.is_completed() and time.monotonic() < until:
+        _yield()
+    work.wait()
 
 
 def _device(group: Any) -> torch.device:
