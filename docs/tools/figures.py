@@ -407,6 +407,16 @@ def many_ranks() -> str:
     return table(headings, rows)
 
 
+def overhead() -> str:
+    """The Python of a virtual step."""
+    rows = [
+        [r["name"], f"{r['median']:.0f}", f"{r['inside']:.0f}", f"{r['calls']:.0f}"]
+        for r in read("overhead.json")["rows"]
+    ]
+    headings = ["method, and layers", "us an operator", "of these inside evaluations", "calls"]
+    return table(headings, rows)
+
+
 def decision() -> str:
     """Which optimizer: what must fit, what it takes at 7B, and what it trains to."""
     planned = {e["name"]: e["peak"] / 1e9 for e in read("plan_llama7b.json")["estimates"]}
@@ -470,6 +480,7 @@ TABLES: dict[str, Callable[..., str]] = {
         machine_code,
         trajectory,
         recording,
+        overhead,
         scaling,
         many_ranks,
         decision,
