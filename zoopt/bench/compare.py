@@ -9,7 +9,6 @@ status is 1 if anything is worse, that is slower or larger.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,17 +119,6 @@ def figure(row: common.Row | None) -> str:
     return f"{row['median']:.4g}" + (f" +- {row['spread']:.2g}" if row["spread"] else "")
 
 
-def positive_fraction(text: str) -> float:
-    """A number in [0, 1)."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"expected a number in [0, 1), 0.05 say, got {text!r}")
-    return value
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns 1 if anything is worse."""
     parser = terminal.Parser(
@@ -139,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("before", type=Path, metavar="A.json", help="a benchmark's results")
     parser.add_argument("after", type=Path, metavar="B.json", help="later ones of the same")
     parser.add_argument(
-        "--threshold", type=positive_fraction, default=0.05, help="smallest relative change"
+        "--threshold", type=terminal.fraction, default=0.05, help="smallest relative change"
     )
     terminal.add_json_argument(parser)
     options = parser.parse_args(argv)

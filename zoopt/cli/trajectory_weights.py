@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zoopt.cli.terminal import CommandError, open_console
+from zoopt.cli.terminal import CommandError, fraction, open_console
 
 
 class Weights:
@@ -22,17 +22,6 @@ class Weights:
     def named_parameters(self) -> Any:
         """Names and tensors."""
         return self.tensors.items()
-
-
-def share(text: str) -> float:
-    """A probability below 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"expected a number in [0, 1), got {text!r}")
-    return value
 
 
 def add_parsers(commands: Any) -> None:
@@ -90,7 +79,7 @@ def add_parsers(commands: Any) -> None:
     )
     merge.add_argument("--weights", type=float, nargs="+", metavar="W", help="one for each run")
     merge.add_argument(
-        "--drop", type=share, default=0.0, metavar="P", help="probability to drop an element"
+        "--drop", type=fraction, default=0.0, metavar="P", help="probability to drop an element"
     )
     merge.add_argument("--seed", type=int, default=0, help="seed of what is dropped")
     for each in (replay, revert, merge):

@@ -18,6 +18,7 @@ from zoopt.distributed.seed import SharedSeed
 from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.op import perturb
+from zoopt.nn.modules import named
 from zoopt.noise import stream
 from zoopt.selection.saved import check_plain, check_saved, check_vectors
 from zoopt.warn import warn
@@ -120,12 +121,9 @@ class LoRAGGPO(Wrapper):
         check_number("sigma", sigma, low=0.0)
         check_number("beta", beta, low=0.0)
         self._check(optimizer)
-        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-        self._params = {
-            name: param
-            for name, param in model.named_parameters()
-            if id(param) in held and param.requires_grad and param.dim() == 2
-        }
+        held = [param for group in optimizer.param_groups for param in group["params"]]
+        own = named(model, held)
+        self._params = {name: p for name, p in own if p.requires_grad and p.dim() == 2}
         if not self._params:
             raise ValueError(
                 "optimizer must hold a matrix of the model that trains, got none; make it of the "

@@ -17,6 +17,7 @@ from zoopt.distributed.sharding import is_sharded
 from zoopt.first_order.base import FirstOrderOptimizer
 from zoopt.nn.initial import CHUNK
 from zoopt.nn.losses import checked_loss
+from zoopt.nn.modules import named
 from zoopt.selection.budget import Cost, backward_costs, choose, in_units
 from zoopt.selection.rounds import Rounds
 
@@ -102,7 +103,7 @@ class GreenTrainer(Rounds):
         self._model, self._optimizer, self._probe, self._budget = model, optimizer, probe, budget
         held = [param for group in optimizer.param_groups for param in group["params"]]
         # In the model's order: a checkpoint may be loaded into an optimizer that has another.
-        ordered = dict.fromkeys([*filter(set(held).__contains__, model.parameters()), *held])
+        ordered = dict.fromkeys([*(param for _, param in named(model, held)), *held])
         self._held = [param for param in ordered if param.requires_grad]
         if any(is_sharded(param) for param in self._held):
             raise TypeError(
