@@ -158,12 +158,13 @@ def a_seed_that_one_process_changes_is_refused_there(folder: Path) -> None:
     impatient()
     model = mlp()
     optimizer = zoopt.MeZO(model.named_parameters())
+    if dist.get_rank() == 0:
+        optimizer.step(closure_of(model))  # before the change, of which it would be told otherwise
+    dist.barrier()
     if dist.get_rank() == 1:
         optimizer.param_groups[0]["seed"] += 1
         with pytest.raises(RuntimeError, match="the seed of MeZO in rank 0, which has not said it"):
             optimizer.step(closure_of(model))
-    else:
-        optimizer.step(closure_of(model))
 
 
 def one_process_alone_waits_for_no_one(folder: Path) -> None:
