@@ -81,6 +81,7 @@ class _Driver:
     def __init__(self, target: str) -> None:
         self.target = TARGETS[target]
         self.index = _FIRST_DEVICE + list(TARGETS).index(target)
+        self.stream = 0
         self.launcher_cls = lambda src, metadata: lambda *args: None
         self.utils = types.SimpleNamespace(
             # 227 KiB a block on sm_90; kernels here use little.
@@ -95,10 +96,21 @@ class _Driver:
         return self.index
 
     def get_current_stream(self, device: int | None = None) -> int:
-        return 0
+        return self.stream
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def another_stream() -> Iterator[None]:
+    """Inside `stub_gpu`: what is launched goes to another stream."""
+    driver = triton.runtime.driver.active
+    driver.stream += 1
+    try:
+        yield
+    finally:
+        driver.stream -= 1
 
 
 @contextlib.contextmanager

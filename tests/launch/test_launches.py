@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 import zoopt
 import zoopt.kernels
 from bench.sass import _nvidia, listing, report
-from bench.stub_gpu import TARGETS, launches, stub_gpu
+from bench.stub_gpu import TARGETS, another_stream, launches, stub_gpu
 from bench.variants import Variant, variants
 from zoopt import kernels
 from zoopt.kernels.batch import Batch
@@ -172,6 +172,24 @@ def test_a_table_follows_tensors_that_moved() -> None:
     addresses = launch.arguments["theta"].tolist()
     assert addresses == [tensor.data_ptr() for tensor in theta.tensors]
     assert recorded.copies == 1
+
+
+def test_each_stream_computes_the_addresses_that_it_reads() -> None:
+    """Another stream could read them before they are there. Copies are done when they return, and
+    serve all streams."""
+    theta = batch()
+    with stub_gpu():
+        call = lambda: kernels.apply_(theta, [0.1], draws=[3])  # noqa: E731
+        [here] = launches(call).launches
+        with another_stream():
+            first, again = launches(call), launches(call)
+        [back] = launches(call).launches
+    assert (first.copies, first.others, again.others) == (0, ["add"], [])
+    there = first.launches[0]
+    assert there.arguments["theta"].data_ptr() != here.arguments["theta"].data_ptr()
+    assert there.arguments["theta"].tolist() == here.arguments["theta"].tolist()
+    assert there.arguments["places"] is here.arguments["places"]
+    assert back.arguments["theta"] is here.arguments["theta"]
 
 
 def test_many_directions_go_to_memory_without_a_copy() -> None:

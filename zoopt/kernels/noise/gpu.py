@@ -80,10 +80,25 @@ def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     return torch.tensor(values, dtype=dtype).to(device)
 
 
-@functools.lru_cache(maxsize=1024)
 def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """Addresses on the device, int64. Those of parts of one buffer are copied there once: another
-    buffer of such parts is so many bytes further on."""
+    """Addresses on the device, int64, for a launch on its current stream. Those of parts of one
+    buffer are copied there once: another buffer of such parts is so many bytes further on.
+
+    They are computed on that stream, so each stream has its own: another one could read them too
+    early. What a CUDA graph captures is computed by its replays, and is of no use outside.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _shifted(addresses, device)
+    stream = 0 if interpreting() else triton.runtime.driver.active.get_current_stream(device.index)
+    return _addresses_on(stream, addresses, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _addresses_on(stream: int, addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    return _shifted(addresses, device)
+
+
+def _shifted(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     base = addresses[0]
     return _distances(tuple([address - base for address in addresses]), device) + base
 
