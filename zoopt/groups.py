@@ -39,6 +39,11 @@ _TYPO = 0.85
 _UNORDERED = (set, frozenset, weakref.WeakSet)
 
 
+def all_params(groups: Iterable[Group]) -> list[Any]:
+    """The parameters of all groups, in order."""
+    return [param for group in groups for param in group["params"]]
+
+
 def check_keys(optimizer: str, keys: Collection[Any], known: Collection[str]) -> None:
     """Raise unless all keys of a group are known: the optimizer's, or those of `GROUP_KEYS`."""
     for key in keys:

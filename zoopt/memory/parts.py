@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from zoopt.first_order.gathering import Gathered, layers_of
+from zoopt.groups import all_params
 from zoopt.kernels.dispatch import planning_a_gpu
 from zoopt.memory.depth import shortened
 from zoopt.memory.grouped import run
@@ -185,7 +186,7 @@ class Parts:
         of a shape are updated together, or those of a layer where backward is fused."""
         model, wrapping = self._model(method), method.wrapping
         optimizer = method.build(model)
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+        params = all_params(optimizer.param_groups)
         meter = StorageMeter(keep_events=True, run=self._run)
         wrapper = None
         if wrapping is not None:

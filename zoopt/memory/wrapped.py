@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
 import zoopt
+from zoopt.groups import all_params
 from zoopt.nn.modules import repeated_layers
 from zoopt.selection.green_trainer import gain, undone
 from zoopt.wrapper import Wrapper
@@ -92,7 +93,7 @@ class Green(Wrapping):
 
     def step(self, optimizer: Optimizer, wrapper: Any) -> None:
         """The choice's step."""
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+        params = all_params(optimizer.param_groups)
         with undone(optimizer, params) as weights:
             optimizer.step()
             for param, old in zip(params, weights, strict=True):

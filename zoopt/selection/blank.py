@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zoopt.groups import all_params
 from zoopt.optimizer import DeclaredStateOptimizer
 
 
@@ -23,7 +24,7 @@ def add_blank_state(
     Returns:
         Which parameters these are, by number.
     """
-    held = [param for group in optimizer.param_groups for param in group["params"]]
+    held = all_params(optimizer.param_groups)
     places = {param: place for place, param in enumerate(held)}
     made = make_blank_state(optimizer, params)
     found = {places[param]: dict(entries) for param, entries in made.items()}

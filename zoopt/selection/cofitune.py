@@ -15,6 +15,7 @@ from zoopt.ambient import opaque
 from zoopt.distributed.checkpoint import called_by_checkpoint, check_nothing_left_out
 from zoopt.distributed.seed import SharedSeed
 from zoopt.dtypes import accumulator_dtype, resolved_rounding
+from zoopt.groups import all_params
 from zoopt.kernels.dispatch import is_fake, known
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
@@ -103,7 +104,7 @@ class CoFiTune(Wrapper):
     ) -> None:
         self._check(optimizer)
         layers = linear_layers(model, target)
-        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        held = set(map(id, all_params(optimizer.param_groups)))
         for name, layer in layers.items():
             if id(layer.weight) not in held:
                 raise ValueError(

@@ -16,6 +16,7 @@ from zoopt.checks import check_number
 from zoopt.distributed.checkpoint import called_by_checkpoint
 from zoopt.distributed.seed import SharedSeed
 from zoopt.dtypes import accumulator_dtype
+from zoopt.groups import all_params
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.op import perturb
 from zoopt.nn.modules import named
@@ -121,7 +122,7 @@ class LoRAGGPO(Wrapper):
         check_number("sigma", sigma, low=0.0)
         check_number("beta", beta, low=0.0)
         self._check(optimizer)
-        held = [param for group in optimizer.param_groups for param in group["params"]]
+        held = all_params(optimizer.param_groups)
         own = named(model, held)
         self._params = {name: p for name, p in own if p.requires_grad and p.dim() == 2}
         if not self._params:

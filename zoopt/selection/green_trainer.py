@@ -15,6 +15,7 @@ from zoopt.ambient import OwnArithmetic
 from zoopt.checks import check_nonnegative_int, check_number, check_positive_int, shown
 from zoopt.distributed.sharding import is_sharded
 from zoopt.first_order.base import FirstOrderOptimizer
+from zoopt.groups import all_params
 from zoopt.nn.initial import CHUNK
 from zoopt.nn.losses import checked_loss
 from zoopt.nn.modules import named
@@ -101,7 +102,7 @@ class GreenTrainer(Rounds):
                 f"lambda: model(**batch).loss"
             )
         self._model, self._optimizer, self._probe, self._budget = model, optimizer, probe, budget
-        held = [param for group in optimizer.param_groups for param in group["params"]]
+        held = all_params(optimizer.param_groups)
         # In the model's order: a checkpoint may be loaded into an optimizer that has another.
         ordered = dict.fromkeys([*(param for _, param in named(model, held)), *held])
         self._held = [param for param in ordered if param.requires_grad]

@@ -18,6 +18,7 @@ from zoopt.distributed.checkpoint import (
     called_by_load,
     check_nothing_left_out,
 )
+from zoopt.groups import all_params
 from zoopt.selection.blank import add_blank_state, make_blank_state
 from zoopt.wrapper import Wrapper
 
@@ -137,7 +138,7 @@ class Rounds(Wrapper):
         Numbers do not depend on the optimizer's order if the choice does not."""
         first = [param for param, _ in self._choice()]
         chosen = {id(param) for param in first}
-        held = [param for group in self._optimizer.param_groups for param in group["params"]]
+        held = all_params(self._optimizer.param_groups)
         return first + [p for p in held if id(p) not in chosen and p.requires_grad]
 
     def _before_load(self, saved: dict[str, Any]) -> dict[str, Any] | None:
@@ -152,7 +153,7 @@ class Rounds(Wrapper):
         blank = _numbers(groups[0].get(BLANK, "")) if groups else None
         if blank:
             ids = [key for group in groups or () for key in group["params"]]
-            held = [param for group in self._optimizer.param_groups for param in group["params"]]
+            held = all_params(self._optimizer.param_groups)
             keys = dict(zip(held, ids, strict=False))
             params = self._numbered()
             dropped = {keys.get(params[number]) for number in blank}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zoopt.checks import check_number
 from zoopt.distributed.sharding import is_sharded, local
+from zoopt.groups import all_params
 from zoopt.parameters import named_params
 from zoopt.trajectory.files import locked, sync_folder
 from zoopt.trajectory.format import Event, Kind, TrajectoryError, encode, encode_header, read
@@ -330,7 +331,7 @@ class Recorder:
         return tuple(float(group["lr"]) for group in self._optimizer.param_groups)
 
     def _params(self) -> list[Tensor]:
-        return [param for group in self._optimizer.param_groups for param in group["params"]]
+        return all_params(self._optimizer.param_groups)
 
     def _trained(self) -> list[bool]:
         return [param.requires_grad for param in self._params()]

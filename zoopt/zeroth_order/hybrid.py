@@ -11,6 +11,7 @@ from torch.optim import LBFGS, Optimizer
 from zoopt.ambient import opaque
 from zoopt.distributed.checkpoint import called_by_get
 from zoopt.first_order.adamw import AdamW
+from zoopt.groups import all_params
 from zoopt.interrupts import uninterrupted
 from zoopt.nn.modules import repeated_layers
 from zoopt.optimizer import Group, P, R
@@ -314,7 +315,7 @@ def _check(zeroth_order: Any, first_order: Any) -> None:
             f"zeroth_order must have no process_group, got {name} with one: gradients of the late "
             f"parameters are not exchanged; train with Hybrid in one process"
         )
-    early = {id(param) for group in zeroth_order.param_groups for param in group["params"]}
+    early = set(map(id, all_params(zeroth_order.param_groups)))
     for *_, param, param_name in named_params(first_order.param_groups):
         if id(param) in early:
             raise ValueError(
