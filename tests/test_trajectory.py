@@ -31,7 +31,7 @@ RECORDABLE = [(row, mode) for row, mode in CASES if row.cls.recordable]  # type:
 
 
 def recorded(
-    path: Path, row: Row, mode: str, dtype: torch.dtype, steps: int = 4
+    path: Path, row: Row, mode: str, dtype: torch.dtype, steps: int = 4, close: bool = True
 ) -> tuple[nn.Module, nn.Module, Any]:
     """The model before and after a recorded run with a scheduler, and the optimizer."""
     base = mlp(dtype)
@@ -42,7 +42,8 @@ def recorded(
     for _ in range(steps):
         optimizer.step(closure_of(model, dtype))
         scheduler.step()
-    optimizer.recorder.close()
+    if close:
+        optimizer.recorder.close()
     return base, model, optimizer
 
 
@@ -715,8 +716,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_a_torn_record_is_reported_and_cut_off(tmp_path: Path) -> None:
-    base, _, _ = recorded(tmp_path / "run", *CASES[0], torch.float32)
+    base, _, optimizer = recorded(tmp_path / "run", *CASES[0], torch.float32, close=False)
     data = (tmp_path / "run").read_bytes()
+    os.close(optimizer.recorder._file)  # As a kill does.
     (tmp_path / "run").write_bytes(data[:-3])
     model = copy.deepcopy(base)
     with pytest.warns(UserWarning, match="a record that was cut off; the steps before it, 3, are"):

@@ -137,13 +137,18 @@ def _made(
     source: Path,
     make: Callable[[Weights, Callable[[int, int], None]], str],
 ) -> int:
-    """Read weights, change them, and write them, or the difference."""
+    """Read weights, change them, and write them, or the difference, with the file's metadata."""
     try:
+        from safetensors import safe_open
         from safetensors.torch import load_file, save_file
     except ImportError:
         raise CommandError("weights need safetensors; pip install 'zoopt-torch[demo]'") from None
+    if not options.out.parent.is_dir():
+        raise CommandError(f"--out: there is no folder {str(options.out.parent)!r}; make it first")
     try:
         tensors = load_file(source)
+        with safe_open(source, "pt") as file:
+            metadata = file.metadata()
     except (OSError, ValueError) as error:
         raise CommandError(f"{name}: cannot read {str(source)!r}: {error}") from None
     before = {key: tensor.clone() for key, tensor in tensors.items()} if options.delta else {}
@@ -159,7 +164,7 @@ def _made(
     else:
         tensors = {key: tensor.detach() for key, tensor in tensors.items()}
     try:
-        save_file(tensors, options.out)
+        save_file(tensors, options.out, metadata)
     except (OSError, ValueError) as error:
         raise CommandError(f"--out: cannot write {str(options.out)!r}: {error}") from None
     open_console(None).print(f"{options.out}: {done}, {len(tensors)} tensors", markup=False)

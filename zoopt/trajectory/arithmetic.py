@@ -68,8 +68,8 @@ def drop(values: Tensor, p: float, *, seed: int, name: str, draw: int = 0) -> Te
 
     Args:
         values: a floating tensor of any shape.
-        p: in [0, 1). 1 - p is rounded to a multiple of 2^-16, and the kept elements are divided by
-            the rounded value.
+        p: from 0 to 1 - 2^-16. 1 - p is rounded to a multiple of 2^-16, and the kept elements are
+            divided by the rounded value.
         seed: 64 bits.
         name: the name of the parameter; parameters have independent masks.
         draw: 32 bits; gives each of several merged runs its own mask.
@@ -80,7 +80,7 @@ def drop(values: Tensor, p: float, *, seed: int, name: str, draw: int = 0) -> Te
     Raises:
         TypeError, ValueError: an argument is out of range.
     """
-    check_number("p", p, low=0.0, high=1.0, open_high=True)
+    check_number("p", p, low=0.0, high=1.0 - 2.0**-16)
     key = NoiseKey(seed, noise.stream(name), density=1.0 - float(p))
     if key.threshold is None or not values.numel():
         return values.clone()
@@ -126,6 +126,8 @@ def merge(
         TrajectoryError, ValueError: as for `zoopt.replay`; or there are no runs, or the number of
             weights is not that of the runs. The model is then unchanged.
     """
+    if isinstance(paths, str | Path):
+        raise TypeError(f"paths must be a sequence of files, got {paths!r}; pass [{paths!r}]")
     weights = [1.0 / max(1, len(paths))] * len(paths) if weights is None else list(weights)
     if not paths or len(weights) != len(paths):
         raise ValueError(
@@ -134,6 +136,7 @@ def merge(
         )
     for i, weight in enumerate(weights):
         check_number(f"weights[{i}]", weight)
+    check_number("p", p, low=0.0, high=1.0 - 2.0**-16)
     total: dict[str, Tensor] = {}
     for i, (path, weight) in enumerate(zip(paths, weights, strict=True)):
         moved = delta(model, path, exact=exact, check_base=check_base, progress=progress)
@@ -169,9 +172,11 @@ def revert(
         TrajectoryError, ValueError: as for `zoopt.replay`; or base lacks a parameter; or, without
             a base, the method's steps are not sums of directions. The model is then unchanged.
     """
+    contents = read(path)
+    if type(until) is not int:
+        raise TypeError(f"until must be an int, the step to go back to, got {until!r}")
+    check_until(contents, path, until)
     if base is None:
-        contents = read(path)
-        check_until(contents, path, until)
         steps = list(steps_of(contents.events))
         later = reversed(script_of(rebuild(contents.header, model), steps, until))
         undone = [(kind, [write.undone() for write in writes]) for kind, writes in later]
@@ -179,7 +184,7 @@ def revert(
             kind.make(writes)
         return
     params = dict(model.named_parameters())
-    names = [param["name"] for param in read(path).header["params"]]
+    names = [param["name"] for param in contents.header["params"]]
     missing = [name for name in names if name not in base or name not in params]
     if missing:
         raise ValueError(f"base and model must have {missing[0]!r}, got none of that name")

@@ -44,6 +44,8 @@ class Kind(enum.IntEnum):
     TOLD = 7
 
 
+#: The change that a closed recorder leaves: a hash of the weights.
+TRAINED = "weights"
 #: Those that take a step.
 STEPS = (Kind.STEP, Kind.APPLY, Kind.TOLD)
 
@@ -127,6 +129,7 @@ class Contents:
         torn: bytes after it, of a record that was cut off.
         step_ends: where the record of each step ends, and the chain there; those of the header
             come first.
+        trained: a hash of the weights after the last step; None if the recorder was not closed.
     """
 
     header: dict[str, Any]
@@ -134,6 +137,7 @@ class Contents:
     size: int
     torn: int
     step_ends: list[tuple[int, int]]
+    trained: str | None = None
 
     @property
     def steps(self) -> int:
@@ -152,7 +156,7 @@ def read(path: str | Path) -> Contents:
     header, end, chain = _header(data, path)
     groups = len(header["groups"])
     events: list[Event] = []
-    step_ends = [(end, chain)]
+    step_ends, trained = [(end, chain)], None
     while end < len(data):
         try:
             event, after, chain = _record(data, end, chain, groups)
@@ -163,11 +167,12 @@ def read(path: str | Path) -> Contents:
                 f"{path} is damaged at byte {end}, after {len(events)} whole records: {error}; "
                 f"restore it from a copy, or replay what is before with until="
             ) from None
-        events.append(event)
-        end = after
+        end, trained = after, event.change.get(TRAINED)
+        if trained is None:
+            events.append(event)
         if event.kind in STEPS:
             step_ends.append((end, chain))
-    return Contents(header, events, end, len(data) - end, step_ends)
+    return Contents(header, events, end, len(data) - end, step_ends, trained)
 
 
 class _Torn(Exception):

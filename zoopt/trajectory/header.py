@@ -82,22 +82,13 @@ def describe(optimizer: ZerothOrderOptimizer, names: Mapping[Tensor, str]) -> di
     }
 
 
-def rebuild(header: dict[str, Any], model: Any) -> ZerothOrderOptimizer:
-    """The optimizer of a header, over a model's parameters, as it was when the run began.
+def params_of(header: dict[str, Any], model: Any) -> list[Tensor]:
+    """The model's parameters that a run trained.
 
     Raises:
-        TrajectoryError: the model has other parameters, or this version of zoopt cannot continue.
+        TrajectoryError: the model has other parameters.
     """
-    if header["noise_version"] != NOISE_VERSION:
-        raise TrajectoryError(
-            f"noise_version must be {NOISE_VERSION}, got {header['noise_version']!r}; install the "
-            f"version of zoopt that wrote it, {header['zoopt']}"
-        )
-    found = [row.cls for row in rows() if row.cls.__name__ == header["class"]]
-    if not found:
-        raise TrajectoryError(f"this version of zoopt has no optimizer {header['class']!r}")
-    own = dict(model.named_parameters())
-    params = []
+    own, params = dict(model.named_parameters()), []
     for expected in header["params"]:
         param = own.get(expected["name"])
         shape, dtype = tuple(expected["shape"]), getattr(torch, expected["dtype"])
@@ -107,8 +98,26 @@ def rebuild(header: dict[str, Any], model: Any) -> ZerothOrderOptimizer:
                 f"the model must have a parameter {expected['name']!r}, {dtype} {shape}, got "
                 f"{got}; pass the model that the run began from"
             )
-        param.requires_grad_(expected["name"] in header["trained"])
         params.append(param)
+    return params
+
+
+def rebuild(header: dict[str, Any], model: Any) -> ZerothOrderOptimizer:
+    """The optimizer of a header, over a model's parameters, as it was when the run began.
+
+    Raises:
+        TrajectoryError: the model has other parameters, or this version of zoopt cannot continue.
+            Nothing has changed then.
+    """
+    if header["noise_version"] != NOISE_VERSION:
+        raise TrajectoryError(
+            f"noise_version must be {NOISE_VERSION}, got {header['noise_version']!r}; install the "
+            f"version of zoopt that wrote it, {header['zoopt']}"
+        )
+    found = [row.cls for row in rows() if row.cls.__name__ == header["class"]]
+    if not found:
+        raise TrajectoryError(f"this version of zoopt has no optimizer {header['class']!r}")
+    held = params = params_of(header, model)
     groups = []
     for group in header["groups"]:
         taken, params = params[: group["count"]], params[group["count"] :]
@@ -120,6 +129,8 @@ def rebuild(header: dict[str, Any], model: Any) -> ZerothOrderOptimizer:
         built.update({key: from_json(value) for key, value in group["options"].items()})
     for built in optimizer.param_groups:
         optimizer._check_group(built)
+    for param, expected in zip(held, header["params"], strict=True):
+        param.requires_grad_(expected["name"] in header["trained"])
     return optimizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import deque
@@ -10,20 +11,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from zoopt.checks import check_number
-from zoopt.distributed.sharding import is_sharded, local
+from zoopt.distributed.sharding import is_sharded
 from zoopt.groups import all_params
 from zoopt.parameters import named_params
-from zoopt.trajectory.files import locked, sync_folder
-from zoopt.trajectory.format import Event, Kind, TrajectoryError, encode, encode_header, read
-from zoopt.trajectory.header import describe, names_of, to_json
+from zoopt.trajectory.files import locked, sync, sync_folder
+from zoopt.trajectory.format import (
+    STEPS,
+    TRAINED,
+    Event,
+    Kind,
+    TrajectoryError,
+    encode,
+    encode_header,
+    read,
+)
+from zoopt.trajectory.header import describe, fingerprint, names_of
+from zoopt.trajectory.watch import Buffers, Watch
+from zoopt.warn import warn
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.closure import Closure, loss_value
-
-#: Group keys that are recorded separately or cannot change.
-_APART = ("params", "param_names", "lr")
 
 
 class Recorder:
@@ -34,6 +41,7 @@ class Recorder:
         path, file: the file, open and locked; None if another rank writes it.
         chain: the checksum of the previous record, from which the next one continues.
         sync_every: seconds between syncs of the file to disk; 0: sync at each step.
+        model: the one whose weights are trained, if it is known.
 
     Attributes:
         path, sync_every: as given.
@@ -46,10 +54,12 @@ class Recorder:
         file: int | None,
         chain: int,
         sync_every: float,
+        model: Any = None,
     ) -> None:
         self.path, self.sync_every = path, sync_every
         self._optimizer = optimizer
-        self._file = file
+        self._file, self._process = file, os.getpid()
+        self._size = 0 if file is None else os.fstat(file).st_size
         self._chain, self._synced = chain, time.monotonic()
         #: Where the file is synced, and the last time that it was.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="zoopt-sync")
@@ -65,7 +75,9 @@ class Recorder:
         self._written = False
         self._ended: str | None = None
         self._last_rates = self._rates()
-        self._note()
+        self._watch, self._buffers = Watch(optimizer, path), Buffers(model)
+        #: Whether the weights are those after the last step in the file.
+        self._at_step = True
 
     @classmethod
     def new(
@@ -87,11 +99,12 @@ class Recorder:
             ValueError: the optimizer has already taken a step, cannot be recorded, or trains
                 parameters that the model does not have.
             FileExistsError: the file exists.
+            OSError: it cannot be written. There is then none.
         """
         check_number("sync_every", sync_every, low=0.0)
         refuse_unrecordable(optimizer)
         path = Path(path)
-        if not writes and not any(map(is_sharded, optimizer._params())):
+        if not writes and not any(map(is_sharded, all_params(optimizer.param_groups))):
             return cls(optimizer, path, None, 0, float(sync_every))
         header = encode_header(describe(optimizer, names_of(optimizer, model)))
         if not writes:
@@ -105,47 +118,51 @@ class Recorder:
                 "zoopt.trajectory.resume to go on with it, or record to another",
                 str(path),
             ) from None
-        recorder = cls(
-            optimizer, path, file, int.from_bytes(header[-4:], "little"), float(sync_every)
-        )
-        recorder._write(header)
-        recorder.flush()
-        sync_folder(path)
+        chain = int.from_bytes(header[-4:], "little")
+        recorder = cls(optimizer, path, file, chain, float(sync_every), model)
+        try:
+            recorder._write(header)
+            recorder.flush()
+            sync_folder(path)
+        except BaseException:
+            os.close(file)
+            path.unlink()
+            raise
         return recorder
 
     @classmethod
     def going_on(
         cls,
         optimizer: ZerothOrderOptimizer,
-        path: str | Path,
+        path: Path,
+        file: int,
         *,
         until: int | None = None,
         sync_every: float = 1.0,
+        model: Any = None,
     ) -> Recorder:
         """Continue a file whose steps the optimizer has taken: all of them, or those to `until`.
 
         Everything after the last of these steps is removed: later steps, an incomplete record, or
         probes that no step has used. The optimizer has not seen these.
 
+        Args:
+            file: `path`, open and locked.
+
         Raises:
-            TrajectoryError: another process is writing to the file, or the optimizer has taken a
-                different number of steps.
+            TrajectoryError: the optimizer has taken a different number of steps.
         """
-        check_number("sync_every", sync_every, low=0.0)
-        path = Path(path)
-        file = locked(path, os.O_RDWR)
         contents = read(path)
         taken = optimizer.param_groups[0]["step"]
         steps = contents.steps if until is None else min(until, contents.steps)
         if steps != taken:
-            os.close(file)
             raise TrajectoryError(
                 f"the optimizer must have taken the first {steps} steps of {path}, got {taken}; "
                 f"let zoopt.replay take them"
             )
         end, chain = contents.step_ends[steps]
         os.ftruncate(file, end)
-        return cls(optimizer, path, file, chain, float(sync_every))
+        return cls(optimizer, path, file, chain, float(sync_every), model)
 
     def listen(self, closure: Closure) -> Closure:
         """Wrap the closure so that its results are kept for the record."""
@@ -176,6 +193,7 @@ class Recorder:
     def stepped(self, closure: bool) -> None:
         """Record a step: with a closure, with losses measured elsewhere, or from pending probes."""
         self._wrote(Kind.STEP if closure else Kind.TOLD if self._told else Kind.APPLY)
+        self._warn_of_buffers()
 
     def probed(self) -> None:
         """Record a probe."""
@@ -218,8 +236,9 @@ class Recorder:
         self._owed.append(Event(kind, losses, changed))
         self._losses, self._calls, self._told = [], 0, False
         self._last_rates = rates
+        self._at_step = kind in STEPS or (self._at_step and kind is Kind.DROP)
         if kind is not Kind.DROP:  # It changes nothing, and others may have since the last note.
-            self._note()
+            self._watch.note()
 
     def _finish_owed(self) -> None:
         """Write the events that are owed, in order, each of them once."""
@@ -235,24 +254,19 @@ class Recorder:
         """Record the changes since the last step, before the next one uses them.
 
         Raises:
-            TrajectoryError: something other than the optimizer wrote to the weights, groups were
-                added, or the recording has ended.
+            TrajectoryError: something other than the optimizer wrote to the weights or to its
+                state, groups were added, or the recording has ended.
             OSError: an earlier event that could not be written still cannot be.
         """
-        self._finish_owed()
-        self._calls, self._together = 0, False
+        self._check_file()
         if self._ended is not None:
             raise TrajectoryError(f"the recording to {self.path} has ended: {self._ended}")
-        if self._versions() != self._last_versions:
-            raise TrajectoryError(
-                f"the weights were written since the last step that {self.path} holds, by somebody "
-                f"else than the optimizer, so the file could not make them again; close the "
-                f"recorder, and begin another file"
-            )
-        changed = self._changes()
+        self._finish_owed()
+        self._calls, self._together = 0, False
+        changed = self._watch.changes()
         if changed:
             self._append(Event(Kind.CHANGE, change=changed))
-            self._note()
+            self._watch.note()
             self._sync()
 
     def flush(self) -> None:
@@ -263,24 +277,70 @@ class Recorder:
         """
         if self._file is not None:
             self._finish_sync()
-            os.fsync(self._file)
+            sync(self._file)
             self._synced = time.monotonic()
 
     def close(self) -> None:
         """End the recording; the optimizer continues without it.
 
+        A hash of the weights after the last step ends the file, for a replay to be checked by.
+
         Raises:
-            OSError: the last sync has failed, or one beside the steps, after which the recording
-                has ended all the same.
+            OSError: that hash could not be written, the last sync has failed, or one beside the
+                steps. The recording has ended all the same.
         """
-        if self._file is not None:
-            self._thread.shutdown()
-            os.fsync(self._file)
-            os.close(self._file)
-            self._file = None
         if self._optimizer.recorder is self:
             self._optimizer.recorder = None
+        file = self._file
+        if file is not None:
+            self._thread.shutdown()
+            with contextlib.ExitStack() as last:
+                last.callback(setattr, self, "_file", None)
+                last.callback(os.close, file)
+                last.callback(sync, file)
+                self._seal()
         self._finish_sync()
+
+    def _seal(self) -> None:
+        """Write the hash of the weights, unless they are no longer those of the last step."""
+        self._check_file()
+        params = all_params(self._optimizer.param_groups)
+        if (
+            self._ended is None
+            and not self._owed
+            and self._at_step
+            and self._optimizer._unfinished is None
+            and self._watch.untouched
+            and not any(map(is_sharded, params))
+        ):
+            self._append(Event(Kind.CHANGE, change={TRAINED: fingerprint(params)}))
+
+    def _check_file(self) -> None:
+        """End the recording if others have changed the file, or this is another process."""
+        if self._file is None or self._ended is not None:
+            return
+        if os.getpid() != self._process:
+            self._ended = (
+                "it is that of the process that this one was forked from; set optimizer.recorder "
+                "= None to train here without it"
+            )
+            return
+        now = os.fstat(self._file)
+        if not now.st_nlink:
+            self._ended = "somebody has deleted or replaced the file; close the recorder"
+        elif now.st_size != self._size:
+            self._ended = "somebody else has written to the file; close the recorder"
+
+    def _warn_of_buffers(self) -> None:
+        """Warn once if forward passes write to what the file does not hold."""
+        name = self._buffers.written()
+        if name is not None:
+            self._buffers = Buffers(None)
+            warn(
+                f"forward passes change buffers of the model, {name!r} for one, of which "
+                f"{self.path} holds nothing: save them apart, or a replayed model evaluates with "
+                f"those of its base"
+            )
 
     def _finish_sync(self) -> None:
         """Wait for the sync beside the steps, if there is one, and raise its error once."""
@@ -290,7 +350,7 @@ class Recorder:
 
     def _append(self, event: Event) -> None:
         record, chain = encode(event, self._chain)
-        size = os.fstat(self._file).st_size if self._file is not None else 0
+        size = self._size
         try:
             self._write(record)
         except OSError:
@@ -298,6 +358,7 @@ class Recorder:
             # the file is not damaged.
             if self._file is not None:
                 os.ftruncate(self._file, size)
+                self._size = size
             raise
         self._chain = chain
 
@@ -317,7 +378,7 @@ class Recorder:
         if time.monotonic() - self._synced < self.sync_every or not (last is None or last.done()):
             return
         self._synced = time.monotonic()
-        self._syncing = self._thread.submit(os.fsync, self._file)
+        self._syncing = self._thread.submit(sync, self._file)
         if last is not None:
             last.result()
 
@@ -325,55 +386,12 @@ class Recorder:
         if self._file is None:
             raise TrajectoryError(f"the recording to {self.path} has ended")
         while data:
-            data = data[os.write(self._file, data) :]
+            written = os.write(self._file, data)
+            self._size += written
+            data = data[written:]
 
     def _rates(self) -> tuple[float, ...]:
         return tuple(float(group["lr"]) for group in self._optimizer.param_groups)
-
-    def _params(self) -> list[Tensor]:
-        return all_params(self._optimizer.param_groups)
-
-    def _trained(self) -> list[bool]:
-        return [param.requires_grad for param in self._params()]
-
-    def _versions(self) -> list[int]:
-        """Autograd's version counter of each parameter, which increases with every write. A sharded
-        one has two: its part, which the optimizer writes, has its own."""
-        versions = [param._version for param in self._params()]
-        return versions + [local(param)._version for param in self._params() if is_sharded(param)]
-
-    def _note(self) -> None:
-        """Remember groups and version counters, to detect changes made from outside."""
-        self._groups = [dict(group) for group in self._optimizer.param_groups]
-        self._last_trained, self._last_versions = self._trained(), self._versions()
-
-    def _changes(self) -> dict[str, Any]:
-        changes: dict[str, Any] = {}
-        groups = self._optimizer.param_groups
-        if len(groups) != len(self._groups):
-            raise TrajectoryError(
-                f"param groups cannot be added while {self.path} is recorded; close the recorder "
-                f"first, and begin another file"
-            )
-        for number, (group, before) in enumerate(zip(groups, self._groups, strict=True)):
-            for key, value in group.items():
-                if key not in _APART and (key not in before or _differ(value, before[key])):
-                    changes.setdefault("groups", {}).setdefault(str(number), {})[key] = to_json(
-                        value
-                    )
-        trained = self._trained()
-        if trained != self._last_trained:
-            changes["trained"] = trained
-        return changes
-
-
-def _differ(value: Any, before: Any) -> bool:
-    """Whether a group's value has changed. Tensors in lists are compared by identity."""
-    if value is before:
-        return False
-    if isinstance(value, list) and isinstance(before, list) and len(value) == len(before):
-        return any(_differ(*pair) for pair in zip(value, before, strict=True))
-    return bool(value != before)
 
 
 def refuse_unrecordable(optimizer: ZerothOrderOptimizer) -> None:
@@ -391,6 +409,11 @@ def refuse_unrecordable(optimizer: ZerothOrderOptimizer) -> None:
                 f"sharded: products of some rows round in another way than those of all; save the "
                 f"run by torch.distributed.checkpoint, or record MeZO"
             )
+    if optimizer.recorder is not None:
+        raise ValueError(
+            f"a run must be recorded to one file, got {name}, whose run is recorded already; close "
+            f"that recorder first"
+        )
     if optimizer.param_groups[0]["step"] or optimizer.state or optimizer.has_pending:
         raise ValueError(
             f"a recording must begin before the first step, got {name} at step "

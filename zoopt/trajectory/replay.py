@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from zoopt.ambient import OwnArithmetic
+from zoopt.checks import check_number
 from zoopt.distributed.seed import alone
 from zoopt.interrupts import uninterrupted
 from zoopt.kernels import Write
 from zoopt.parameters import named_params
+from zoopt.trajectory.files import locked
 from zoopt.trajectory.format import Contents, Event, TrajectoryError, read, steps_of
 from zoopt.trajectory.format import Kind as EventKind
-from zoopt.trajectory.header import fingerprint, from_json, rebuild
+from zoopt.trajectory.header import fingerprint, from_json, params_of, rebuild
 from zoopt.trajectory.recorder import Recorder
 from zoopt.trajectory.script import Kind, NotScriptedError, Scripted
 from zoopt.warn import warn
@@ -62,8 +65,9 @@ def replay(
             in one pass over the weights (one more for each change of a group between steps). The
             result is equal up to rounding, and has less rounding error. Sign steps and Adam steps
             have no closed form.
-        check_base: raise unless the weights have the hash of those the run started from. If False,
-            the run's updates may be applied to other weights, for example to move a fine-tune to
+        check_base: raise unless the weights have the hash of those the run started from, and after
+            its last step the hash with which a closed recorder has ended the file. If False, the
+            run's updates may be applied to other weights, for example to move a fine-tune to
             another release of its base.
         progress: called after each step with its number and the number of steps. The weights may
             be written later than that.
@@ -73,23 +77,32 @@ def replay(
 
     Raises:
         TrajectoryError: the file is damaged, of an unknown version, or of another model; or the
-            weights are not the base. The model is then unchanged.
+            weights are not the base. The model is then unchanged. Or the weights after the last
+            step are not those that the run has ended with.
         ValueError: until is greater than the number of steps; or exact=False, and the run has no
             closed form.
     """
     contents = read(path)
     steps = list(steps_of(contents.events))
     check_until(contents, path, until)
-    optimizer = rebuild(contents.header, model)
-    params = [param for _, _, param, _ in named_params(optimizer.param_groups)]
+    params = params_of(contents.header, model)
     if check_base and fingerprint(params) != contents.header["base"]:
         raise TrajectoryError(
             f"the model's weights are not those that {path} begins from; load these, or pass "
             f"check_base=False to apply the run to others"
         )
+    optimizer = rebuild(contents.header, model)
     _report_torn(contents, path)
     last = len(steps) if until is None else until
     _Steps(optimizer, exact=exact).take(steps[:last], progress)
+    known = contents.trained if exact and check_base and last == len(steps) else None
+    if known is not None and fingerprint(params) != known:
+        raise TrajectoryError(
+            f"the weights after step {last} are not those that {path} has ended with, got others: "
+            f"something else than the optimizer has written to the run's weights, through "
+            f"param.data say; or, in a low-rank run, this machine rounds products in another way. "
+            f"Pass check_base=False for the weights that the steps alone make"
+        )
     return optimizer
 
 
@@ -233,9 +246,17 @@ def resume(
     Raises:
         TrajectoryError, ValueError: as for `replay`, or another process is writing to the file. The
             file is then unchanged.
+        OSError: the file cannot be written.
     """
-    optimizer = replay(model, path, until=until, check_base=check_base)
-    optimizer.recorder = Recorder.going_on(optimizer, path, until=until, sync_every=sync_every)
+    check_number("sync_every", sync_every, low=0.0)
+    path = Path(path)
+    with contextlib.ExitStack() as opened:
+        file = locked(path, os.O_RDWR)
+        opened.callback(os.close, file)
+        optimizer = replay(model, path, until=until, check_base=check_base)
+        options = {"until": until, "sync_every": sync_every, "model": model}
+        optimizer.recorder = Recorder.going_on(optimizer, path, file, **options)
+        opened.pop_all()
     return optimizer
 
 

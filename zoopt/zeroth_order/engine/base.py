@@ -208,7 +208,8 @@ class ZerothOrderOptimizer(JudgesLosses, ZerothOrderJob):
             The recorder; `close()` ends the recording.
 
         Raises:
-            ValueError: a step has been taken; the steps of this class do not follow from losses; it
+            ValueError: a step has been taken; the run is recorded already; the steps of this class
+                do not follow from losses; it
                 is a low-rank class and parameters are sharded, where steps follow from losses only
                 up to rounding; or there is neither a model nor a name for each parameter.
             FileExistsError: there is such a file; see `zoopt.trajectory.resume`.
@@ -346,8 +347,14 @@ class ZerothOrderOptimizer(JudgesLosses, ZerothOrderJob):
         """As for every zoopt optimizer; drops probes that are pending.
 
         Raises:
-            ValueError: also if the run was recorded with another version of the noise.
+            ValueError: also if the run was recorded with another version of the noise; or if there
+                is state and the run is recorded, as the file cannot hold it.
         """
+        if self.recorder is not None and any(dict(state_dict).get("state", {}).values()):
+            raise ValueError(
+                "state must not be loaded while the run is recorded, whose file could not make it "
+                "again; close the recorder, or go on by zoopt.trajectory.resume"
+            )
         super().load_state_dict(state_dict)
         self._pending = self._unfinished = self._cut_short = None
 
