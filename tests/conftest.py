@@ -21,8 +21,19 @@ os.environ.setdefault(
     "NUMBA_CACHE_DIR", f"{tempfile.gettempdir()}/zoopt-numba-{_version.hexdigest()}"
 )
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# The same examples in every run, however long they take: the processor may be busy otherwise.
+# `pytest --hypothesis-profile=default` looks for others.
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repeatable")
 
 # The interpreter must be chosen before triton is imported: its tests have their own process.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]

@@ -21,16 +21,19 @@ from torch import Tensor, nn
 Scenario = Callable[[Path], None]
 #: What every process would import at its first step.
 KERNELS = ("numba", "zoopt.kernels.noise.cpu")
+#: For so many seconds processes wait for each other. One may be late on a busy machine, or because
+#: it compiles kernels. No scenario depends on this time's being over.
+PATIENCE = 300
 
 
-def run(scenarios: Mapping[int, Sequence[Scenario]], folder: Path, patience: float = 60) -> None:
-    """Run them, by how many processes take part, in processes that wait `patience` seconds for each
-    other. A process ends once it takes part in no more, so the counts must fall."""
+def run(scenarios: Mapping[int, Sequence[Scenario]], folder: Path) -> None:
+    """Run them, by how many processes take part. A process ends once it takes part in no more, so
+    the counts must fall."""
     ordered = [(count, each) for count in scenarios for each in scenarios[count]]
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([ordered[0][1].__module__, *KERNELS])
     torch.multiprocessing.start_processes(
-        _work, (ordered, folder, patience), nprocs=max(scenarios), start_method="forkserver"
+        _work, (ordered, folder), nprocs=max(scenarios), start_method="forkserver"
     )
 
 
@@ -62,7 +65,7 @@ def run_all(scenarios: Mapping[int, Sequence[Scenario]], folder: Path) -> Path:
     return folder
 
 
-def connect(rank: int, processes: int, store: Path, patience: float) -> None:
+def connect(rank: int, processes: int, store: Path) -> None:
     """Join a group of processes."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -70,19 +73,17 @@ def connect(rank: int, processes: int, store: Path, patience: float) -> None:
         store=dist.FileStore(str(store), processes),
         rank=rank,
         world_size=processes,
-        timeout=datetime.timedelta(seconds=patience),
+        timeout=datetime.timedelta(seconds=PATIENCE),
     )
     torch.use_deterministic_algorithms(True)
 
 
-def _work(
-    rank: int, scenarios: Sequence[tuple[int, Scenario]], folder: Path, patience: float
-) -> None:
+def _work(rank: int, scenarios: Sequence[tuple[int, Scenario]], folder: Path) -> None:
     for processes, scenario in scenarios:
         if rank >= processes:
             continue
         # A group for each: one process's failure ends it, and the others go on with the next.
-        connect(rank, processes, folder / f"{scenario.__name__}{processes}", patience)
+        connect(rank, processes, folder / f"{scenario.__name__}{processes}")
         torch.manual_seed(1337 + rank)  # as programs do
         try:
             with warnings.catch_warnings():

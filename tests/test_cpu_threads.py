@@ -87,14 +87,15 @@ def test_shares_are_whole_units_of_three_threads(
 
 def test_torchs_own_threads_are_used_where_they_can_be(region: str) -> None:
     torch.ones(1 << 20).sum()  # The team is there now.
-    before = len(os.listdir("/proc/self/task"))
+    before = {*os.listdir("/proc/self/task")}
     perturbed()
+    new = {*os.listdir("/proc/self/task")} - before
     started = {thread.name for thread in threading.enumerate() if thread.name.startswith("zoopt")}
     gnu = cpu_threads._parallel_region(os.getpid()) != 0
     assert gnu == ("OpenMP" in torch.__config__.parallel_info() and region == "OpenMP")
     assert cpu_threads.kind() == ("torch's OpenMP threads" if gnu else "threads of its own")
     if gnu:
-        assert len(os.listdir("/proc/self/task")) == before
+        assert not new
     else:
         assert started
 
@@ -125,6 +126,6 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=send_total, args=(theirs, out))
     child.start()
-    assert ours.poll(60.0)
+    assert ours.poll(300.0)
     assert ours.recv() == expected
     child.join()

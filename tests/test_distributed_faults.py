@@ -292,7 +292,7 @@ def ends(number: int, folder: Path) -> None:
         if number not in (0, victim):
             continue
         rank = min(number, 1)
-        connect(rank, 2, folder / f"store{victim}", 20)
+        connect(rank, 2, folder / f"store{victim}")
         model = kind.model()
         optimizer = kind.build(model)
         optimizer.step(closure_of(model))

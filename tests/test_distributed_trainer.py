@@ -96,7 +96,7 @@ def launch(launcher: str, *command: str) -> str:
         [sys.executable, *LAUNCHERS[launcher], *command],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import random
-import subprocess
 import sys
 import time
 import warnings
 from concurrent.futures import wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 import zoopt
 from tests.compare import equal, same
 from tests.optimizer_table import CASES, Row, closure_of, mlp
+from tests.processes import KERNELS
 from zoopt.cli import main
 from zoopt.trajectory import TrajectoryError, replay, resume, script
 from zoopt.trajectory.format import Event, Kind, encode, encode_header, read
@@ -668,43 +670,37 @@ def test_a_probe_or_drop_that_could_not_be_written_is_written_before_the_next_ev
     assert same(base, model)
 
 
-_KILLED = """
-import sys, torch
-from tests.test_trajectory import mezo
-from tests.optimizer_table import closure_of, mlp
-from zoopt.trajectory import resume
-import os
-model, path = mlp(), sys.argv[1]
-if os.path.exists(path):
-    optimizer = resume(model, path)
-else:
-    optimizer = mezo(model)
-    optimizer.record(path, model)
-print("ready", flush=True)
-while optimizer.param_groups[0]["step"] < 3000:
-    optimizer.step(closure_of(model))
-"""
+def train(path: Path, ready: Connection) -> None:
+    """Go on with the run, or begin it."""
+    model = mlp()
+    if path.exists():
+        optimizer = resume(model, path)
+    else:
+        optimizer = mezo(model)
+        optimizer.record(path, model)
+    ready.send(path.stat().st_size)
+    for _ in range(3000):
+        optimizer.step(closure_of(model))
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """Killed three times, and compared with the run that never stopped."""
     path = tmp_path / "run"
     choose = random.Random(11)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *KERNELS])
     for _ in range(3):
-        child = subprocess.Popen(
-            [sys.executable, "-c", _KILLED, str(path)],
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).parents[1],
-        )
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
-        begun, end = path.stat().st_size, time.monotonic() + 60
-        while path.stat().st_size < begun + 100 and time.monotonic() < end:
+        ours, ready = context.Pipe(duplex=False)
+        child = context.Process(target=train, args=(path, ready))
+        child.start()
+        ready.close()
+        begun = ours.recv()
+        while child.is_alive() and path.stat().st_size < begun + 100:
             time.sleep(0.01)
+        assert path.stat().st_size >= begun + 100
         time.sleep(choose.uniform(0.0, 0.2))
         child.kill()
-        child.wait()
-        child.stdout.close()
+        child.join()
     steps = read(path).steps
     assert steps > 0
     restored, expected = mlp(), mlp()
