@@ -25,7 +25,7 @@ demo: $(VENV)/demo
 
 # A thread a worker: tests are many and small, and workers' threads would share each other's cores.
 test: lint types docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 ZOOPT_TEST_SITE=site $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -176,7 +176,7 @@ def test_loss_falls(row: Row) -> None:
     """Or rises, where it is maximised."""
     model = mlp()
     start = closure_of(model)().item()
-    trained, _ = run(row, 300)
+    trained, _ = run(row, 100)
     end = closure_of(trained)().item()
     assert end > start if row.options.get("maximize") else end < row.falls * start
 

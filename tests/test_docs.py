@@ -20,7 +20,9 @@ FETCHED = re.compile(r"""(?:\bsrc=["']?|<link[^>]*\bhref=["']?|url\(["']?|@impor
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The documentation, built as by `make docs`."""
+    """The documentation, built as by `make docs`; or what `make test` has just built."""
+    if "ZOOPT_TEST_SITE" in os.environ:
+        return ROOT / os.environ["ZOOPT_TEST_SITE"]
     path = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(path)],

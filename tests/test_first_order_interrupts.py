@@ -163,8 +163,9 @@ def without_bases(each: list[Any]) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product_reference, "CHUNK", 1024)
-    monkeypatch.setattr(adam_reference, "CHUNK", 1024)
+    """Three for the largest matrix."""
+    monkeypatch.setattr(product_reference, "CHUNK", 2048)
+    monkeypatch.setattr(adam_reference, "CHUNK", 2048)
 
 
 def positions(calls: int, salt: int) -> list[int]:
