@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torch.distributed as dist
@@ -87,7 +89,6 @@ LAUNCHERS = {
         *("--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"),
         *("--mixed_precision", "no", "--dynamo_backend", "no"),
     ],
-    "alone": [],
 }
 
 
@@ -107,13 +108,18 @@ def launch(launcher: str, *command: str) -> str:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of what two processes and one have written."""
+    """The folder of what two processes and this one have written."""
     folder = tmp_path_factory.mktemp("trainer")
     program = folder / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
-    for name, launcher, batch in (("two", "accelerate", 2), ("one", "alone", 4)):
-        (folder / name).mkdir()
-        launch(launcher, str(program), str(folder / name), str(batch))
+    (folder / "two").mkdir()
+    launch("accelerate", str(program), str(folder / "two"), "2")
+    (folder / "one").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(program), str(folder / "one"), "4"])
+        runpy.run_path(str(program))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
     return folder
 
 
