@@ -123,7 +123,7 @@ def test_state_bytes(row: Row, dtype: torch.dtype) -> None:
 def test_loss_falls(row: Row) -> None:
     """Or rises, where it is maximised."""
     start = backward(net()).item()
-    model, _ = run(row, 60)
+    model, _ = run(row, 30)
     end = backward(model).item()
     assert end > start if row.options.get("maximize") else end < row.falls * start
 
