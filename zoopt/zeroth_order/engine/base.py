@@ -209,9 +209,9 @@ class ZerothOrderOptimizer(JudgesLosses, ZerothOrderJob):
 
         Raises:
             ValueError: a step has been taken; the run is recorded already; the steps of this class
-                do not follow from losses; it
-                is a low-rank class and parameters are sharded, where steps follow from losses only
-                up to rounding; or there is neither a model nor a name for each parameter.
+                do not follow from losses; it is a low-rank class and parameters are sharded, where
+                steps follow from losses only up to rounding; or there is neither a model nor a name
+                for each parameter.
             FileExistsError: there is such a file; see `zoopt.trajectory.resume`.
         """
         from zoopt.trajectory.recorder import Recorder
