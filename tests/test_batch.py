@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from zoopt import kernels
-from zoopt.kernels.batch import Batch
+from zoopt.kernels.batch import Batch, share_no_memory
 from zoopt.kernels.noise.key import NoiseKey
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -232,3 +234,20 @@ def test_refuses_what_kernels_cannot_take(
     with pytest.raises(error, match=message):
         call()
     assert not X.any()
+
+
+@given(st.data())
+def test_tensors_share_memory_where_their_elements_do(data: st.DataObject) -> None:
+    """Against the sets of their elements' places, for slices and transposes of one matrix."""
+    whole, places = torch.zeros(6, 8), torch.arange(48).view(6, 8)
+    tensors, sets = [], []
+    for _ in range(data.draw(st.integers(2, 4))):
+        cuts = []
+        for size in whole.shape:
+            first, last = sorted(data.draw(st.tuples(*[st.integers(0, size)] * 2)))
+            cuts.append(slice(first, last, data.draw(st.integers(1, 3))))
+        tensor, own = whole[tuple(cuts)], places[tuple(cuts)]
+        tensors.append(tensor.t() if data.draw(st.booleans()) else tensor)
+        sets.append(set(own.flatten().tolist()))
+    apart = sum(map(len, sets)) == len(set().union(*sets))
+    assert share_no_memory(tensors) is apart

@@ -253,6 +253,33 @@ def test_mixed_dtypes_and_the_default_dtype(row: Row) -> None:
                 assert optimizer.state[param][name].dtype == spec.dtype
 
 
+class Tied(nn.Module):
+    """A matrix, and some of its rows as another parameter."""
+
+    def __init__(self, parts: bool) -> None:
+        super().__init__()
+        values = torch.linspace(-1.0, 1.0, 48).view(6, 8).clone()
+        self.whole = nn.Parameter(values)
+        if parts:
+            self.rows = nn.Parameter(values[1:3])
+            self.first = nn.Parameter(values[0])
+
+
+@every_row
+def test_parameters_that_share_some_memory_step_in_turn(row: Row) -> None:
+    """As in torch. Gradients of 0 for parts of another parameter change nothing."""
+    models = [Tied(parts) for parts in (True, False)]
+    for model in models:
+        optimizer = row.build(model, weight_decay=0.0)
+        for step in range(3):
+            for param in model.parameters():
+                param.grad = torch.zeros_like(param)
+            model.whole.grad = torch.linspace(-1.0, 2.0, 48).view(6, 8) + step
+            optimizer.step()
+    assert torch.equal(models[0].whole, models[1].whole)
+    assert not torch.equal(models[0].whole, Tied(parts=False).whole)
+
+
 @every_row
 def test_zero_gradients_change_nothing_without_decay(row: Row) -> None:
     model, optimizer = build(row, weight_decay=0.0)

@@ -21,7 +21,7 @@ from zoopt.distributed.sharding import (
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.checks import check_gradient, check_shards, check_values
 from zoopt.first_order.progress import Mark, Update
-from zoopt.first_order.site import Site, gradient_of, operand, place_of
+from zoopt.first_order.site import Site, gradient_of, operand, tied_by_data
 from zoopt.interrupts import uninterrupted
 from zoopt.kernels.journal import kept
 from zoopt.noise import NOISE_VERSION
@@ -154,17 +154,15 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
     ) -> tuple[list[int], list[list[int]]]:
         """The numbers of the parameters that are updated by themselves, and of those that one
         operation updates together."""
-        alone: list[int] = []
+        kinds = [self._kind(site, own) for site, own in zip(sites, gradients, strict=True)]
+        members = [i for i, kind in enumerate(kinds) if kind is not None]
+        # Parameters tied by their data are updated one after the other.
+        tied = {members[i] for i in tied_by_data([sites[i].param for i in members])}
         together: dict[Hashable, list[int]] = {}
-        places: set[int] = set()
-        for i, (site, gradient) in enumerate(zip(sites, gradients, strict=True)):
-            kind = self._kind(site, gradient)
-            # Parameters tied by their data are updated one after the other.
-            if kind is None or place_of(site.param) in places:
-                alone.append(i)
-            else:
-                places.add(place_of(site.param))
-                together.setdefault(kind, []).append(i)
+        for i in members:
+            if i not in tied:
+                together.setdefault(kinds[i], []).append(i)
+        alone = [i for i, kind in enumerate(kinds) if kind is None or i in tied]
         return alone, list(together.values())
 
     def _complete(

@@ -102,9 +102,18 @@ def batch_kind(site: Site, gradient: Tensor, *states: Tensor) -> Hashable:
     return id(site.group), param.dtype, gradient.dtype, param.device, kinds
 
 
-def place_of(param: Tensor) -> int:
-    """Equal for parameters whose data are one."""
-    return id(param) if is_fake(param) else param.data_ptr()
+def tied_by_data(params: Sequence[Tensor]) -> set[int]:
+    """The numbers of contiguous parameters without which no two of them share memory."""
+    spans, reached, tied = [], 0, set[int]()
+    for i, param in enumerate(params):
+        start = id(param) if is_fake(param) else param.data_ptr()
+        spans.append((start, start + (1 if is_fake(param) else param.nbytes), i))
+    for start, end, i in sorted(spans):
+        if start < reached:
+            tied.add(i)
+        else:
+            reached = end
+    return tied
 
 
 def batch_of(sites: Sequence[Site]) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -275,12 +274,33 @@ def as_batch(theta: Tensor | Batch, key: NoiseKey | None) -> Batch:
 
 
 def share_no_memory(tensors: Iterable[Tensor]) -> bool:
-    """Whether no two contiguous tensors share memory: one launch writes to all, in no order."""
-    spans = sorted(
-        (tensor.data_ptr(), tensor.numel() * tensor.itemsize)
-        for tensor in tensors
-        if tensor.is_contiguous() and tensor.numel()
-    )
-    return all(
-        start + size <= following for (start, size), (following, _) in itertools.pairwise(spans)
-    )
+    """Whether no two tensors share memory: one launch writes to all, in no order."""
+    filled = sorted((tensor for tensor in tensors if tensor.numel()), key=Tensor.data_ptr)
+    begun: list[tuple[int, Tensor]] = []
+    for tensor in filled:
+        start = tensor.data_ptr()
+        begun = [(end, other) for end, other in begun if end > start]
+        if any(_meet(other, tensor) for _, other in begun):
+            return False
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        begun.append((start + (last + 1) * tensor.itemsize, tensor))
+    return True
+
+
+def _meet(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors in one piece of memory have bytes in common."""
+    if first.is_contiguous() and second.is_contiguous():
+        return True
+    return bool(torch.isin(_bytes(first), _bytes(second)).any())
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The addresses of all of a tensor's bytes, int64."""
+    at = torch.tensor([tensor.data_ptr()], device="cpu")
+    steps = [
+        (n, stride * tensor.itemsize)
+        for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    for n, step in (*steps, (tensor.itemsize, 1)):
+        at = (at.unsqueeze(1) + torch.arange(n, device="cpu") * step).flatten()
+    return at

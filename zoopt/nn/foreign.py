@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zoopt.checks import check_choice
-from zoopt.nn.linear import check_inside
+from zoopt.nn.linear import check_inside, check_no_hooks
 from zoopt.nn.modules import Target, foreign_kind, linear_layers
 from zoopt.nn.quantised import FORMS, Codes, Form, QuantisedLinear
 
@@ -141,6 +141,7 @@ def adopt_quantised(
             "float model by zoopt.nn.convert_to_quantised(model)"
         )
     check_inside(layers)
+    check_no_hooks(layers)
     built = {}
     for name, layer in layers.items():
         bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]

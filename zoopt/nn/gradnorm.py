@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zoopt.checks import check_choice, check_positive_int
+from zoopt.nn import dual
 from zoopt.nn.initial import kaiming_uniform_
 from zoopt.nn.linear import (
     ReparametrisedLinear,
@@ -158,9 +159,8 @@ class GradNormLinear(ReparametrisedLinear):
                 "weight of a GradNormLinear must stay frozen, got requires_grad=True; call "
                 "layer.weight.requires_grad_(False)"
             )
-        return _GradNorm.apply(  # type: ignore[no-any-return,no-untyped-call]
-            x, self.weight, self.left, self.right, self.magnitude, self.bias, self.norm
-        )
+        weights = self.weight, self.left, self.right, self.magnitude
+        return dual.apply(_GradNorm, x, *weights, self.bias, self.norm)
 
     def extra_repr(self) -> str:
         """The sizes and the rank."""

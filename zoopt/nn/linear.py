@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from zoopt.distributed.seed import SharedSeed
 from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.dispatch import is_fake
+from zoopt.nn import dual
 from zoopt.nn.initial import CHUNK
 from zoopt.nn.modules import Matrices, Target, is_conv1d, matrices
 from zoopt.nn.stacks import Stack, attach, merge_stacks
@@ -88,7 +89,7 @@ class RecomputedLinear(ReparametrisedLinear):
         raise NotImplementedError
 
     def _recomputed(self, x: Tensor, values: Tensor) -> Tensor:
-        return _Recomputed.apply(x, self, values, self.bias)  # type: ignore[no-any-return,no-untyped-call]
+        return dual.apply(_Recomputed, x, self, values, self.bias)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -160,6 +161,42 @@ def check_inside(layers: dict[str, nn.Module]) -> None:
         )
 
 
+def check_replaceable(layers: dict[str, nn.Module]) -> None:
+    """Raise unless other layers can take the place of these, by name.
+
+    Raises:
+        TypeError: a layer is of a subclass of nn.Linear or Conv1D, whose owner may read its weight
+            directly.
+        ValueError: a layer is the model itself, or has hooks, which would be lost.
+    """
+    check_inside(layers)
+    for name, module in layers.items():
+        if type(module) is not nn.Linear and not is_conv1d(module):
+            raise TypeError(
+                f"a layer to convert must be an nn.Linear or Conv1D inside the model, got "
+                f"{type(module).__name__} for {name!r}, whose owner may read its weight; choose "
+                f"layers by target without it"
+            )
+    check_no_hooks(layers)
+
+
+def check_no_hooks(layers: dict[str, nn.Module]) -> None:
+    """Raise if a call of one of the layers, by name, runs more than its own forward pass."""
+    for name, module in layers.items():
+        hooks: list[Any] = [getattr(module, kind) for kind in _HOOKS]
+        # accelerate's hooks put another function in the place of the class's.
+        forward = vars(module).get("forward", module.forward)
+        if any(hooks) or getattr(forward, "__func__", None) is not type(module).forward:
+            raise ValueError(
+                f"a layer to convert must have no hooks, which would be lost, got {name!r} with "
+                f"some; remove them first (those of accelerate by "
+                f"accelerate.hooks.remove_hook_from_module), or choose layers by target without it"
+            )
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 def replace_layers(
     model: nn.Module,
     target: Target,
@@ -170,9 +207,8 @@ def replace_layers(
     bare parameter a function of build_stack(name, matrices).
 
     Raises:
-        TypeError: a layer is of a subclass of nn.Linear or Conv1D, whose owner may read its
-            weight directly. Nothing has changed then.
-        ValueError: `target` matches nothing, or the model itself.
+        TypeError, ValueError: `target` matches nothing, or a layer that cannot be replaced.
+            Nothing has changed then.
     """
     found = matrices(model, target)
     bare = {name: own for name, own in found.items() if not own.is_layers}
@@ -183,14 +219,7 @@ def replace_layers(
             own = found[f"{name}.weight" if name else "weight"]
             bare[f"{name}.weight"] = own
             del layers[name]
-    check_inside(layers)
-    for name, module in layers.items():
-        if type(module) is not nn.Linear and not is_conv1d(module):
-            raise TypeError(
-                f"a layer to convert must be an nn.Linear or Conv1D itself, got "
-                f"{type(module).__name__} for {name!r}, whose owner may read its weight; choose "
-                f"layers by target without it"
-            )
+    check_replaceable(layers)
     for name, module in layers.items():
         stored: Tensor = module.weight  # type: ignore[assignment]
         weight = stored.detach().t().contiguous() if is_conv1d(module) else stored.detach()

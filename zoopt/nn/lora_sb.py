@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from zoopt.checks import check_number, check_positive_int
 from zoopt.dtypes import accumulator_dtype
-from zoopt.nn.linear import ReparametrisedLinear
+from zoopt.nn.linear import ReparametrisedLinear, check_replaceable
 from zoopt.nn.losses import functions
 from zoopt.nn.losses import gradients as loss_gradients
 from zoopt.nn.modules import Target, is_conv1d, linear_layers, named
@@ -153,12 +153,7 @@ def convert_to_lora_sb(
     check_positive_int("rank", rank)
     check_number("lr", lr, low=0.0, open_low=True)
     layers = linear_layers(model, target)
-    for name, layer in layers.items():
-        if not name or (type(layer) is not nn.Linear and not is_conv1d(layer)):
-            raise TypeError(
-                f"a layer to convert must be an nn.Linear or Conv1D inside the model, got "
-                f"{type(layer).__name__} for {name!r}; choose layers by target without it"
-            )
+    check_replaceable(layers)
     weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
     gradients = first_gradients(weights, losses)
     for name, layer in layers.items():

@@ -140,7 +140,10 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and name not in tied
+        if (isinstance(module, nn.Linear) or is_conv1d(module))
+        and name not in tied
+        # Not one whose weight is computed from other parameters (weight_norm, parametrize, prune).
+        and module._parameters.get("weight") is not None
     }
 
 
@@ -150,7 +153,8 @@ def chosen(model: nn.Module, layers: dict[str, nn.Module], target: Target) -> di
     if not found:
         some = ", ".join(map(repr, list(layers)[:5])) or "none at all"
         raise ValueError(
-            f"target must match a linear layer (nn.Linear or Conv1D, its weight not tied), got "
+            f"target must match a linear layer (nn.Linear or Conv1D, its weight a parameter and "
+            f"not tied), got "
             f"{target!r}, which matches none; the model's are {some}"
             f"{' and others' if len(layers) > 5 else ''}"
         )
@@ -188,7 +192,8 @@ def _matching(
             if not any(fnmatch.fnmatchcase(name, glob) for name in layers):
                 raise ValueError(
                     f"each pattern of target must match a linear layer, got {glob!r}, which "
-                    f"matches none; the patterns are of whole module names, '*.q_proj' say"
+                    f"matches none whose weight is a parameter, and not tied; the patterns are of "
+                    f"whole module names, '*.q_proj' say"
                 )
         for name, module in layers.items():
             if any(fnmatch.fnmatchcase(name, glob) for glob in target):

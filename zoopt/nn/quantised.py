@@ -12,6 +12,7 @@ from torch.nn import functional
 from zoopt.checks import check_choice, check_positive_int
 from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.dispatch import known
+from zoopt.nn import dual
 from zoopt.nn.linear import RecomputedLinear, gradient_rows, replace_layers
 from zoopt.nn.modules import Matrices, Target, foreign_kind, matrices, named
 from zoopt.nn.packing import pack, unpack
@@ -233,7 +234,7 @@ class QuantisedStack(Stack):
         return integers(codes, self.zero[rows], self.group_size, dtype)
 
     def _make(self, original: Tensor) -> Tensor:
-        return _Scaled.apply(original, self).view(self.stacked)  # type: ignore[no-any-return,no-untyped-call]
+        return dual.apply(_Scaled, original, self).view(self.stacked)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The initial scales, (E m, g)."""
@@ -269,13 +270,13 @@ def check_options(bits: int, group_size: int, form: str) -> None:
 
 
 def check_weight(name: str, weight: Tensor) -> None:
-    """Raise unless a weight has elements, all of them finite."""
-    values = weight.detach()
+    """Raise unless a weight has elements, and their range is finite in the accumulator's dtype."""
+    values, wide = weight.detach(), accumulator_dtype(weight.dtype)
     # A weight on the meta device has no values; the planner's are.
     has_values = bool(values.numel()) and not values.is_meta
-    finite = not has_values or known((values.amin() + values.amax()).isfinite(), True)
+    finite = not has_values or known((values.amax().to(wide) - values.amin()).isfinite(), True)
     if not values.numel() or not finite:
-        fault = "NaN or infinite ones" if values.numel() else f"shape {tuple(values.shape)}"
+        fault = "NaN or an infinite range" if values.numel() else f"shape {tuple(values.shape)}"
         raise ValueError(
             f"a weight to quantise must have elements, finite ones, got {fault} for {name!r}; "
             f"choose layers by target without it"

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from zoopt.checks import check_choice, check_number, check_positive_int
 from zoopt.kernels.noise.key import check_unsigned
+from zoopt.nn import dual
 from zoopt.nn.initial import kaiming_uniform_
 from zoopt.nn.linear import (
     ReparametrisedLinear,
@@ -178,8 +179,8 @@ class SLTrainLinear(ReparametrisedLinear):
         return low_rank_plus_sparse(self.left, self.right, self.values, self.columns(), self.scale)
 
     def _linear(self, x: Tensor) -> Tensor:
-        return _SparsePlusLowRank.apply(  # type: ignore[no-any-return,no-untyped-call]
-            x, self, self.left, self.right, self.values, self.bias
+        return dual.apply(
+            *(_SparsePlusLowRank, x, self, self.left, self.right, self.values, self.bias)
         )
 
     def get_extra_state(self) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.weak import WeakIdKeyDictionary
 
 from zoopt.checks import check_number
@@ -16,7 +17,7 @@ from zoopt.dtypes import accumulator_dtype
 from zoopt.kernels.dispatch import known
 from zoopt.nn.foreign import frozen_dtype, frozen_weight, is_quantised
 from zoopt.nn.largest import Largest
-from zoopt.nn.linear import RecomputedLinear, check_inside, gradient_rows
+from zoopt.nn.linear import RecomputedLinear, check_inside, check_no_hooks, gradient_rows
 from zoopt.nn.modules import Target, chosen, named
 from zoopt.nn.quantised import QuantisedLinear
 
@@ -41,6 +42,7 @@ class Tap:
         asks: what the optimizer wants of the next step, or None.
         picked: int32 positions, from the first backward pass since the last step.
         picked_finite: whether the gradient from which they come was finite.
+        hooked: whether `accumulated` is called, which torch allows only while the delta trains.
     """
 
     def __init__(self, layer: SparseDeltaLinear) -> None:
@@ -48,6 +50,7 @@ class Tap:
         self.asks: Callable[[], Wanted | None] = lambda: None
         self.picked: Tensor | None = None
         self.picked_finite = True
+        self.hooked = False
         self._gathered: Tensor | None = None
         self._reference: tuple[Tensor, Tensor] | None = None
         self._version = self._pass = -1
@@ -173,6 +176,11 @@ class SparseDeltaLinear(RecomputedLinear):
     def weight_of(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """W0 + D, (out, in), with those values (k,) in D; the sum is rounded once."""
         w = frozen_weight(self.base, dtype)
+        if not self.placed and known(values.any(), False):
+            raise RuntimeError(
+                "a sparse delta must have positions before its values move, got none yet; run "
+                "loss.backward() once, which chooses them, or set them by layer.place(index)"
+            )
         if self.placed:
             flat, places = w.view(-1), self.index.long()
             flat[places] = (flat[places].to(values.dtype) + values).to(dtype)
@@ -190,8 +198,8 @@ class SparseDeltaLinear(RecomputedLinear):
         """dL/dW at D's positions, (k,). The first time it chooses them; and it tells the tap what
         the optimizer wants of dL/dW."""
         tap = tap_of(self.delta)
-        if tap is None:
-            tap = self._connect()
+        if tap is None or not tap.hooked:
+            tap = self._connect(tap)
         tap.begin()
         wide = self.delta.dtype
         if not self.placed:
@@ -232,10 +240,12 @@ class SparseDeltaLinear(RecomputedLinear):
             best.add(scores.nan_to_num_(0.0), start)
         return best.positions, finite
 
-    def _connect(self) -> Tap:
+    def _connect(self, tap: Tap | None = None) -> Tap:
         """Let optimizers find the layer by its parameter."""
-        tap = _taps[self.delta] = Tap(self)
-        self.delta.register_post_accumulate_grad_hook(tap.accumulated)  # type: ignore[no-untyped-call]
+        tap = _taps[self.delta] = tap or Tap(self)
+        if self.delta.requires_grad:
+            self.delta.register_post_accumulate_grad_hook(tap.accumulated)  # type: ignore[no-untyped-call]
+            tap.hooked = True
         return tap
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -312,7 +322,13 @@ def convert_to_sparse_delta(
                 f"without it"
             )
     check_inside(layers)
-    for layer in layers.values():
+    check_no_hooks(layers)
+    for name, layer in layers.items():
+        if type(layer) is NonDynamicallyQuantizableLinear:
+            raise TypeError(
+                f"a layer must be called by its owner to have a sparse delta, got {name!r} of "
+                f"torch's attention, which reads its weight; choose layers by target without it"
+            )
         checked_base(layer)
     built = {name: SparseDeltaLinear(layer, density) for name, layer in layers.items()}
     model.requires_grad_(False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from zoopt.nn import dual
 from zoopt.nn.initial import kaiming_uniform_
 from zoopt.nn.modules import Matrices
 from zoopt.nn.norms import Norm, channel_norms
@@ -156,9 +157,8 @@ class GradNormStack(Stack):
         count = self.matrices
         magnitude = self.magnitude.unsqueeze(0) if count == 1 else self.magnitude
         left, right = three(self.left, count), three(self.right, count)
-        return _GradNorm.apply(  # type: ignore[no-any-return,no-untyped-call]
-            original.view(self.stacked), left, right, magnitude, self.norm
-        )
+        weight = original.view(self.stacked)
+        return dual.apply(_GradNorm, weight, left, right, magnitude, self.norm)
 
 
 class _LowRankPlusSparse(torch.autograd.Function):
@@ -239,7 +239,7 @@ class SLTrainStack(Stack):
     def _make(self, original: Tensor) -> Tensor:
         count = self.matrices
         parts = (three(part, count) for part in (original, self.right, self.values))
-        return _LowRankPlusSparse.apply(*parts, self)  # type: ignore[no-any-return,no-untyped-call]
+        return dual.apply(_LowRankPlusSparse, *parts, self)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """B at the start: 0, for any weight."""

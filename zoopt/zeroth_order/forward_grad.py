@@ -45,6 +45,12 @@ def forward_gradient(
 
     @OwnArithmetic()
     def theta(param: Tensor) -> Tensor:
+        if not torch._C._is_fwd_grad_enabled():
+            raise RuntimeError(
+                f"the closure reads a parameter of shape {tuple(param.shape)} where no forward "
+                f"derivative is kept, as inside a torch.autograd.Function, and its part of the "
+                f"slope would be lost; use MeZO, or pass ForwardGrad other parameters"
+            )
         return _dual(param.detach(), z(param))
 
     s: list[float] = []
