@@ -13,7 +13,6 @@ from zoopt.distributed.exchange import Exchange, Job, Parallel, digest_of
 from zoopt.distributed.replicas import compare
 from zoopt.distributed.seed import several_ranks
 from zoopt.distributed.sharding import is_sharded, layout, ranks_of
-from zoopt.groups import all_params
 from zoopt.optimizer import Params
 from zoopt.parameters import named_params
 from zoopt.warn import warn
@@ -151,7 +150,7 @@ class ZerothOrderJob(ZerothOrderUpdates):
             super()._check_seed()
 
     def _params(self) -> list[Tensor]:
-        return all_params(self.param_groups)
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _check_due(self, pending: PendingProbe) -> bool:
         """Whether this step compares the ranks' weights."""
