@@ -38,10 +38,11 @@ from zoopt.trajectory import TrajectoryError, replay, resume
 
 #: Steps of the run whose file is damaged, and the greatest number of steps of a run that is killed.
 STEPS, MOST = 12, 400
-#: Kills of one run, and the greatest number of seconds from its start to a kill.
-KILLS, LATEST = 10, 0.12
+#: Kills of one run. A kill comes at most so many seconds after one of the first steps has returned,
+#: or after the start: on a busy machine too, some steps return.
+KILLS, LATEST, FIRST = 10, 0.12, 8
 #: A child that is silent for this many seconds counts as hung.
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 
 def model() -> nn.Module:
@@ -170,11 +171,13 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, int]:
         dict.fromkeys(("kills", "steps", "unfinished", "torn", "empty", "lost", "wrong"), 0)
     )
     path, begun = folder / "killed", 0
+    expected.after(1)  # Children inherit the kernels that it loads.
     for number in range(count):
         if number % KILLS == 0:
             path.unlink(missing_ok=True)
             begun = 0
-        returned = begun + _killed(path, choose.uniform(0.0, LATEST))
+        least = min(choose.randrange(FIRST), MOST - begun)
+        returned = begun + _killed(path, least, choose.uniform(0.0, LATEST))
         found["kills"] += 1
         found["steps"] += returned - begun
         net = model()
@@ -195,9 +198,9 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, int]:
     return dict(found)
 
 
-def _killed(path: Path, after: float) -> int:
-    """Train in a process that is killed after that many seconds. Return how many of its steps
-    returned."""
+def _killed(path: Path, steps: int, after: float) -> int:
+    """Train in a process that is killed when that many steps have returned, and that many seconds
+    have passed. Return how many of its steps returned."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns about forks of processes with threads.
@@ -209,21 +212,23 @@ def _killed(path: Path, after: float) -> int:
         os._exit(1)
     os.close(writing)
     try:
-        _said(reading)
+        for _ in range(1 + steps):
+            _said(reading)
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        return sum(len(said) for said in iter(lambda: os.read(reading, 1 << 12), b""))
+        return steps + sum(len(said) for said in iter(lambda: os.read(reading, 1 << 12), b""))
     finally:
         os.close(reading)
 
 
 def _said(reading: int) -> None:
-    """Wait for the child's first byte or its end."""
+    """Wait for the child's next byte."""
     ready, _, _ = select.select([reading], [], [], PATIENCE)
     if not ready:
         raise TimeoutError(f"a child must say something within {PATIENCE} seconds, got nothing")
-    os.read(reading, 1)
+    if not os.read(reading, 1):
+        raise ChildProcessError("a child has ended before it was killed")
 
 
 def _train(path: Path, writing: int) -> None:
