@@ -203,6 +203,43 @@ def a_rank_alone_is_told_so_once(folder: Path) -> None:
         optimizer.join(None)
 
 
+def codes_move_together(folder: Path) -> None:
+    """Each rank has its own batch; an error of one, and other codes of one, are told to all."""
+
+    def made(**options: Any) -> tuple[nn.Module, zoopt.QES, Callable[[], torch.Tensor]]:
+        model = mlp()
+        zoopt.nn.convert_to_quantised(model)
+        optimizer = zoopt.QES(model, lr=50.0, seed=1, num_probes=2, **options)
+        loss = closure_of(model)
+        return model, optimizer, lambda: loss() * (1 + dist.get_rank())
+
+    def codes(model: nn.Module) -> torch.Tensor:
+        return torch.cat([own.flatten() for own in model.buffers()])
+
+    model, optimizer, loss = made(process_group=world())
+    before = codes(model)
+    mean = optimizer.step(loss)
+    assert set(everywhere(mean)) == {mean}
+    optimizer.step(loss, weight=float(dist.get_rank()))
+    moved = codes(model)
+    assert not torch.equal(moved, before)
+    assert set(map(tuple, everywhere(moved.tolist()))) == {tuple(moved.tolist())}
+    with pytest.raises(RuntimeError if dist.get_rank() else ZeroDivisionError):
+        optimizer.step(loss if dist.get_rank() else lambda: 1 / 0)
+    assert torch.equal(codes(model), moved)
+    optimizer.step(loss)
+    assert len(set(map(tuple, everywhere(codes(model).tolist())))) == 1
+    model, optimizer, loss = made(process_group=world())
+    if dist.get_rank():
+        next(model.buffers()).bitwise_xor_(1)
+    with pytest.raises(RuntimeError, match="all ranks must take the same step"):
+        optimizer.step(loss)
+    _, alone, loss = made()
+    with pytest.warns(UserWarning, match="QES takes its steps alone in a job of several"):
+        alone.step(loss)
+    alone.step(loss)
+
+
 def what_is_no_group_is_refused(folder: Path) -> None:
     params = list(mlp().parameters())
     build: Any = zoopt.MeZO
@@ -312,6 +349,7 @@ SCENARIOS: dict[int, list[Scenario]] = {
         random_numbers_stay_alike,
         other_random_numbers_are_warned_of,
         a_rank_alone_is_told_so_once,
+        codes_move_together,
         what_is_no_group_is_refused,
         a_population_by_hand_is_nobodys_exchange,
         a_rank_comes_back_from_the_record,

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoopt.checks import check_number, check_positive_int, shown
-from zoopt.distributed.seed import SharedSeed
+from zoopt.distributed.exchange import Exchange, Job, digest_of
+from zoopt.distributed.seed import SharedSeed, several_ranks
 from zoopt.kernels.noise.key import check_unsigned
 from zoopt.nn.initial import CHUNK
 from zoopt.nn.packing import pack, unpack
 from zoopt.nn.quantised import QuantisedLinear
 from zoopt.noise import normal, stream
 from zoopt.selection.saved import check_saved
+from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import PinnedRNG, check_closure, loss_values
 from zoopt.zeroth_order.engine.narrow import JudgesLosses
+from zoopt.zeroth_order.engine.shared import refuse
 
+#: How many steps pass between comparisons of the ranks' codes.
+_COMPARED_EVERY = 100
 #: A step's directions: pairs of a draw and the factor of its direction, in codes.
 Step = list[tuple[int, float]]
 
@@ -75,6 +81,9 @@ class QES(JudgesLosses):
         window: number of past steps from which e is recomputed; default 100.
         max_projected_grad: clip each g to this magnitude; default 100. None: no clipping.
         seed: default torch.initial_seed(), rank 0's in all processes.
+        process_group: ranks that each have a batch of their own and take the steps together, from
+            the means of their losses; they exchange nothing else. Default None: this process takes
+            its steps alone.
 
     Raises:
         TypeError, ValueError: an argument is out of range; the model has no quantised layers.
@@ -99,6 +108,7 @@ class QES(JudgesLosses):
         window: int = 100,
         max_projected_grad: float | None = 100.0,
         seed: int | None = None,
+        process_group: Job = None,
     ) -> None:
         check_number("lr", lr, low=0.0)
         check_number("sigma", sigma, low=0.0, open_low=True)
@@ -121,28 +131,43 @@ class QES(JudgesLosses):
         self._seed = SharedSeed(seed, type(self).__name__).value
         self._step = 0
         self._steps: list[Step] = []
+        self._exchange = None if process_group is None else Exchange(process_group, "data")
+        self._warned_alone = False
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> float:
+    def step(self, closure: Callable[[], Any], *, weight: float = 1.0) -> float:
         """Probe the closure, and move the codes.
 
+        Args:
+            closure: evaluates the loss.
+            weight: the weight of this rank's losses, for example the number of its tokens.
+
         Returns:
-            The mean of the evaluated losses.
+            The mean of the evaluated losses (of all ranks').
+
+        Raises:
+            RuntimeError: another rank's closure raised an error, or the ranks are at different
+                places of the run. No codes have moved.
         """
         check_closure(closure, type(self).__name__)
+        check_number("weight", weight, low=0.0)
+        self._warn_alone()
         lr, sigma = float(self.lr), float(self.sigma)
         pinned = PinnedRNG({layer.codes.device for layer in self._layers.values()})
         losses: list[Any] = []
+        values: list[float] | None = None
         draws = [(self._step * self.num_probes + j) & 0xFFFFFFFF for j in range(self.num_probes)]
         try:
             for draw in draws:
                 for sign in (1.0, -1.0):
                     self._stand_off(draw, sign * sigma)
                     losses.append(pinned.evaluate(closure))
+            values = loss_values(losses)
         finally:
             for layer in self._layers.values():
                 layer.offset = None
-        values = loss_values(losses)
+            agreed = self._agreed(values, 2 * len(draws), weight)
+        values = agreed
         pairs = list(zip(values[::2], values[1::2], strict=True))
         self._judge(pinned.eps, pairs, "loss", "sigma")
         self._step += 1
@@ -156,6 +181,38 @@ class QES(JudgesLosses):
             for name, layer in self._layers.items():
                 self._move(name, layer)
         return sum(values) / len(values)
+
+    def _agreed(self, values: Sequence[float] | None, count: int, weight: float) -> list[float]:
+        """The losses of all ranks; None: this rank's closure has raised an error, which it raises
+        after the others have been told."""
+        exchange = self._exchange
+        if exchange is None:
+            return list(values or ())
+        standing = [self._step, self._seed, self._steps, self.window, self.max_projected_grad]
+        standing += [float(self.lr), float(self.sigma), self.num_probes]
+        if self._step % _COMPARED_EVERY == 0:
+            codes = [layer.codes.cpu().numpy().data for layer in self._layers.values()]
+            standing += map(zlib.crc32, codes)
+        agreed = exchange.combine(
+            values or (),
+            count=count,
+            weight=weight,
+            digest=digest_of(*standing),
+            failed=values is None,
+        )
+        if values is not None:
+            refuse(agreed)
+        return agreed.values
+
+    def _warn_alone(self) -> None:
+        """Warn once that replicas will drift apart."""
+        if self._exchange is None and not self._warned_alone and several_ranks():
+            self._warned_alone = True
+            warn(
+                "QES takes its steps alone in a job of several processes: each has losses of its "
+                "own, so that their codes drift apart; pass "
+                "process_group=torch.distributed.group.WORLD to QES"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, the number of steps, and the window's draws and weights: plain numbers."""
