@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -454,6 +455,70 @@ def test_lora_sb_of_peft() -> None:
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(input_ids=IDS).logits, logits, rtol=1e-4, atol=1e-5)
     assert not any("lora" in name or "core" in name for name, _ in merged.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_sb_is_saved_by_peft_and_goes_on(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As a plain LoRA with the same outputs; and as cores with the same bits."""
+
+    def adapted() -> tuple[Any, Any]:
+        config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"])
+        model = peft.get_peft_model(llama().to(dtype), config).eval()
+        return model, zoopt.nn.adapt_lora_to_sb(model, [lambda: loss_on(model)], lr=1e-2)
+
+    def loss_on(model: Any) -> torch.Tensor:
+        loss: torch.Tensor = model(input_ids=IDS, labels=IDS).loss
+        return loss
+
+    def train(model: Any, optimizer: Any) -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_on(model).backward()
+            optimizer.step()
+
+    model, cores = adapted()
+    optimizer = zoopt.AdamW(cores, lr=1e-2)
+    train(model, optimizer)
+    model.save_pretrained(tmp_path)
+    state = copy.deepcopy([optimizer.state_dict(), model.state_dict()])
+    plain = peft.PeftModel.from_pretrained(llama().to(dtype), tmp_path).eval()
+    assert torch.equal(plain(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    train(model, optimizer)
+    for how in ("peft", "state dict"):
+        again, others = adapted()
+        with torch.no_grad():
+            for _, core in others:
+                core.zero_()
+        if how == "peft":
+            again.load_adapter(tmp_path, "default", is_trainable=True)
+        else:
+            again.load_state_dict(state[1])
+        resumed = zoopt.AdamW(others, lr=1e-2)
+        resumed.load_state_dict(state[0])
+        train(again, resumed)
+        for (name, core), (_, expected) in zip(others, cores, strict=True):
+            assert torch.equal(core, expected), (how, name)
+
+
+def test_a_plain_lora_is_loaded_into_lora_sb() -> None:
+    """Its product becomes a core and orthonormal rows."""
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+    plain = peft.get_peft_model(llama(), config).eval()
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=3, target_modules=["q_proj"])).eval()
+    zoopt.nn.adapt_lora_to_sb(model, [lambda: model(input_ids=IDS, labels=IDS).loss], lr=1e-2)
+    model.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    for name, right in model.named_buffers():
+        if name.endswith("right"):
+            torch.testing.assert_close(right @ right.t(), torch.eye(3))
+
+
+def test_a_lora_of_too_great_a_rank_is_not_adapted() -> None:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=64, target_modules=["q_proj"]))
+    trained = [param.requires_grad for param in model.parameters()]
+    with pytest.raises(ValueError, match=r"rank must be at most .*, the smaller side of"):
+        zoopt.nn.adapt_lora_to_sb(model, [lambda: model(input_ids=IDS, labels=IDS).loss], lr=1.0)
+    assert trained == [param.requires_grad for param in model.parameters()]
 
 
 def test_lora_sb_refuses() -> None:

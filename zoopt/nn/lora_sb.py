@@ -175,11 +175,42 @@ class _Core(nn.Module):
         self.right: Tensor
 
     def forward(self, core: Tensor) -> Tensor:
-        return core @ self.right
+        return core @ self.right.to(core.dtype)  # peft may cast one of them.
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Recover R from R A; the rows of A are orthonormal."""
-        return weight @ self.right.t()
+        return weight @ self.right.t().to(weight.dtype)
+
+
+_CORE, _RIGHT = "parametrizations.weight.original", "parametrizations.weight.0.right"
+
+
+def _add_product(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Add R A to a LoRA's state dict under the name of peft's weight, which peft loads."""
+    state_dict[f"{prefix}weight"] = module.weight.detach()  # type: ignore[operator]
+
+
+def _take_product(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load R and A, or if only their product is there, factors of it.
+
+    In a file of peft, R and A have the adapter's name twice.
+    """
+    product = state_dict.pop(f"{prefix}weight", None)
+    adapter = prefix.split(".")[-2] if prefix else ""
+    for name in (_CORE, _RIGHT):
+        moved = state_dict.pop(f"{prefix}{adapter}.{name}", None)
+        if moved is not None:
+            state_dict.setdefault(f"{prefix}{name}", moved)
+    if product is None or any(f"{prefix}{name}" in state_dict for name in (_CORE, _RIGHT)):
+        return
+    wide = product.to(accumulator_dtype(product.dtype))
+    right = module.get_buffer(_RIGHT).to(wide.dtype)
+    core = wide @ right.t()
+    if (core @ right - wide).norm() > torch.finfo(product.dtype).eps ** 0.5 * wide.norm():
+        u, s, right = torch.linalg.svd(wide, full_matrices=False)
+        core = u * s
+    for name, value in ((_CORE, core), (_RIGHT, right)):
+        state_dict[f"{prefix}{name}"] = value.to(product.dtype)
 
 
 def adapt_lora_to_sb(
@@ -189,7 +220,9 @@ def adapt_lora_to_sb(
 
     The update of an adapted layer in peft is scaling B A. Here B is fixed, and peft's A becomes R
     times a fixed matrix. Only R (r, r) trains, and merging in peft still works. The initial values
-    are those of `LoRASBLinear`.
+    are those of `LoRASBLinear`. State dicts have the product of R and that matrix too, so that peft
+    loads what `save_pretrained` has saved as a plain LoRA. In a model that this function has
+    adapted, a loaded R continues bit for bit.
 
     Args:
         model: a peft model with one LoRA adapter, which is new: its product B A is 0, and it is not
@@ -230,6 +263,8 @@ def adapt_lora_to_sb(
             up.weight.copy_(left / module.scaling[adapter])
             down.weight.copy_((core @ right).to(down.weight.dtype))
         parametrize.register_parametrization(down, "weight", _Core(right.to(down.weight.dtype)))
+        down.register_state_dict_post_hook(_add_product)
+        down.register_load_state_dict_pre_hook(_take_product)
         made = down.parametrizations.weight.original
         made.requires_grad_(True)
         cores.append(made)
@@ -261,6 +296,11 @@ def _check_adapter(name: str, module: Any) -> None:
             f"unmerge_adapter() first"
         )
     factors = (module.lora_A[adapters[0]].weight, module.lora_B[adapters[0]].weight)
+    if len(factors[0]) > min(base.weight.shape):
+        raise ValueError(
+            f"rank must be at most {min(base.weight.shape)}, the smaller side of {name!r}, got "
+            f"{len(factors[0])}; pass a smaller r in LoraConfig"
+        )
     if all(factor.detach().any() for factor in factors):
         raise ValueError(
             f"model must have new adapters, got one for {name!r} that has changed the weight, "
