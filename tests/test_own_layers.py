@@ -216,3 +216,22 @@ def test_ranges_that_overflow_are_not_quantised(
             zoopt.nn.QuantisedLinear(weight)
         return
     assert zoopt.nn.QuantisedLinear(weight, bits=8).materialise().isfinite().all()
+
+
+@pytest.mark.parametrize(("make", "size", "other"), [(mlp, 4, 5), (Experts, 2, 3)])
+@pytest.mark.parametrize("differs", ["form", "group_size"])
+def test_codes_of_other_groups_or_scales_are_not_loaded(
+    differs: str, make: Callable[[], nn.Module], size: int, other: int
+) -> None:
+    """They have the same shapes: 4 or 5 of a row of 12 are three groups, 2 or 3 of one of 4 two."""
+    saved = convert_to_quantised(make(), group_size=size).state_dict()
+    changed: dict[str, Any] = {"form": "log"} if differs == "form" else {"group_size": other}
+    model = convert_to_quantised(make(), **{"group_size": size, **changed})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="must have the bits, the group size and the form"):
+        model.load_state_dict(saved)
+    if make is mlp:
+        assert all(torch.equal(own, before[name]) for name, own in model.state_dict().items())
+    alike = convert_to_quantised(make(), group_size=size)
+    alike.load_state_dict({k: v for k, v in saved.items() if not k.endswith("_extra_state")})
+    alike.load_state_dict(saved)

@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Codes that are packed together, which fill whole bytes at any width.
 RUN = 8
+
+
+class Packed(nn.Module):
+    """A module of packed codes. Its state dict says how they are read, which a load compares: the
+    tensors of other groups or of another form of the scales can have the same shapes.
+
+    Attributes:
+        bits: of a code.
+        group_size: how many of a row share a scale.
+        form: of the scales, "linear" or "log".
+    """
+
+    bits: int
+    group_size: int
+    form: str
+
+    def get_extra_state(self) -> Tensor:
+        """int64, (3,): bits, group size, and whether the scales are logarithms."""
+        return torch.tensor([self.bits, self.group_size, self.form == "log"], dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Do nothing: it has been compared."""
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: Any, *lists: Any
+    ) -> None:
+        missing, _, errors = lists
+        own, saved = self.get_extra_state(), state_dict.get(f"{prefix}_extra_state")
+        if saved is not None and saved.tolist() != own.tolist():
+            errors.append(
+                f"{prefix.removesuffix('.')!r} must have the bits, the group size and the form (1: "
+                f"'log') of its codes, {own.tolist()}, got {saved.tolist()}; convert the model as "
+                f"the one that was saved"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        if saved is None and f"{prefix}_extra_state" in missing:
+            missing.remove(f"{prefix}_extra_state")
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

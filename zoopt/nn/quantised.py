@@ -15,7 +15,7 @@ from zoopt.kernels.dispatch import known
 from zoopt.nn import dual
 from zoopt.nn.linear import RecomputedLinear, gradient_rows, replace_layers
 from zoopt.nn.modules import Matrices, Target, foreign_kind, matrices, named
-from zoopt.nn.packing import pack, unpack
+from zoopt.nn.packing import Packed, pack, unpack
 from zoopt.nn.stacks import Stack, stacks_of
 
 Form = Literal["linear", "log"]
@@ -102,7 +102,7 @@ def group_sums(values: Tensor, group_size: int, groups: int) -> Tensor:
     return padded.view(m, groups, group_size).sum(-1)
 
 
-class QuantisedLinear(RecomputedLinear):
+class QuantisedLinear(Packed, RecomputedLinear):
     r"""A linear layer of integer codes: W = s (q - z), with one s and one z per group of a row.
 
     q has 8, 4 or 3 bits and is packed without gaps. q and the zero points z (uint8) are buffers;
@@ -210,7 +210,7 @@ class QuantisedLinear(RecomputedLinear):
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
 
 
-class QuantisedStack(Stack):
+class QuantisedStack(Packed, Stack):
     """A bare parameter of matrices, quantised as in `QuantisedLinear`; its scales replace it."""
 
     codes: Tensor
