@@ -21,6 +21,10 @@ os.environ.setdefault(
     "NUMBA_CACHE_DIR", f"{tempfile.gettempdir()}/zoopt-numba-{_version.hexdigest()}"
 )
 
+# Triton keeps what it compiles in the home directory.
+if not os.access(Path.home(), os.W_OK):
+    os.environ.setdefault("TRITON_HOME", f"{tempfile.gettempdir()}/zoopt-triton")
+
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
