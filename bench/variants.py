@@ -22,6 +22,7 @@ from zoopt.kernels.descent.op import curve_, descend_, small_elements, turn_
 from zoopt.kernels.descent.rule import Rule, Shape
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op_batch import add_products_
+from zoopt.kernels.product.op_scale import scale_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DISTRIBUTIONS = ("normal", "rademacher", "masked normal", "masked rademacher")
@@ -57,7 +58,7 @@ class Variant:
     "adamw_odd" is "adamw" with a tensor that is not of whole vectors of memory.
     "adam_norms" sums squares as well, and its direction is float32. "product" is the product alone,
     "product_gradient" has both of the gradient's terms besides, and "scaled" a channel's scale
-    alone.
+    alone. "multiply" has a factor for each tensor.
     """
 
     kernel: str
@@ -224,6 +225,9 @@ class Variant:
         m, n = theta.shape
         kernel = self.kernel.removesuffix("_batch")
         factors = torch.zeros(m, RANK), torch.zeros(n, RANK)
+        if self.kernel == "multiply":
+            batch = Batch((theta, theta.clone()), [NoiseKey(1, 2), NoiseKey(1, 3)])
+            return functools.partial(scale_, batch, torch.zeros(2))
         if self.kernel == "products":
             batch = Batch((theta, theta.clone()), [self._rounding["key"], NoiseKey(1, 3)])
             left, right = ([each.unsqueeze(0)] * 2 for each in factors)
@@ -271,6 +275,7 @@ def variants() -> Iterator[Variant]:
             for rounding in _roundings(dtype):
                 yield Variant(kernel, dtype, "normal", rounding=rounding)
         yield Variant("small", dtype, "normal")
+        yield Variant("multiply", dtype)
         for kernel in _MATRICES:
             for rounding in _roundings(dtype):
                 # To nearest a product alone is BLAS's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -16,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 import zoopt
 from tests.compare import equal, same
-from tests.first_order_table import ROWS, Row, backward, net
+from tests.device_cases import CLASSES
+from tests.first_order_table import ROWS, Row, backward, batch, net
 from tests.meter import LiveStorages
 from zoopt.first_order import fusion, gathering
+from zoopt.first_order.projected import core
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +34,21 @@ def gathers() -> Iterator[None]:
 
 def _yes(param: Tensor) -> bool:
     return True
+
+
+@contextlib.contextmanager
+def on_a_gpu(together: bool) -> Iterator[None]:
+    """Parameters, matrices too, are updated together, or one by one."""
+
+    def launches(param: Tensor) -> bool:
+        return together
+
+    # A Mock would keep the parameters that it is called with.
+    with (
+        mock.patch.object(fusion, "launches", new=launches),
+        mock.patch.object(core, "launches", new=launches),
+    ):
+        yield
 
 
 class Block(nn.Module):
@@ -256,6 +274,96 @@ def test_sums_and_clips_as_one_by_one(cls: Any) -> None:
                 optimizer.step()
         models.append(model)
     assert same(*models)
+
+
+#: What becomes of gradients before they are applied.
+CHANGES: list[dict[str, Any]] = [
+    {"max_grad_norm": 0.05, "clip": "parameter"},
+    {"accumulation_steps": 2},
+    {"accumulation_steps": 2, "max_grad_norm": 0.05, "clip": "parameter"},
+    {"accumulation_steps": 2, "max_grad_norm": 0.05},
+]
+NEED_GRADIENTS = (zoopt.Apollo, zoopt.ApolloMini, zoopt.Fira, zoopt.Frugal)
+
+
+@pytest.mark.parametrize("row", CLASSES, ids=str)
+def test_a_layer_is_summed_and_clipped_as_one_by_one(row: Row) -> None:
+    """Bit for bit, with the state, over a step that makes new bases."""
+    for number, changes in enumerate(CHANGES):
+        if number and row.cls in NEED_GRADIENTS:
+            break
+        dtype = torch.bfloat16 if number % 2 else torch.float32
+        models, states = [], []
+        for together in (False, True):
+            model = net(dtype)
+            optimizer = row.build(model)
+            zoopt.fuse_backward(model, optimizer, **changes)
+            with on_a_gpu(together):
+                for _ in range(3):
+                    for part in range(changes.get("accumulation_steps", 1)):
+                        x, y = batch(dtype)
+                        (model(x[part::2]) - y[part::2]).double().pow(2).mean().backward()
+                        assert all(param.grad is None for param in model.parameters())
+                    optimizer.step()
+            models.append(model)
+            states.append(optimizer.state_dict())
+        assert same(*models)
+        assert equal(*states)
+
+
+@pytest.mark.parametrize("place", ["_reduce_together", "_foreach_add_"])
+def test_summing_that_fails_is_tried_again(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the last layer of the second pass: before anything of it is summed, or between the sums
+    of two kinds of parameters."""
+    models = []
+    monkeypatch.setattr(core, "launches", _yes)
+    for fails in (False, True):
+        model = Blocks()
+        optimizer = zoopt.GaLoreAdamW(model.named_parameters(), seed=1, rank=4)
+        zoopt.fuse_backward(model, optimizer, accumulation_steps=2, max_grad_norm=0.05)
+        model(X).backward()
+        loss, owner = model(X), zoopt.GaLoreAdamW if place == "_reduce_together" else torch
+        right, calls = getattr(owner, place), [0]
+
+        def failing(*args: Any, right: Any = right, calls: list[int] = calls) -> Any:
+            calls[0] += 1
+            # Each of the four layers has matrices and vectors.
+            if calls[0] == (7 if place == "_reduce_together" else 8):
+                raise torch.OutOfMemoryError("in a sum")
+            return right(*args)
+
+        if fails:
+            with monkeypatch.context() as change:
+                change.setattr(owner, place, failing)
+                with pytest.raises(torch.OutOfMemoryError):
+                    loss.backward()
+        else:
+            loss.backward()
+        optimizer.step()
+        models.append(model)
+    assert same(*models)
+
+
+def test_a_pass_has_one_callback_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was one a parameter, of which all but the first did nothing."""
+    engine, queued = torch.autograd.Variable._execution_engine, []
+
+    class Engine:
+        def queue_callback(self, callback: Any) -> None:
+            queued.append(callback)
+            engine.queue_callback(callback)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(engine, name)
+
+    monkeypatch.setattr(torch.autograd.Variable, "_execution_engine", Engine())
+    model = Blocks()
+    optimizer = zoopt.AdamW(model.named_parameters(), seed=1)
+    zoopt.fuse_backward(model, optimizer)
+    for step in range(1, 4):
+        model(X).backward()
+        optimizer.step()
+        assert len(queued) == step
 
 
 def test_a_closure_and_gradients_by_hand() -> None:

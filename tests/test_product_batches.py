@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.test_kernels_adam import agree
 from tests.test_kernels_product import DTYPES
 from zoopt import kernels
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.op_scale import scale_
 
 IMPLS = [impl for impl in kernels.available_impls() if impl != "triton"]
 #: What is added beside decay theta, as in `test_kernels_product`.
@@ -76,6 +78,34 @@ def test_a_batch_is_its_matrices_one_by_one(dtype: torch.dtype, terms: str, impl
             got = run(impl, dtype, terms, shape, together=True, rounding_draw=draw)
             expected = run(impl, dtype, terms, shape, together=False, rounding_draw=draw)
             assert all(map(torch.equal, got, expected))
+
+
+def scaled(dtype: torch.dtype, factors: Tensor, impl: str) -> list[Tensor]:
+    """Tensors of several sizes, one of them not in row-major order, times their factors."""
+    torch.manual_seed(3)
+    tensors = [torch.randn(size).to(dtype) for size in (1, 4096 + 17, 0, 9000)]
+    tensors[1][5], tensors[3][7] = torch.nan, torch.inf
+    tensors.append(torch.randn(6, 5).to(dtype).t())
+    keys = [NoiseKey(5, i, 3 * (i == 1)) for i in range(len(tensors))]
+    scale_(Batch(tensors, keys), factors, impl=impl)
+    return tensors
+
+
+#: One for all, or one for each: of more digits than 16 bits have.
+FACTORS = [torch.tensor([1.0 / 3.0]), torch.tensor([0.1, -1.0 / 7.0, 0.0, 1e3 / 3.0, 0.7])]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_each_by_its_factor(dtype: torch.dtype, impl: str) -> None:
+    for factors in FACTORS:
+        before = scaled(dtype, torch.ones(1), impl)
+        every = factors.expand(len(before))
+        for own, x, factor in zip(scaled(dtype, factors, impl), before, every, strict=True):
+            assert agree(own, (x.float() * factor).to(dtype))
+    wrong = torch.ones(2)
+    with pytest.raises(ValueError, match="factors must be one for each of the batch's 5 tensors"):
+        scaled(dtype, wrong, impl)
 
 
 def test_squares_of_several_are_those_of_each() -> None:

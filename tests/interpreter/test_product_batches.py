@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.test_kernels_adam import agree
 from tests.test_kernels_product import DTYPES
-from tests.test_product_batches import SHAPES, TERMS, run
+from tests.test_product_batches import FACTORS, SHAPES, TERMS, run, scaled
 
 
 @pytest.mark.parametrize("terms", TERMS)
@@ -16,3 +17,11 @@ def test_a_batch_is_its_matrices_one_by_one(dtype: torch.dtype, terms: str) -> N
         got = run("triton", dtype, terms, shape, together=True)
         expected = run("triton", dtype, terms, shape, together=False)
         assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities that are meant
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_each_by_its_factor(dtype: torch.dtype) -> None:
+    for factors in FACTORS:
+        expected = scaled(dtype, factors, "reference")
+        assert all(map(agree, scaled(dtype, factors, "triton"), expected))

@@ -252,18 +252,56 @@ def test_a_fused_layer_is_launched_as_one(cls: type[Any], options: dict[str, Any
     assert counted(3, 2) == 3 * one
 
 
+#: How gradients are changed before they are applied, and whether the updates are in `step`.
+CHANGES: list[tuple[dict[str, Any], bool]] = [
+    ({"max_grad_norm": 1.0, "clip": "parameter"}, False),
+    ({"accumulation_steps": 2}, True),
+    ({"accumulation_steps": 2, "max_grad_norm": 1.0}, True),
+    ({"accumulation_steps": 2, "max_grad_norm": 1.0, "clip": "parameter"}, True),
+]
+
+
 @pytest.mark.parametrize(
-    ("cls", "options"), [(zoopt.AdamW, {}), (zoopt.SM3, {}), (zoopt.GaLoreAdamW, {"rank": 8})]
+    ("cls", "options"),
+    [
+        (zoopt.AdamW, {}),
+        (zoopt.SM3, {}),
+        (zoopt.GaLoreAdamW, {"rank": 8}),
+        (zoopt.Apollo, {"rank": 8}),
+    ],
 )
-def test_what_has_been_summed_is_applied_together(cls: type[Any], options: dict[str, Any]) -> None:
-    """As many launches for 6 layers as for 2, in a step after two backward passes."""
-    counts = []
-    for depth in (2, 6):
-        model = Layers(depth, 2).bfloat16()
-        optimizer = cls(model.named_parameters(), lr=1e-3, seed=1, **options)
-        zoopt.fuse_backward(model, optimizer, accumulation_steps=2, max_grad_norm=1.0)
-        with stub_gpu():
-            for _ in range(2):
-                model(torch.ones(2, 64, dtype=torch.bfloat16)).backward()
-            counts.append(len(launches(optimizer.step).launches))
-    assert 0 < counts[0] == counts[1]
+def test_sums_and_clipping_of_a_layer_are_launched_as_one(
+    cls: type[Any], options: dict[str, Any]
+) -> None:
+    """Triton's launches and torch's operations, for a layer of 12 matrices and one of 4, apart
+    from those of the backward pass itself: but for the ways of a matrix down and up as many."""
+    for changes, deferred in CHANGES[: 1 if cls is zoopt.Apollo else None]:
+        found = []
+        for width in (4, 12):
+            model = Layers(1, width).bfloat16()
+            plain = Layers(1, width).bfloat16()
+            optimizer = cls(model.named_parameters(), lr=1e-3, seed=1, **options)
+            zoopt.fuse_backward(model, optimizer, **changes)
+            x = torch.ones(2, 64, dtype=torch.bfloat16)
+            passes = changes.get("accumulation_steps", 1)
+            with stub_gpu():
+                for _ in range(2 * passes):
+                    model(x).backward()
+                    if int(_ + 1) % passes == 0:
+                        optimizer.step()
+                for _ in range(passes - 1):
+                    model(x).backward()
+                backward, step = launches(model(x).backward), launches(optimizer.step)
+            own = launches(plain(x).backward)
+            recorded = (backward, step)
+            # Tables of addresses are additions; they move with what an allocator returns.
+            others = [sum(name != "add" for name in each.others) for each in recorded]
+            others[0] -= sum(name != "add" for name in own.others)
+            assert (len(step.launches) > 0) == deferred == (len(backward.launches) == 0)
+            found.append([*others, *(len(each.launches) for each in recorded)])
+            assert backward.waits == step.waits == 0
+        projected = 0 if "rank" not in options else 12 - 4
+        # Down, up, and APOLLO's norm of each gradient, which is in the pass only.
+        products = 2 if cls is zoopt.Apollo else 1
+        assert found[1][0] - found[0][0] <= products * projected, changes
+        assert found[1][1:] == found[0][1:], changes

@@ -264,8 +264,20 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         """Update parameters of one `_kind` and their state from their gradients."""
         raise NotImplementedError
 
-    def _apply_together(self, sites: Sequence[Site], reduced: Sequence[Tensor]) -> None:
-        """`_apply` of parameters of one `_kind`, which do not need their whole gradients."""
+    def _reduce_together(
+        self, sites: Sequence[Site], gradients: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """`_reduce` of prepared parameters of one `_kind`; in the accumulator's dtype, where the
+        results are not the gradients."""
+        return gradients
+
+    def _apply_together(
+        self,
+        sites: Sequence[Site],
+        reduced: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None,
+    ) -> None:
+        """`_apply` of parameters of one `_kind`; without gradients, if they do not need them."""
         self._update_together(sites, reduced)
 
     @opaque

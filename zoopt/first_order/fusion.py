@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
 from zoopt.ambient import OwnArithmetic, opaque
-from zoopt.distributed.sharding import is_sharded, local, whole
-from zoopt.dtypes import accumulator_dtype
+from zoopt.distributed.sharding import is_sharded
 from zoopt.first_order.base import FirstOrderOptimizer
 from zoopt.first_order.clipping import check_unclipped
 from zoopt.first_order.fused_checks import (
@@ -25,6 +23,7 @@ from zoopt.first_order.fused_checks import (
 )
 from zoopt.first_order.gathering import Gathered, layers_of
 from zoopt.first_order.progress import Mark
+from zoopt.first_order.reduced import Reduced
 from zoopt.first_order.site import Site, operand
 from zoopt.interrupts import uninterrupted
 from zoopt.kernels.dispatch import launches
@@ -53,15 +52,16 @@ class FusedBackward(Removable):
         #: Whether gradients are summed or scaled before they are applied.
         self._changes = self._deferred or max_grad_norm is not None
         self._hooks: dict[Tensor, RemovableHandle] = {}
-        #: Between two steps: each parameter's place, how often it was reached, and its R, which is
-        #: None if it is not to be updated.
+        #: Between two steps: each parameter's place, how often it was reached, and its R.
         self._sites: dict[Tensor, Site] = {}
         self._arrivals: dict[Tensor, int] = {}
-        self._kept: dict[Tensor, Tensor | None] = {}
+        self._reduced = Reduced(max_grad_norm, self._changes)
         #: Each parameter's layer, and the gradients of a layer that have arrived, by stream.
         self._layers: dict[Tensor, str] = {}
         self._gathered: dict[Hashable, Gathered] = {}
         self._marks: dict[Tensor, Mark] = {}
+        #: The backward pass at whose end what has been gathered is applied.
+        self._ends = -1
         #: Of a step that has begun, the factor of all R.
         self._scale: tuple[Tensor | None] | tuple[()] = ()
         self._journal = Journal()
@@ -112,7 +112,7 @@ class FusedBackward(Removable):
     def _forget(self) -> None:
         self._sites.clear()
         self._arrivals.clear()
-        self._kept.clear()
+        self._reduced.clear()
         self._gathered.clear()
         self._marks.clear()
         self._scale, self._journal = (), Journal()
@@ -136,11 +136,11 @@ class FusedBackward(Removable):
                 self._receive(site.param)
         self._apply_gathered()
         # In the order of parameters, not of arrival, so that norms are always rounded alike.
-        waiting = [site for param, site in self._sites.items() if param in self._kept]
+        waiting = [site for param, site in self._sites.items() if param in self._reduced.waiting]
         with OwnArithmetic(), uninterrupted():
             if self._clip == "global" and not self._scale:
                 # Of all of them, also where an error ends this step.
-                self._scale = (self._journal.run(self._clip_scale, waiting),)
+                self._scale = (self._journal.run(self._reduced.scale_of, waiting),)
             scale = self._scale[0] if self._scale else None
             for members in self._alike(waiting):
                 optimizer._complete(members, self._finish, members, scale)
@@ -215,12 +215,12 @@ class FusedBackward(Removable):
         """Whether the gradient can be applied with others, by the same launches."""
         param, gradient = site.param, site.param.grad
         # FSDP calls hooks when it is done with a shard.
-        alone = self._changes or is_sharded(param) or self._optimizer._is_parted(site)
+        alone = is_sharded(param) or self._optimizer._is_parted(site)
         strided = gradient is not None and gradient.layout == torch.strided
         return strided and not alone and launches(param)
 
     def _gather(self, site: Site, arrivals: int) -> None:
-        """Take a gradient, and apply those of the layer before, or of this one if they are many."""
+        """Take a gradient, and treat those of the layer before, or of this one if they are many."""
         param, layer = site.param, self._layers.get(site.param)
         gathered = self._gathered.setdefault(_stream_of(param), Gathered())
         if not gathered.belongs(layer):
@@ -233,10 +233,13 @@ class FusedBackward(Removable):
         if gathered.full:
             self._apply_layer(gathered)
 
-    @property
-    def _waits(self) -> bool:
-        """Whether there are gradients that have been gathered and not applied."""
-        return any(gathered.gradients for gathered in self._gathered.values())
+    def _apply_at_the_end(self, apply: Callable[[], None]) -> None:
+        """Have the backward pass call `apply` when it ends, once, if anything has been gathered."""
+        running = torch._C._current_graph_task_id()
+        if running != self._ends and any(own.gradients for own in self._gathered.values()):
+            # torch has no public name for it; FSDP uses this one.
+            torch.autograd.Variable._execution_engine.queue_callback(apply)
+            self._ends = running
 
     def _apply_gathered(self) -> None:
         """Apply what has been gathered, of all streams, with which the present one is in step."""
@@ -248,8 +251,8 @@ class FusedBackward(Removable):
 
     @opaque
     def _apply_layer(self, gathered: Gathered) -> None:
-        """Update with gradients of one layer. If an error comes before anything is written, they
-        go back to where they were."""
+        """Take the gradients of one layer. If an error comes before anything is written, they go
+        back to where they were."""
         optimizer, gradients = self._optimizer, gathered.gradients
         optimizer._finish()
         if not gradients:
@@ -260,39 +263,58 @@ class FusedBackward(Removable):
                 ready = self._prepared(sites, gradients)
                 with uninterrupted():
                     if ready:
-                        own = [gradients[site.param] for site in ready]
-                        optimizer._complete(ready, self._take_layer, ready, own)
+                        optimizer._complete(
+                            *(ready, self._take_layer, ready),
+                            [gradients[site.param] for site in ready],
+                            changes_weights=not self._deferred,
+                        )
                     gathered.clear()
         except BaseException:
             with uninterrupted():
                 for param, gradient in gathered.gradients.items():
                     if not optimizer._interrupted:
                         param.grad = gradient
-                        del self._arrivals[param]
+                        self._arrivals[param] -= 1
+                        if not self._arrivals[param]:
+                            del self._arrivals[param]
                 gathered.clear()
             raise
 
     def _prepared(self, sites: Sequence[Site], gradients: Mapping[Tensor, Tensor]) -> list[Site]:
         """Prepare parameters, as an unfused step does; those that are to be updated."""
-        ready = []
+        ready, waiting = [], self._reduced.waiting
         for site in sites:
             gradient = gradients[site.param]
+            again = site.param in waiting
+            if again and waiting[site.param] is None:
+                continue
+            if again:
+                site = dataclasses.replace(site, continues=True)
             mark = self._marks.get(site.param)
             if mark is None or not mark.is_of(gradient):
                 mark = self._marks[site.param] = Mark(gradient)
             mark.prepare(self._optimizer._prepare, site, gradient)
             if not mark.done:
                 ready.append(dataclasses.replace(site, continues=True))
+            elif self._deferred:
+                waiting[site.param] = None
         return ready
 
     def _take_layer(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
-        """Update prepared parameters: those of one kind together, as an unfused step does."""
-        alone, together = kept(self._optimizer._partition, sites, gradients)
+        """Take gradients of prepared parameters: of those of one kind together, as an unfused step
+        does."""
+        optimizer, reduced = self._optimizer, self._reduced
+        alone, together = kept(optimizer._partition, sites, gradients)
         for i in pieces(alone):
             self._take(sites[i], gradients[i])
         for members in pieces(together):
-            alike = [sites[i] for i in members]
-            self._optimizer._update_together(alike, [gradients[i] for i in members])
+            alike, own = [sites[i] for i in members], [gradients[i] for i in members]
+            if not self._changes:
+                optimizer._update_together(alike, own)
+                continue
+            reduced.keep_together(optimizer, alike, own)
+            if not self._deferred:
+                reduced.apply_together(optimizer, alike, own, None)
 
     def _alike(self, sites: Sequence[Site]) -> list[list[Site]]:
         """Parameters whose R has been kept: those that the same launches can update, and others
@@ -300,7 +322,7 @@ class FusedBackward(Removable):
         optimizer, groups = self._optimizer, list[list[Site]]()
         batched: list[tuple[Site, Tensor]] = []
         for site in sites:
-            reduced, param = self._kept[site.param], site.param
+            reduced, param = self._reduced.waiting[site.param], site.param
             alone = reduced is None or is_sharded(param) or optimizer._is_parted(site)
             if reduced is None or alone or not launches(param):
                 groups.append([site])
@@ -313,21 +335,20 @@ class FusedBackward(Removable):
     def _finish(self, sites: Sequence[Site], common: Tensor | None) -> None:
         """Update parameters of one kind whose R have been kept, with the factor of all R if there
         is one."""
-        reduced = []
-        for site in sites:
-            scale = common if self._clip == "global" else kept(self._clip_scale, [site])
-            reduced.append(self._clipped(site, None, scale))
-        if len(sites) == 1:
-            self._apply(sites[0], reduced[0], None)
-        else:
-            self._optimizer._apply_together(sites, [own for own in reduced if own is not None])
+        optimizer, reduced = self._optimizer, self._reduced
+        if len(sites) > 1:
+            reduced.apply_together(optimizer, sites, None, common)
+            return
+        scale = common if self._clip == "global" else kept(reduced.scale_of, sites)
+        reduced.apply(optimizer, sites[0], None, scale)
 
     def _take(self, site: Site, gradient: Tensor) -> None:
         """Keep the R of a gradient, or update with it."""
-        once(self._keep, site, gradient)
+        optimizer, reduced = self._optimizer, self._reduced
+        once(reduced.keep, optimizer, site, gradient)
         if not self._deferred:
-            scale = kept(self._clip_scale, [site])
-            self._apply(site, self._clipped(site, gradient, scale), gradient)
+            scale = kept(reduced.scale_of, [site])
+            reduced.apply(optimizer, site, gradient, scale)
 
     def _checked_arrivals(self, site: Site) -> int:
         """How often the parameter has been reached with this gradient, which must be allowed."""
@@ -345,57 +366,6 @@ class FusedBackward(Removable):
             )
         return arrivals
 
-    def _keep(self, site: Site, gradient: Tensor) -> None:
-        """Add a micro-batch's R to the earlier ones; None, which means no update, stays None."""
-        again = site.param in self._kept
-        before = self._kept.get(site.param)
-        parted = self._optimizer._is_parted(site)
-        if again and before is None and not parted:
-            return
-        site = dataclasses.replace(site, continues=again or site.continues)
-        if is_sharded(site.param):
-            # As FSDP adds them up: in their own dtype.
-            if before is None:
-                once(self._kept.__setitem__, site.param, gradient)
-            else:
-                once(before.add_, gradient)
-            return
-        reduced = self._optimizer._reduce_parts(site, gradient, before)
-        if reduced is not None and reduced is not gradient and self._changes:
-            reduced = reduced.to(accumulator_dtype(reduced.dtype))
-        if before is None or (reduced is None and not parted):
-            once(self._kept.__setitem__, site.param, reduced)
-        elif reduced is not None:
-            once(before.add_, reduced)
-
-    def _clip_scale(self, sites: Iterable[Site]) -> Tensor | None:
-        """min(1, max_grad_norm / ||R||), R of all these parameters, as in torch's clipping."""
-        every = [r for site in sites if (r := self._kept[site.param]) is not None]
-        if self._max_grad_norm is None or not every:
-            return None
-        norm = get_total_norm(every)
-        scale: Tensor = self._max_grad_norm / ((whole(norm) if is_sharded(norm) else norm) + 1e-6)
-        return scale.clamp(max=1.0)
-
-    def _clipped(self, site: Site, gradient: Tensor | None, scale: Tensor | None) -> Tensor | None:
-        """The parameter's R, times the factor; the gradient too, if the update needs it."""
-        reduced = once(self._kept.pop, site.param)
-        if reduced is not None and scale is not None:
-            once(local(reduced).mul_, scale.to(reduced.device))
-            apart = gradient is not None and gradient is not reduced
-            if gradient is not None and apart and self._optimizer._needs_gradient(site):
-                once(gradient.mul_, scale.to(gradient.device))
-        return reduced
-
-    def _apply(self, site: Site, reduced: Tensor | None, gradient: Tensor | None) -> None:
-        """Update the parameter from its R, and from its gradient if that is still there."""
-        if reduced is None:
-            return
-        if is_sharded(site.param):
-            self._optimizer._step_shard(site, reduced)
-        else:
-            self._optimizer._apply_parts(site, reduced, gradient)
-
 
 def _hook(fusion: FusedBackward) -> Callable[[Tensor], None]:
     """The function that autograd calls. It must not hold references: Python's garbage collector
@@ -407,9 +377,7 @@ def _hook(fusion: FusedBackward) -> Callable[[Tensor], None]:
         if alive is None or alive._reference() is None:
             return
         alive._receive(param)
-        if alive._waits:
-            # What is left when the pass ends. torch has no public name for it; FSDP uses this one.
-            torch.autograd.Variable._execution_engine.queue_callback(apply)
+        alive._apply_at_the_end(apply)
 
     def apply() -> None:
         alive = reference()

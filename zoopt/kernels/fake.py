@@ -21,7 +21,8 @@ def nothing(*args: Any) -> None:
 
 squares = reference_product.squares
 weighted_sum = scaled_rows = momentum_sum = adam_window = gather_rows = write_each = nothing
-adam = adamw = average = sm3 = nothing
+adam = adamw = average = scale = sm3 = nothing
+adam_entries = sum_entries = cover_entries = nothing
 
 
 def add_product(theta: Tensor, left: Any, right: Any, *numbers_and_terms: Any) -> None:

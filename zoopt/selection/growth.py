@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zoopt.kernels.dispatch import is_fake, known
-from zoopt.kernels.journal import kept, once
+from zoopt.kernels.journal import once
 from zoopt.nn.initial import CHUNK
 from zoopt.nn.largest import Largest, largest
 from zoopt.optimizer import Group, TensorSpec
@@ -73,12 +73,6 @@ def select(state: State, candidates: Tensor, finite: bool) -> None:
     once(state["gradient_sq_sum"].zero_)
 
 
-def accumulate(state: State, own: Tensor) -> None:
-    """Add the candidates' gradients, (c,), to their sums, and the squares."""
-    for name, values in (("gradient_sum", own), ("gradient_sq_sum", own.square())):
-        once(state[name].copy_, kept(torch.add, state[name].to(own.dtype), values))
-
-
 def seeded(total: Tensor, squares: Tensor, count: int, betas: tuple[float, float]) -> State:
     """Adam's state for entries whose gradients were summed over `count` steps. It is the state
     after `count` steps that each had the mean gradient and the mean squared gradient."""
@@ -87,15 +81,6 @@ def seeded(total: Tensor, squares: Tensor, count: int, betas: tuple[float, float
         "exp_avg_sq": squares / count * (1.0 - betas[1] ** count),
         "age": torch.full_like(total, count, dtype=torch.int16),
     }
-
-
-def sm3(state: State, own: Tensor, active: Tensor) -> None:
-    """Update SM3-II's accumulators with the active entries' gradients, (k,)."""
-    rows, columns = state["rows"], state["columns"]
-    i, j = active // columns.numel(), active % columns.numel()
-    nu = kept(torch.add, torch.minimum(rows[i], columns[j]), own.square())
-    once(rows.scatter_reduce_, 0, i, nu, "amax")
-    once(columns.scatter_reduce_, 0, j, nu, "amax")
 
 
 def products(rows: Tensor, columns: Tensor, active: Tensor, count: int) -> Tensor:

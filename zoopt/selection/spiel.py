@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,57 +15,23 @@ from zoopt.checks import check_betas, check_choice, check_number, check_positive
 from zoopt.distributed.seed import several_ranks
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.base import FirstOrderOptimizer
-from zoopt.first_order.site import Site, betas_of, descent_rate
-from zoopt.kernels.dispatch import is_fake
-from zoopt.kernels.journal import kept, once
-from zoopt.kernels.noise.philox import PURPOSE_ROUNDING, words
-from zoopt.kernels.noise.reference import round_stochastic
-from zoopt.nn.largest import largest
+from zoopt.first_order.site import Site, batch_kind
+from zoopt.kernels.journal import kept
 from zoopt.nn.sparse_delta import Tap, Wanted, tap_of
 from zoopt.optimizer import STEP, Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
+from zoopt.selection.entries import step_entries
 from zoopt.selection.growth import (
-    State,
-    accumulate,
     active_count,
     candidate_count,
     finite,
-    grown,
     growth_state,
-    select,
-    sm3,
     window_place,
 )
 
 Growth = Literal["accumulated", "momentum"]
-#: The greatest age. With betas up to `_MOST_BETA` the bias correction is then 1 in float32.
-_OLDEST = 2**15 - 1
+#: With betas up to this the bias correction of the greatest age, `OLDEST`, is 1 in float32.
 _MOST_BETA = 0.9994
-
-
-def adam_entries(gradient: Tensor, state: State, betas: tuple[float, float], eps: float) -> Tensor:
-    """mhat / (sqrt(vhat) + eps) of entries (k,), each corrected for its own age. Moments and ages
-    are updated in place."""
-    beta1, beta2 = betas
-    age, m, v = kept(_averages, gradient, state, betas)
-    for name, values in (("age", age), ("exp_avg", m), ("exp_avg_sq", v)):
-        once(state[name].copy_, values)
-    # In float64, because 1 - b2^age has only a few correct bits in float32 while age is small.
-    exponent = age.double()
-    mhat = m / (1.0 - beta1**exponent).to(m.dtype)
-    vhat = v / (1.0 - beta2**exponent).to(v.dtype)
-    return mhat / (vhat.sqrt() + eps)
-
-
-def _averages(
-    gradient: Tensor, state: State, betas: tuple[float, float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The next ages and moments."""
-    beta1, beta2 = betas
-    age = state["age"].clamp(max=_OLDEST - 1).add_(1)
-    m = (state["exp_avg"] * beta1).add_(gradient * (1.0 - beta1))
-    v = (state["exp_avg_sq"] * beta2).add_(gradient.square() * (1.0 - beta2))
-    return age, m, v
 
 
 @register("sparse-delta-adamw", "compact", Variant(), Variant("momentum", {"growth": "momentum"}))
@@ -232,23 +199,51 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
                 f"loaded"
             )
 
-    def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
-        state = self._state(site.param, site.group)
+    def _prepare(self, site: Site, gradient: Tensor) -> bool:
+        """There must be entries, and at first a gradient that can select them."""
         if not gradient.numel():
+            return False
+        return int(self._state(site.param, site.group)["step"]) > 0 or finite(gradient)
+
+    def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
+        if not self._prepare(site, gradient):
             return None
-        if int(state["step"]) == 0 and not finite(gradient):
-            return None  # There are no entries yet, and this gradient cannot select any.
-        tap = tap_of(site.param)
-        others = None if tap is None else tap.gathered(gradient)
-        return gradient if others is None else torch.cat((gradient, others))
+        return self._reduce_together([site], [gradient])[0]
+
+    def _reduce_together(
+        self, sites: Sequence[Site], gradients: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """The gradients, each of a delta followed by that of the candidates in a window."""
+        pairs = zip(gradients, _of_candidates(sites, gradients), strict=True)
+        return [own if more is None else torch.cat((own, more)) for own, more in pairs]
+
+    def _kind(self, site: Site, gradient: Tensor) -> Hashable:
+        state = self._state(site.param, site.group)
+        kind = batch_kind(site, gradient, state["step"])
+        return None if kind is None else (kind, tap_of(site.param) is None)
+
+    def _update(self, site: Site, gradient: Tensor) -> None:
+        self._update_together([site], [gradient])
+
+    def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
+        others = kept(_of_candidates, sites, gradients)
+        step_entries(sites, [self.state[site.param] for site in sites], gradients, others)
 
     def _apply(self, site: Site, reduced: Tensor, gradient: Tensor | None) -> None:
-        state, tap = self.state[site.param], tap_of(site.param)
-        if tap is None:
-            _step_in_place(site, state, reduced.reshape(-1))
-        else:
-            _step_beside(site, state, reduced, tap)
-        once(state["step"].add_, 1)
+        self._apply_together([site], [reduced], None)
+
+    def _apply_together(
+        self,
+        sites: Sequence[Site],
+        reduced: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None,
+    ) -> None:
+        own, others = list(reduced), list[Tensor | None]([None] * len(reduced))
+        for i, site in enumerate(sites):
+            count = site.param.numel()
+            if own[i].numel() > count:
+                own[i], others[i] = own[i][:count], own[i][count:]
+        step_entries(sites, [self.state[site.param] for site in sites], own, others)
 
     def _listen(self) -> None:
         """Have the layers with sparse deltas ask this optimizer what it wants of a gradient."""
@@ -280,97 +275,10 @@ def _asked(optimizer: weakref.ref[SparseDeltaAdamW], param: weakref.ref[Tensor])
     return own._wanted(delta, tap, group)
 
 
-def _step_in_place(site: Site, state: State, grad: Tensor) -> None:
-    """Step the active entries of a parameter (n,), and change them when it is time."""
-    param, group, step = site.param, site.group, int(state["step"]) + 1
-    theta = kept(param.detach().reshape, -1)
-    if step == 1:
-        first = kept(largest, grad.abs(), state["index"].numel())
-        once(state["base"].copy_, kept(theta.__getitem__, first))
-        once(state["index"].copy_, first)
-    active = kept(state["index"].long)
-    own = grad[active].to(state["exp_avg"].dtype)
-    direction = adam_entries(own, state, betas_of(group), group["eps"])
-    weights = kept(theta.__getitem__, active).to(direction.dtype)
-    decay = float(group["lr"]) * group["weight_decay"]
-    change = (state["base"].to(direction.dtype) - weights) * decay
-    moved = weights + change + direction * descent_rate(group)
-    once(theta.__setitem__, active, _rounded(moved, site, active, step))
-    place = window_place(step, group)
-    if "rows" in state:
-        sm3(state, own, active)
-    elif "candidates" in state and place == 0:
-        sizes = grad.abs().nan_to_num_(0.0)
-        sizes[active] = -1.0
-        select(state, largest(sizes, state["candidates"].numel()), finite(grad))
-    elif "candidates" in state and place > 0:
-        accumulate(state, grad[state["candidates"].long()].to(own.dtype))
-    if step % group["update_gap"] == 0 and ("rows" in state or "candidates" in state):
-        changes = kept(_changes, state, theta, active, group, step)
-        if changes is not None:
-            places, dropped, before, new = changes
-            once(theta.__setitem__, dropped, before)
-            for name, values in new.items():
-                once(state[name].__setitem__, places, values)
-    if not param.is_contiguous():
-        once(param.copy_, theta.view(param.shape))
-
-
-def _changes(
-    state: State, theta: Tensor, active: Tensor, group: Group, step: int
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]] | None:
-    """The places of the entries that are dropped, their positions and what they were before, and
-    the state of those that become active. None if there are none."""
-    found = grown(state, active, theta.numel(), group, step, betas_of(group))
-    if found is None:
-        return None
-    base, wide = state["base"], state["exp_avg"].dtype
-    changes = (theta[active].to(wide) - base.to(wide)).abs()
-    places = largest(-changes, found[0].numel())
-    new = {"index": found[0].to(state["index"].dtype), "base": theta[found[0]], **found[1]}
-    return places, active[places], base[places], new
-
-
-def _step_beside(site: Site, state: State, reduced: Tensor, tap: Tap) -> None:
-    """Step the entries of a layer's delta (k,), and change them when it is time.
-
-    Args:
-        reduced: the gradient of the delta and, in a window, of the candidates.
-    """
-    group, step, layer = site.group, int(state["step"]) + 1, tap.layer
-    delta, index = site.param.detach(), layer.index
-    own, others = reduced[: delta.numel()], reduced[delta.numel() :]
-    direction = adam_entries(own, state, betas_of(group), group["eps"])
-    decay = float(group["lr"]) * group["weight_decay"]
-    once(delta.add_, direction * descent_rate(group) - delta * decay)
-    place = window_place(step, group)
-    picked, finite_here = kept(lambda: (tap.picked, tap.picked_finite))
-    if "rows" in state:
-        sm3(state, own, index.long())
-    elif "candidates" in state and place == 0 and picked is not None:
-        select(state, picked, finite_here)
-    elif "candidates" in state and place > 0:
-        accumulate(state, others)
-    once(tap.stepped)
-    if step % group["update_gap"] == 0 and ("rows" in state or "candidates" in state):
-        numel = math.prod(tap.shape)
-        found = kept(grown, state, index, numel, group, step, betas_of(group))
-        if found is not None:
-            places = kept(largest, -delta.abs(), found[0].numel())
-            once(delta.__setitem__, places, 0.0)
-            once(index.__setitem__, places, found[0].to(index.dtype))
-            for name, values in found[1].items():
-                once(state[name].__setitem__, places, values)
-
-
-def _rounded(values: Tensor, site: Site, index: Tensor, step: int) -> Tensor:
-    """Round entries to the weights' dtype; if stochastically, with the bits of their positions."""
-    draw = site.rounding_draw(step)
-    if draw is None or is_fake(values):
-        return values.to(site.param.dtype)
-    block, place = index // 8, index % 8
-    key = site.key
-    made = words(block, seed=key.seed, stream=key.stream, draw=draw, purpose=PURPOSE_ROUNDING)
-    word = made.gather(1, (place // 2).unsqueeze(1)).squeeze(1)
-    bits = torch.where(place % 2 == 0, word & 0xFFFF, word >> 16)
-    return round_stochastic(values, site.param.dtype, bits)
+def _of_candidates(sites: Sequence[Site], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """In a window, the gradients of the candidates beside each delta."""
+    taps = [tap_of(site.param) for site in sites]
+    return [
+        None if tap is None else tap.gathered(gradient)
+        for tap, gradient in zip(taps, gradients, strict=True)
+    ]

@@ -271,28 +271,49 @@ class ProjectedOptimizer(ShardedMatrices):
                 self._write_directions(sites[part], gradients[part], step)
         count(states)
 
-    def _apply_together(self, sites: Sequence[Site], reduced: Sequence[Tensor]) -> None:
+    def _reduce_together(
+        self, sites: Sequence[Site], gradients: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        geo = self._geometry(sites[0].param, sites[0].group)
+        if geo is None:
+            return gradients
+        reduced = self._project(sites, gradients, self._bases_down(sites, gradients, geo))
+        return reduced.to(accumulator_dtype(reduced.dtype)).unbind()
+
+    def _apply_together(
+        self,
+        sites: Sequence[Site],
+        reduced: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None,
+    ) -> None:
         geo = self._geometry(sites[0].param, sites[0].group)
         if geo is None:
             self._update_whole(sites, reduced)
             return
         for part in pieces(_windows(len(sites), math.prod(geo.reduced_shape))):
             stack = kept(torch.stack, list(reduced[part]))
-            self._step_matrices(sites[part], None, reduced=stack)
+            own = None if gradients is None else gradients[part]
+            self._step_matrices(sites[part], own, reduced=stack)
 
     def _update_matrices(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
         """Update matrices of one geometry from their gradients."""
         geo = self._geometry(sites[0].param, sites[0].group)
         assert geo is not None
+        self._step_matrices(sites, gradients, self._bases_down(sites, gradients, geo))
+
+    def _bases_down(
+        self, sites: Sequence[Site], gradients: Sequence[Tensor], geo: Geometry
+    ) -> list[dict[str, Tensor]]:
+        """The bases of the next step; where they would be rounded on the way down, in that
+        dtype, so that they are rounded once for both ways."""
         bases = self._rounded_bases(sites, gradients, geo)
         dtype = factor_dtype(gradients[0], geo)
         if geo.side != "both" and bases[0]["basis"].dtype != dtype:
-            # Rounded once for both ways.
             first = bases[0]["basis"]
             narrow = first.new_empty((len(bases), *first.shape), dtype=dtype)
             torch._foreach_copy_(narrow.unbind(), [basis["basis"] for basis in bases])
             bases = [{"basis": basis} for basis in narrow]
-        self._step_matrices(sites, gradients, bases)
+        return bases
 
     def _write_whole(self, sites: Sequence[Site], gradients: Sequence[Tensor], step: int) -> None:
         """theta <- decay theta + rate (the rule's direction), of parameters of one kind."""

@@ -15,11 +15,12 @@ from zoopt.kernels.product.reference import (
     blas_rounds,
     chunk_rows,
     row_chunks,
+    scale,
     scaled_factors,
     squares,
 )
 
-__all__ = ["add_product", "squares"]
+__all__ = ["add_product", "scale", "squares"]
 
 
 def add_product(

@@ -18,11 +18,11 @@ from torch import Tensor
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.journal import pieces
 from zoopt.kernels.noise.gpu import _TYPES, _addresses, _int32, backend_name
-from zoopt.kernels.product.gpu_batch import add_products
+from zoopt.kernels.product.gpu_batch import add_products, scale
 from zoopt.kernels.product.gpu_kernels import product_kernel
 from zoopt.kernels.product.reference import blas_rounds
 
-__all__ = ["add_product", "add_products", "squares"]
+__all__ = ["add_product", "add_products", "scale", "squares"]
 
 #: An operation takes a whole batch.
 BATCHES = True

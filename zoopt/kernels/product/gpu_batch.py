@@ -1,4 +1,5 @@
-"""Adds low-rank products to a batch of matrices on the GPU, in one launch for each rank."""
+"""Operations on whole batches on the GPU: low-rank products are added in one launch for each rank,
+and scaling is one launch."""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
@@ -11,8 +12,18 @@ import triton
 from torch import Tensor
 
 from zoopt.kernels.batch import Batch, addresses
-from zoopt.kernels.noise.gpu import _TYPES, Table, _addresses, _int32, backend_name, table_of
+from zoopt.kernels.noise.gpu import (
+    _TYPES,
+    BLOCK,
+    Table,
+    _addresses,
+    _int32,
+    backend_name,
+    launch,
+    table_of,
+)
 from zoopt.kernels.product.gpu_kernels_batch import products_kernel
+from zoopt.kernels.product.gpu_kernels_scale import scale_kernel
 
 #: Rows and columns of a program's tile, and how many columns of a factor it reads at a time.
 TILE, K = (64, 64), 16
@@ -82,3 +93,9 @@ def _tiles(rows: tuple[tuple[int, int, int, int], ...], device: torch.device) ->
     counts = [triton.cdiv(m, TILE[0]) * triton.cdiv(n, TILE[1]) for m, n, *_ in rows]
     places = [(m, n, offset, _int32(number)) for m, n, offset, number in rows]
     return table_of(counts, places, device)
+
+
+def scale(batch: Batch, factors: Tensor) -> None:
+    """See op_scale.scale_."""
+    memories = {"theta": batch.tensors}
+    launch(scale_kernel, batch, memories, BLOCK, factors=factors, EACH=len(factors) > 1)

@@ -134,3 +134,8 @@ def squares(gradient: Tensor, axis: int, wide: torch.dtype) -> Tensor:
         for start in range(0, max(m, 1), rows)
     ]
     return torch.stack(parts).sum(0) if axis == 0 else torch.cat(parts)
+
+
+def scale(theta: Tensor, factor: Tensor) -> None:
+    """theta <- round(factor theta), with a factor ()."""
+    theta.mul_(factor)

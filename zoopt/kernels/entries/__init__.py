@@ -1,0 +1,1 @@
+"""Some entries of each tensor, at int32 positions."""
