@@ -20,6 +20,8 @@ from zoopt.kernels.adam.moments import Format
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.descent.op import curve_, descend_, small_elements, turn_
 from zoopt.kernels.descent.rule import Rule, Shape
+from zoopt.kernels.entries.op import adam_entries_, cover_entries_, sum_entries_
+from zoopt.kernels.entries.operands import Cover, Entries, Sums
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op_batch import add_products_
 from zoopt.kernels.product.op_scale import scale_
@@ -58,7 +60,8 @@ class Variant:
     "adamw_odd" is "adamw" with a tensor that is not of whole vectors of memory.
     "adam_norms" sums squares as well, and its direction is float32. "product" is the product alone,
     "product_gradient" has both of the gradient's terms besides, and "scaled" a channel's scale
-    alone. "multiply" has a factor for each tensor.
+    alone. "multiply" has a factor for each tensor. "entries" are at positions of their own, whose
+    weights and gradients are read and written one by one.
     """
 
     kernel: str
@@ -215,6 +218,39 @@ class Variant:
         norms = torch.zeros(2, 2 * len(theta))
         return functools.partial(kernels.adam_, batch, *moments, norms=norms, **options)
 
+    def _entries(self, theta: Tensor) -> Callable[[], Any]:
+        """A quarter of the entries of two tensors; all, where deltas lie beside a weight."""
+        batch = Batch((theta, theta.clone()), [NoiseKey(1, 2), NoiseKey(1, 3)])
+        gradients = [torch.zeros_like(tensor) for tensor in batch.tensors]
+        beside = self.kernel == "entries_beside"
+        count = theta.numel() // (1 if beside else 4)
+        index = [torch.zeros(count, dtype=torch.int32) for _ in gradients]
+        wide = [[torch.zeros(count) for _ in gradients] for _ in range(2)]
+        if self.kernel == "entries_sum":
+            sums = [[values.bfloat16() for values in own] for own in wide]
+            operands = [Sums(*own) for own in zip(index, *sums, strict=True)]
+            return functools.partial(sum_entries_, batch, operands)
+        if self.kernel == "entries_cover":
+            bounds = ([torch.zeros(size) for _ in gradients] for size in theta.shape)
+            covers = [Cover(*own) for own in zip(index, *bounds, strict=True)]
+            return functools.partial(cover_entries_, batch, covers)
+        entries = [
+            Entries(
+                *((None, None) if beside else (own, theta.new_zeros(count))),
+                *(state[i] for state in wide),
+                torch.zeros(count, dtype=torch.int16),
+            )
+            for i, own in enumerate(index)
+        ]
+        return functools.partial(
+            adam_entries_,
+            *(batch, gradients, entries),
+            betas=(0.9, 0.99),
+            eps=1e-8,
+            rate=-0.1,
+            rounding_draw=self._rounding["rounding_draw"],
+        )
+
     def _matrix(self, theta: Tensor) -> Callable[[], Any]:
         gradient = torch.zeros_like(theta)
         if self.kernel.startswith("sm3"):
@@ -225,6 +261,8 @@ class Variant:
         m, n = theta.shape
         kernel = self.kernel.removesuffix("_batch")
         factors = torch.zeros(m, RANK), torch.zeros(n, RANK)
+        if self.kernel.startswith("entries"):
+            return self._entries(theta)
         if self.kernel == "multiply":
             batch = Batch((theta, theta.clone()), [NoiseKey(1, 2), NoiseKey(1, 3)])
             return functools.partial(scale_, batch, torch.zeros(2))
@@ -276,6 +314,10 @@ def variants() -> Iterator[Variant]:
                 yield Variant(kernel, dtype, "normal", rounding=rounding)
         yield Variant("small", dtype, "normal")
         yield Variant("multiply", dtype)
+        for rounding in _roundings(dtype):
+            yield Variant("entries", dtype, rounding=rounding)
+        for kernel in ("entries_sum", "entries_cover"):
+            yield Variant(kernel, dtype)
         for kernel in _MATRICES:
             for rounding in _roundings(dtype):
                 # To nearest a product alone is BLAS's.
@@ -287,6 +329,7 @@ def variants() -> Iterator[Variant]:
                     yield Variant("adamw", dtype, format=form, rounding=rounding)
     for kernel in _STATES:
         yield Variant(kernel, "fp32", "normal")
+    yield Variant("entries_beside", "fp32")
     for form in get_args(Format):
         for kernel in ("adam", "adam_norms"):
             yield Variant(kernel, "fp32", format=form, rounding="stochastic")

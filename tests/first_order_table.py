@@ -39,8 +39,6 @@ class Row:
         oracle_options: as the oracle calls them, where names or values differ.
         matrices: whether the oracle gets tensors of more than two axes as matrices.
         sparse: whether it takes sparse gradients.
-        one_by_one: why a GPU updates parameters that are not projected one after the other, where
-            it does; else it launches as often for many as for few.
     """
 
     name: str
@@ -53,7 +51,6 @@ class Row:
     oracle_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     matrices: bool = True
     sparse: bool = False
-    one_by_one: str = ""
 
     def build(self, model: nn.Module, **options: Any) -> Any:
         return self.cls(model.named_parameters(), **{**self.options, **options})  # type: ignore[call-arg]
@@ -255,8 +252,7 @@ def sparse_delta(name: str, **options: Any) -> Row:
         return 8 + k * (4 + itemsize + 2 * number + 2) + more
 
     base = {"update_gap": 4, "window": 3, "drop_fraction": 0.4}
-    why = "entries are gathered and written by torch, tensor by tensor"
-    options = {**base, "one_by_one": why, **options}
+    options = {**base, **options}
     return row(name, zoopt.SparseDeltaAdamW, SparseDelta64, kept, **options)
 
 

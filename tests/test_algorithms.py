@@ -25,8 +25,8 @@ from zoopt.first_order import (
     qgalore,
 )
 from zoopt.kernels.adam import reference as adam_reference
+from zoopt.kernels.entries import reference as entries_reference
 from zoopt.kernels.sm3 import reference as sm3_reference
-from zoopt.selection import spiel
 from zoopt.zeroth_order import (
     hizoo,
     lozo,
@@ -50,7 +50,7 @@ ELSEWHERE: dict[str, Sequence[Callable[..., Any]]] = {
     "qgalore-adamw": (galore.galore, qgalore.agreement, qgalore.settle),
     "adamw": (adam_reference.adamw, adam_reference._quotient),
     "sm3": (sm3_reference.sm3,),
-    "sparse-delta-adamw": (spiel.adam_entries,),
+    "sparse-delta-adamw": (entries_reference.adam_entries, entries_reference.adam_direction),
 }
 
 

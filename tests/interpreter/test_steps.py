@@ -209,3 +209,36 @@ def test_members_in_one_batch_have_the_fitness_of_the_cpu(
     assert len({*expected.values()}) == 6
     monkeypatch.setattr(dispatch, "_best", lambda theta: "triton")
     assert fitness() == expected
+
+
+@pytest.mark.parametrize("growth", ["accumulated", "momentum"])
+def test_entries_beside_weights_have_the_bits_of_the_cpu(
+    growth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all layers together, over a window and a change of entries; clipped between."""
+
+    def trained() -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(*(torch.nn.Linear(12, 12) for _ in range(3)))
+        deltas = zoopt.nn.convert_to_sparse_delta(model, lambda name, module: True, density=0.2)
+        options: dict[str, Any] = {"update_gap": 4, "window": 3, "growth": growth, "seed": 1}
+        optimizer = zoopt.SparseDeltaAdamW(deltas, lr=1e-2, **options)
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(torch.linspace(-1, 1, 24).view(2, 12)).square().sum().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+        state = [value for own in optimizer.state.values() for value in own.values()]
+        layers = [layer.index for layer in model if hasattr(layer, "index")]
+        return [*(delta.detach() for _, delta in deltas), *layers, *state]
+
+    expected = trained()
+    monkeypatch.setattr(dispatch, "_best", lambda theta: "triton")
+    assert all(torch.equal(a, b) for a, b in zip(trained(), expected, strict=True))
+
+
+def test_active_entries_have_the_bits_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = projected(zoopt.SparseDeltaAdamW, {"density": 0.2, "update_gap": 2, "window": 2})
+    monkeypatch.setattr(dispatch, "_best", lambda theta: "triton")
+    got = projected(zoopt.SparseDeltaAdamW, {"density": 0.2, "update_gap": 2, "window": 2})
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

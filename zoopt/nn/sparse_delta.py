@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from zoopt.checks import check_number
 from zoopt.dtypes import accumulator_dtype
-from zoopt.kernels.dispatch import known
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.dispatch import known, launches
+from zoopt.kernels.entries.op import sum_entries_
+from zoopt.kernels.entries.operands import Sums
+from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.product.op_scale import scale_
 from zoopt.nn.foreign import frozen_dtype, frozen_weight, is_quantised
 from zoopt.nn.largest import Largest
 from zoopt.nn.linear import RecomputedLinear, check_inside, check_no_hooks, gradient_rows
@@ -87,6 +92,11 @@ class Tap:
             place = grad.abs().argmax(0, keepdim=True)
             self._version, self._reference = grad._version, (place, grad[place])
 
+    @property
+    def has_gathered(self) -> bool:
+        """Whether there are gradients at the wanted positions."""
+        return self._gathered is not None and self._reference is not None
+
     def gathered(self, grad: Tensor) -> Tensor | None:
         """The gradients at the wanted positions; clipped or unscaled as `grad` has been since."""
         if self._gathered is None or self._reference is None:
@@ -98,6 +108,31 @@ class Tap:
     def stepped(self) -> None:
         """Drop what has been used."""
         self.picked = self._gathered = None
+
+
+def gathered_together(taps: Sequence[Tap], grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """`Tap.gathered` of several layers; on a GPU by a few operations, however many they are."""
+    found = list[Tensor | None]([None] * len(taps))
+    held = [
+        (i, tap._gathered, *tap._reference)
+        for i, tap in enumerate(taps)
+        if tap._gathered is not None and tap._reference is not None
+    ]
+    if len(held) < 2 or not launches(grads[0]):
+        return [tap.gathered(grad) for tap, grad in zip(taps, grads, strict=True)]
+    members, values, places, before = zip(*held, strict=True)
+    keys = [NoiseKey(0, i) for i in members]  # Nothing is drawn.
+    now, squares = before[0].new_zeros(2, len(held))
+    index = torch.cat(places).to(torch.int32).split(1)
+    sums = [Sums(*own) for own in zip(index, now.split(1), squares.split(1), strict=True)]
+    sum_entries_(Batch([grads[i] for i in members], keys, reads=True), sums)
+    old = torch.cat(before)
+    scaled = [torch.empty_like(own) for own in values]
+    torch._foreach_copy_(scaled, list(values))
+    scale_(Batch(scaled, keys), torch.where(old == 0, 1.0, now / old))
+    for i, own in zip(members, scaled, strict=True):
+        found[i] = own
+    return found
 
 
 _taps: Any = WeakIdKeyDictionary()

@@ -17,7 +17,7 @@ from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.first_order.base import FirstOrderOptimizer
 from zoopt.first_order.site import Site, batch_kind
 from zoopt.kernels.journal import kept
-from zoopt.nn.sparse_delta import Tap, Wanted, tap_of
+from zoopt.nn.sparse_delta import Tap, Wanted, gathered_together, tap_of
 from zoopt.optimizer import STEP, Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.selection.entries import step_entries
@@ -192,7 +192,7 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
         if wanted is None or not tap.layer.placed:
             return
         missing = wanted.largest and tap.picked is None
-        if missing or (wanted.at is not None and tap.gathered(site.param.grad) is None):
+        if missing or (wanted.at is not None and not tap.has_gathered):
             raise RuntimeError(
                 f"the gradient of {site.name!r} must come from a backward pass since the last "
                 f"step, got another one; run loss.backward() after the optimizer has been made or "
@@ -277,8 +277,5 @@ def _asked(optimizer: weakref.ref[SparseDeltaAdamW], param: weakref.ref[Tensor])
 
 def _of_candidates(sites: Sequence[Site], gradients: Sequence[Tensor]) -> list[Tensor | None]:
     """In a window, the gradients of the candidates beside each delta."""
-    taps = [tap_of(site.param) for site in sites]
-    return [
-        None if tap is None else tap.gathered(gradient)
-        for tap, gradient in zip(taps, gradients, strict=True)
-    ]
+    taps = [tap for site in sites if (tap := tap_of(site.param)) is not None]
+    return gathered_together(taps, gradients) if taps else [None] * len(sites)
