@@ -132,10 +132,10 @@ def test_refuses() -> None:
     options: dict[str, Any] = {"betas": (0.9, 0.9), "eps": 1e-8, "rate": -1.0}
     good = Entries(index.clamp(max=11), torch.zeros(2), *moments, age)
     for entries, message in (
-        (good._replace(index=index), "index must have positions from 0 to 11, got 0 to 12; load"),
-        (good._replace(index=None), "must have both index and base, or be all of a tensor"),
+        (good._replace(positions=index), "positions must be from 0 to 11, got 0 to 12; load"),
+        (good._replace(positions=None), "must have both positions and base, or be all of a tensor"),
         (good._replace(age=age.int()), "age must be torch.int16 of 2 elements on cpu, got"),
-        (good._replace(exp_avg=torch.zeros(3)), "index must be torch.int32 of 3 elements"),
+        (good._replace(exp_avg=torch.zeros(3)), "positions must be torch.int32 of 3 elements"),
         (good._replace(exp_avg=moments[1]), "must not share memory"),
     ):
         with pytest.raises(ValueError, match=message):

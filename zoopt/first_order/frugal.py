@@ -292,11 +292,13 @@ class Frugal(ProjectedOptimizer):
                 once(torch._foreach_zero_, [state[name] for state in states for name in names])
         return super()._direction(sites, reduced, states, step, keys, norms)
 
-    def _update_matrices(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
+    def _bases_down(
+        self, sites: Sequence[Site], gradients: Sequence[Tensor], geo: Geometry
+    ) -> list[dict[str, Tensor]]:
+        """None for columns, which are made when they are used."""
         if _selects(sites[0]):
-            self._step_matrices(sites, gradients)
-        else:
-            super()._update_matrices(sites, gradients)
+            return [{} for _ in sites]
+        return super()._bases_down(sites, gradients, geo)
 
     def _step_matrices(
         self,

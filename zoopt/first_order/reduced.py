@@ -124,7 +124,8 @@ class Reduced:
         scale: Tensor | None,
     ) -> None:
         """`apply` of parameters of one kind. Without the factor of all R, each has its own."""
-        reduced: list[Tensor] = [once(self.waiting.pop, site.param) for site in sites]
+        popped = [once(self.waiting.pop, site.param) for site in sites]
+        reduced = [own for own in popped if own is not None]
         scales = kept(self._scales, reduced) if scale is None else scale.view(1)
         if scales is not None:
             _scale(optimizer, sites, reduced, gradients, scales)

@@ -123,8 +123,8 @@ def gathered_together(taps: Sequence[Tap], grads: Sequence[Tensor]) -> list[Tens
     members, values, places, before = zip(*held, strict=True)
     keys = [NoiseKey(0, i) for i in members]  # Nothing is drawn.
     now, squares = before[0].new_zeros(2, len(held))
-    index = torch.cat(places).to(torch.int32).split(1)
-    sums = [Sums(*own) for own in zip(index, now.split(1), squares.split(1), strict=True)]
+    columns = (torch.cat(places).to(torch.int32), now, squares)
+    sums = [Sums(*own) for own in zip(*(torch.split(each, 1) for each in columns), strict=True)]
     sum_entries_(Batch([grads[i] for i in members], keys, reads=True), sums)
     old = torch.cat(before)
     scaled = [torch.empty_like(own) for own in values]

@@ -28,7 +28,7 @@ def adam_entries(
     rounding_draw: int | None,
 ) -> None:
     """See reference.adam_entries."""
-    index, base, age = entries.index, entries.base, entries.age
+    index, base, age = entries.positions, entries.base, entries.age
     _parallel(
         cpu_kernels.adam_entries,
         entries.exp_avg.numel(),

@@ -48,7 +48,7 @@ def adam_entries(
     memories: Memories = {
         "theta": batch.tensors,
         "gradient": gradients,
-        "index": [own.index for own in entries],
+        "index": [own.positions for own in entries],
         "base": [own.base for own in entries],
         "first": [own.exp_avg for own in entries],
         "second": [own.exp_avg_sq for own in entries],
@@ -77,7 +77,7 @@ def sum_entries(batch: Batch, sums: Sequence[Sums]) -> None:
     """See reference.sum_entries."""
     memories: Memories = {
         "gradient": batch.tensors,
-        "index": [own.index for own in sums],
+        "index": [own.positions for own in sums],
         "total": [own.total for own in sums],
         "squares": [own.squares for own in sums],
     }
@@ -94,7 +94,7 @@ def sum_entries(batch: Batch, sums: Sequence[Sums]) -> None:
 
 def cover_entries(batch: Batch, covers: Sequence[Cover], picked: bool) -> None:
     """See reference.cover_entries."""
-    counts = [own.index.numel() for own in covers]
+    counts = [own.positions.numel() for own in covers]
     widths = [own.columns.numel() for own in covers]
     bounds = packed(counts, torch.float32, batch.device)
     for raises in (False, True):
@@ -103,7 +103,7 @@ def cover_entries(batch: Batch, covers: Sequence[Cover], picked: bool) -> None:
             state = [[own.view(torch.int32) for own in each] for each in state]
         memories: Memories = {
             "gradient": batch.tensors,
-            "index": [own.index for own in covers],
+            "index": [own.positions for own in covers],
             **dict(zip(("rows", "columns", "bounds"), state, strict=True)),
         }
         _launch(

@@ -45,7 +45,7 @@ def adam_entries_(
     Args:
         theta: a batch.
         gradient: of theta's size, one for each tensor, of one dtype; read at the entries.
-        entries: one for each tensor; either all have an index and a base, or none has.
+        entries: one for each tensor; either all have positions and a base, or none has.
         betas, eps: Adam's.
         rate, decay: numbers, as in the formulas.
         rounding_draw: 32 bits; the draw whose bits, of the entries' positions, round theta
@@ -65,14 +65,16 @@ def adam_entries_(
     _check_one_each(theta, gradient=gradient, entries=entries)
     for own, size in zip(entries, sizes, strict=True):
         count = own.exp_avg.numel()
-        if (own.index is None) is not (own.base is None) or (own.index is None and count != size):
-            raise ValueError("entries must have both index and base, or be all of a tensor")
-        _check(own.index, "index", torch.int32, count, theta)
+        if (own.positions is None) is not (own.base is None) or (
+            own.positions is None and count != size
+        ):
+            raise ValueError("entries must have both positions and base, or be all of a tensor")
+        _check(own.positions, "positions", torch.int32, count, theta)
         _check(own.base, "base", theta.dtype, count, theta)
         _check(own.exp_avg, "exp_avg", wide, count, theta)
         _check(own.exp_avg_sq, "exp_avg_sq", wide, count, theta)
         _check(own.age, "age", torch.int16, count, theta)
-        check_positions("index", own.index, size)
+        check_positions("positions", own.positions, size)
     if rounding_draw is not None:
         check_unsigned("rounding_draw", rounding_draw, 32)
         rounding_draw = None if theta.dtype == wide else rounding_draw
@@ -112,12 +114,12 @@ def sum_entries_(gradient: Batch, sums: Sequence[Sums], *, impl: str | None = No
     _check_one_each(gradient, sums=sums)
     for own, g in zip(sums, gradient.tensors, strict=True):
         count = own.total.numel()
-        if own.index is None and count != g.numel():
-            raise ValueError("sums must have an index, or be of all of a gradient")
-        _check(own.index, "index", torch.int32, count, gradient)
+        if own.positions is None and count != g.numel():
+            raise ValueError("sums must have positions, or be of all of a gradient")
+        _check(own.positions, "positions", torch.int32, count, gradient)
         _check(own.total, "total", sums[0].total.dtype, count, gradient)
         _check(own.squares, "squares", sums[0].total.dtype, count, gradient)
-        check_positions("index", own.index, g.numel())
+        check_positions("positions", own.positions, g.numel())
     check_apart(sums=[tensor for own in sums for tensor in own[1:]])
     batch = gradient.row_major()
     wide = sums[0].total if sums[0].total.dtype == torch.float64 else batch.tensors[0]
@@ -152,12 +154,12 @@ def cover_entries_(
     _check_one_each(gradient, covers=covers)
     for cover, g in zip(covers, gradient.tensors, strict=True):
         size = cover.rows.numel() * cover.columns.numel()
-        if g.numel() != (cover.index.numel() if picked else size):
+        if g.numel() != (cover.positions.numel() if picked else size):
             raise ValueError(f"gradient must be of the entries or the matrix, got {tuple(g.shape)}")
-        _check(cover.index, "index", torch.int32, cover.index.numel(), gradient)
+        _check(cover.positions, "positions", torch.int32, cover.positions.numel(), gradient)
         _check(cover.rows, "rows", wide, cover.rows.numel(), gradient)
         _check(cover.columns, "columns", wide, cover.columns.numel(), gradient)
-        check_positions("index", cover.index, size)
+        check_positions("positions", cover.positions, size)
     batch = gradient.row_major()
     probe = covers[0].rows if wide == torch.float64 else batch.tensors[0]
     backend = dispatch.choose(probe, impl, "entries")
@@ -177,7 +179,7 @@ def check_positions(name: str, index: Tensor | None, size: int) -> None:
     least, most = torch.aminmax(index)
     if int(least) < 0 or int(most) >= size:
         raise ValueError(
-            f"{name} must have positions from 0 to {size - 1}, got {int(least)} to {int(most)}; "
+            f"{name} must be from 0 to {size - 1}, got {int(least)} to {int(most)}; "
             f"load the state that belongs to the parameter"
         )
 

@@ -18,13 +18,13 @@ class Entries(NamedTuple):
     """Entries of a tensor, (k,), with Adam's state of each.
 
     Attributes:
-        index: int32 positions in the tensor, distinct; None for all entries in order.
+        positions: int32, in the tensor, distinct; None for all entries in order.
         base: in the tensor's dtype, what entries are decayed to; None for 0.
         exp_avg, exp_avg_sq: in the accumulator's dtype.
         age: int16, from 0 to `OLDEST`.
     """
 
-    index: Tensor | None
+    positions: Tensor | None
     base: Tensor | None
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -51,11 +51,11 @@ class Sums(NamedTuple):
     """Sums over some entries of a gradient, (c,) each.
 
     Attributes:
-        index: int32 positions in the gradient; None for all entries in order.
+        positions: int32, in the gradient; None for all entries in order.
         total, squares: of the gradients, and of their squares; of one dtype.
     """
 
-    index: Tensor | None
+    positions: Tensor | None
     total: Tensor
     squares: Tensor
 
@@ -64,10 +64,10 @@ class Cover(NamedTuple):
     """SM3's bounds of some entries of a matrix.
 
     Attributes:
-        index: int32 positions in the matrix, (k,), distinct.
+        positions: int32, in the matrix, (k,), distinct.
         rows, columns: the accumulators of the rows and the columns, in the accumulator's dtype.
     """
 
-    index: Tensor
+    positions: Tensor
     rows: Tensor
     columns: Tensor

@@ -23,11 +23,11 @@ def adam_entries(
 ) -> None:
     """theta_i <- round(theta_i + decay (base_i - theta_i) + rate N_i) for entries i of theta (n,),
     with N as in `adam_direction`."""
-    index = slice(None) if entries.index is None else kept(entries.index.long)
+    index = slice(None) if entries.positions is None else kept(entries.positions.long)
     own = gradient[index].to(entries.exp_avg.dtype)
     direction = adam_direction(own, entries, betas, rates)
     weights = kept(theta[index].to, direction.dtype)
-    if entries.base is None or entries.index is None:
+    if entries.base is None or entries.positions is None:
         step = direction * rates.adam.scale - weights * rates.decay
         once(theta.copy_, weights + step)
         return
@@ -36,7 +36,7 @@ def adam_entries(
     if rounding_draw is None:
         rounded = round_nearest(moved, theta.dtype)
     else:
-        bits = halfwords_at(key.offset + entries.index.long(), key, rounding_draw)
+        bits = halfwords_at(key.offset + entries.positions.long(), key, rounding_draw)
         rounded = round_stochastic(moved, theta.dtype, bits)
     once(theta.__setitem__, index, rounded)
 
@@ -77,7 +77,7 @@ def halfwords_at(index: Tensor, key: NoiseKey, draw: int) -> Tensor:
 def sum_entries(gradient: Tensor, sums: Sums) -> None:
     """total <- total + g,    squares <- squares + g^2, rounded to nearest."""
     wide = torch.promote_types(sums.total.dtype, torch.float32)
-    own = (gradient if sums.index is None else gradient[sums.index.long()]).to(wide)
+    own = (gradient if sums.positions is None else gradient[sums.positions.long()]).to(wide)
     for state, values in ((sums.total, own), (sums.squares, own.square())):
         once(state.copy_, round_nearest(kept(torch.add, state.to(wide), values), state.dtype))
 
@@ -85,7 +85,7 @@ def sum_entries(gradient: Tensor, sums: Sums) -> None:
 def cover_entries(gradient: Tensor, cover: Cover, picked: bool) -> None:
     """nu_ij = min(r_i, c_j) + g_ij^2,    r_i <- max(r_i, max_j nu_ij), c_j <- max(c_j, max_i nu_ij)
     of SM3-II, over the entries (i, j)."""
-    rows, columns, active = cover.rows, cover.columns, cover.index.long()
+    rows, columns, active = cover.rows, cover.columns, cover.positions.long()
     g = (gradient if picked else gradient[active]).to(rows.dtype)
     i, j = active // columns.numel(), active % columns.numel()
     nu = kept(torch.add, torch.minimum(rows[i], columns[j]), g.square())
