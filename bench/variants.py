@@ -17,6 +17,7 @@ from bench.stub_gpu import Launch, launches, stub_gpu
 from zoopt import kernels
 from zoopt.bench.kernels_first_order import BYTES, NUMBERS, RANK, moment
 from zoopt.kernels.adam.moments import Format
+from zoopt.kernels.adam.op_average import load_
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.descent.op import curve_, descend_, small_elements, turn_
 from zoopt.kernels.descent.rule import Rule, Shape
@@ -75,7 +76,7 @@ class Variant:
         """What is read and written of tensors of theta's size."""
         item = DTYPES[self.dtype].itemsize
         if self.format != "-":
-            if self.kernel == "store":
+            if self.kernel in ("store", "load"):
                 return item + BYTES[self.format]
             others = {"adam_norms": 4, **dict.fromkeys(("adam", "lion", "lerp"), item)}
             beside = others.get(self.kernel, 2 * item)
@@ -94,12 +95,12 @@ class Variant:
     @property
     def bytes_beside_codes(self) -> float:
         """What is read and written of tensors of theta's size, except codes."""
-        passes = 1 if self.kernel == "store" else 2 * self._moments
+        passes = 1 if self.kernel in ("store", "load") else 2 * self._moments
         return self.bytes_per_element - passes * self.bytes_of_code
 
     @property
     def _moments(self) -> int:
-        return 1 if self.kernel in ("lion", "lerp", "store") else 2
+        return 1 if self.kernel in ("lion", "lerp", "store", "load") else 2
 
     def launch(self, target: str) -> Launch:
         """What the operation launches for a key of `TARGETS`, compiled.
@@ -200,6 +201,8 @@ class Variant:
             return functools.partial(kernels.average_, batch, moments[0], **averages, **options)
         if self.kernel == "lerp":
             return functools.partial(kernels.lerp_, batch, moments[0], 0.1, out=tensors, **options)
+        if self.kernel == "load":
+            return functools.partial(load_, batch, moments[1])
         if self.kernel == "store":
             return functools.partial(kernels.store_, batch, moments[1], **options)
         options |= NUMBERS
@@ -335,5 +338,6 @@ def variants() -> Iterator[Variant]:
             yield Variant(kernel, "fp32", format=form, rounding="stochastic")
         for kernel in ("adam", "lion", "lerp", "store"):
             yield Variant(kernel, "bf16", format=form, rounding="stochastic")
+        yield Variant("load", "bf16", format=form)
     for form in ("bfloat16", "int4"):
         yield Variant("adamw_odd", "bf16", format=form, rounding="stochastic")

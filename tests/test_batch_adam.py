@@ -13,6 +13,7 @@ from tests.test_kernels_adam import CODED, FORMATS, agree, moments
 from zoopt import kernels
 from zoopt.kernels import NoiseKey
 from zoopt.kernels.adam.moments import Moment, decode, encode
+from zoopt.kernels.adam.op_average import load_
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.noise import philox
 
@@ -100,6 +101,17 @@ def run(
             written += [] if norms is None else [norms]
             continue
         options = {"impl": impl, **draws}
+        if operation == "load":
+            # What the first step stores, of both signs.
+            for kept, values in ((firsts, gradients), (seconds, [g.abs() for g in gradients])):
+                kernels.store_(Batch(values, own), kept, **options)
+                outs = [torch.empty_like(own) for own in values]
+                if together:
+                    load_(Batch(outs, own), kept, impl=impl)
+                for i, out in enumerate([] if together else outs):
+                    load_(Batch([out], own[i : i + 1]), kept[i : i + 1], impl=impl)
+                written += outs
+            continue
         if operation == "store":
             for kept, values in ((firsts, gradients), (seconds, [g.abs() for g in gradients])):
                 if together:
@@ -124,7 +136,7 @@ AVERAGES: dict[str, dict[str, Any]] = {
     "momentum": {"look": (0.9, 1.0), "keep": (0.9, 1.0)},
     "lion": {"look": (0.9, 1.0 - 0.9), "keep": (0.99, 1.0 - 0.99), "signs": True},
 }
-OPERATIONS = ["adamw", "adam", "momentum", "lion", "lerp", "store"]
+OPERATIONS = ["adamw", "adam", "momentum", "lion", "lerp", "store", "load"]
 
 
 def all_agree(got: list[Tensor], expected: list[Tensor]) -> bool:
@@ -206,6 +218,22 @@ def test_stored_values_are_encoded_ones(form: str, impl: str) -> None:
         encode(value.float(), expected, expected_bits(key, 5000, 7))
         kernels.store_(value, got, key=key, moment_draw=7, impl=impl)
         assert all_agree(stored([got]), stored([expected]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_is_read_is_what_is_decoded(form: str, impl: str) -> None:
+    for which in (0, 1):
+        [value], [key] = tensors(torch.float32, [(5000,)]), keys(1)
+        [moment] = pairs([5000], form)[which]
+        encode(value if which == 0 else value.abs(), moment)
+        before = [tensor.clone() for tensor in stored([moment])]
+        out = torch.empty(50, 100)
+        load_(Batch([out], [key]), [moment], impl=impl)
+        assert agree(out.view(-1), decode(moment))
+        assert all_agree(stored([moment]), before)
+    with pytest.raises(ValueError, match="values must be contiguous"):
+        load_(Batch([out.t()], [key]), [moment])
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -15,6 +15,7 @@ from bench.variants import Variant
 from tests.test_batch_adam import AVERAGES, FORMATS, SHAPES, pairs
 from zoopt import kernels
 from zoopt.kernels import NoiseKey
+from zoopt.kernels.adam.op_average import load_
 from zoopt.kernels.batch import Batch
 
 COUNT = 20
@@ -30,6 +31,8 @@ def operation(name: str, form: str, shapes: Any) -> Callable[[], Any]:
         return lambda: kernels.average_(batch, firsts, out=tensors, **AVERAGES[name], **options)
     if name == "store":
         return lambda: kernels.store_(batch, seconds, **options)
+    if name == "load":
+        return lambda: load_(batch, seconds)
     if name == "lerp":
         return lambda: kernels.lerp_(batch, firsts, 0.1, out=tensors, **options)
     options |= {"betas": (0.9, 0.9), "scale": 1.0, "eps": 1e-8}
@@ -43,7 +46,7 @@ def operation(name: str, form: str, shapes: Any) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("name", ["adamw", "adam", "momentum", "lion", "lerp", "store"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "momentum", "lion", "lerp", "store", "load"])
 def test_a_batch_is_one_launch(name: str, form: str) -> None:
     call = operation(name, form, [(37 * i % 5 * 1000 + 2,) for i in range(COUNT)])
     with stub_gpu():
@@ -146,6 +149,9 @@ CEILINGS = {
     Variant("lion", "bf16", format="int8", rounding="stochastic"): (74, 53, 88),
     Variant("lerp", "bf16", format="int8", rounding="stochastic"): (64, 43, 88),
     Variant("store", "bf16", format="int8", rounding="stochastic"): (50, 30, 72),
+    Variant("load", "bf16", format="int8"): (30, 20, 64),
+    Variant("multiply", "bf16"): (19, 8, 56),
+    Variant("entries", "bf16", rounding="stochastic"): (250, 180, 128),
     Variant("product", "bf16", rounding="stochastic"): (32, 32, 88),
     Variant("product", "fp16", rounding="stochastic"): (43, 43, 104),
     Variant("product_batch", "bf16", rounding="stochastic"): (33, 33, 104),

@@ -39,7 +39,7 @@ def fuse_backward(
     Memory: one whole gradient at a time. On a GPU, where a layer's parameters are updated together,
     the gradients of one layer: of a member of an `nn.ModuleList`, else of a module; 256 MiB and one
     gradient at most. With `accumulation_steps` above 1, or with clipping "global", also all R_p:
-    r max(m, n) elements of a projected matrix instead of m n, but one gradient at a time. For AdamW
+    r max(m, n) elements of a projected matrix instead of m n, beside those gradients. For AdamW
     these are the gradients themselves, so nothing is saved.
 
     Args:

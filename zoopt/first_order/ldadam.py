@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import get_args
 
@@ -10,11 +11,17 @@ from torch import Tensor
 
 from zoopt.checks import check_bool, check_choice, check_number
 from zoopt.distributed.sharding import Rows, broadcast_, is_owner, local_like, whole
-from zoopt.dtypes import RoundingMode, accumulator_dtype
+from zoopt.dtypes import NARROW, RoundingMode, accumulator_dtype
 from zoopt.first_order.adamw import AdamFamily, StateRounding
 from zoopt.first_order.galore import INSIDE
+from zoopt.first_order.projected.core import windows
 from zoopt.first_order.projected.geometry import Geometry, matrix
-from zoopt.first_order.projected.moments_of_rows import load_moments, store_moments
+from zoopt.first_order.projected.moments_of_rows import (
+    load_all_moments,
+    load_moments,
+    store_all_moments,
+    store_moments,
+)
 from zoopt.first_order.projected.residuals import OneSided, Residual, Terms
 from zoopt.first_order.projected.rules import adam_numbers
 from zoopt.first_order.projected.sharded import rows_of
@@ -27,19 +34,29 @@ from zoopt.first_order.projected.subspace import (
     subspace,
     times,
 )
-from zoopt.first_order.site import Site, betas_of
+from zoopt.first_order.site import Site, betas_of, gradient_of, operand
+from zoopt.kernels import dispatch
 from zoopt.kernels.adam.moments import Format, Moment
 from zoopt.kernels.adam.op import adam_
-from zoopt.kernels.dispatch import known
+from zoopt.kernels.batch import Batch
+from zoopt.kernels.dispatch import (
+    all_known,
+    known,
+    multiplies_into_float32,
+    native_bfloat16,
+)
 from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 
+#: A matrix, or e of them where e are treated at once.
+Part = Tensor | Sequence[Tensor]
+
 
 def next_basis(
-    parts: list[Tensor],
+    parts: Sequence[Part],
     average: Tensor,
     basis: Tensor,
     rho: float,
@@ -57,13 +74,15 @@ def next_basis(
         average: mhat, (channels, r).
         basis: P, (n, r) or (m, r).
         rows: where the parts, and on the right mhat, have some of the rows.
+
+    Of e matrices at once, each part is e of them, and all else has a first axis of e.
     """
     left = geo.side == "left"
     mine = basis if rows is None or not left else rows.mine(basis)
     image = rho * average + (1.0 - rho) * over_rows(parts, mine, rows, transposed=left)
     # A multiple of B P, whose columns are normalised anyway.
     image = balanced(image) if rows is None else balanced(image, rows.greatest_)
-    inner = average.t() @ image
+    inner = average.mT @ image
     if rows is not None and not left:
         inner = rows.total(inner)
     back = over_rows(parts, image, rows, transposed=not left)
@@ -73,7 +92,7 @@ def next_basis(
 
 
 def over_rows(
-    parts: list[Tensor], factor: Tensor, rows: Rows | None, *, transposed: bool
+    parts: Sequence[Part], factor: Tensor, rows: Rows | None, *, transposed: bool
 ) -> Tensor:
     """A F, or A^T F summed over all rows, where A is the sum of the parts, which, and so F where
     it is transposed, have some of the rows."""
@@ -81,13 +100,27 @@ def over_rows(
     return product if rows is None or not transposed else rows.total(product)
 
 
-def sum_times(parts: list[Tensor], factor: Tensor, *, transposed: bool) -> Tensor:
+def sum_times(parts: Sequence[Part], factor: Tensor, *, transposed: bool) -> Tensor:
     """A F, or A^T F, where A is the sum of the parts."""
     first, *others = parts
-    total = times(first, factor, transposed=transposed)
+    total = _times(first, factor, transposed)
     for part in others:
-        total += times(part, factor, transposed=transposed)
+        total += _times(part, factor, transposed)
     return total
+
+
+def _times(part: Part, factor: Tensor, transposed: bool) -> Tensor:
+    if isinstance(part, Tensor):
+        return times(part, factor, transposed=transposed)
+    if multiplies_into_float32(part[0]) or native_bfloat16(part[0]):
+        factor, wide = factor.to(part[0].dtype), factor.dtype  # at once, not one by one
+    else:
+        wide = factor.dtype
+    rows = part[0].shape[1 if transposed else 0]
+    out = factor.new_empty(len(part), rows, factor.shape[-1], dtype=wide)
+    for own, its, product in zip(part, factor, out, strict=True):
+        times(own, its, transposed=transposed, out=product)
+    return out
 
 
 def rotated(
@@ -128,11 +161,11 @@ def lost_factors(
     weight = beta1 / (1.0 - beta1)
     now = factors(-(projected + weight * moved), {"basis": following}, geo)
     before = factors(weight * average, {"basis": basis}, geo)
-    return torch.cat((now[0], before[0]), 1), torch.cat((now[1], before[1]), 1)
+    return torch.cat((now[0], before[0]), -1), torch.cat((now[1], before[1]), -1)
 
 
 def ldadam(
-    a: list[Tensor],
+    a: Sequence[Part],
     m: Tensor,
     v: Tensor,
     p: Tensor,
@@ -151,11 +184,13 @@ def ldadam(
         p: P, (n, r), on the left (m, r).
         p_next: P+, of P's shape.
         rows: where the matrices, and on the right m and v, have some of the rows.
+
+    Of e matrices at once as `next_basis`.
     """
     c1, c2 = (1.0 - beta ** (step - 1) or 1.0 for beta in betas)  # nothing to correct at first
     left, greatest = geo.side == "left", None if rows is None else rows.greatest_
     r = over_rows(a, rows.mine(p_next) if rows and left else p_next, rows, transposed=left)
-    m_next, v_next = rotated(m, v, p.t() @ p_next, (c1, c2))
+    m_next, v_next = rotated(m, v, p.mT @ p_next, (c1, c2))
     # E has the rounding of b1 / (1 - b1) (up(m) - up+(m')) in it, beside that of A.
     for values in (r, m_next):
         silence_rounding_(values, geo, roundings=2.0 / (1.0 - betas[0]), greatest=greatest)
@@ -269,9 +304,32 @@ class LDAdamW(AdamFamily):
     def _step_sites(self, sites: Sequence[Site]) -> None:
         self._following = {}
         try:
+            self._follow(sites)
             super()._step_sites(sites)
         finally:
             self._following = None
+
+    def _follow(self, sites: Sequence[Site]) -> None:
+        """Make the next bases of matrices on a GPU, of those of one kind at once, from gradients
+        that are finite. First bases are made one by one, when they are prepared."""
+        assert self._following is not None
+        alike: dict[Hashable, list[Site]] = {}
+        for site in sites:
+            kind = self._kind(site, gradient_of(site))
+            known_one = self._geometry(site.param, site.group) is not None
+            if kind is not None and known_one and int(self.state[site.param]["step"]):
+                alike.setdefault(kind, []).append(site)
+        for every in alike.values():
+            geo = self._geometry(every[0].param, every[0].group)
+            assert geo is not None
+            norms = torch._foreach_norm([gradient_of(site) for site in every], math.inf)
+            finite = all_known(torch.stack(norms).isfinite(), True)
+            members = [site for site, there in zip(every, finite, strict=True) if there]
+            for part in windows(len(members), math.prod(geo.reduced_shape)):
+                own = members[part]
+                grads = [matrix(operand(gradient_of(site))) for site in own]
+                made = self._next_bases(own, grads, geo).unbind()
+                self._following.update(zip([site.param for site in own], made, strict=True))
 
     def _prepare(self, site: Site, gradient: Tensor) -> bool:
         """Make the next basis, by linear algebra, which can fail; it is kept apart until the
@@ -281,15 +339,78 @@ class LDAdamW(AdamFamily):
             return True
         if self._reduce(site, gradient) is None:
             return False
-        if self._following is not None:
+        if self._following is not None and site.param not in self._following:
             self._following[site.param] = self._next_basis(site, matrix(gradient), geo)
         return True
 
-    def _kind(self, site: Site, gradient: Tensor) -> Hashable:
-        """Projected matrices are updated one by one: each has a basis of its own to turn to."""
-        if self._geometry(site.param, site.group) is not None:
-            return None
-        return super()._kind(site, gradient)
+    def _reduce_together(
+        self, sites: Sequence[Site], gradients: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        return gradients
+
+    def _apply_together(
+        self,
+        sites: Sequence[Site],
+        reduced: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None,
+    ) -> None:
+        self._update_together(sites, reduced)
+
+    def _next_bases(
+        self, sites: Sequence[Site], gradients: Sequence[Tensor], geo: Geometry
+    ) -> Tensor:
+        """P+ of several matrices, of which none is at its first step, (e, n, r) or (e, m, r)."""
+        states, group = [self.state[site.param] for site in sites], sites[0].group
+        average, _ = load_all_moments(sites, states, geo)
+        average = average / (1.0 - betas_of(group)[0] ** int(states[0]["step"]) or 1.0)
+        basis = torch.stack([state["basis"] for state in states])
+        return next_basis(_parts_of(gradients, states), average, basis, group["rho"], geo)
+
+    def _prepared_bases(
+        self, sites: Sequence[Site], gradients: Sequence[Tensor], geo: Geometry
+    ) -> Tensor:
+        """The bases that follow; they are made here where none have been prepared."""
+        prepared, first = self._following or {}, not int(self.state[sites[0].param]["step"])
+        if first or any(site.param in prepared for site in sites):
+            pairs = zip(sites, gradients, strict=True)
+            return torch.stack([self._prepared_basis(site, own, geo) for site, own in pairs])
+        return self._next_bases(sites, gradients, geo)
+
+    def _update_matrices(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
+        """As `_turn`, of several matrices."""
+        geo = self._geometry(sites[0].param, sites[0].group)
+        assert geo is not None
+        states, group = [self.state[site.param] for site in sites], sites[0].group
+        step, grads = int(states[0]["step"]) + 1, [matrix(gradient) for gradient in gradients]
+        following = kept(self._prepared_bases, sites, grads, geo)
+        basis = kept(torch.stack, [state["basis"] for state in states])
+        average, square = kept(load_all_moments, sites, states, geo)
+        projected, moved, square = kept(
+            ldadam,
+            *(_parts_of(grads, states), average, square, basis, following),
+            step=step,
+            betas=betas_of(group),
+            geo=geo,
+        )
+        lost = None
+        if "error" in states[0]:
+            moments = projected, average, moved
+            lost = kept(lost_factors, *moments, basis, following, betas_of(group)[0], geo)
+        direction = kept(_adam_together, projected, moved, square, sites, step)
+        if lost is not None:
+            keys = [site.key.shifted(site.whole.numel()) for site in sites]
+            add_product_(
+                Batch([matrix(state["error"]) for state in states], keys),
+                *(_rounded_on_a_gpu(factor, sites[0].param).unbind() for factor in lost),
+                gradient=grads,
+                channel_scale=[projected.new_ones(1, 1)] * len(sites),
+                rounding_draw=sites[0].rounding_draw(step),
+            )
+        once(torch._foreach_copy_, [state["basis"] for state in states], following.unbind())
+        store_all_moments(sites, states, (moved, square), step)
+        up = _rounded_on_a_gpu(following, sites[0].param).unbind()
+        self._write(sites, Terms(direction), None, [{"basis": own} for own in up], geo, step)
+        count(states)
 
     def _next_basis(self, site: Site, gradient: Tensor, geo: Geometry) -> Tensor:
         """P+, (n, r), on the left (m, r)."""
@@ -457,6 +578,39 @@ def _adam(
         eps=eps,
         key=key,
     )
+
+
+def _adam_together(
+    projected: Tensor, average: Tensor, square: Tensor, sites: Sequence[Site], step: int
+) -> Tensor:
+    """`_adam` of several matrices, (e, channels, r)."""
+    group, numel = sites[0].group, projected[0].numel()
+    scale, eps = adam_numbers(group, step)
+    out = torch.empty_like(projected)
+    adam_(
+        Batch(projected.unbind(), [NoiseKey(site.seed, site.stream) for site in sites]),
+        [Moment(own, None, numel, signed=True) for own in average],
+        [Moment(own, None, numel, signed=False) for own in square],
+        betas=betas_of(group),
+        scale=scale,
+        eps=eps,
+        out=out.unbind(),
+    )
+    return out
+
+
+def _rounded_on_a_gpu(factors: Tensor, param: Tensor) -> Tensor:
+    """Factors in the dtype to which the kernels would round them, matrix by matrix."""
+    return factors.to(param.dtype) if dispatch.on_gpu(param) and param.dtype in NARROW else factors
+
+
+def _parts_of(
+    gradients: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
+) -> list[Sequence[Tensor]]:
+    """`_parts` of several matrices."""
+    if "error" not in states[0]:
+        return [gradients]
+    return [gradients, [matrix(state["error"]) for state in states]]
 
 
 def _parts(gradient: Tensor, state: Mapping[str, Tensor]) -> list[Tensor]:

@@ -255,7 +255,7 @@ class ProjectedOptimizer(ShardedMatrices):
     def _update_together(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
         geo = self._geometry(sites[0].param, sites[0].group)
         if geo is not None:
-            for part in pieces(_windows(len(sites), math.prod(geo.reduced_shape))):
+            for part in pieces(windows(len(sites), math.prod(geo.reduced_shape))):
                 self._update_matrices(sites[part], gradients[part])
             return
         self._update_whole(sites, gradients)
@@ -267,7 +267,7 @@ class ProjectedOptimizer(ShardedMatrices):
         if self._rule(sites[0].group).write is not None:
             self._write_whole(sites, gradients, step)
         else:
-            for part in pieces(_windows(len(sites), sites[0].param.numel())):
+            for part in pieces(windows(len(sites), sites[0].param.numel())):
                 self._write_directions(sites[part], gradients[part], step)
         count(states)
 
@@ -290,7 +290,7 @@ class ProjectedOptimizer(ShardedMatrices):
         if geo is None:
             self._update_whole(sites, reduced)
             return
-        for part in pieces(_windows(len(sites), math.prod(geo.reduced_shape))):
+        for part in pieces(windows(len(sites), math.prod(geo.reduced_shape))):
             stack = kept(torch.stack, list(reduced[part]))
             own = None if gradients is None else gradients[part]
             self._step_matrices(sites[part], own, reduced=stack)
@@ -369,7 +369,7 @@ def _matrices(sites: Sequence[Site]) -> list[Tensor]:
     return [matrix(site.param.detach()) for site in sites]
 
 
-def _windows(count: int, numel: int) -> Iterator[slice]:
+def windows(count: int, numel: int) -> Iterator[slice]:
     """Slices of `count` matrices whose R, of `numel` elements each, have about WINDOW together."""
     most = max(1, WINDOW // max(numel, 1))
     for start in range(0, count, most):

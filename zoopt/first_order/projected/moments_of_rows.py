@@ -13,8 +13,9 @@ from zoopt.first_order.projected.coded_shards import whole_blocks
 from zoopt.first_order.projected.geometry import Geometry
 from zoopt.first_order.projected.rules import adam_moments, moment_draw
 from zoopt.first_order.site import Site
-from zoopt.kernels.adam.moments import decode
-from zoopt.kernels.adam.op_average import store_
+from zoopt.kernels.adam.moments import Moment, decode
+from zoopt.kernels.adam.op_average import load_, store_
+from zoopt.kernels.batch import Batch
 from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 
@@ -33,14 +34,52 @@ def load_moments(
     if site.sharded is not None and geo.side == "right":
         shape = len(site.param), geo.rank
     if site.sharded is None or not units:
-        first, second = adam_moments(state, math.prod(shape))
-        return decode(first).view(shape).to(wide), decode(second).view(shape).to(wide)
+        pair = ([moment] for moment in adam_moments(state, math.prod(shape)))
+        first, second = (_loaded([site], moments, shape, wide)[0] for moments in pair)
+        return first, second
     values = [kept(torch.zeros, shape, dtype=wide, device=site.param.device) for _ in range(2)]
     with whole_blocks(site.sharded, geo.reduced_shape, state, units, writes=values) as cut:
         moments = adam_moments(cut.state, cut.writes[0].numel())
         for stored, written in zip(moments, cut.writes, strict=True):
             written.copy_(decode(stored))
     return values[0], values[1]
+
+
+def load_all_moments(
+    sites: Sequence[Site], states: Sequence[State], geo: Geometry
+) -> tuple[Tensor, Tensor]:
+    """m and v of several matrices, (e, channels, r), in the bases' dtype."""
+    wide, shape = states[0]["basis"].dtype, geo.reduced_shape
+    moments = zip(*(adam_moments(state, math.prod(shape)) for state in states), strict=True)
+    first, second = (torch.stack(_loaded(sites, list(own), shape, wide)) for own in moments)
+    return first, second
+
+
+def _loaded(
+    sites: Sequence[Site], moments: Sequence[Moment], shape: tuple[int, ...], wide: torch.dtype
+) -> list[Tensor]:
+    """What moments hold, each in this shape: themselves, where they hold it as it is."""
+    if moments[0].format == "float32":
+        return [moment.codes.detach().view(shape).to(wide) for moment in moments]
+    first = moments[0].codes
+    values = torch.empty((len(moments), *shape), dtype=moments[0].accumulator, device=first.device)
+    keys = [NoiseKey(site.seed, site.stream) for site in sites]
+    return list(load_(Batch(values.unbind(), keys), moments).tensors)
+
+
+def store_all_moments(
+    sites: Sequence[Site], states: Sequence[State], values: Sequence[Tensor], step: int
+) -> None:
+    """Round m and v of several matrices, (e, channels, r), to their format."""
+    keys = [NoiseKey(site.seed, site.stream) for site in sites]
+    draw, numel = moment_draw(sites[0].group, step), values[0][0].numel()
+    each = zip(*(adam_moments(state, numel) for state in states), strict=True)
+    for value, moments in zip(values, each, strict=True):
+        if moments[0].format == "float32":
+            codes = [moment.codes.view(value.shape[1:]) for moment in moments]
+            once(torch._foreach_copy_, codes, list(value.unbind()))
+        else:
+            store_(Batch(value.unbind(), keys, reads=True), moments, moment_draw=draw)
 
 
 def store_moments(

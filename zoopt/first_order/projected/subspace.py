@@ -241,24 +241,28 @@ def random_bases(
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the columns (d, k), k <= d: two shifted Cholesky QRs, or Householder.
+    """An orthonormal basis of the columns (d, k), k <= d: two shifted Cholesky QRs, or Householder;
+    or of each matrix of a stack, (e, d, k).
 
     R's diagonal is positive, so that a basis moves with its columns and does not change sign.
     """
     # Columns of one size: the Gram matrix squares their condition number.
-    q: Tensor = columns / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
-    eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
+    sizes = columns.norm(dim=-2, keepdim=True)
+    q: Tensor = columns / sizes.clamp_min(torch.finfo(columns.dtype).tiny)
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     for _ in range(2):
-        gram = q.t() @ q
-        shift = 11.0 * (q.shape[0] + 1) * torch.finfo(q.dtype).eps
+        gram = q.mT @ q
+        shift = 11.0 * (q.shape[-2] + 1) * torch.finfo(q.dtype).eps
         factor, failed = torch.linalg.cholesky_ex(gram.add_(eye, alpha=shift))
-        if known(failed > 0, False):
+        if known(failed.amax() > 0, False):
             break
-        solved: Tensor = torch.linalg.solve_triangular(factor, q.t(), upper=False)
-        q = solved.t()
-    error = (q.t() @ q - eye).abs().amax()
+        solved: Tensor = torch.linalg.solve_triangular(factor, q.mT, upper=False)
+        q = solved.mT
+    error = (q.mT @ q - eye).abs().amax()
     if known(error <= 1e3 * torch.finfo(q.dtype).eps, True):
         return q.contiguous()
+    if columns.dim() > 2:
+        return torch.stack([orthonormal(own) for own in columns])
     return sign_fixed_qr(columns)
 
 
@@ -269,13 +273,15 @@ def _there_and_back(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
 
 
 def unit(tensor: Tensor, among: Callable[[Tensor], None] | None = None) -> Tensor:
-    """The power of two, (), that brings the tensor's greatest magnitude to between 1/2 and 1.
+    """The power of two, (), that brings the tensor's greatest magnitude to between 1/2 and 1; of a
+    stack of matrices each one's, (e, 1, 1).
 
     To multiply by it rounds nothing; squares of what it brings there neither overflow nor vanish.
     `among` makes the greatest number over all parts of a tensor that is sharded.
     """
     if tensor.numel():
-        greatest = kept(torch.linalg.vector_norm, tensor, math.inf)
+        axes, stack = ((-2, -1), True) if tensor.dim() > 2 else (None, False)
+        greatest = kept(torch.linalg.vector_norm, tensor, math.inf, axes, stack)
     else:
         greatest = kept(tensor.new_zeros, ())
     if among is not None:

@@ -22,8 +22,8 @@ from zoopt.kernels.runtime.spread import spread
 TILE = 2048
 _MOMENTS = philox.PURPOSE_MOMENTS
 #: What becomes of an average: see `reference.Mode`.
-_AVERAGE, _SIGNS, _LERP, _STORE = range(4)
-MODES = {"average": _AVERAGE, "signs": _SIGNS, "lerp": _LERP, "store": _STORE}
+_AVERAGE, _SIGNS, _LERP, _STORE, _LOAD = range(5)
+MODES = {"average": _AVERAGE, "signs": _SIGNS, "lerp": _LERP, "store": _STORE, "load": _LOAD}
 
 
 @jit
@@ -291,6 +291,8 @@ def _average(
         look, keep = tiles[1][:count], tiles[3][:count]
         if mode == _STORE:
             m[:] = g
+        elif mode == _LOAD:
+            look[:] = m
         elif mode == _LERP:
             _lerp_tile(look, m, g, numbers[0])
         else:
@@ -303,6 +305,8 @@ def _average(
             out.view(np.float32)[start:stop] = look
         else:
             encode(out.view(np.uint16)[start:stop], look, out_kind)
+        if mode == _LOAD:
+            continue
         random = shifted[:count]
         if form != FLOAT and stochastic:
             index = offset + start

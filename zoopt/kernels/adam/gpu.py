@@ -136,7 +136,7 @@ def average(
         average_kernel,
         batch,
         {
-            "gradient": batch.tensors,
+            "gradient": None if mode == "load" else batch.tensors,
             "out": None if mode == "store" else outs,
             **_stored("", moments),
         },

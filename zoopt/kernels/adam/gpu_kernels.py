@@ -289,12 +289,15 @@ def _average_block(
         left = tl.multiple_of(left, EVEN_ELEMENTS)
     inside = tl.arange(0, BLOCK) < left
     whole = left == BLOCK
-    g = widened(_load(gradient + start, inside, whole, EVEN, BLOCK), BACKEND)
+    if MODE != "load":
+        g = widened(_load(gradient + start, inside, whole, EVEN, BLOCK), BACKEND)
     if MODE == "store":
         m = g
     else:
         m = read_moment(codes, scale, start, left, whole, FORMAT, SIGNED, EVEN, BACKEND, BLOCK)
-        if MODE == "lerp":
+        if MODE == "load":
+            step = m
+        elif MODE == "lerp":
             near = look_m < 0.5
             m = _fma(tl.where(near, look_m, look_m - 1.0), g - m, tl.where(near, m, g), BACKEND)
             step = m
@@ -307,16 +310,17 @@ def _average_block(
             if MODE == "signs":
                 step = tl.where(step > 0.0, 1.0, tl.where(step < 0.0, -1.0, 0.0))
         _store(out + start, nearest(step, DTYPE, BACKEND), inside, whole, EVEN, BLOCK)
-    random = 0
-    if CODED:
-        index = offset + start
-        words = _words(index, number, moment_draw, k0, k1, _MOMENTS, ALIGNED, BLOCK)
-        low, high = moment_bytes(words, BACKEND, BLOCK)
-        random = low if SIGNED else high
-    write_moment(
-        *(m, codes, scale, start, left, whole, random),
-        *(FORMAT, SIGNED, CODED, EVEN, BACKEND, BLOCK),
-    )
+    if MODE != "load":
+        random = 0
+        if CODED:
+            index = offset + start
+            words = _words(index, number, moment_draw, k0, k1, _MOMENTS, ALIGNED, BLOCK)
+            low, high = moment_bytes(words, BACKEND, BLOCK)
+            random = low if SIGNED else high
+        write_moment(
+            *(m, codes, scale, start, left, whole, random),
+            *(FORMAT, SIGNED, CODED, EVEN, BACKEND, BLOCK),
+        )
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -357,7 +361,8 @@ def average_kernel(
     tensor, program, numel, offset, number = _place(
         places, hints, shift, numel, offset, number, TABLE
     )
-    gradient = _memory(gradient, tensor, GRADIENT, TABLE, VECTORS)
+    if MODE != "load":
+        gradient = _memory(gradient, tensor, GRADIENT, TABLE, VECTORS)
     if MODE != "store":
         out = _memory(out, tensor, DTYPE, TABLE, VECTORS)
     codes = _memory(codes, tensor, FIRST, TABLE, VECTORS)

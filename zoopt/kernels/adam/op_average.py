@@ -1,4 +1,5 @@
-"""Operations on one moment: averages, as in momentum and Lion; and values stored as they are."""
+"""Operations on one moment: averages, as in momentum and Lion; values stored as they are, or read
+from it."""
 
 from __future__ import annotations
 
@@ -170,6 +171,31 @@ def store_(
     _averaged(values, moment, numbers, "store", key, moment_draw, None, impl)
 
 
+def load_(
+    values: Batch,
+    moment: Sequence[Moment],
+    *,
+    impl: str | None = None,
+) -> Batch:
+    """values <- what the moments hold, which stay as they are.
+
+    Args:
+        values: a batch of contiguous tensors, each of as many elements as its moment.
+        moment: signed ones, or unsigned ones.
+        impl: as for `adam_`.
+
+    Returns:
+        values.
+
+    Raises:
+        TypeError, ValueError: as for `adam_`.
+    """
+    if not all(own.is_contiguous() for own in values.tensors):
+        raise ValueError("values must be contiguous; pass values.contiguous()")
+    _averaged(values, moment, [0.0, 0.0, 0.0, 0.0], "load", None, None, values.tensors, impl)
+    return values
+
+
 def _averaged(
     gradient: Tensor | Batch,
     moment: Moment | Sequence[Moment],
@@ -183,7 +209,7 @@ def _averaged(
     """Check the operands, and run the implementation."""
     batch = row_major(gradient, key)
     moments = each("moment", moment, batch)
-    signed = mode != "store" or moments[0].signed
+    signed = mode not in ("store", "load") or moments[0].signed
     check_moments(batch, moments, signed=signed, name="moment")
     check_format(moments)
     if moment_draw is not None:

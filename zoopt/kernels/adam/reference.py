@@ -26,8 +26,9 @@ class Numbers(NamedTuple):
     eps: float
 
 
-#: What becomes of an average: itself, its signs, or torch.lerp's; or values take its place.
-Mode = Literal["average", "signs", "lerp", "store"]
+#: What becomes of an average: itself, its signs, or torch.lerp's; or values take its place, or it
+#: is only read.
+Mode = Literal["average", "signs", "lerp", "store", "load"]
 
 
 class Average(NamedTuple):
@@ -161,12 +162,16 @@ def average(
     key: NoiseKey,
 ) -> None:
     """out (k,) receives look_m m + look_g g, or its signs, and m <- keep_m m + keep_g g; for lerp
-    both are m + weight (g - m). To store is m <- g alone: out is not written.
+    both are m + weight (g - m). To store is m <- g alone: out is not written. To load is out <- m
+    alone.
 
     Multiples of the gradient are rounded to its own dtype; out's elements to out's, to nearest.
     """
     for start, stop in pieces(chunks(gradient.numel())):
         g, part, bits = gradient[start:stop], stored.part(start, stop), None
+        if mode == "load":
+            out[start:stop] = round_nearest(decode(part), out.dtype)
+            continue
         direction, m = kept(_mixtures, g, part, numbers, mode)
         if moment_draw is not None:
             shifted = key.shifted(start)
