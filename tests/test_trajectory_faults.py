@@ -358,6 +358,10 @@ def test_the_command_keeps_metadata_and_looks_for_the_folder_first(
     command = ["trajectory", "replay", str(path), "--base", str(base), "--out"]
     assert main([*command, str(tmp_path / "none" / "out")]) == 2
     assert "--out: there is no folder" in capsys.readouterr().err
+    (tmp_path / "weights.bin").write_bytes(b"PK" * 40)
+    other = [*command[:4], str(tmp_path / "weights.bin"), "--out", str(tmp_path / "out")]
+    assert main(other) == 2
+    assert "--base: cannot read" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "out")]) == 0
     with safe_open(tmp_path / "out", "pt") as file:
         assert file.metadata() == {"format": "pt"}

@@ -139,7 +139,7 @@ def _made(
 ) -> int:
     """Read weights, change them, and write them, or the difference, with the file's metadata."""
     try:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file, save_file
     except ImportError:
         raise CommandError("weights need safetensors; pip install 'zoopt-torch[demo]'") from None
@@ -149,7 +149,7 @@ def _made(
         tensors = load_file(source)
         with safe_open(source, "pt") as file:
             metadata = file.metadata()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CommandError(f"{name}: cannot read {str(source)!r}: {error}") from None
     before = {key: tensor.clone() for key, tensor in tensors.items()} if options.delta else {}
     with _progress() as progress:
@@ -165,7 +165,7 @@ def _made(
         tensors = {key: tensor.detach() for key, tensor in tensors.items()}
     try:
         save_file(tensors, options.out, metadata)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CommandError(f"--out: cannot write {str(options.out)!r}: {error}") from None
     open_console(None).print(f"{options.out}: {done}, {len(tensors)} tensors", markup=False)
     return 0
