@@ -586,7 +586,7 @@ def _adam_together(
     """`_adam` of several matrices, (e, channels, r)."""
     group, numel = sites[0].group, projected[0].numel()
     scale, eps = adam_numbers(group, step)
-    out = torch.empty_like(projected)
+    out = kept(torch.empty_like, projected)
     adam_(
         Batch(projected.unbind(), [NoiseKey(site.seed, site.stream) for site in sites]),
         [Moment(own, None, numel, signed=True) for own in average],

@@ -18,6 +18,7 @@ from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import known, launches
 from zoopt.kernels.entries.op import sum_entries_
 from zoopt.kernels.entries.operands import Sums
+from zoopt.kernels.journal import kept, once
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op_scale import scale_
 from zoopt.nn.foreign import frozen_dtype, frozen_weight, is_quantised
@@ -122,13 +123,13 @@ def gathered_together(taps: Sequence[Tap], grads: Sequence[Tensor]) -> list[Tens
         return [tap.gathered(grad) for tap, grad in zip(taps, grads, strict=True)]
     members, values, places, before = zip(*held, strict=True)
     keys = [NoiseKey(0, i) for i in members]  # Nothing is drawn.
-    now, squares = before[0].new_zeros(2, len(held))
+    now, squares = kept(before[0].new_zeros, 2, len(held))
     columns = (torch.cat(places).to(torch.int32), now, squares)
     sums = [Sums(*own) for own in zip(*(torch.split(each, 1) for each in columns), strict=True)]
     sum_entries_(Batch([grads[i] for i in members], keys, reads=True), sums)
     old = torch.cat(before)
-    scaled = [torch.empty_like(own) for own in values]
-    torch._foreach_copy_(scaled, list(values))
+    scaled = [kept(torch.empty_like, own) for own in values]
+    once(torch._foreach_copy_, scaled, list(values))
     scale_(Batch(scaled, keys), torch.where(old == 0, 1.0, now / old))
     for i, own in zip(members, scaled, strict=True):
         found[i] = own

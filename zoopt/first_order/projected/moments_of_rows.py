@@ -61,10 +61,10 @@ def _loaded(
     """What moments hold, each in this shape: themselves, where they hold it as it is."""
     if moments[0].format == "float32":
         return [moment.codes.detach().view(shape).to(wide) for moment in moments]
-    first = moments[0].codes
-    values = torch.empty((len(moments), *shape), dtype=moments[0].accumulator, device=first.device)
+    dtype, device = moments[0].accumulator, moments[0].codes.device
+    values = kept(torch.empty, (len(moments), *shape), dtype=dtype, device=device)
     keys = [NoiseKey(site.seed, site.stream) for site in sites]
-    return list(load_(Batch(values.unbind(), keys), moments).tensors)
+    return [own.to(wide) for own in load_(Batch(values.unbind(), keys), moments).tensors]
 
 
 def store_all_moments(
