@@ -26,7 +26,7 @@ from numba.core.serialize import dumps
 
 _SUFFIX = ".zoopt"
 _DIGEST = 32
-#: The directories in use, and those that a warning has named.
+#: The directories in use, and what warnings have said.
 _directories: set[Path] = set()
 _warned: set[str] = set()
 
@@ -193,9 +193,12 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
 
 
 def _warn(place: str, what: str, error: Exception) -> None:
-    if place in _warned:
+    """Warn, once for each directory. Where one cannot be written to, neither can the others, as a
+    rule: that is said once."""
+    said = {place, what} if what == "written" else {place}
+    if said & _warned:
         return
-    _warned.add(place)
+    _warned.update(said)
     warnings.warn(
         f"zoopt's compiled kernels in {place} cannot be {what} ({error}); they are compiled anew, "
         f"which takes some 20 seconds a process. Let `zoopt doctor` repair them, or set "
