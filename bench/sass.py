@@ -57,6 +57,7 @@ class Report:
     registers: int
     spills: int
     access_bits: int
+    bytes_per_element: float
     distribution: str = "-"
     format: str = "-"
     executed_per_element: float | None = None
@@ -146,6 +147,7 @@ def report(variant: Variant, target: str) -> Report:
         registers=registers,
         spills=spills,
         access_bits=128 if wide else min(widths, default=16),
+        bytes_per_element=variant.bytes_per_element,
     )
 
 

@@ -63,7 +63,9 @@ def _flushed(values: Any) -> Any:
     return np.where(tiny, np.copysign(np.float32(0), values), values)
 
 
-def _function(name: str, units: int) -> Callable[..., Register]:
+def function(name: str, units: int) -> Callable[..., Register]:
+    """What an instruction computes of registers."""
+
     def of_floats(function: Callable[..., Any]) -> Callable[..., Register]:
         return lambda *registers: bits(function(*map(floats, registers)))
 
@@ -73,6 +75,7 @@ def _function(name: str, units: int) -> Callable[..., Register]:
         "or": np.bitwise_or,
         "xor": np.bitwise_xor,
         "add": np.add,
+        "sub": np.subtract,
         "mov": lambda a: a,
         "shl": np.left_shift,
         "shr": np.right_shift,
@@ -80,6 +83,7 @@ def _function(name: str, units: int) -> Callable[..., Register]:
         "neg": lambda a: a ^ np.uint32(0x80000000),
         "mul.rn": of_floats(np.multiply),
         "add.rn": of_floats(np.add),
+        "sub.rn": of_floats(np.subtract),
         "div.rn": of_floats(np.divide),
         "sqrt.rn": of_floats(np.sqrt),
         "fma.rn": of_floats(fma),
@@ -130,8 +134,8 @@ def run(asm: str, inputs: Sequence[Any], outputs: int, *, units: int = 0) -> lis
             a, b = map(value, operands[1:3])
             result = prmt(a, b, int(operands[3], 0))
         else:
-            function = _function(re.sub(r"\.(b32|f32|u32)$", "", name), units)
-            result = function(*map(value, operands[1:]))
+            computes = function(re.sub(r"\.(b32|f32|u32)$", "", name), units)
+            result = computes(*map(value, operands[1:]))
         old = registers.get(operands[0], np.zeros_like(result))
         registers[operands[0]] = np.where(active, result, old).astype(result.dtype)
     assert not label

@@ -48,10 +48,6 @@ def test_parts_of_words() -> None:
         assert (floats(got) == 2.0**23 + byte).all()
     for got, byte in zip(run(ptx.SIGNED_BYTES.value, [word], 4), bytes_of(word), strict=True):
         assert (floats(got) == 2.0**23 + 128 + byte.astype(np.int8)).all()
-    halves = run(ptx.HALVES.value, [word], 8)
-    for i, byte in enumerate(bytes_of(word)):
-        assert (floats(halves[i]) == 2.0**23 + (byte & 15)).all()
-        assert (floats(halves[4 + i]) == 2.0**23 + (byte >> 4)).all()
 
 
 def test_codes_are_packed() -> None:
@@ -98,12 +94,29 @@ def test_quotients_are_rounded_as_each_operation_is(units: int, eps: float) -> N
     a = np.concatenate([words(20000), words(20000, 0x30000000, 0x48000000)])
     v = np.concatenate([v, np.repeat(special, 6)]) & np.uint32(0x7FFFFFFF)
     a = np.concatenate([a, np.tile(special, 6)])
-    columns = len(v) // 4
-    a, v = a[: 4 * columns].reshape(4, columns), v[: 4 * columns].reshape(4, columns)
+    columns = len(v) // 8
+    a, v = a[: 8 * columns].reshape(8, columns), v[: 8 * columns].reshape(8, columns)
     e = np.full_like(a, bits(eps))
-    got = run(ptx.QUOTIENTS.value, [*a, *v, *e], 4, units=units)
+    got = run(ptx.QUOTIENTS.value, [*a, *v, *e], 8, units=units)
     expected = bits(floats(a) / (np.sqrt(floats(v)) + np.float32(eps)))
     assert (np.stack(got) == expected).all()
+
+
+@pytest.mark.parametrize("units", [-1, 0, 1])
+@pytest.mark.parametrize("top", [7, 16, 127, 256])
+def test_inverses_of_scales_are_rounded_once(top: int, units: int) -> None:
+    """From the least scale to the greatest number. Just below a power of two the reciprocal has to
+    be the nearest, as it has for the compiler's own 256 / x, which takes the same steps."""
+    least, infinity = bits(2.0**-110), 0x7F800000
+    x = np.concatenate([words(50000, int(least), infinity), np.array([least, infinity - 1])])
+    x = x.astype(np.uint32)
+    x = x[(x & 0x7FFFFF != 0x7FFFFF) | (units == 0)]
+    quarter = np.full_like(x, bits(top * top / 4))
+    [got] = run(ptx.INVERSE.value, [x, quarter], 1, units=units)
+    assert (got == bits(np.float32(top * top) / floats(x))).all()
+    special = np.array([0, infinity, 0x7FC00000], np.uint32)
+    [got] = run(ptx.INVERSE.value, [special, quarter[:3]], 1, units=units)
+    assert np.isnan(floats(got)).all()
 
 
 @pytest.mark.parametrize(("top", "base", "least"), [(127, 23, 0.25), (256, 0, 1.6)])

@@ -25,6 +25,9 @@ FILLED = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 Row = dict[str, Any]
+#: Instructions that a GPU executes while it moves a byte at .85 of what a copy moves: 132
+#: multiprocessors, 128 lanes, 1.7 GHz; 3.0 (H100 SXM) and 4.2 TB/s (H200).
+ROOM = {gpu: 132 * 128 * 1.7e9 / (0.85 * c) for gpu, c in (("H100", 3.0e12), ("H200", 4.2e12))}
 #: The ratios of bench.scaling.
 RATIOS = (("together", "alone"), ("beside", "alone"), ("together", "beside"))
 
@@ -335,6 +338,7 @@ def machine_code() -> str:
         "perturb, bf16, normal, nearest": "perturb bfloat16 weights",
         "apply, bf16, normal, stochastic": "MeZO's update, rounded stochastically",
         "adamw, bf16, int8, stochastic": "AdamW, int8 moments, rounded stochastically",
+        "adamw, bf16, int4, stochastic": "AdamW, int4 moments, rounded stochastically",
     }
     found = {row["name"]: row for row in read("sass.json")["rows"]}
     rows = []
@@ -345,6 +349,37 @@ def machine_code() -> str:
             rows.append([what, target, f"{row['executed_per_element']:.1f}", *map(str, counts)])
     headings = ["kernel", "target", "instructions an element", "registers", "spills", "access bits"]
     return table(headings, rows, text=2)
+
+
+def bound_by_arithmetic(gpu: str) -> list[Row]:
+    """The kernels that execute more instructions than the GPU has room for while it moves their
+    bytes at .85 of a copy's speed."""
+    return [
+        row
+        for row in read("sass.json")["rows"]
+        if row["target"] == "sm_90"
+        and row["executed_per_element"] > ROOM[gpu] * row["bytes_per_element"]
+    ]
+
+
+def arithmetic() -> str:
+    """Those of an H100, by what they do, with a column for each dtype of the weights."""
+    counts: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in bound_by_arithmetic("H100"):
+        kind = row["distribution"] if row["format"] == "-" else row["format"]
+        key = (row["kernel"], kind, row["rounding"])
+        counts.setdefault(key, {})[row["dtype"]] = row
+    rows = []
+    for (kernel, *kind), found in counts.items():
+        cells = [
+            f"{found[dtype]['executed_per_element']:.1f} of "
+            f"{ROOM['H100'] * found[dtype]['bytes_per_element']:.1f}"
+            if dtype in found
+            else ""
+            for dtype in ("fp32", "bf16", "fp16")
+        ]
+        rows.append([f"`{kernel}`", *kind, *cells])
+    return table(["kernel", "noise", "rounding", "float32", "bfloat16", "float16"], rows, text=3)
 
 
 def trajectory(*names: str) -> str:
@@ -478,6 +513,7 @@ TABLES: dict[str, Callable[..., str]] = {
         quantised,
         green_trainer,
         machine_code,
+        arithmetic,
         trajectory,
         recording,
         overhead,

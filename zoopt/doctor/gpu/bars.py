@@ -33,8 +33,8 @@ FUSED_ADAMW = {
 GALORE = {first_order.NEAREST: 1.2, "GaLoreAdamW": 1.4}
 LARGE_BYTES, LARGE_STEP, IN_BACKWARD, OF_COPY = MIB, 1.1, 1.1, 0.85
 #: Kernels that are bound by arithmetic: the start of the label, and the row in a checkout's
-#: bench/results/sass.json with the instructions per element (in the loops: also per direction).
-#: While an H100 moves four bytes, it can execute about 44 of them, an H200 about 32.
+#: bench/results/sass.json with the instructions executed per element (in the loops: also per
+#: direction). While an H100 moves four bytes, it can execute about 44 of them, an H200 about 32.
 ARITHMETIC = {
     "apply_ 1 draw, stochastic normal": "apply, bf16, normal, stochastic, sm_90",
     "apply_ 10 draws normal": "apply, bf16, normal, nearest, sm_90",
@@ -195,9 +195,14 @@ def _kernels(rows: Sequence[Row]) -> Bar:
 
 
 def instructions() -> dict[str, str]:
-    """Instructions per element, by kernel, from a checkout's results; empty without a checkout."""
+    """Executed instructions, by kernel, from a checkout's results; empty without a checkout."""
     path = ROOT / "bench" / "results" / "sass.json"
     if not path.exists():
         return {}
     rows = json.loads(path.read_text())["rows"]
-    return {row["name"]: f"{row['median']:.0f} instructions an element" for row in rows}
+    counts = {row["name"]: row["executed_per_element"] for row in rows}
+    return {
+        name: f"{count:.0f} instructions an element"
+        for name, count in counts.items()
+        if count is not None
+    }

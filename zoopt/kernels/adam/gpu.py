@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoopt.kernels.adam.gpu_kernels import average_kernel, moments_kernel
+from zoopt.kernels.adam.gpu_average import average_kernel
+from zoopt.kernels.adam.gpu_kernels import moments_kernel
 from zoopt.kernels.adam.gpu_moments import EVEN_ELEMENTS
 from zoopt.kernels.adam.moments import BLOCK as CODE_BLOCK
 from zoopt.kernels.adam.moments import Moment

@@ -25,8 +25,8 @@ _MIN_SCALE = tl.constexpr(moments.MIN_SCALE)
 #: Magnitudes, as squares in units of a block's levels, below which only a code's rounding differs:
 #: those of 0 or 1, signed, and of unsigned codes 0.
 _LEAST_SIGNED, _LEAST_UNSIGNED = tl.constexpr(0.25), tl.constexpr(1.6)
-#: Elements that share a mask where all tensors have a multiple of so many.
-_GROUP = tl.constexpr(EVEN_ELEMENTS)
+#: Elements of a thread on NVIDIA's GPUs.
+_THREAD = tl.constexpr(8)
 #: The first float32 whose spacing is 1.
 _BYTE = tl.constexpr(2.0**23)
 
@@ -77,13 +77,9 @@ def _floats(codes, SIGNED: tl.constexpr, BACKEND: tl.constexpr):
 
 
 @triton.jit
-def _half_floats(packed, BACKEND: tl.constexpr, BLOCK: tl.constexpr):
+def _half_floats(packed, BLOCK: tl.constexpr):
     """2^23 + h of the halves h of bytes (BLOCK // 2,): float32 (BLOCK,)."""
-    if BACKEND == "cuda":
-        first, second = ptx.half_floats(packed)
-    else:
-        first, second = _float_of(packed & 15), _float_of(packed >> 4)
-    return _pairs(first, second, BLOCK)
+    return _pairs(_float_of(packed & 15), _float_of(packed >> 4), BLOCK)
 
 
 @triton.jit
@@ -100,12 +96,22 @@ def _level(squared, BASE: tl.constexpr, BACKEND: tl.constexpr):
 
 
 @triton.jit
+def _scaled(levels, scales, TOP: tl.constexpr, SIGNED: tl.constexpr):
+    """The numbers that levels stand for; unsigned ones' scales are already divided by TOP^2."""
+    if SIGNED:
+        return levels * tl.abs(levels) * (1.0 / (TOP * TOP)) * scales
+    else:
+        return levels * levels * scales
+
+
+@triton.jit
 def read_moment(
     codes,
     scale,
     start,
     left,
     whole,
+    factor,
     FORMAT: tl.constexpr,
     SIGNED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -113,7 +119,8 @@ def read_moment(
     BLOCK: tl.constexpr,
 ):
     """Elements start ... start + BLOCK - 1 of a moment, the first `left` of them inside, and all of
-    them if `whole`: float32, (BLOCK,). If EVEN, `left` is a multiple of EVEN_ELEMENTS.
+    them if `whole`: float32, (BLOCK,), times a factor, unless that is None. If EVEN, `left` is a
+    multiple of EVEN_ELEMENTS. What elements outside are is undefined.
     """
     if FORMAT == "float32" or FORMAT == "bfloat16":
         inside = tl.arange(0, BLOCK) < left
@@ -123,51 +130,69 @@ def read_moment(
         TOP8: tl.constexpr = _SIGNED8 if SIGNED else _UNSIGNED8
         TOP4: tl.constexpr = _SIGNED4 if SIGNED else _UNSIGNED4
         TOP: tl.constexpr = TOP8 if FORMAT == "int8" else TOP4
-        if FORMAT == "int8":
-            inside = tl.arange(0, BLOCK) < left
-            code = _load(codes + start, inside, whole, EVEN, BLOCK)
-            level = _floats(code, SIGNED, BACKEND) - (_BYTE + 128.0 if SIGNED else _BYTE - 1.0)
-        else:
-            inside = tl.arange(0, BLOCK // 2) < (left // 2 if EVEN else (left + 1) // 2)
-            code = _load(codes + start // 2, inside, whole, EVEN, BLOCK // 2)
-            level = _half_floats(code, BACKEND, BLOCK) - (_BYTE + 8.0 if SIGNED else _BYTE - 1.0)
         row = tl.arange(0, BLOCK // SIZE)
         scales = tl.load(scale + start // SIZE + row, mask=row * SIZE < left, other=0.0)
         if not SIGNED:
             # A power of two, which may multiply the scale as well: all products are normal.
             scales *= 1.0 / (TOP * TOP)
-        if EVEN:
-            # Elements outside get the scale 0, so that their moment is 0, as their gradient is.
-            # The mask has one bit a group: all elements of a thread are in one, which the compiler
-            # can see.
-            group = tl.arange(0, BLOCK // _GROUP) < left // _GROUP
-            scales = tl.where(group, _spread(scales, SIZE // _GROUP, BLOCK // _GROUP), 0.0)
-            scales = _spread(scales, _GROUP, BLOCK)
+        if FORMAT == "int8":
+            inside = tl.arange(0, BLOCK) < left
+            code = _load(codes + start, inside, whole, EVEN, BLOCK)
+            level = _floats(code, SIGNED, BACKEND) - (_BYTE + 128.0 if SIGNED else _BYTE - 1.0)
+            value = _scaled(level, _spread(scales, SIZE, BLOCK), TOP, SIGNED)
         else:
-            scales = _spread(scales, SIZE, BLOCK)
-        if SIGNED:
-            value = level * tl.abs(level) * (1.0 / (TOP * TOP)) * scales
-        else:
-            value = level * level * scales
+            inside = tl.arange(0, BLOCK // 2) < (left // 2 if EVEN else (left + 1) // 2)
+            code = _load(codes + start // 2, inside, whole, EVEN, BLOCK // 2)
+            if BACKEND == "cuda":
+                spread = _spread(scales, SIZE // 2, BLOCK // 2)
+                times = 1.0 if factor is None else factor
+                first, second = ptx.looked_up(code, spread, times, SIGNED)
+                return _pairs(first, second, BLOCK)
+            level = _half_floats(code, BLOCK) - (_BYTE + 8.0 if SIGNED else _BYTE - 1.0)
+            value = _scaled(level, _spread(scales, SIZE, BLOCK), TOP, SIGNED)
+    if factor is not None:
+        value = factor * value
     return value
 
 
 @triton.jit
-def _largest(x, SIGNED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest magnitude of every SIZE elements of x (BLOCK,), which may be negative if SIGNED.
+def _greater(a, b):
+    """The larger number, or a NaN if there is one."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
-    By bit patterns, in which NaNs are the largest on every backend.
+
+@triton.jit
+def _largest(
+    x,
+    left,
+    SIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    SIZE: tl.constexpr,
+    BACKEND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The largest magnitude of every SIZE elements of x (BLOCK,), which may be negative if SIGNED.
+    If EVEN, those from `left` on are left out.
+
+    By bit patterns, in which NaNs are the largest on every backend. First of the elements of a
+    thread, which are all inside or all outside.
     """
+    OWN: tl.constexpr = BLOCK // _THREAD
     if SIGNED:
-        pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        return tl.max(tl.reshape(pattern, [BLOCK // SIZE, SIZE]), axis=1).to(
-            tl.float32, bitcast=True
-        )
+        if BACKEND == "cuda":
+            # The magnitude is free there.
+            top = tl.reduce(tl.reshape(tl.abs(x), [OWN, _THREAD]), 1, _greater)
+            top = top.to(tl.int32, bitcast=True)
+        else:
+            pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            top = tl.max(tl.reshape(pattern, [OWN, _THREAD]), axis=1)
     else:
-        # Only the sign of a NaN has to go.
-        pattern = x.to(tl.uint32, bitcast=True)
-        largest = tl.max(tl.reshape(pattern, [BLOCK // SIZE, SIZE]), axis=1)
-        return (largest & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+        top = tl.max(tl.reshape(x.to(tl.uint32, bitcast=True), [OWN, _THREAD]), axis=1)
+    if EVEN:
+        top = tl.where(tl.arange(0, OWN) * _THREAD < left, top, 0)
+    largest = tl.max(tl.reshape(top, [BLOCK // SIZE, SIZE // _THREAD]), axis=1)
+    # Of unsigned numbers only the sign of a NaN has to go.
+    return (largest & 0x7FFFFFFF).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -209,12 +234,16 @@ def write_moment(
         if not EVEN:  # noqa: SIM102
             if not whole:
                 x = tl.where(inside, x, 0.0)
-        largest = _largest(x, SIGNED, SIZE, BLOCK)
+        largest = _largest(x, left, SIGNED, EVEN, SIZE, BACKEND, BLOCK)
         tiny = (largest > 0.0) & (largest < _MIN_SCALE)
         largest = tl.where(tiny, _MIN_SCALE, largest)
         row = tl.arange(0, BLOCK // SIZE)
-        tl.store(scale + start // SIZE + row, largest, mask=row * SIZE < left)
-        inverse = tl.div_rn(tl.full([BLOCK // SIZE], TOP * TOP, tl.float32), largest)
+        if BACKEND == "cuda":
+            ptx.stored(scale + start // SIZE + row, largest, row * SIZE < left)
+            inverse = ptx.inverses(largest, TOP * TOP)
+        else:
+            tl.store(scale + start // SIZE + row, largest, mask=row * SIZE < left)
+            inverse = tl.div_rn(tl.full([BLOCK // SIZE], TOP * TOP, tl.float32), largest)
         squared = tl.abs(x) * _spread(inverse, SIZE, BLOCK)
         # Numbers below have the level of this one, as have NaNs (0 times infinity).
         LEAST: tl.constexpr = _LEAST_SIGNED if SIGNED else _LEAST_UNSIGNED

@@ -40,6 +40,9 @@ def descend(
     """See reference.descend."""
     if shape.kind == "kept" and beside is not None:
         beside = _bytes(beside)
+    blocks = ADAM_BLOCK
+    if rule.kind == "sign" and shape.kind == "plain" and rounding_draw is None:
+        blocks = {**ADAM_BLOCK, False: BLOCK[False]}  # More elements fit in registers.
     launch(
         descend_kernel,
         batch,
@@ -50,7 +53,8 @@ def descend(
             "second": second,
             "beside": beside,
         },
-        ADAM_BLOCK,
+        blocks,
+        "scaled" if shape.kind == "scaled" and rule.kind == "none" else "",
         decay=decay,
         radial=shape.radial,
         radial_estimate=shape.estimate,

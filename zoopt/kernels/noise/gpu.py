@@ -39,8 +39,19 @@ BATCHES = True
 #: schedule's cost, and with a mask 16 are all that fit in registers.
 BLOCK = {False: 4096, True: 2048}
 NUM_WARPS = {"cuda": 4, "hip": 2, "interpreter": 1}
-#: With a mask ptxas spills two or four words to fit in 48, 80 or 96 registers; it need not.
-_REGISTERS: dict[tuple[str, bool], dict[str, int]] = {("cuda", True): {"maxnreg": 128}}
+#: Left to itself, ptxas spills a few words to fit in so many registers or fewer, where it need not:
+#: with a mask, and in these cases without one, by operation, distribution, dtype and whether it
+#: rounds by random bits.
+_MASKED = 128
+_REGISTERS = {
+    ("sum", "normal", torch.float32, False): 72,
+    ("sum", "normal", torch.bfloat16, True): 72,
+    ("writes", "normal", torch.float32, False): 128,
+    ("scaled", "normal", torch.float16, True): 80,
+    ("rows", "normal", torch.bfloat16, False): 72,
+    ("rows", "normal", torch.float16, False): 72,
+    ("rows", "rademacher", torch.bfloat16, False): 72,
+}
 #: Elements a program of the Adam kernel without and with a mask: all that fit in registers.
 ADAM_BLOCK = {False: 2048, True: 1024}
 #: Elements of one row that a program of the embedding kernel handles.
@@ -181,9 +192,12 @@ def launch(
     batch: Batch,
     memories: Mapping[str, Sequence[Tensor] | None],
     blocks: Mapping[bool, int],
+    operation: str = "",
+    /,
     **own: Any,
 ) -> None:
-    """Launch a kernel once on all tensors of a batch; `memories` are its theta, out and so on."""
+    """Launch a kernel once on all tensors of a batch; `memories` are its theta, out and so on, and
+    `operation` is its name in `_REGISTERS`, if it has one."""
     key, backend = batch.key, backend_name()
     alignment, alone = _ALIGNMENT[key.distribution], len(batch) == 1
     place, programs = place_of(batch, blocks)
@@ -213,8 +227,19 @@ def launch(
             BLOCK=blocks[key.threshold is not None],
             num_warps=NUM_WARPS[backend],
             enable_fp_fusion=False,
-            **_REGISTERS.get((backend, key.threshold is not None), {}),
+            **_limit(batch, operation, bool(own.get("STOCHASTIC"))),
         )
+
+
+def _limit(batch: Batch, operation: str, stochastic: bool) -> dict[str, int]:
+    """The option that limits a launch's registers; none where that is left to the compiler."""
+    if backend_name() != "cuda":
+        return {}
+    registers: int | None = _MASKED
+    if batch.key.threshold is None:
+        own = (operation, batch.key.distribution, batch.dtype, stochastic)
+        registers = _REGISTERS.get(own)
+    return {} if registers is None else {"maxnreg": registers}
 
 
 def _numbers(draws: Sequence[int], *columns: Sequence[float]) -> tuple[float, ...]:
@@ -271,7 +296,11 @@ def weighted_sum(
     """See reference.weighted_sum."""
     memories = {"theta": batch.tensors, "out": outs, "addend": addends}
     options = {**terms_of(batch, draws, coefficients), **rounds(rounding_draw)}
-    launch(sum_kernel, batch, memories, BLOCK, decay=decay, DECAYS=decay != 1.0, **options)
+    # A batch's kernel needs less than a single tensor's, whose addresses are not looked up.
+    usual = len(draws) == 1 and len(batch) > 1 and addends is None
+    numbers = {"decay": decay, "DECAYS": decay != 1.0}
+    name = "sum" if usual else ""
+    launch(sum_kernel, batch, memories, BLOCK, name, **numbers, **options)
 
 
 def scaled_rows(
@@ -287,8 +316,10 @@ def scaled_rows(
     ]
     columns = lengths[0] if len(batch) == 1 else _distances(tuple(lengths), batch.device)
     memories = {"theta": batch.tensors, "out": outs, "scales": scales}
-    numbers = {"columns": columns, "alpha": alpha, "draw": _int32(draw)}
-    launch(scaled_rows_kernel, batch, memories, BLOCK, **numbers)
+    even = not any(length % 8 for length in lengths)
+    even = even and not any(key.offset % 8 for key in batch.keys)
+    numbers = {"columns": columns, "alpha": alpha, "draw": _int32(draw), "EVEN": even}
+    launch(scaled_rows_kernel, batch, memories, BLOCK, "rows", **numbers)
 
 
 def momentum_sum(
@@ -306,7 +337,10 @@ def momentum_sum(
     memories = {"theta": batch.tensors, "buffer": buffers}
     options = {**terms_of(batch, draws, coefficients, gradients), **rounds(rounding_draw)}
     numbers = {"decay": decay, "momentum": momentum, "step_size": step_size}
-    launch(momentum_kernel, batch, memories, BLOCK, **numbers, **options)
+    blocks = BLOCK
+    if batch.dtype == torch.float16 and rounding_draw is not None:
+        blocks = {**BLOCK, False: 2048}  # All that fit in registers.
+    launch(momentum_kernel, batch, memories, blocks, **numbers, **options)
 
 
 def adam_window(
@@ -339,15 +373,17 @@ def write_each(batch: Batch, buffers: None, script: Script) -> None:
         terms = _in_memory(script.numbers, batch.device)
     blocks = ADAM_BLOCK if script.estimates else BLOCK
     numbers = {"terms": terms, "count": len(script.writes), "ESTIMATES": script.estimates}
-    launch(writes_kernel, batch, {"theta": batch.tensors}, blocks, **numbers)
+    name = "" if script.estimates else "writes"
+    launch(writes_kernel, batch, {"theta": batch.tensors}, blocks, name, **numbers)
 
 
 def gather_rows(
     weight: Tensor, rows: Tensor, out: Tensor, alpha: float, key: NoiseKey, draw: int
 ) -> None:
     """See reference.gather_rows."""
-    d, backend = weight.shape[1], backend_name()
-    blocks = triton.cdiv(d + _ALIGNMENT[key.distribution] - 1, ROW_BLOCK)
+    d, backend, alignment = weight.shape[1], backend_name(), _ALIGNMENT[key.distribution]
+    aligned = not (d % alignment or key.offset % alignment)
+    blocks = triton.cdiv(d if aligned else d + alignment - 1, ROW_BLOCK)
     with torch.cuda.device_of(weight):
         rows_kernel[(rows.numel(), blocks)](
             weight,
@@ -363,6 +399,7 @@ def gather_rows(
             key.threshold or 0,
             NORMAL=key.distribution == "normal",
             MASKED=key.threshold is not None,
+            ALIGNED=aligned,
             BACKEND=backend,
             BLOCK=ROW_BLOCK,
             num_warps=NUM_WARPS[backend],

@@ -239,18 +239,27 @@ def rows_kernel(
     threshold,
     NORMAL: tl.constexpr,
     MASKED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[i] <- weight[rows[i]] + alpha z, a program for each i and block of the row's noise."""
+    """out[i] <- weight[rows[i]] + alpha z, a program for each i and block of the row's noise.
+
+    If ALIGNED, all rows begin and end at Philox blocks, and so at vectors of memory.
+    """
     PER_BLOCK: tl.constexpr = 8 if NORMAL else 128
     row = tl.load(rows + tl.program_id(0))
+    if ALIGNED:
+        d = d // PER_BLOCK * PER_BLOCK  # So the compiler sees that it is a multiple.
     begin = offset + row * d
-    skipped = begin % PER_BLOCK
-    start = tl.program_id(1) * BLOCK - skipped
+    start = tl.program_id(1) * BLOCK
+    if not ALIGNED:
+        start = start - begin % PER_BLOCK
     index = begin + start
     column = start + tl.arange(0, BLOCK)
-    inside = (column >= 0) & (column < d)
+    inside = column < d
+    if not ALIGNED:
+        inside = inside & (column >= 0)
     step = direction(alpha, index, number, draw, k0, k1, NORMAL, BACKEND, BLOCK)
     keep = kept(index, number, draw, k0, k1, threshold, MASKED, BLOCK)
     x = added(tl.load(weight + row * d + column, mask=inside).to(tl.float32), step, keep, MASKED)

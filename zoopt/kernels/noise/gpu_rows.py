@@ -37,11 +37,12 @@ def scaled_rows_kernel(
     TABLE: tl.constexpr,
     INDEXED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
     BACKEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out_ij <- round(theta_ij + (alpha scales_i) z_ij). `columns` is the length of a row, or in
-    memory that of each tensor's if TABLE."""
+    memory that of each tensor's if TABLE. If EVEN, groups of eight elements lie within a row."""
     tensor, block, number, start, index, inside, whole, spots = block_here(
         *(places, hints, shift, numel, offset, number, indices),
         *(NORMAL, TABLE, ALIGNED, BLOCK),
@@ -54,10 +55,21 @@ def scaled_rows_kernel(
         columns = tl.load(columns + tensor)
     # The row of an element, counted from that of the block's first one, has 32 bits.
     first = start // columns
-    beyond = (start - first * columns).to(tl.int32) + tl.arange(0, BLOCK)
-    rows = beyond // columns.to(tl.int32)
+    beyond = (start - first * columns).to(tl.int32)
     own, _ = memory_of(scales, tensor, TABLE)
-    scale = tl.load(_pointer(own, False, tl.float32, TABLE) + first + rows, mask=inside, other=0.0)
+    own = _pointer(own, False, tl.float32, TABLE) + first
+    if EVEN:
+        # Where the first of a group is inside, all are: a division and a load for each group.
+        if TABLE:
+            numel = tl.load(places + 4 * tensor + 1)
+        group = 8 * tl.arange(0, BLOCK // 8)
+        rows = (beyond + group) // columns.to(tl.int32)
+        scale = tl.load(own + rows, mask=group < tl.minimum(numel - start, BLOCK), other=0.0)
+        scale = tl.broadcast_to(tl.expand_dims(scale, 1), [BLOCK // 8, 8])
+        scale = tl.reshape(scale, [BLOCK])
+    else:
+        rows = (beyond + tl.arange(0, BLOCK)) // columns.to(tl.int32)
+        scale = tl.load(own + rows, mask=inside, other=0.0)
     one = tl.full([], 1.0, tl.float32)
     z = direction(one, index, number, draw, k0, k1, NORMAL, BACKEND, BLOCK)
     keep = kept(index, number, draw, k0, k1, threshold, MASKED, BLOCK)

@@ -42,20 +42,6 @@ def _gathered(out: str, parts: Sequence[str], first: int, selector: str) -> list
     ]
 
 
-def _signed_halves(out: str, other: str, low: int, x: int) -> list[str]:
-    """out: the low halves of bytes are 8 + l or 8 - l, of magnitudes l below 8 from operand `low`
-    on and signs from operand x on: 8 + l, or (l ^ 15) + 9 = 16 + 8 - l."""
-    return [
-        *_gathered(out, out + other, low, _LOW),
-        *_gathered("s", other + "s", x, _SIGN),
-        f"xor.b32 {out}, {out}, s",
-        f"and.b32 {out}, {out}, 0x0f0f0f0f",
-        "and.b32 s, s, 0x01010101",
-        "or.b32 s, s, 0x08080808",
-        f"add.u32 {out}, {out}, s",
-    ]
-
-
 #: Two bfloat16 numbers in a word, as float32.
 WIDEN = tl.constexpr(_code("shl.b32 $0, $2, 16", "and.b32 $1, $2, 0xffff0000"))
 #: The two halves of a word.
@@ -66,17 +52,6 @@ BYTES = tl.constexpr(_code(*_floats("$4", 0)))
 #: The same of signed bytes c: 2^23 + 128 + c.
 SIGNED_BYTES = tl.constexpr(
     _scope(".reg .b32 w", "xor.b32 w, $4, 0x80808080", *_floats("w", 0)),
-)
-#: The lower and the upper halves h of four bytes, as 2^23 + h.
-HALVES = tl.constexpr(
-    _scope(
-        ".reg .b32 l, h",
-        "and.b32 l, $8, 0x0f0f0f0f",
-        "shr.u32 h, $8, 4",
-        "and.b32 h, h, 0x0f0f0f0f",
-        *_floats("l", 0),
-        *_floats("h", 4),
-    )
 )
 #: The bits of a finite float32 number plus a small integer; of others the number itself.
 CARRY = tl.constexpr(
@@ -92,18 +67,17 @@ CARRY = tl.constexpr(
 #: The low bytes of four words, in one.
 PACK = tl.constexpr(_scope(".reg .b32 a, b", *_gathered("$0", "ab", 1, _LOW)))
 #: The same of magnitudes below 128, negated where the float32 numbers that follow are negative:
-#: bytes of -1 or 0 replicate the signs, and -l is (l ^ -1) + 1, without a carry between bytes.
+#: bytes s of -1 or 0 replicate the signs, and (l ^ s) - s + 128 is positive, so that none borrows
+#: from the next one.
 PACK_SIGNED = tl.constexpr(
     _scope(
-        ".reg .b32 a, b, s, t",
+        ".reg .b32 a, b, s",
         *_gathered("a", "ab", 1, _LOW),
         *_gathered("b", "bs", 5, _SIGN),
-        "xor.b32 t, a, b",
-        "and.b32 t, t, 0x7f7f7f7f",
-        "and.b32 s, b, 0x01010101",
-        "add.u32 t, t, s",
-        "and.b32 b, b, 0x80808080",
-        "xor.b32 $0, t, b",
+        "xor.b32 a, a, b",
+        "sub.u32 a, a, b",
+        "add.u32 a, a, 0x80808080",
+        "xor.b32 $0, a, 0x80808080",
     )
 )
 #: Eight numbers of 4 bits, four for the lower halves of bytes and then four for the upper halves.
@@ -116,18 +90,62 @@ PACK_HALVES = tl.constexpr(
         "or.b32 $0, a, b",
     )
 )
-#: The same of magnitudes below 8 with the signs of eight float32 numbers, 8 added to each.
+#: The same of magnitudes below 8 with the signs of eight float32 numbers, 8 added to each: with a
+#: sign's four bits s, (l ^ s) - s + 8.
 PACK_SIGNED_HALVES = tl.constexpr(
     _scope(
-        ".reg .b32 a, b, c, s, t",
-        *_signed_halves("a", "b", 1, 9),
-        "and.b32 a, a, 0x0f0f0f0f",
-        *_signed_halves("b", "c", 5, 13),
+        ".reg .b32 a, b, c, s",
+        *_gathered("a", "ab", 1, _LOW),
+        *_gathered("b", "bc", 5, _LOW),
         "shl.b32 b, b, 4",
+        "add.u32 a, a, b",
+        *_gathered("s", "sc", 9, _SIGN),
+        *_gathered("b", "bc", 13, _SIGN),
+        "and.b32 s, s, 0x0f0f0f0f",
         "and.b32 b, b, 0xf0f0f0f0",
-        "or.b32 $0, a, b",
+        "or.b32 s, s, b",
+        "xor.b32 a, a, s",
+        "sub.u32 a, a, s",
+        "add.u32 $0, a, 0x88888888",
     )
 )
+
+
+def _look_up(*level: str) -> str:
+    """What the lower and the upper halves of four bytes stand for. Each lane makes the number f of
+    one code, that of its own number c modulo 16, times the scale and a factor. Of 16 lanes next to
+    each other, a shuffle takes that of the lane which the lowest four bits name.
+
+    So 16 lanes' first bytes have to share a scale, as their second, third and fourth ones. They do
+    if a thread has at most four bytes in a row: those are 64 bytes or less, which one scale serves.
+    """
+    lines = [
+        ".reg .b32 c, h",
+        ".reg .f32 f, m, t0, t1, t2, t3",
+        "mov.u32 c, %laneid",
+        "and.b32 c, c, 15",
+        "cvt.rn.f32.u32 f, c",
+        *level,
+    ]
+    for i in range(4):
+        lines += [f"mul.rn.f32 t{i}, f, ${9 + i}", f"mul.rn.f32 t{i}, t{i}, ${13 + i}"]
+    for i in range(8):
+        lines.append(f"shr.u32 h, $8, {4 * i}")
+        to = f"${i // 2 + 4 * (i % 2)}"
+        lines.append(f"shfl.sync.idx.b32 {to}, t{i // 2}, h, 0x101f, -1")
+    return _scope(*lines)
+
+
+#: Of signed codes (c - 8) |c - 8| / 49, and of unsigned ones (c + 1)^2.
+LOOK_UP_SIGNED = tl.constexpr(
+    _look_up(
+        "add.rn.f32 f, f, 0fC1000000",
+        "abs.f32 m, f",
+        "mul.rn.f32 f, f, m",
+        "mul.rn.f32 f, f, 0f3CA72F05",
+    )
+)
+LOOK_UP = tl.constexpr(_look_up("add.rn.f32 f, f, 0f3F800000", "mul.rn.f32 f, f, f"))
 #: 1 / sqrt(x), approximately, with denormal numbers taken for zeros.
 INVERSE_ROOT = tl.constexpr("rsqrt.approx.ftz.f32 $0, $1;")
 
@@ -176,7 +194,31 @@ def _quotients(count: int) -> str:
     return "{\n" + "\n".join(lines) + "\nDONE:\n}"
 
 
-QUOTIENTS = tl.constexpr(_quotients(4))
+QUOTIENTS = tl.constexpr(_quotients(8))
+#: c / x of an x that is 0 or at least 2^-110, by the steps of a division of c / 4 by x / 4, whose
+#: reciprocal is a normal number even for the largest x. A NaN for 0, infinities and NaNs.
+INVERSE = tl.constexpr(
+    _scope(
+        ".reg .f32 b, n, r, e, q",
+        "mul.rn.f32 b, $1, 0f3E800000",
+        "rcp.approx.ftz.f32 r, b",
+        "neg.f32 n, b",
+        "fma.rn.f32 e, n, r, 0f3F800000",
+        "fma.rn.f32 r, r, e, r",
+        "mul.rn.f32 q, $2, r",
+        "fma.rn.f32 e, n, q, $2",
+        "fma.rn.f32 $0, e, r, q",
+    )
+)
+#: A number at an address, if a third one is not 0.
+STORE = tl.constexpr(
+    _scope(
+        ".reg .pred p",
+        "setp.ne.s32 p, $3, 0",
+        "@p st.global.b32 [$1], $2",
+        "mov.b32 $0, 0",
+    )
+)
 
 
 @triton.jit
@@ -213,12 +255,13 @@ def byte_floats(codes, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def half_floats(codes):
-    """2^23 + h of the lower and the upper halves of bytes: float32."""
+def looked_up(codes, scales, factor, SIGNED: tl.constexpr):
+    """The numbers for the lower and the upper halves of bytes, times scales, float32 of their
+    shape, times a factor. A thread has at most four bytes in a row."""
     return tl.inline_asm_elementwise(
-        HALVES,
-        "=r,=r,=r,=r,=r,=r,=r,=r,r",
-        [codes],
+        LOOK_UP_SIGNED if SIGNED else LOOK_UP,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,f,f,f,f,f,f,f,f",
+        [codes, scales, factor],
         (tl.float32, tl.float32),
         is_pure=True,
         pack=4,
@@ -278,11 +321,34 @@ def quotients(a, v, eps):
     """a / (sqrt(v) + eps), each operation rounded to nearest: float32."""
     return tl.inline_asm_elementwise(
         QUOTIENTS,
-        "=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f",
+        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f",
         [a, v, eps],
         tl.float32,
         is_pure=True,
-        pack=4,
+        pack=8,
+    )
+
+
+@triton.jit
+def inverses(x, DIVIDEND: tl.constexpr):
+    """DIVIDEND / x, rounded to nearest, of numbers x from 2^-110 on; of others a NaN: float32."""
+    quarter = tl.full(x.shape, DIVIDEND / 4, tl.float32)
+    return tl.inline_asm_elementwise(
+        INVERSE, "=&f,f,f", [x, quarter], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def stored(pointers, x, inside):
+    """Store float32 numbers where they are inside, each by all the threads that have it: without
+    the exchange by which Triton finds one thread for each."""
+    tl.inline_asm_elementwise(
+        STORE,
+        "=r,l,r,r",
+        [pointers.to(tl.int64), x, inside.to(tl.int32)],
+        tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
