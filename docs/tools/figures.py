@@ -353,11 +353,12 @@ def machine_code() -> str:
 
 def bound_by_arithmetic(gpu: str) -> list[Row]:
     """The kernels that execute more instructions than the GPU has room for while it moves their
-    bytes at .85 of a copy's speed."""
+    bytes at .85 of a copy's speed. Entries that are read one by one move more than is counted."""
     return [
         row
         for row in read("sass.json")["rows"]
         if row["target"] == "sm_90"
+        and not row["kernel"].startswith("entries")
         and row["executed_per_element"] > ROOM[gpu] * row["bytes_per_element"]
     ]
 
