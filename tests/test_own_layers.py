@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -235,3 +236,21 @@ def test_codes_of_other_groups_or_scales_are_not_loaded(
     alike = convert_to_quantised(make(), group_size=size)
     alike.load_state_dict({k: v for k, v in saved.items() if not k.endswith("_extra_state")})
     alike.load_state_dict(saved)
+
+
+def test_candidates_come_from_the_gradient_that_is_stepped() -> None:
+    """Not from one thrown away before it: of a bad batch, or of an overflow under a GradScaler."""
+    models = [mlp(), mlp()]
+    for number, model in enumerate(models):
+        named = convert_to_sparse_delta(model, ["*"], density=0.2)
+        optimizer = zoopt.SparseDeltaAdamW(named, lr=1e-2, update_gap=3, window=2, seed=0)
+        for step in range(7):
+            for bad in (-3.0, math.inf) if number and step in (1, 4) else ():
+                (loss_of(model) * bad).backward()
+                optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same(*models)
+    for own, other in zip(*(model.buffers() for model in models), strict=True):
+        assert torch.equal(own, other)

@@ -46,7 +46,7 @@ class Tap:
 
     Attributes:
         asks: what the optimizer wants of the next step, or None.
-        picked: int32 positions, from the first backward pass since the last step.
+        picked: int32 positions, from the first backward pass of the gradient.
         picked_finite: whether the gradient from which they come was finite.
         hooked: whether `accumulated` is called, which torch allows only while the delta trains.
     """
@@ -76,10 +76,10 @@ class Tap:
 
     def begin(self) -> None:
         """Begin the backward of one of the layer's calls. The first one of a backward pass drops
-        what was gathered for a gradient that is gone."""
+        what was gathered and picked for a gradient that is gone."""
         current, grad = torch._C._current_graph_task_id(), self.layer.delta.grad
         if current != self._pass and (grad is None or grad._version != self._version):
-            self._gathered = None
+            self._gathered = self.picked = None
         self._pass = current
 
     def gather(self, values: Tensor) -> None:

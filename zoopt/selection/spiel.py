@@ -69,8 +69,8 @@ class SparseDeltaAdamW(FirstOrderOptimizer):
     Over a frozen base, quantised or not, the parameters are the deltas of `SparseDeltaLinear`
     layers (`zoopt.nn.convert_to_sparse_delta`), and the layer adds them to the weight it computes.
     `density` is then the layer's. The bytes are the same: 4 for a delta take the place of W0. No
-    dense gradient is stored. In a window, candidates come from the first backward pass since the
-    last step.
+    dense gradient is stored. In a window, candidates come from the first backward pass of a step's
+    gradient.
 
     Args:
         params: the parameters to change, for example the matrices of a model's layers; freeze the

@@ -20,7 +20,7 @@ from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 _APART = ("params", "param_names", "lr")
 #: How many parameters' elements are compared at each step on the CPU; on other devices, which are
 #: not to be waited for, those of all are compared once in so many seconds.
-_SAMPLED, _SAMPLE_EVERY = 16, 1.0
+_SAMPLED, _SAMPLE_EVERY = 4, 1.0
 _REMEDY = "close the recorder, and record a new optimizer to another file"
 
 
@@ -47,13 +47,15 @@ class Watch:
     def __init__(self, optimizer: ZerothOrderOptimizer, path: Path) -> None:
         self._optimizer, self._path = optimizer, path
         self._sampled, self._number = -_SAMPLE_EVERY, 0
+        self._ids = list[int]()
         self.note()
 
     def note(self) -> None:
         """Remember how everything is now."""
         groups = self._optimizer.param_groups
         self._groups = [{key: _seen(value) for key, value in group.items()} for group in groups]
-        self._trained, self._versions = self._trains(), self._counted()
+        self._last_versions = self._versions()
+        self._trained = self._trains()
         self._state = {
             param: {key: _seen(value) for key, value in own.items()}
             for param, own in self._optimizer.state.items()
@@ -102,26 +104,34 @@ class Watch:
     @property
     def untouched(self) -> bool:
         """Whether nobody was seen to write to the weights."""
-        if self._counted() != self._versions:
+        if self._versions() != self._last_versions:
             return False
         return self._elements == self._sample()
 
-    def _params(self) -> list[Tensor]:
-        return all_params(self._optimizer.param_groups)
+    def _find(self) -> None:
+        """The parameters, and their parts if they are sharded."""
+        params = all_params(self._optimizer.param_groups)
+        if (ids := [*map(id, params)]) != self._ids:
+            self._ids, self._params = ids, params
+            parts = [local(param) for param in params]
+            shards = [part for part, param in zip(parts, params, strict=True) if is_sharded(param)]
+            self._counted = [*params, *shards]
+            self._filled = [part for part in parts if part.numel()]
+            self._on_cpu = all(part.device.type == "cpu" for part in parts)
 
     def _trains(self) -> list[bool]:
-        return [param.requires_grad for param in self._params()]
+        return [param.requires_grad for param in self._params]
 
-    def _counted(self) -> list[int]:
+    def _versions(self) -> list[int]:
         """The version counter of each parameter. A sharded one has two: its part, which the
         optimizer writes, has its own."""
-        params = self._params()
-        return [*map(_version, [*params, *(local(own) for own in params if is_sharded(own))])]
+        self._find()
+        return [*map(_version, self._counted)]
 
     def _choose(self) -> list[Tensor]:
         """The parameters of which an element is compared until the next note."""
-        params = [own for own in map(local, self._params()) if own.numel()]
-        if all(own.device.type == "cpu" for own in params):
+        params = self._filled
+        if self._on_cpu:
             first = self._number * _SAMPLED % max(1, len(params))
             return [*params, *params][first : first + min(_SAMPLED, len(params))]
         if time.monotonic() - self._sampled < _SAMPLE_EVERY:
