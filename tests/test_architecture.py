@@ -15,10 +15,11 @@ LAYERS = (
     ("checks", "dtypes", "interrupts", "removable", "version", "warn", "wrapper"),
     ("kernels",),
     ("ambient", "distributed", "linalg", "noise", "registry"),
-    ("checkpoint", "groups", "nn", "optimizer", "parameters"),
+    ("checkpoint", "groups", "lasting", "nn", "optimizer", "parameters"),
     (
         "first_order.base",
         "first_order.checks",
+        "first_order.known",
         "first_order.progress",
         "first_order.projected",
         "first_order.site",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import warnings
@@ -12,6 +13,7 @@ import torch
 _OWN = (
     *(os.path.dirname(str(path)) + os.sep for path in (__file__, torch.__file__)),
     contextlib.__file__,  # decorators
+    functools.__file__,  # cached properties
 )
 
 

@@ -444,13 +444,38 @@ def many_ranks() -> str:
 
 
 def overhead() -> str:
-    """The Python of a virtual step."""
+    """The Python of a virtual step: without biases and with."""
+    rows = [r for r in read("overhead.json")["rows"] if r["kind"] == "virtual"]
+    found = {r["name"]: r for r in rows}
+    table_rows = []
+    for name, own in found.items():
+        biased = found.get(f"{name}, biases")
+        if biased is not None:
+            times = (f"{r[key]:.0f}" for r in (own, biased) for key in ("median", "inside"))
+            table_rows.append([name, *times, f"{biased['calls']:.0f}"])
+    headings = ["method", "us an operator", "inside evaluations", "with biases, us"]
+    headings += ["inside evaluations", "calls"]
+    return table(headings, table_rows)
+
+
+def overhead_in_place() -> str:
+    """The Python of a step in place, by the number of tensors."""
+    rows = [r for r in read("overhead.json")["rows"] if r["kind"] == "in place"]
+    counts = list(dict.fromkeys(r["tensors"] for r in rows))
+    found = {(r["name"], r["tensors"]): r["median"] for r in rows}
+    names = dict.fromkeys(r["name"] for r in rows)
+    table_rows = [[name, *(f"{found[name, n] / 1e3:.1f}" for n in counts)] for name in names]
+    return table(["method", *(f"{n:,} tensors, ms" for n in counts)], table_rows)
+
+
+def overhead_first_order() -> str:
+    """The Python of a first-order step."""
     rows = [
-        [r["name"], f"{r['median']:.0f}", f"{r['inside']:.0f}", f"{r['calls']:.0f}"]
+        [r["name"], f"{r['median'] / 1e3:.1f}", f"{r['calls']:.0f}"]
         for r in read("overhead.json")["rows"]
+        if r["kind"] == "first-order"
     ]
-    headings = ["method, and layers", "us an operator", "of these inside evaluations", "calls"]
-    return table(headings, rows)
+    return table(["optimizer", "ms a step", "calls a tensor"], rows)
 
 
 def decision() -> str:
@@ -518,6 +543,8 @@ TABLES: dict[str, Callable[..., str]] = {
         trajectory,
         recording,
         overhead,
+        overhead_in_place,
+        overhead_first_order,
         scaling,
         many_ranks,
         decision,

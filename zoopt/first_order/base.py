@@ -20,6 +20,7 @@ from zoopt.distributed.sharding import (
 )
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.checks import check_gradient, check_shards, check_values
+from zoopt.first_order.known import Crew, KnownStep
 from zoopt.first_order.progress import Mark, Update
 from zoopt.first_order.site import Site, gradient_of, operand, tied_by_data
 from zoopt.interrupts import uninterrupted
@@ -53,6 +54,11 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
     _begun: dict[str | int, Mark] | None = None
     #: The updates in which that was.
     _interrupted: Sequence[Update] = ()
+    #: Which parameters the last step has updated together, where the next one can take them over.
+    _known: KnownStep | None = None
+    #: Whether parameters of one kind stay so while they, their groups and gradients do, and nothing
+    #: else is asked of a dense gradient.
+    kinds_last = False
     #: Whether parameters whose rows are sharded over processes can be updated.
     shards = False
 
@@ -98,6 +104,8 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
     def _step(self) -> None:
         self._finish()
+        if self._known is not None and self._step_known(self._known):
+            return
         self._check_state()
         sites = []
         for site in self._sites():
@@ -110,6 +118,46 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
             self._state(site.param, site.group)
         with self._apart(sites) as parts:
             self._step_sites(parts)
+
+    def _step_known(self, known: KnownStep) -> bool:
+        """Take the step with the same parameters updated together as in the last one; return
+        whether that is right."""
+        gradients = None if self._begun else known.gradients()
+        if gradients is None or not self._prepare_due(known.crews, gradients):
+            self._known = None
+            return False
+        updated = 0
+        try:
+            with uninterrupted():
+                for crew, own in zip(known.crews, gradients, strict=True):
+                    self._complete(crew, self._update_together, crew, own)
+                    updated += 1
+                self._stepped()
+        except BaseException:
+            self._begun = {}
+            for number, crew in enumerate(known.crews if updated < len(known.crews) else ()):
+                for site in crew:
+                    self._begun[site.name] = Mark(gradient_of(site), done=number < updated)
+            raise
+        return True
+
+    def _prepare_due(self, crews: Sequence[Crew], gradients: Sequence[Sequence[Tensor]]) -> bool:
+        """Prepare the parameters that need it; return whether all can be updated. What has been
+        prepared is noted until then."""
+        marks = self._begun = {}
+        for crew, grads in zip(crews, gradients, strict=True):
+            for number in self._due(crew):
+                site = dataclasses.replace(crew[number], continues=False)
+                mark = marks[site.name] = Mark(gradient_of(site))
+                mark.prepare(self._prepare, site, grads[number])
+        if any(mark.done for mark in marks.values()):
+            return False
+        self._begun = None
+        return True
+
+    def _due(self, sites: Sequence[Site]) -> Sequence[int]:
+        """Where `kinds_last`, the numbers of the parameters that a step has to prepare."""
+        return ()
 
     def _step_sites(self, sites: Sequence[Site]) -> None:
         """Step parameters that have gradients and state."""
@@ -132,22 +180,32 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
                 continues = site.continues or not is_sharded(site.param)
                 ready.append(dataclasses.replace(site, continues=continues))
         with uninterrupted():
-            self._update_all(ready)
+            crews = self._update_all(ready)
             self._begun = None
             self._stepped()
+        if (
+            self.kinds_last
+            and crews is not None
+            and len(ready) == len(sites)
+            and self._fusion is None
+        ):
+            self._known = KnownStep.of(self.param_groups, self.state, crews)
 
     def _stepped(self) -> None:
         """What follows when a step has been taken, before any signal."""
 
-    def _update_all(self, sites: Sequence[Site]) -> None:
-        """Update prepared parameters: those of one kind together."""
+    def _update_all(self, sites: Sequence[Site]) -> list[Crew] | None:
+        """Update prepared parameters: those of one kind together. Return these crews, if there are
+        no others."""
         alone, together = self._partition(sites, [gradient_of(site) for site in sites])
         for i in alone:
             self._complete([sites[i]], self._step_param, sites[i], gradient_of(sites[i]))
-        for members in together:
-            alike = [sites[i] for i in members]
-            gradients = [operand(gradient_of(site)) for site in alike]
-            self._complete(alike, self._update_together, alike, gradients)
+        crews = [Crew.of([sites[i] for i in members]) for members in together]
+        for crew in crews:
+            gradients = [operand(gradient_of(site)) for site in crew]
+            self._complete(crew, self._update_together, crew, gradients)
+        stacked = any(site.stack is not None for site in sites)
+        return None if alone or stacked or not sites else crews
 
     def _partition(
         self, sites: Sequence[Site], gradients: Sequence[Tensor]
@@ -186,6 +244,9 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         self._completed(own)
 
     def _completed(self, update: Update) -> None:
+        if isinstance(update.sites, Crew) and not self._begun and update.changes_weights:
+            torch.autograd.graph.increment_version(update.sites.params)
+            return
         for site in update.sites:
             mark = (self._begun or {}).get(site.name)
             if mark is not None:
@@ -204,7 +265,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
 
     def forget_begun(self) -> None:
         """Drop what an error has left unfinished, because other weights or state take its place."""
-        self._begun, self._interrupted = None, ()
+        self._begun, self._interrupted, self._known = None, (), None
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the parameters' shapes in each group, which a load checks. An update

@@ -163,6 +163,8 @@ class Frugal(ProjectedOptimizer):
 
     shards = True
 
+    kinds_last = False
+
     def __init__(
         self,
         params: Params,

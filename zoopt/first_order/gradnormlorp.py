@@ -118,6 +118,8 @@ class GradNormLoRP(AdamFamily):
         >>> zoopt.nn.merge(model)
     """
 
+    kinds_last = False
+
     def __init__(
         self,
         params: Params,

@@ -258,6 +258,8 @@ class LDAdamW(AdamFamily):
     #: In a step, the bases that follow, until their updates.
     _following: dict[Tensor, Tensor] | None = None
 
+    kinds_last = False
+
     def __init__(
         self,
         params: Params,

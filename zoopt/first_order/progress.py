@@ -21,9 +21,9 @@ class Mark:
         done: whether it has been updated, or is not to be.
     """
 
-    def __init__(self, gradient: Tensor) -> None:
+    def __init__(self, gradient: Tensor, *, done: bool = False) -> None:
         self._gradient, self._version = weakref.ref(gradient), gradient._version
-        self.done = False
+        self.done = done
         #: Of its preparation, until that is done.
         self._journal: Journal | None = Journal()
 

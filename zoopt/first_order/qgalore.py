@@ -118,6 +118,8 @@ class QGaLoreAdamW(AdamFamily):
 
     shards = True
 
+    kinds_last = False
+
     def __init__(
         self,
         params: Params,

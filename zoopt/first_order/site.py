@@ -14,6 +14,7 @@ from zoopt.dtypes import resolved_rounding
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.dispatch import is_fake, launches
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.lasting import prepared
 from zoopt.noise import stream
 from zoopt.optimizer import Group
 
@@ -118,7 +119,11 @@ def tied_by_data(params: Sequence[Tensor]) -> set[int]:
 
 def batch_of(sites: Sequence[Site]) -> Batch:
     """The parameters with their noise."""
-    return Batch([site.param for site in sites], [site.key for site in sites])
+
+    def batch() -> Batch:
+        return Batch([site.param for site in sites], [site.key for site in sites])
+
+    return prepared(sites, "batch", batch)
 
 
 def gradient_of(site: Site) -> Tensor:

@@ -84,6 +84,7 @@ class SM3(FirstOrderOptimizer):
     """
 
     shards = True
+    kinds_last = True
 
     def __init__(
         self,

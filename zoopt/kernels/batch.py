@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ from zoopt.kernels.operands import (
     is_row_major,
     settled,
 )
+from zoopt.kernels.packed import Layout, Packed
+from zoopt.kernels.places import Kept, Placed, Places, places_of
+
+T = TypeVar("T")
 
 
 class Batch:
@@ -47,7 +52,17 @@ class Batch:
             not match.
     """
 
-    __slots__ = ("_checked", "_row_major", "indices", "keys", "reads", "tensors")
+    __slots__ = (
+        "_checked",
+        "_made",
+        "_placed",
+        "_row_major",
+        "indices",
+        "kept",
+        "keys",
+        "reads",
+        "tensors",
+    )
 
     def __init__(
         self,
@@ -59,7 +74,11 @@ class Batch:
     ) -> None:
         self.tensors, self.keys, self.reads = tuple(tensors), tuple(keys), reads
         self.indices = None if indices is None else tuple(indices)
-        self._checked: list[tuple[Any, ...]] | None = None
+        #: What is used beside the tensors again and again, by names of whoever uses it.
+        self.kept: dict[str, Any] = {}
+        self._checked: Places | None = None
+        self._made: dict[Hashable, Any] = {}
+        self._placed: dict[Hashable, Any] = {}
         self._row_major = False
         alone = len(self.tensors) == len(self.keys) == 1 and indices is None
         if alone and self._takes(self.tensors[0]):
@@ -123,7 +142,31 @@ class Batch:
         """Where the tensors are, in row-major memory, as the check before the operation found."""
         if self._checked is None or not self._row_major:
             return tuple([address(tensor, tensor.dtype) for tensor in self.tensors])
-        return tuple([place[0] for place in self._checked])
+        return self._checked[0][: len(self.tensors)]
+
+    def made(self, name: Hashable, make: Callable[[], T], *, placed: bool = False) -> T:
+        """What `make` returns, made once for the tensors as the last check has found them.
+
+        Args:
+            placed: whether it depends on where they are.
+        """
+        if self._checked is None:
+            return make()
+        made = self._placed if placed else self._made
+        if name not in made:
+            made[name] = make()
+        found: T = made[name]
+        return found
+
+    def on(self, tensors: Packed) -> Batch:
+        """A batch like this one of other tensors, of the same shapes, dtype and device. (Of none,
+        it is what batches like this one can be made from.)"""
+        other = Batch.__new__(Batch)
+        other.tensors, other.keys, other.indices = tuple(tensors), self.keys, None
+        other.kept, other.reads, other._row_major = {}, self.reads, True
+        other._checked = None if self._checked is None else (tensors.addresses, *self._checked[1:])
+        other._made, other._placed = self._made, {}
+        return other
 
     def addresses_of(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
         """The addresses of the batch's own tensors, or of contiguous ones beside them."""
@@ -140,11 +183,10 @@ class Batch:
         try:
             places = None
             if not is_fake(self.tensors[0]):
-                places = [
-                    (t.data_ptr(), t.numel(), t.is_contiguous() or t.stride(), t.dtype, t.device)
-                    for t in self.tensors
-                ]
-        except (AttributeError, NotImplementedError, RuntimeError):
+                places = places_of(
+                    self.tensors if not self.indices else self.tensors + self.indices
+                )
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):
             self._check_each(name)  # No tensors, or without an address: it says so better.
             raise
         if places is not None and places == self._checked:
@@ -156,13 +198,14 @@ class Batch:
         if not row_major:
             self._check_each(name)
             row_major = all(is_row_major(tensor) for tensor in self.tensors)
-        written_together = places is not None and len(places) > 1 and not self.reads
+        written_together = places is not None and len(self) > 1 and not self.reads
         if written_together and not share_no_memory(self.tensors):
             raise ValueError(
                 f"{name} must be tensors that share no memory, got two that do; pass one of them, "
                 f"or a clone"
             )
         self._checked, self._row_major = places, row_major
+        self._made, self._placed = {}, {}
 
     def _check_each(self, name: str) -> None:
         for tensor in self.tensors:
@@ -192,6 +235,12 @@ class Batch:
     def check_beside(self, name: str, others: Sequence[Tensor], dtype: torch.dtype) -> None:
         """Raise unless each of the others can be read beside what is worked on of its tensor:
         contiguous, of its shape and device, and of that dtype."""
+        if isinstance(others, Packed) and others.like is self.tensors and dtype == self.dtype:
+            return
+        made = others.made() if isinstance(others, Kept) else None
+        checked = (self.tensors, self._checked, dtype)
+        if made is not None and self._checked is not None and _same(made.get("checked"), checked):
+            return
         if len(others) != len(self.tensors):
             raise ValueError(
                 f"{name} must have one tensor for each of the batch's {len(self.tensors)}, "
@@ -203,6 +252,8 @@ class Batch:
             check_like(name, other, theta, dtype)
             if not other.is_contiguous():
                 raise ValueError(f"{name} must be contiguous; pass {name}.contiguous()")
+        if made is not None:
+            made["checked"] = checked
 
     def row_major(self) -> Batch:
         """The batch's values in row-major memory: itself, or with copies."""
@@ -221,44 +272,46 @@ class Batch:
             yield Batch(values, self.keys, self.indices)
 
 
-def packed(counts: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """New flat tensors of so many elements, behind one another in one buffer, each at a multiple of
-    16 bytes. The buffer lives as long as one of them."""
-    step = max(1, 16 // dtype.itemsize)
-    sizes = [-(-count // step) * step for count in counts]
-    parts = torch.split(torch.empty(sum(sizes), dtype=dtype, device=device), sizes)
-    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+def _same(before: Sequence[Any] | None, now: Sequence[Any]) -> bool:
+    """Whether both have the same objects."""
+    return before is not None and all(map(operator.is_, before, now))
 
 
-class Packed(list[Tensor]):
-    """Contiguous tensors in one buffer, and their addresses."""
-
-    def __init__(self, tensors: Iterable[Tensor], addresses: tuple[int, ...]) -> None:
-        super().__init__(tensors)
-        self.addresses = addresses
+def name_of(tensors: Sequence[Tensor]) -> Hashable:
+    """Equal for tensors that have nothing new about them but their addresses; None if that is not
+    known."""
+    if isinstance(tensors, Packed):
+        return None if tensors.name is None else (tensors.name, tensors[0].dtype)
+    return tensors.made().setdefault("name", object()) if isinstance(tensors, Kept) else None
 
 
 def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """The addresses of contiguous tensors."""
-    if isinstance(tensors, Packed):
+    if isinstance(tensors, Packed | Placed):
         return tensors.addresses
-    return tuple([address(tensor, tensor.dtype) for tensor in tensors])
+    if isinstance(tensors, Kept):
+        made = tensors.last
+        if "addresses" not in made:
+            made["addresses"] = tuple([address_of(tensor) for tensor in tensors])
+        found: tuple[int, ...] = made["addresses"]
+        return found
+    return tuple([address_of(tensor) for tensor in tensors])
 
 
-def packed_like(tensors: Sequence[Tensor]) -> Packed:
-    """New tensors of the shapes of contiguous ones of one dtype, as `packed`."""
-    step = max(1, 16 // tensors[0].itemsize)
-    starts = [0]
-    for tensor in tensors:
-        starts.append(starts[-1] + -(-tensor.numel() // step) * step)
-    first = tensors[0]
-    buffer = torch.empty(starts[-1], dtype=first.dtype, device=first.device)
-    views = [
-        buffer.as_strided(tensor.shape, tensor.stride(), start)
-        for tensor, start in zip(tensors, starts, strict=False)
-    ]
-    base = settled(buffer)
-    return Packed(views, tuple([base + first.itemsize * start for start in starts[:-1]]))
+def address_of(tensor: Tensor) -> int:
+    """The address of a contiguous tensor, or of one whose transpose is."""
+    return address(tensor if tensor.is_contiguous() else tensor.mT, tensor.dtype)
+
+
+def packed_like(batch: Batch) -> Packed:
+    """New tensors of the shapes of a batch of contiguous ones, in one buffer."""
+
+    def layout() -> Layout:
+        return Layout([tuple(tensor.shape) for tensor in batch.tensors], batch.dtype.itemsize)
+
+    made = Packed.new(batch.made("layout", layout), batch.dtype, batch.device)
+    made.like = batch.tensors
+    return made
 
 
 def as_batch(theta: Tensor | Batch, key: NoiseKey | None) -> Batch:

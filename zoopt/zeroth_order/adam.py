@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from zoopt.checks import (
@@ -18,6 +19,7 @@ from zoopt.checks import (
 from zoopt.distributed.exchange import Job, Parallel
 from zoopt.dtypes import RoundingMode
 from zoopt.kernels import adam_window_
+from zoopt.kernels.batch import Batch
 from zoopt.kernels.descent.rule import Rule
 from zoopt.kernels.noise.key import Distribution
 from zoopt.optimizer import STEP, Group, Params, TensorSpec, hyperparameters
@@ -26,11 +28,11 @@ from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.chunks import whole
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.mask import Mask
-from zoopt.zeroth_order.engine.noise import Noise
+from zoopt.zeroth_order.engine.noise import Elementwise, Noise
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
-from zoopt.zeroth_order.engine.sites import Site
+from zoopt.zeroth_order.engine.sites import Site, Team
 from zoopt.zeroth_order.engine.sparse import SparseZerothOrder
 from zoopt.zeroth_order.engine.window import check_past, check_window, extended, window_steps
 
@@ -134,6 +136,7 @@ class ZOAdam(SparseZerothOrder):
     _largest_grad = 2.0**50
 
     scripted = True
+    alike = True
 
     def __init__(
         self,
@@ -222,7 +225,7 @@ class ZOAdam(SparseZerothOrder):
     def _update_dense(
         self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
     ) -> None:
-        group = site.group
+        group, direction = site.group, site.direction
         state = self._state(site.param, group)
         exp_avg, exp_avg_sq = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         step, lr, eps = int(state["step"]) + 1, float(group["lr"]), float(group["eps"])
@@ -239,8 +242,22 @@ class ZOAdam(SparseZerothOrder):
         )
         moments = {"first": exp_avg, "second": exp_avg_sq}
         self._update_elements(site, pending, offset, progress, rule, in_registers, moments)
-        for _ in whole(state["step"], progress.next):
-            state["step"] += 1
+        counter = {"steps": state["step"]}
+        assert isinstance(direction, Elementwise)
+        if not direction.queued(_count, site.param, progress.next, beside=counter):
+            for _ in whole(state["step"], progress.next):
+                state["step"] += 1
+
+    def _alike(self, team: Team) -> bool:
+        """As in `ZerothOrderUpdates`: not where parameters have taken other numbers of steps."""
+        group = team.leader.group
+        if len(team.sites) == 1 or group["state"] != "dense":
+            return True
+        steps = team.kept.get("steps")
+        if steps is None:
+            states = [self._state(param, group) for param in team.params]
+            steps = team.kept["steps"] = [state["step"] for state in states]
+        return len(set(map(Tensor.item, steps))) == 1
 
     def _update_window(
         self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
@@ -290,6 +307,11 @@ class ZOAdam(SparseZerothOrder):
         beta2 = float(group["betas"][1])
         present = sum(g * g for g in grads) / len(grads)
         return beta2 * float(group["exp_avg_sq"]) + (1.0 - beta2) * present
+
+
+def _count(params: Batch, *, steps: Sequence[Tensor]) -> None:
+    """Count a step of each parameter."""
+    torch._foreach_add_(list(steps), 1)
 
 
 def _window_weights(beta: float, steps: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from zoopt.zeroth_order.engine.noise import Elementwise
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
-from zoopt.zeroth_order.engine.sites import Site
+from zoopt.zeroth_order.engine.sites import Site, Sites
 
 
 def cone(m_norm: float, d: int, t: float) -> tuple[float, float]:
@@ -55,20 +56,27 @@ def warmed(step: int, warmup: int, start: float, end: float) -> float:
     return start + (end - start) * (min(1.0, step / warmup) if warmup else 1.0)
 
 
+@dataclasses.dataclass
+class Angles:
+    """The coefficients of z = radial m + lateral u in a step, see `cone`."""
+
+    radial: float = 0.0
+    lateral: float = 1.0
+
+
 class Cone(Elementwise):
     """z = radial m + lateral u with u independent normals: a cone around m.
 
     Args:
         key: the noise of u.
         momentum: m, of the parameter's shape.
-        radial, lateral: the two coefficients.
+        angles: the two coefficients, the same for all of a param group.
     """
 
-    def __init__(self, key: NoiseKey, momentum: Tensor, radial: float, lateral: float) -> None:
+    def __init__(self, key: NoiseKey, momentum: Tensor, angles: Angles) -> None:
         super().__init__(key)
         self.momentum = momentum.view(-1)
-        self.radial = radial
-        self.lateral = lateral
+        self.angles = angles
 
     def combine(self, theta: Tensor, coefficients: Coefficients, start: int) -> Tensor:
         """As in `Chunkwise`."""
@@ -79,11 +87,11 @@ class Cone(Elementwise):
 
     def sums(self, coefficients: Coefficients) -> dict[int, float]:
         """As in `Elementwise`."""
-        return {draw: self.lateral * c for draw, c in coefficients.items()}
+        return {draw: self.angles.lateral * c for draw, c in coefficients.items()}
 
     def along_momentum(self, coefficients: Coefficients) -> float:
         """What multiplies m in sum_d coefficients[d] z(d)."""
-        return self.radial * sum(coefficients.values())
+        return self.angles.radial * sum(coefficients.values())
 
     def shaping(
         self, coefficients: Coefficients, gradient: Coefficients
@@ -127,6 +135,8 @@ class ConMeZO(ZerothOrderOptimizer):
         >>> loss = opt.step(lambda: model(**batch).loss)
     """
 
+    alike = True
+
     def __init__(
         self,
         params: Params,
@@ -169,22 +179,27 @@ class ConMeZO(ZerothOrderOptimizer):
             check_number(name, group[name], low=0.0, high=1.0, open_high=True)
         check_nonnegative_int("warmup_steps", group["warmup_steps"])
 
-    def _survey(self) -> None:
-        taking_part = [
-            (param, self._state(param, group)["momentum_buffer"])
-            for _, group, param, _ in named_params(self.param_groups)
-            if param.requires_grad
-        ]
-        squares = _squares([m for _, m in taking_part if not is_sharded(m)])
-        squares += _sharded_squares([m for _, m in taking_part if is_sharded(m)])
+    def _survey(self, known: Sites | None) -> None:
+        if known is None:
+            taking_part = [
+                (param, self._state(param, group)["momentum_buffer"])
+                for _, group, param, _ in named_params(self.param_groups)
+                if param.requires_grad
+            ]
+            self._squares = Squares([m for _, m in taking_part if not is_sharded(m)])
+            self._sharded = [m for _, m in taking_part if is_sharded(m)]
+            self._numel = sum(param.numel() for param, _ in taking_part)
+            self._angles = {id(group): Angles() for group in self.param_groups}
+        squares = self._squares.found() + _sharded_squares(self._sharded)
         # math.fsum is exactly rounded, so the order of the parameters does not matter.
-        self._norm = math.sqrt(math.fsum(squares))
-        self._numel = sum(param.numel() for param, _ in taking_part)
+        norm = math.sqrt(math.fsum(squares))
+        for group in self.param_groups:
+            angles = self._angles[id(group)]
+            angles.radial, angles.lateral = cone(norm, self._numel, float(group["cone_angle"]))
 
     def _direction(self, param: Tensor, group: Group, number: int, *, virtual: bool) -> Direction:
-        radial, lateral = cone(self._norm, self._numel, float(group["cone_angle"]))
         momentum = self._state(param, group)["momentum_buffer"]
-        return Cone(NoiseKey(group["seed"], number), momentum, radial, lateral)
+        return Cone(NoiseKey(group["seed"], number), momentum, self._angles[id(group)])
 
     def _update(
         self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress
@@ -215,18 +230,22 @@ class ConMeZO(ZerothOrderOptimizer):
             momentum.copy_(averaged(momentum, estimate, beta))
 
 
-def _squares(buffers: Sequence[Tensor]) -> list[float]:
-    """The sum of squares of each; where operations are launches, one launch for all on a device."""
-    found: list[float] = []
-    together: dict[torch.device, list[Tensor]] = {}
-    for buffer in buffers:
-        if dispatch.launches(buffer):
-            together.setdefault(buffer.device, []).append(buffer)
-        else:
-            found.append(known(buffer.double().square().sum(), 1.0))
-    for own in together.values():
-        found += energies(Batch(own, [NoiseKey(0, 0)] * len(own), reads=True)).tolist()
-    return found
+class Squares:
+    """Sums of squares of buffers: one launch, and one wait, for those of a device."""
+
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        self._alone = [buffer for buffer in buffers if not dispatch.launches(buffer)]
+        together: dict[torch.device, list[Tensor]] = {}
+        for buffer in buffers:
+            if dispatch.launches(buffer):
+                together.setdefault(buffer.device, []).append(buffer)
+        noise = NoiseKey(0, 0)
+        self._batches = [Batch(own, [noise] * len(own), reads=True) for own in together.values()]
+
+    def found(self) -> list[float]:
+        """The sums of what the buffers hold now."""
+        found = [known(buffer.double().square().sum(), 1.0) for buffer in self._alone]
+        return found + [value for batch in self._batches for value in energies(batch).tolist()]
 
 
 def _sharded_squares(buffers: Sequence[Tensor]) -> list[float]:
@@ -236,7 +255,7 @@ def _sharded_squares(buffers: Sequence[Tensor]) -> list[float]:
         alike.setdefault(layout(buffer), []).append(buffer)
     found = []
     for own in alike.values():
-        here = math.fsum(_squares([local(buffer) for buffer in own]))
+        here = math.fsum(Squares([local(buffer) for buffer in own]).found())
         total = torch.tensor(here, dtype=torch.float64, device=own[0].device)
         sum_(total, own[0])
         found.append(float(total))

@@ -104,6 +104,7 @@ class ZOConservativeSGD(SparseZerothOrder):
     _chosen: Displacement | None = None
 
     scripted = True
+    alike = True
 
     def __init__(
         self,

@@ -133,6 +133,7 @@ class EvolutionStrategy(ZerothOrderOptimizer):
     _spacing = 0.0
 
     scripted = True
+    alike = True
 
     def __init__(
         self,

@@ -107,6 +107,8 @@ class HiZOO(ZerothOrderOptimizer):
         >>> loss = opt.step(lambda: model(**batch).loss)
     """
 
+    alike = True
+
     def __init__(
         self,
         params: Params,

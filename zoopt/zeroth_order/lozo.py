@@ -16,12 +16,13 @@ from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op_batch import add_products_
+from zoopt.lasting import prepared
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import Variant, register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.chunks import whole
 from zoopt.zeroth_order.engine.direction import Coefficients
-from zoopt.zeroth_order.engine.factors import Normals, Pair, Terms, make
+from zoopt.zeroth_order.engine.factors import Maker, Normals, Terms
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
 from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
@@ -79,17 +80,31 @@ class LazyPair(LowRank):
     @classmethod
     def pairs_together(
         cls, directions: Sequence[LowRank], coefficients: Coefficients, dtype: torch.dtype
-    ) -> list[Pair]:
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """As in `Direction`: two launches."""
-        own = [direction for direction in directions if isinstance(direction, LazyPair)]
-        terms = tuple(coefficients.items())
-        wanted = [each.normals_of(terms) for each in own] + [each.basis_normals for each in own]
-        made = make(wanted, dtype, own[0].device)
-        return list(zip(made[: len(own)], made[len(own) :], strict=True))
+        count, terms = len(directions), tuple(coefficients.items())
+        maker, bases, of = prepared(directions, ("pairs", dtype), lambda: _maker(directions, dtype))
+        made = maker.make([(terms,), *bases], of)
+        return made.part(0, count), made.part(count, 2 * count)
 
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """As in `LowRank`; all draws share V."""
         return self.left(coefficients), self.right
+
+
+def _maker(
+    directions: Sequence[LowRank], dtype: torch.dtype, lefts: int = 1
+) -> tuple[Maker, list[tuple[Terms, ...]], list[int]]:
+    """What makes so many U of each, kind by kind, and then V of each; the terms of the V; and of
+    which kind each U and V is."""
+    own = [direction for direction in directions if isinstance(direction, LazyPair)]
+    wanted = [each.normals_of(()) for each in own] * lefts
+    behind = [each.basis_normals for each in own]
+    maker = Maker([(each.key, each.shape) for each in wanted + behind], dtype, own[0].device)
+    bases: dict[tuple[Terms, ...], int] = {}
+    of = [kind for kind in range(lefts) for _ in own]
+    of += [bases.setdefault(each.sums, len(bases) + lefts) for each in behind]
+    return maker, list(bases), of
 
 
 def momentum_together(
@@ -106,19 +121,20 @@ def momentum_together(
 ) -> None:
     """N <- b N + (1 - b) gU and theta <- round(decay theta + U(back) V^T - lr N V^T / r), for all
     matrices."""
-    count = len(directions)
-    wanted = [each.normals_of(weights) for each in directions]
-    wanted += [each.normals_of(back) for each in directions]
-    wanted += [each.basis_normals for each in directions]
-    made = make(wanted, buffers[0].dtype, matrices.device)
-    estimates, left = ([own[0] for own in part] for part in (made[:count], made[count:-count]))
-    torch._foreach_mul_(list(buffers), beta)
+    count, dtype = len(directions), buffers[0].dtype
+    maker, bases, of = prepared(
+        directions, ("momentum", dtype), lambda: _maker(directions, dtype, lefts=2)
+    )
+    made = maker.make([(weights,), (back,), *bases], of)
+    estimates, left = made.part(0, count), made.part(count, 2 * count)
+    states = [buffer.unsqueeze(0) for buffer in buffers]
+    torch._foreach_mul_(states, beta)
     torch._foreach_mul_(estimates, 1.0 - beta)
-    torch._foreach_add_(list(buffers), estimates)
+    torch._foreach_add_(states, estimates)
     scales = [-lr / direction.rank for direction in directions]
-    torch._foreach_add_(left, torch._foreach_mul(list(buffers), scales))
-    pairs = (made[count:-count], made[-count:])
-    add_products_(matrices, *pairs, decay=decay, rounding_draw=rounding_draw)
+    torch._foreach_add_(left, torch._foreach_mul(states, scales))
+    right = made.part(2 * count, 3 * count)
+    add_products_(matrices, left, right, decay=decay, rounding_draw=rounding_draw)
 
 
 @register("lozo", "zeroth-order", Variant(), Variant("momentum", {"momentum": 0.7}, planned=False))
@@ -164,6 +180,8 @@ class LOZO(LowRankZerothOrder):
         >>> opt = zoopt.LOZO(model.parameters(), lr=1e-6, rank=2)
         >>> loss = opt.step(lambda: model(**batch).loss)
     """
+
+    alike = True
 
     def __init__(
         self,

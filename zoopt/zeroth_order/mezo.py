@@ -62,6 +62,7 @@ class MomentumSGD(SparseZerothOrder):
     """
 
     scripted = True
+    alike = True
 
     def declared_state(self, param: Tensor, group: Group) -> dict[str, TensorSpec]:
         """`momentum_buffer` if it is stored, in the accumulator's dtype; a mask's `threshold`."""

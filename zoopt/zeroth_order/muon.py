@@ -19,18 +19,20 @@ from zoopt.kernels.batch import Batch
 from zoopt.kernels.descent.op import energies
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.places import Kept
 from zoopt.kernels.product.op_batch import add_products_
+from zoopt.lasting import prepared
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients
-from zoopt.zeroth_order.engine.factors import Normals, Pair, Terms, cast, make
+from zoopt.zeroth_order.engine.factors import Maker, Normals, Terms, cast
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
 from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.perturbation import Perturbation, PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
-from zoopt.zeroth_order.engine.sites import Site
+from zoopt.zeroth_order.engine.sites import Site, Team
 from zoopt.zeroth_order.engine.updates import withdrawn
 
 #: Elements of matrices that are decomposed together: 64 MiB of float64.
@@ -65,13 +67,11 @@ class LeftSubspace(LowRank):
     @classmethod
     def pairs_together(
         cls, directions: Sequence[LowRank], coefficients: Coefficients, dtype: torch.dtype
-    ) -> list[Pair]:
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """As in `Direction`: one launch."""
-        own = [direction for direction in directions if isinstance(direction, LeftSubspace)]
-        terms = tuple(coefficients.items())
-        inner = make([each.normals_of(terms) for each in own], dtype, own[0].device)
-        bases = cast([each.basis for each in own], dtype)
-        return [(P.unsqueeze(0), u.mT) for P, u in zip(bases, inner, strict=True)]
+        maker, bases, of = prepared(directions, ("pairs", dtype), lambda: _tools(directions, dtype))
+        inner = maker.make([(tuple(coefficients.items()),)], of)
+        return cast(bases, dtype), inner.transposed()
 
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """As in `LowRank`; all draws share P."""
@@ -93,6 +93,17 @@ def msign(matrix: Tensor) -> Tensor:
     return sign.to(matrix.dtype)
 
 
+def _tools(
+    directions: Sequence[LowRank], dtype: torch.dtype, inner: int = 1
+) -> tuple[Maker, Kept, list[int]]:
+    """What makes so many u of each, kind by kind; P (1, m, r) of each; and the kinds of the u."""
+    own = [direction for direction in directions if isinstance(direction, LeftSubspace)]
+    wanted = [each.normals_of(()) for each in own] * inner
+    maker = Maker([(each.key, each.shape) for each in wanted], dtype, own[0].device)
+    of = [kind for kind in range(inner) for _ in own]
+    return maker, Kept([each.basis.unsqueeze(0) for each in own]), of
+
+
 def msign_together(
     matrices: Batch,
     *,
@@ -106,10 +117,11 @@ def msign_together(
     """theta <- round(decay theta + P u(back) - lr P msign(u(weights))) for all matrices; those of a
     shape are decomposed together, some at a time."""
     count, dtype = len(directions), directions[0].dtype
-    wanted = [each.normals_of(weights) for each in directions]
-    wanted += [each.normals_of(back) for each in directions]
-    made = [values[0] for values in make(wanted, dtype, matrices.device)]
-    estimates, inner = made[:count], made[count:]
+    maker, bases, of = prepared(
+        directions, ("update", dtype), lambda: _tools(directions, dtype, inner=2)
+    )
+    made = maker.make([(weights,), (back,)], of)
+    estimates, inner = made.part(0, count), made.part(count, 2 * count)
     alike: dict[torch.Size, list[int]] = {}
     for i, estimate in enumerate(estimates):
         alike.setdefault(estimate.shape, []).append(i)
@@ -117,15 +129,10 @@ def msign_together(
         some = max(1, _TOGETHER // shape.numel())
         for start in range(0, len(places), some):
             own = places[start : start + some]
-            signs = msign(torch.stack([estimates[i] for i in own]))
+            signs = msign(torch.stack([estimates[i] for i in own]))  # (k, 1, r, n)
             torch._foreach_add_([inner[i] for i in own], list(signs.unbind()), alpha=-lr)
-    add_products_(
-        matrices,
-        [each.basis.unsqueeze(0) for each in directions],
-        [each.mT.unsqueeze(0) for each in inner],
-        decay=decay,
-        rounding_draw=rounding_draw,
-    )
+    right = inner.transposed()
+    add_products_(matrices, bases, right, decay=decay, rounding_draw=rounding_draw)
 
 
 @register("zo-muon", "zeroth-order")
@@ -254,6 +261,10 @@ class ZOMuon(LowRankZerothOrder):
             squares = energies(batch, coefficients, draws=draws).tolist()
             norms |= {s.param: math.sqrt(e) for s, e in zip(own, squares, strict=True)}
         return norms
+
+    def _alike(self, team: Team) -> bool:
+        """As in `ZerothOrderUpdates`: each vector is divided by its own norm."""
+        return isinstance(team.leader.direction, LeftSubspace)
 
     def _update(
         self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress

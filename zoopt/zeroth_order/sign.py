@@ -68,6 +68,7 @@ class ZOSignSGD(SparseZerothOrder):
     """
 
     scripted = True
+    alike = True
 
     def __init__(
         self,

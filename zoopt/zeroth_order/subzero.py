@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +14,13 @@ from zoopt.distributed.exchange import Job, Parallel
 from zoopt.distributed.sharding import local
 from zoopt.dtypes import RoundingMode, accumulator_dtype
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.places import Kept
+from zoopt.lasting import prepared
 from zoopt.optimizer import Group, Params, TensorSpec, hyperparameters
 from zoopt.registry import register
 from zoopt.zeroth_order.engine.blocks import BlockOrder, Blocks
 from zoopt.zeroth_order.engine.direction import Coefficients
-from zoopt.zeroth_order.engine.factors import Normals, Pair, cast, make, multiply
+from zoopt.zeroth_order.engine.factors import Maker, Multiplier, cast
 from zoopt.zeroth_order.engine.low_rank import LowRank, LowRankZerothOrder, matrix_shape
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
@@ -72,22 +75,42 @@ class Subspace(LowRank):
     @classmethod
     def pairs_together(
         cls, directions: Sequence[LowRank], coefficients: Coefficients, dtype: torch.dtype
-    ) -> list[Pair]:
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """As in `Direction`: R of all in one launch, and U R of all in one."""
-        own = [direction for direction in directions if isinstance(direction, Subspace)]
-        terms = tuple(coefficients.items())
-        wanted = [Normals(each.key, (each.rank, each.rank), (terms,)) for each in own]
-        cores = [made[0] for made in make(wanted, own[0].dtype, own[0].device)]
-        scales = [math.sqrt(each.rows * each.columns) / each.rank for each in own]
-        torch._foreach_mul_(cores, scales)
-        left = multiply([each.left_basis for each in own], cores, dtype)
-        right = cast([each.right_basis for each in own], dtype)
-        return [(a.unsqueeze(0), b.unsqueeze(0)) for a, b in zip(left, right, strict=True)]
+        tools = prepared(directions, ("pairs", dtype), lambda: _tools(directions, dtype))
+        cores = tools.maker.make([(tuple(coefficients.items()),)], tools.of)
+        torch._foreach_mul_(cores, tools.scales)
+        return tools.multiplier.multiply(tools.left, cores.transposed()), cast(tools.right, dtype)
 
     def factors(self, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """As in `LowRank`; all draws share U and V."""
         R = self.combined(coefficients, (self.rank, self.rank))
         return subzero(R, self.left_basis, self.right_basis, self.rows)
+
+
+class _Tools(NamedTuple):
+    """What makes the factors of several directions: U (1, m, r) and V (1, n, r) of each, what makes
+    their R, of one kind, and the factors of these."""
+
+    left: Kept
+    right: Kept
+    maker: Maker
+    of: list[int]
+    scales: list[float]
+    multiplier: Multiplier
+
+
+def _tools(directions: Sequence[LowRank], dtype: torch.dtype) -> _Tools:
+    own = [direction for direction in directions if isinstance(direction, Subspace)]
+    device = own[0].device
+    return _Tools(
+        Kept([each.left_basis.unsqueeze(0) for each in own]),
+        Kept([each.right_basis.unsqueeze(0) for each in own]),
+        Maker([(each.key, (each.rank, each.rank)) for each in own], own[0].dtype, device),
+        [0] * len(own),
+        [math.sqrt(each.rows * each.columns) / each.rank for each in own],
+        Multiplier([(len(each.left_basis), each.rank) for each in own], dtype, device),
+    )
 
 
 @register("subzero", "zeroth-order")
@@ -126,6 +149,8 @@ class SubZero(LowRankZerothOrder):
         >>> opt = zoopt.SubZero(model.parameters(), lr=1e-6, rank=24)
         >>> loss = opt.step(lambda: model(**batch).loss)
     """
+
+    alike = True
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ from zoopt.kernels.dispatch import launches
 from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op import add_product_
+from zoopt.lasting import Lasting, prepared
 from zoopt.optimizer import Group
 
 Item = TypeVar("Item")
@@ -43,6 +44,8 @@ class ProjectedOptimizer(ShardedMatrices):
 
     A step is the residual's algorithm, with the operations of this class.
     """
+
+    kinds_last = True
 
     def _reduce(self, site: Site, gradient: Tensor) -> Tensor | None:
         if self._geometry(site.param, site.group) is None:
@@ -262,7 +265,7 @@ class ProjectedOptimizer(ShardedMatrices):
 
     def _update_whole(self, sites: Sequence[Site], gradients: Sequence[Tensor]) -> None:
         """Update parameters of one kind that are not projected."""
-        states = [self._state(site.param, site.group) for site in sites]
+        states = self._states_of(sites)
         step = int(states[0]["step"]) + 1
         if self._rule(sites[0].group).write is not None:
             self._write_whole(sites, gradients, step)
@@ -321,7 +324,7 @@ class ProjectedOptimizer(ShardedMatrices):
         write = self._rule(group).write
         assert write is not None
         decay, after = self._decay(group)
-        states = [self.state[site.param] for site in sites]
+        states = self._states_of(sites)
         write(
             *(batch_of(sites), gradients, states, group, step),
             rate=descent_rate(group),
@@ -331,6 +334,14 @@ class ProjectedOptimizer(ShardedMatrices):
         if after and decay != 1.0:
             for site in pieces(sites):
                 site.param.mul_(decay)
+
+    def _states_of(self, sites: Sequence[Site]) -> Sequence[dict[str, Tensor]]:
+        """The parameters' states."""
+        return prepared(
+            sites,
+            "states",
+            lambda: Lasting([self._state(site.param, site.group) for site in sites]),
+        )
 
     def _decay(self, group: Group) -> tuple[float, bool]:
         """What the weights are multiplied by, and whether the step comes before that."""

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from zoopt.first_order.projected.codecs import moment, moment_specs
 from zoopt.first_order.site import betas_of, draw_of
-from zoopt.kernels.adam.moments import Moment
+from zoopt.kernels.adam.moments import Moment, Moments
 from zoopt.kernels.adam.op import adam_, adamw_
 from zoopt.kernels.adam.op_average import average_
 from zoopt.kernels.batch import Batch
 from zoopt.kernels.journal import kept
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.lasting import prepared
 from zoopt.optimizer import Group, TensorSpec
 
 State = dict[str, Tensor]
@@ -134,14 +135,18 @@ def _adamw(
 ) -> None:
     """theta <- decay theta + rate mhat / (sqrt(vhat) + eps)."""
     scale, eps = adam_numbers(group, step)
-    moments = [
-        adam_moments(state, param.numel())
-        for state, param in zip(states, batch.tensors, strict=True)
-    ]
+
+    def moments() -> list[Moments]:
+        pairs = [
+            adam_moments(state, param.numel())
+            for state, param in zip(states, batch.tensors, strict=True)
+        ]
+        return [Moments([pair[i] for pair in pairs]) for i in range(2)]
+
     adamw_(
         batch,
         gradients,
-        *([pair[i] for pair in moments] for i in range(2)),
+        *prepared(states, "moments", moments),
         betas=betas_of(group),
         scale=rate * scale,
         eps=eps,

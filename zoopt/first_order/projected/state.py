@@ -25,6 +25,7 @@ from zoopt.first_order.projected.subspace import factor_dtype
 from zoopt.first_order.site import Site
 from zoopt.kernels.dispatch import known
 from zoopt.kernels.journal import kept, once
+from zoopt.lasting import prepared
 from zoopt.optimizer import STEP, Group, TensorSpec
 
 
@@ -66,6 +67,12 @@ class ProjectedState(StackedMatrices):
             **rule.specs(geo.reduced_shape, group, accumulator),
             **self._residual(group).specs(geo, accumulator),
         }
+
+    def _due(self, sites: Sequence[Site]) -> Sequence[int]:
+        if self._geometry(sites[0].param, sites[0].group) is None:  # of all that are alike
+            return ()
+        due = [self._refresh_due(site, self.state[site.param]) for site in sites]
+        return [number for number, own in enumerate(due) if own]
 
     def _prepare(self, site: Site, gradient: Tensor) -> bool:
         """Make the bases anew if it is time: linear algebra, which can fail."""
@@ -145,4 +152,5 @@ class ProjectedState(StackedMatrices):
 
 def count(states: Sequence[dict[str, Tensor]]) -> None:
     """Count the step of these states, which their parameters have taken."""
-    once(torch._foreach_add_, [state["step"] for state in states], 1)
+    steps = prepared(states, "steps", lambda: [state["step"] for state in states])
+    once(torch._foreach_add_, steps, 1)

@@ -21,11 +21,12 @@ from zoopt.kernels.adam.gpu_average import average_kernel
 from zoopt.kernels.adam.gpu_kernels import moments_kernel
 from zoopt.kernels.adam.gpu_moments import EVEN_ELEMENTS
 from zoopt.kernels.adam.moments import BLOCK as CODE_BLOCK
-from zoopt.kernels.adam.moments import Moment
+from zoopt.kernels.adam.moments import Moment, Moments
 from zoopt.kernels.adam.reference import Average, Mode, Numbers
-from zoopt.kernels.batch import Batch
+from zoopt.kernels.batch import Batch, addresses
 from zoopt.kernels.journal import kept, once
-from zoopt.kernels.noise.gpu import _TYPES, _addresses, _int32, _table, backend_name
+from zoopt.kernels.noise.gpu import _TYPES, _addresses, _int32, _table, backend_name, on_device
+from zoopt.kernels.places import Kept
 
 #: An operation takes a whole batch.
 BATCHES = True
@@ -154,6 +155,8 @@ def average(
 def _stored(name: str, moments: Sequence[Moment]) -> dict[str, Sequence[Tensor] | None]:
     """The tensors of moments of one format, as a kernel's memories."""
     prefix = f"{name}_" if name else ""
+    if isinstance(moments, Moments):
+        return {f"{prefix}codes": moments.codes, f"{prefix}scale": moments.scales}
     scales = [moment.scale for moment in moments if moment.scale is not None]
     return {
         f"{prefix}codes": [moment.codes for moment in moments],
@@ -178,24 +181,23 @@ def _launch(
 ) -> None:
     """Launch a kernel once on all tensors of a batch; `memories` are its other operands."""
     backend, key, alone = backend_name(), batch.key, len(batch) == 1
-    rows = tuple(
-        (tensor.numel(), own_key.offset, own_key.stream)
-        for tensor, own_key in zip(batch.tensors, batch.keys, strict=True)
-    )
-    places = tuple(
-        None if tensors is None else batch.addresses_of(tensors) for tensors in memories.values()
-    )
+    rows, aligned, even = batch.made("rows", lambda: _rows(batch))
+    given = [tensors for tensors in memories.values() if tensors is not None]
+    vectors = all(_are_vectors(batch, tensors) for tensors in given)
+    columns: list[Any]
     if alone:
         [(numel, offset, number)] = rows
         table: tuple[Any, ...] = (None, None, 0)
         programs = triton.cdiv(numel, BLOCKS * BLOCK)
-        columns: list[Any] = [None if t is None else t[0] for t in memories.values()]
+        columns = [None if t is None else t[0] for t in memories.values()]
     else:
         numel = offset = number = 0
         # Blocks are aligned to those of codes, not to Philox's.
-        made = _table(rows, BLOCKS * BLOCK, 1, batch.device)
+        made = batch.made(
+            ("table", BLOCKS * BLOCK), lambda: _table(rows, BLOCKS * BLOCK, 1, batch.device)
+        )
         table, programs = (made.places, made.hints, made.shift), made.programs
-        columns = [None if p is None else _addresses(p, batch.device) for p in places]
+        columns = [None if t is None else on_device(batch, t) for t in memories.values()]
     if not programs:
         return
     with torch.cuda.device_of(batch.tensors[0]):
@@ -209,9 +211,9 @@ def _launch(
             k0=_int32(key.seed & 0xFFFFFFFF),
             k1=_int32(key.seed >> 32),
             TABLE=not alone,
-            VECTORS=not any(place % 16 for column in places if column for place in column),
-            ALIGNED=not any(own_key.offset % 8 for own_key in batch.keys),
-            EVEN=not any(own[0] % EVEN_ELEMENTS for own in rows),
+            VECTORS=vectors,
+            ALIGNED=aligned,
+            EVEN=even,
             BACKEND=backend,
             BLOCKS=BLOCKS,
             BLOCK=BLOCK,
@@ -219,3 +221,23 @@ def _launch(
             enable_fp_fusion=False,
             **_REGISTERS.get(backend, {}),
         )
+
+
+def _rows(batch: Batch) -> tuple[tuple[tuple[int, int, int], ...], bool, bool]:
+    """Elements, offset and stream of each tensor; whether offsets are those of Philox blocks, and
+    the numbers of elements even."""
+    pairs = zip(batch.tensors, batch.keys, strict=True)
+    rows = tuple([(tensor.numel(), key.offset, key.stream) for tensor, key in pairs])
+    aligned = not any(offset % 8 for _, offset, _ in rows)
+    return rows, aligned, not any(numel % EVEN_ELEMENTS for numel, *_ in rows)
+
+
+def _are_vectors(batch: Batch, tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors begin at vectors of memory."""
+    if isinstance(tensors, Kept):
+        made = tensors.last
+        if "vectors" not in made:
+            made["vectors"] = not any(place % 16 for place in addresses(tensors))
+        found: bool = made["vectors"]
+        return found
+    return not any(place % 16 for place in batch.addresses_of(tensors))

@@ -21,15 +21,18 @@ moment takes the low eight.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype
+from zoopt.kernels.batch import name_of
 from zoopt.kernels.journal import once
 from zoopt.kernels.noise.reference import round_nearest
 from zoopt.kernels.operands import check_values, settled
+from zoopt.kernels.places import Kept
 
 #: How moments are stored.
 Format = Literal["float32", "bfloat16", "int8", "int4"]
@@ -134,6 +137,30 @@ class Moment:
         if self.format == "int4":
             start, stop = start // 2, -(-stop // 2)
         return Moment(codes[start:stop], scale, numel, self.signed)
+
+
+class Moments(tuple[Moment, ...]):
+    """Moments of one format, of several tensors, that are used again and again.
+
+    Attributes:
+        codes, scales: their tensors.
+    """
+
+    codes: Kept
+    scales: Kept | None
+
+    def __new__(cls, moments: Sequence[Moment]) -> Moments:
+        """A tuple of them."""
+        self = super().__new__(cls, moments)
+        self.codes = Kept([moment.codes for moment in moments])
+        scales = [moment.scale for moment in moments if moment.scale is not None]
+        self.scales = Kept(scales) if scales else None
+        return self
+
+    @property
+    def name(self) -> Hashable:
+        """The same one as long as no tensor has moved."""
+        return name_of(self.codes), None if self.scales is None else name_of(self.scales)
 
 
 def decode(stored: Moment) -> Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Hashable, Sequence
 from types import ModuleType
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -29,12 +30,13 @@ from zoopt.kernels.adam.checks import (
     stored,
     widest,
 )
-from zoopt.kernels.adam.moments import Moment
+from zoopt.kernels.adam.moments import Moment, Moments
 from zoopt.kernels.adam.reference import Numbers
 from zoopt.kernels.batch import Batch, as_batch
 from zoopt.kernels.journal import kept, once, pieces
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 from zoopt.kernels.operands import apart, check_apart, check_read, dense, flat, undisturbed
+from zoopt.kernels.places import Placed, Places, places_of
 
 
 @overload
@@ -118,7 +120,8 @@ def adam_(
     firsts, seconds = each("first", first, batch), each("second", second, batch)
     check_moments(batch, firsts, signed=True, name="first")
     check_moments(batch, seconds, signed=False, name="second")
-    numbers = _numbers(firsts, seconds, betas, scale, eps, moment_draw)
+    check_format([*firsts, *seconds])
+    numbers = _numbers(firsts, betas, scale, eps, moment_draw)
     outs = kept(outs_for, batch, out, firsts[0].accumulator)
     if norms is not None:
         check_norms(norms, batch, firsts[0].accumulator)
@@ -229,20 +232,14 @@ def adamw_(
     batch = as_batch(theta, key)
     gradients = each("gradient", gradient, batch)
     firsts, seconds = each("first", first, batch), each("second", second, batch)
-    moments = (*firsts, *seconds)
-    memory = [tensor for moment in moments for tensor in memories(moment)]
-    clear = undisturbed(*batch.tensors, *gradients, *memory)
-    for own, target in zip(gradients, batch.tensors, strict=True):
-        if not clear or own.device != target.device or own.dtype not in DTYPES:
-            check_read("gradient", own, target)
-        if own.shape != target.shape or own.dtype != gradients[0].dtype:
-            raise ValueError(
-                f"gradient must have theta's shape {tuple(target.shape)} and one dtype in a batch, "
-                f"got {tuple(own.shape)}, {own.dtype}"
-            )
-    check_moments(batch, firsts, signed=True, name="first")
-    check_moments(batch, seconds, signed=False, name="second")
-    numbers = _numbers(firsts, seconds, betas, scale, eps, moment_draw)
+    found = _found(batch, gradients, firsts, seconds)
+    clear = found is not None and batch.kept.get("adamw") == found
+    if not clear:
+        clear = _check(batch, gradients, firsts, seconds)
+        batch.kept["adamw"] = found if clear else None
+    if clear and found is not None:
+        gradients = Placed(gradients, found.gradients[0])
+    numbers = _numbers(firsts, betas, scale, eps, moment_draw)
     if rounding_draw is not None:
         check_unsigned("rounding_draw", rounding_draw, 32)
         if batch.dtype == accumulator_dtype(batch.dtype):
@@ -270,20 +267,69 @@ def adamw_(
     return theta
 
 
+class _Found(NamedTuple):
+    """Operands as they were found: names of those that have not moved, and the gradients."""
+
+    names: tuple[Hashable, ...]
+    gradients: Places
+    shapes: list[torch.Size]
+
+
+def _found(
+    batch: Batch,
+    gradients: Sequence[Tensor],
+    firsts: Sequence[Moment],
+    seconds: Sequence[Moment],
+) -> _Found | None:
+    """What is equal when all operands are as they were; None if that cannot be told."""
+    if not (isinstance(firsts, Moments) and isinstance(seconds, Moments)):
+        return None
+    if set(map(type, gradients)) != {Tensor} or any(map(Tensor.is_neg, gradients)):
+        return None
+    names = batch.made("name", object), firsts.name, seconds.name
+    return _Found(names, places_of(gradients), list(map(_shape, gradients)))
+
+
+def _check(
+    batch: Batch,
+    gradients: Sequence[Tensor],
+    firsts: Sequence[Moment],
+    seconds: Sequence[Moment],
+) -> bool:
+    """Raise unless the operands match; return whether they are apart from each other, and in
+    row-major memory."""
+    moments = (*firsts, *seconds)
+    memory = [tensor for moment in moments for tensor in memories(moment)]
+    clear = undisturbed(*batch.tensors, *gradients, *memory)
+    for own, target in zip(gradients, batch.tensors, strict=True):
+        if not clear or own.device != target.device or own.dtype not in DTYPES:
+            check_read("gradient", own, target)
+        if own.shape != target.shape or own.dtype != gradients[0].dtype:
+            raise ValueError(
+                f"gradient must have theta's shape {tuple(target.shape)} and one dtype in a batch, "
+                f"got {tuple(own.shape)}, {own.dtype}"
+            )
+    check_moments(batch, firsts, signed=True, name="first")
+    check_moments(batch, seconds, signed=False, name="second")
+    check_format(moments)
+    return clear
+
+
+_shape = operator.attrgetter("shape")
+
+
 def _apart(gradient: Tensor, *written: Tensor | None) -> Tensor:
     return apart(dense(gradient), *written, same=True)
 
 
 def _numbers(
     firsts: Sequence[Moment],
-    seconds: Sequence[Moment],
     betas: tuple[float, float],
     scale: float,
     eps: float,
     moment_draw: int | None,
 ) -> Numbers:
     """Check the numbers, and round them to the accumulator's dtype."""
-    check_format([*firsts, *seconds])
     beta1, beta2 = betas
     floats = type(beta1) is type(beta2) is type(eps) is float
     if not (floats and 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= eps < math.inf):

@@ -18,6 +18,7 @@ from zoopt.kernels.batch import Batch
 from zoopt.kernels.descent.rule import Rule, RuleKind, Shape, ShapeKind
 from zoopt.kernels.noise.op import run
 from zoopt.kernels.noise.op_update import check_directions, rounding_of
+from zoopt.kernels.places import Kept
 
 _FAMILY = "descent"
 
@@ -74,6 +75,8 @@ def descend_(
     ):
         if (state is not None) != needed:
             raise ValueError(f"{name} must be {'given' if needed else 'None'} with {rule}, {shape}")
+        if isinstance(state, Kept):
+            state.made()
         if state is not None and not (name == "beside" and shape.kind == "small"):
             kept = name == "beside" and shape.kind == "kept"
             theta.check_beside(name, state, torch.bool if kept else wide)
@@ -155,7 +158,10 @@ def small_elements(
         limits: one float32 number for each tensor.
         out: one contiguous bool tensor for each, of its shape.
     """
+    theta.check()
     theta.check_beside("out", out, torch.bool)
+    if isinstance(limits, Kept):
+        limits.made()
     backend = dispatch.choose(theta.tensors[0], impl, _FAMILY)
     run(backend, "small", theta.row_major(), (limits, out))
 

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from zoopt.kernels.batch import Batch, addresses, packed
+from zoopt.kernels.batch import Batch, addresses
 from zoopt.kernels.entries.gpu_kernels import (
     adam_entries_kernel,
     cover_entries_kernel,
@@ -26,6 +26,7 @@ from zoopt.kernels.noise.gpu import (
     _table,
     backend_name,
 )
+from zoopt.kernels.packed import packed
 
 #: An operation takes a whole batch.
 BATCHES = True

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoopt.kernels.batch import Batch
+from zoopt.kernels.batch import Batch, addresses
 from zoopt.kernels.dispatch import interpreting
 from zoopt.kernels.noise.gpu_kernels import (
     momentum_kernel,
@@ -32,6 +32,7 @@ from zoopt.kernels.noise.gpu_rows import scaled_rows_kernel
 from zoopt.kernels.noise.gpu_writes import writes_kernel
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.noise.writes import Script
+from zoopt.kernels.places import Kept
 
 #: An operation takes a whole batch.
 BATCHES = True
@@ -169,22 +170,31 @@ def place_of(batch: Batch, blocks: Mapping[bool, int]) -> tuple[dict[str, Any], 
             "number": _int32(key.stream),
         }
         return place, triton.cdiv(numel + key.offset % alignment, block) if numel else 0
-    rows = tuple(
-        [
-            (numel, key.offset, key.stream)
-            for numel, key in zip(batch.counts, batch.keys, strict=True)
-        ]
-    )
-    table = _table(rows, block, alignment, batch.device)
-    place = {
-        "places": table.places,
-        "hints": table.hints,
-        "shift": table.shift,
-        "numel": 0,
-        "offset": 0,
-        "number": 0,
-    }
-    return place, table.programs
+
+    def made() -> tuple[dict[str, Any], int]:
+        rows = zip(batch.counts, batch.keys, strict=True)
+        found = tuple([(numel, key.offset, key.stream) for numel, key in rows])
+        table = _table(found, block, alignment, batch.device)
+        place = {"places": table.places, "hints": table.hints, "shift": table.shift}
+        return {**place, "numel": 0, "offset": 0, "number": 0}, table.programs
+
+    return batch.made(("place", block, alignment), made)
+
+
+def on_device(batch: Batch, tensors: Sequence[Tensor]) -> Tensor:
+    """The addresses of the batch's own tensors, or of contiguous ones beside them, as `_addresses`;
+    looked up once while they stay where they are."""
+    if tensors is batch.tensors:
+        return batch.made(
+            "addresses", lambda: _addresses(batch.addresses, batch.device), placed=True
+        )
+    if not isinstance(tensors, Kept):
+        return _addresses(addresses(tensors), batch.device)
+    known = tensors.last
+    if "on device" not in known:
+        known["on device"] = _addresses(addresses(tensors), batch.device)
+    found: Tensor = known["on device"]
+    return found
 
 
 def launch(
@@ -208,7 +218,10 @@ def launch(
         if tensors is None or alone:
             arguments[name] = None if tensors is None else tensors[0]
         else:
-            arguments[name] = _addresses(batch.addresses_of(tensors), batch.device)
+            arguments[name] = on_device(batch, tensors)
+    aligned = batch.made(
+        ("aligned", alignment), lambda: not any(own.offset % alignment for own in batch.keys)
+    )
     with torch.cuda.device_of(batch.tensors[0]):
         kernel[(programs,)](
             **arguments,
@@ -222,7 +235,7 @@ def launch(
             MASKED=key.threshold is not None,
             TABLE=not alone,
             INDEXED=batch.indices is not None,
-            ALIGNED=not any(own_key.offset % alignment for own_key in batch.keys),
+            ALIGNED=aligned,
             BACKEND=backend,
             BLOCK=blocks[key.threshold is not None],
             num_warps=NUM_WARPS[backend],

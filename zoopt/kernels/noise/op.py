@@ -161,7 +161,7 @@ def perturbed_copies(
     views of one buffer, which lives as long as one of them: made with as little Python as possible.
     """
     theta.check()
-    copies = packed_like(theta.tensors)
+    copies = packed_like(theta)
     backend = dispatch.choose(theta.tensors[0], None)
     terms = (scalars(alphas, theta.dtype), list(draws), decay, None)
     run(backend, "weighted_sum", theta, (copies, None), *terms)

@@ -14,6 +14,7 @@ from zoopt.kernels.batch import Batch, as_batch
 from zoopt.kernels.noise.key import NoiseKey, check_unsigned
 from zoopt.kernels.noise.op import run
 from zoopt.kernels.noise.writes import Script, Write
+from zoopt.kernels.places import Kept
 
 _ROUNDINGS = get_args(Rounding)
 #: A tensor (then with a `key`), or a batch.
@@ -282,7 +283,7 @@ def _beside(
     """What lies beside theta, element by element: a tensor for each of the batch's, checked."""
     others: Any = given if isinstance(theta, Batch) else (given,)
     batch.check_beside(name, others, accumulator_dtype(batch.dtype))
-    return tuple(others)
+    return others if isinstance(others, Kept) else tuple(others)
 
 
 def check_directions(draws: Sequence[int], **per_direction: Sequence[float]) -> None:

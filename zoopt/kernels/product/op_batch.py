@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zoopt.dtypes import accumulator_dtype, scalars
 from zoopt.kernels import dispatch
-from zoopt.kernels.batch import Batch
+from zoopt.kernels.batch import Batch, name_of
 from zoopt.kernels.noise.key import check_unsigned
 from zoopt.kernels.operands import check_read
 
@@ -40,6 +40,31 @@ def add_products_(
         TypeError, ValueError: an argument is out of range, or tensors do not match.
     """
     theta.check()
+    names = name_of(left), name_of(right)
+    if None in names:
+        _check_factors(theta, left, right)
+    else:
+        theta.made(("factors", *names), lambda: _check_factors(theta, left, right))
+    wide = accumulator_dtype(theta.dtype)
+    if rounding_draw is not None:
+        check_unsigned("rounding_draw", rounding_draw, 32)
+        rounding_draw = None if theta.dtype == wide else rounding_draw
+    [decay] = scalars([decay], theta.dtype)
+    backend = dispatch.choose(theta.tensors[0], impl, "product")
+    if hasattr(backend, "add_products"):
+        backend.add_products(theta, left, right, decay, rounding_draw)
+        return theta
+    for matrix, a, b, key in zip(theta.tensors, left, right, theta.keys, strict=True):
+        if matrix.numel():
+            both = (a.movedim(0, 1).flatten(1), b.movedim(0, 1).flatten(1))
+            backend.add_product(
+                matrix.detach(), *both, 1.0, decay, None, None, None, 0.0, key, rounding_draw
+            )
+    return theta
+
+
+def _check_factors(theta: Batch, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """Raise unless there are factors for each matrix that fit it."""
     wide = accumulator_dtype(theta.dtype)
     if not len(left) == len(right) == len(theta):
         raise ValueError(
@@ -60,18 +85,3 @@ def add_products_(
             raise TypeError(f"left and right must be of {wide}, and the matrices contiguous")
         if not a.is_contiguous() or not (b.is_contiguous() or b.mT.is_contiguous()):
             raise ValueError("left must be contiguous, and right or its transpose")
-    if rounding_draw is not None:
-        check_unsigned("rounding_draw", rounding_draw, 32)
-        rounding_draw = None if theta.dtype == wide else rounding_draw
-    [decay] = scalars([decay], theta.dtype)
-    backend = dispatch.choose(theta.tensors[0], impl, "product")
-    if hasattr(backend, "add_products"):
-        backend.add_products(theta, left, right, decay, rounding_draw)
-        return theta
-    for matrix, a, b, key in zip(theta.tensors, left, right, theta.keys, strict=True):
-        if matrix.numel():
-            both = (a.movedim(0, 1).flatten(1), b.movedim(0, 1).flatten(1))
-            backend.add_product(
-                matrix.detach(), *both, 1.0, decay, None, None, None, 0.0, key, rounding_draw
-            )
-    return theta

@@ -184,9 +184,11 @@ class ZerothOrderOptimizer(JudgesLosses, ZerothOrderJob):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch: what has been accumulated goes, here the probes that are pending."""
         super().zero_grad(set_to_none)
-        dropped, self._pending = self._pending is not None, None
-        if dropped and self.recorder is not None:
-            self.recorder.dropped()
+        dropped, self._pending = self._pending, None
+        if dropped is not None:
+            self._release(dropped.sites)
+            if self.recorder is not None:
+                self.recorder.dropped()
 
     def record(
         self, path: str | Path, model: Any = None, *, sync_every: float = 1.0
@@ -326,14 +328,15 @@ class ZerothOrderOptimizer(JudgesLosses, ZerothOrderJob):
 
     def _sites_due(self, block: int | None) -> Sites:
         """The sites of a step: those of the last one in the block where all is as it was then."""
-        before, known = self._known_sites.get(block, (None, None))
-        if known is not None and self._facts() == before:
-            if self.state:
-                self._check_state()
-            return known
+        before = self._known_sites.get(block)
+        if before is not None:
+            facts, (known, sites) = self._facts(), before
+            if facts is not None and facts.holds(known):
+                self._survey(sites)
+                return sites
         self._check_values()
         self._check_state()
-        self._survey()
+        self._survey(None)
         sites = Sites(self._sites(block))
         facts = self._facts()
         if facts is not None and sites.lasting:
@@ -357,6 +360,9 @@ class ZerothOrderOptimizer(JudgesLosses, ZerothOrderJob):
             )
         super().load_state_dict(state_dict)
         self._pending = self._unfinished = self._cut_short = None
+        # What has been kept between steps holds the state that this one replaces.
+        self._known_sites.clear()
+        self._windows = None
 
     def state_dict(self) -> dict[str, Any]:
         """As for every zoopt optimizer."""

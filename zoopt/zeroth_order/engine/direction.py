@@ -5,7 +5,7 @@ A direction knows how to add sum_d c_d z(d) to its parameter, in place or to a c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Direction:
     in_windows = False
     #: Whether the next step's direction is the same, if nothing about the parameter changes.
     lasting = False
+    #: Besides the class, what directions of parameters that one pass serves have in common.
+    kin: Hashable = None
 
     def form(self, coefficients: Coefficients) -> tuple[Any, ...]:
         """Where `in_windows`, what directions of one launch have in common."""
@@ -91,9 +93,10 @@ class Direction:
     @classmethod
     def pairs_together(
         cls, directions: Sequence[Any], coefficients: Coefficients, dtype: torch.dtype
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Where `thin`, L (D, m, r) and R (D, n, r) of several directions of this class on one
-        device, with sum_d L[d] R[d]^T = sum_d coefficients[d] z(d): by as many launches as of one.
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Where `thin`, L (D, m, r) and R (D, n, r) of each of several directions of this class on
+        one device, with sum_d L[d] R[d]^T = sum_d coefficients[d] z(d): by as many launches as of
+        one. Those of a `Lasting` are prepared once.
         """
         raise NotImplementedError
 

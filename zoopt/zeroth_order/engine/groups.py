@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from zoopt.ambient import OwnArithmetic
@@ -28,6 +27,7 @@ from zoopt.distributed.sharding import (
 )
 from zoopt.dtypes import NARROW, RoundingMode, resolved_rounding
 from zoopt.kernels.noise.key import Distribution, NoiseKey
+from zoopt.lasting import Facts, facts_of
 from zoopt.noise import NOISE_VERSION, stream
 from zoopt.optimizer import DeclaredStateOptimizer, Group, Params
 from zoopt.parameters import check_param, named_params
@@ -67,8 +67,6 @@ _APART = (
     *("params", "param_names", "step", "draw", "lr", "window"),
     *("past", "updates", "exp_avg_sq"),
 )
-#: Parameters that are no subclasses, whose attributes say all about them.
-_PLAIN = {torch.nn.Parameter, Tensor}
 #: A limit on directions a step: more are a mistake, which would use up the memory.
 _MOST_DIRECTIONS = 1 << 20
 
@@ -107,36 +105,18 @@ class ZerothOrderGroups(DeclaredStateOptimizer):
         return tuple(range(run["draw"], run["draw"] + run[self._names.count]))
 
     @property
-    def _known_sites(self) -> dict[int | None, tuple[Any, Sites]]:
+    def _known_sites(self) -> dict[int | None, tuple[Facts, Sites]]:
         """By block, the sites of the last step, and the facts that they were made from."""
-        known: dict[int | None, tuple[Any, Sites]] = self.__dict__.setdefault("_sites_known", {})
+        known: dict[int | None, tuple[Facts, Sites]] = self.__dict__.setdefault("_sites_known", {})
         return known
 
-    def _facts(self) -> list[Any] | None:
-        """What sites with lasting directions depend on, to be compared; None if nobody can tell.
+    def _facts(self) -> Facts | None:
+        """What sites with lasting directions depend on, to be compared; None if nobody can tell."""
+        return facts_of(self.param_groups, self.state, _APART, tensors=False)
 
-        Tensors and lists are told by their identity: those that are compared are alive.
-        """
-        facts: list[Any] = [len(self.state)]
-        for group in self.param_groups:
-            params = group["params"]
-            if not set(map(type, params)) <= _PLAIN:
-                return None
-            values = [(key, value) for key, value in group.items() if key not in _APART]
-            if any(isinstance(value, Tensor) for _, value in values):
-                return None  # Its value can change in place.
-            facts += [id(group), *map(id, params), list(group.get("param_names", ()))]
-            facts += [
-                (key, [id(item) for item in value] if isinstance(value, list) else value)
-                for key, value in values
-            ]
-            facts += [
-                (p.requires_grad, p.dtype, p.shape, p.device, p.is_contiguous()) for p in params
-            ]
-        return facts
-
-    def _survey(self) -> None:
-        """Read the values of other parameters on which directions depend."""
+    def _survey(self, known: Sites | None) -> None:
+        """Read the values of other parameters on which directions depend; where nothing else has
+        changed, those of `known` follow."""
 
     def _sites(self, block: int | None = None) -> Iterator[Site]:
         """The parameters of this step (of one block, or of all), with their directions."""

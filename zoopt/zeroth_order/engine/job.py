@@ -6,6 +6,7 @@ import functools
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zoopt.checks import check_nonnegative_int
@@ -182,6 +183,8 @@ class ZerothOrderJob(ZerothOrderUpdates):
 
     def _refuse_shards(self) -> None:
         """Raise if parameters are sharded over ranks that do not exchange their losses."""
+        if {torch.nn.Parameter, Tensor}.issuperset(map(type, self._params())):
+            return
         for *_, param, name in named_params(self.param_groups):
             if is_sharded(param):
                 raise RuntimeError(

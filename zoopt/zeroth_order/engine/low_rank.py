@@ -20,9 +20,10 @@ from zoopt.distributed.sharding import rows_here
 from zoopt.dtypes import Rounding, accumulator_dtype
 from zoopt.kernels import add_, apply_
 from zoopt.kernels.batch import Batch
-from zoopt.kernels.dispatch import is_fake
+from zoopt.kernels.dispatch import is_fake, launches
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.product.op_batch import add_products_
+from zoopt.lasting import prepared
 from zoopt.linalg import sign_fixed_qr
 from zoopt.noise import normal, stream
 from zoopt.optimizer import Group, Params, TensorSpec
@@ -30,7 +31,7 @@ from zoopt.parameters import named_params
 from zoopt.zeroth_order.engine.base import ZerothOrderOptimizer
 from zoopt.zeroth_order.engine.chunks import whole
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction
-from zoopt.zeroth_order.engine.factors import Normals, Pair, Terms, make
+from zoopt.zeroth_order.engine.factors import Maker, Terms
 from zoopt.zeroth_order.engine.groups import ProbeNames
 from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.progress import Progress
@@ -61,7 +62,9 @@ class LowRank(Direction):
         self.dtype = accumulator_dtype(param.dtype)
         self.rows, self.columns = matrix_shape(param)
         self.here = rows_here(param)
-        self.rank = min(rank, self.rows, self.columns)
+        # On a CPU, factors that a step has made would outlive it.
+        self.lasting = launches(param)
+        self.rank = self.kin = min(rank, self.rows, self.columns)
 
     def pair(self, draw: int) -> tuple[Tensor, Tensor]:
         """left (m, r), its rows that are here, and right (n, r) of a draw, in the accumulator's
@@ -230,8 +233,7 @@ def add_together(
     class."""
     dtype = accumulator_dtype(matrices.dtype)
     if coefficients:
-        pairs = type(directions[0]).pairs_together(directions, dict(coefficients), dtype)
-        left, right = zip(*pairs, strict=True)
+        left, right = type(directions[0]).pairs_together(directions, dict(coefficients), dtype)
         add_products_(matrices, left, right, decay=decay, rounding_draw=rounding_draw)
     else:
         apply_(matrices, [], draws=[], decay=decay)
@@ -249,19 +251,24 @@ class OuterProduct(LowRank):
     @classmethod
     def pairs_together(
         cls, directions: Sequence[LowRank], coefficients: Coefficients, dtype: torch.dtype
-    ) -> list[Pair]:
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """As in `Direction`: two launches a draw."""
-        wanted = []
-        for own in directions:
-            scaled = [((draw, c / math.sqrt(own.rank)),) for draw, c in coefficients.items()]
-            wanted.append(Normals(own.key.shifted(own.left_start), own.left_shape, tuple(scaled)))
-        ones = tuple(((draw, 1.0),) for draw in coefficients)
-        for own in directions:
-            behind = own.key.shifted(own.rows * own.rank)
-            wanted.append(Normals(behind, (own.columns, own.rank), ones))
-        made = make(wanted, dtype, directions[0].device)
-        count = len(directions)
-        return list(zip(made[:count], made[count:], strict=True))
+
+        def maker() -> tuple[Maker, list[int], list[int]]:
+            places = [(own.key.shifted(own.left_start), own.left_shape) for own in directions]
+            for own in directions:
+                behind = own.key.shifted(own.rows * own.rank)
+                places.append((behind, (own.columns, own.rank)))
+            ranks = sorted({own.rank for own in directions})
+            of = [1 + ranks.index(own.rank) for own in directions] + [0] * len(directions)
+            return Maker(places, dtype, directions[0].device), ranks, of
+
+        tool, ranks, of = prepared(directions, ("pairs", dtype), maker)
+        kinds = [[((draw, 1.0),) for draw in coefficients]]
+        for rank in ranks:
+            kinds.append([((draw, c / math.sqrt(rank)),) for draw, c in coefficients.items()])
+        made, count = tool.make(kinds, of), len(directions)
+        return made.part(0, count), made.part(count, 2 * count)
 
     def split(self, normals: Tensor) -> tuple[Tensor, Tensor]:
         """A / sqrt(r) (..., m, r) and B (..., n, r) of normals (..., m + n, r)."""

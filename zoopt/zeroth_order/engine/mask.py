@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from zoopt.distributed.sharding import is_sharded, kth_smallest, local
 from zoopt.kernels import apply_, dispatch
-from zoopt.kernels.batch import Batch, packed, packed_like
+from zoopt.kernels.batch import Batch, packed_like
 from zoopt.kernels.descent.op import small_elements
 from zoopt.kernels.descent.rule import Shape
 from zoopt.kernels.noise.key import NoiseKey
+from zoopt.kernels.packed import packed
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction
 from zoopt.zeroth_order.engine.noise import Elementwise, Noise
 from zoopt.zeroth_order.engine.progress import Progress
@@ -99,7 +100,11 @@ class Indexed(Noise):
         self._here = inside.nonzero().squeeze(1), self.indices[inside] - first
 
     def queued(
-        self, operation: str, param: Tensor, progress: Progress | None, **options: Any
+        self,
+        operation: str | Callable[..., Any],
+        param: Tensor,
+        progress: Progress | None,
+        **options: Any,
     ) -> bool:
         """As in `Elementwise`; never for a part, which a kernel's indices could not be of."""
         return self._here is None and super().queued(operation, param, progress, **options)
@@ -120,7 +125,7 @@ class Indexed(Noise):
         decay: float = 1.0,
     ) -> list[Tensor]:
         """As in `Direction`: a launch of torch's, which copies, and one that moves few elements."""
-        copies = packed_like(window.tensors)
+        copies = packed_like(window)
         if decay:
             torch._foreach_copy_(copies, list(window.tensors))
         else:

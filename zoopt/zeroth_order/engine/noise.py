@@ -6,7 +6,7 @@ On a GPU one launch serves several parameters, at once (`copies`) or later (`que
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from zoopt.kernels.batch import Batch, packed_like
 from zoopt.kernels.descent.op import descend_
 from zoopt.kernels.descent.rule import Rule, Shape
 from zoopt.kernels.noise.op import perturbed_copies
+from zoopt.kernels.places import Kept
 from zoopt.zeroth_order.engine.chunks import Chunkwise, whole
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.progress import Progress
@@ -29,6 +30,7 @@ class Elementwise(Chunkwise):
     #: The parameter's elements that move, flat, if those are not all.
     indices: Tensor | None = None
     in_windows = True
+    lasting = True
 
     def form(self, coefficients: Coefficients) -> tuple[Any, ...]:
         """As in `Direction`."""
@@ -50,12 +52,15 @@ class Elementwise(Chunkwise):
         decay: float = 1.0,
     ) -> list[Tensor]:
         """As in `Direction`: one launch."""
-        copies = packed_like(window.tensors)
+        copies = packed_like(window)
         numbers, _ = directions[0]._terms(window.tensors[0], coefficients, {})
-        beside: list[Any] = [own.shaping(coefficients, {})[1] for own in directions]
-        if numbers["shape"].kind != "small":
-            pairs = zip(beside, window.tensors, strict=True)
-            beside = [read.view(theta.shape) for read, theta in pairs]
+        if "beside" not in window.kept:
+            beside: list[Any] = [own.shaping(coefficients, {})[1] for own in directions]
+            if numbers["shape"].kind != "small":
+                pairs = zip(beside, window.tensors, strict=True)
+                beside = [read.view(theta.shape) for read, theta in pairs]
+            window.kept["beside"] = Kept(beside)
+        beside = window.kept["beside"]
         descend_(window, out=copies, rule=Rule(), decay=decay, beside=beside, **numbers)
         return copies
 
@@ -92,7 +97,11 @@ class Elementwise(Chunkwise):
             yield dense.view(-1)
 
     def queued(
-        self, operation: str, param: Tensor, progress: Progress | None, **options: Any
+        self,
+        operation: str | Callable[..., Any],
+        param: Tensor,
+        progress: Progress | None,
+        **options: Any,
     ) -> bool:
         """Whether a pass is made later, together with others (see `Passes.put`)."""
         if progress is None or progress.passes is None:
@@ -152,8 +161,6 @@ class Elementwise(Chunkwise):
 
 class Noise(Elementwise):
     """Independent elements: each operation is one pass of a fused kernel."""
-
-    lasting = True
 
     @classmethod
     def copies(

@@ -1,21 +1,24 @@
 """Passes over many parameters that are made together: on a GPU one launch for all that are alike.
 
 Updates and moves are written for one parameter. On a device on which an operation is a launch, they
-are queued here, and made as batches once all have been requested.
+are queued here, and made as batches once all have been requested. A team of parameters is led by
+its first one: what that asks for, all are asked for, and nothing is done for each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from zoopt.kernels import adam_window_, apply_, dispatch, momentum_
-from zoopt.kernels.batch import Batch
 from zoopt.kernels.descent.op import curve_, descend_, turn_
 from zoopt.kernels.noise.key import NoiseKey
-from zoopt.zeroth_order.engine.progress import Progress
+from zoopt.kernels.places import place_of
+from zoopt.zeroth_order.engine.parts import Part, Request, parts_of
+from zoopt.zeroth_order.engine.progress import Progress, TeamProgress
+from zoopt.zeroth_order.engine.sites import Site, Team
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "apply": apply_,
@@ -30,32 +33,41 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 class _Alike:
     """Parameters for which the same operation, with the same numbers, is requested."""
 
-    def __init__(self, operation: Callable[..., Any], options: dict[str, Any]) -> None:
-        self.operation, self.options = operation, options
-        self.thetas: list[Tensor] = []
-        self.keys: list[NoiseKey] = []
-        self.indices: list[Tensor] = []
-        self.beside: dict[str, list[Any]] = {}
-        self.progress: list[Progress] = []
-        self.places: set[int] = set()
+    def __init__(self, request: Request) -> None:
+        operation = request.operation
+        self._operation = _OPERATIONS[operation] if isinstance(operation, str) else operation
+        self._options = request.options
+        self._parts: list[Part] = []
+        self._single = Part()
+        self._progress: list[Progress] = []
+
+    def has(self, places: set[int]) -> bool:
+        """Whether one of the addresses is that of a parameter here."""
+        return not all(map(places.isdisjoint, (p.places for p in (*self._parts, self._single))))
+
+    def add(self, request: Request, part: Part | None) -> None:
+        """Add the parameters of a part, which is kept between steps, or a single one."""
+        if part is None:
+            self._single.append(request)
+        else:
+            self._parts.append(part)
+        self._progress.append(request.progress)
 
     def make(self) -> None:
         """Do the operation on all of them."""
-        batch = Batch(self.thetas, self.keys, self.indices or None)
-        self.operation(batch, **self.beside, **self.options)
-        for progress in self.progress:
+        first, *others = [*self._parts, *([self._single] if len(self._single) else [])]
+        first.with_others(others).make(self._operation, self._options)
+        for progress in self._progress:
             progress.finish()
 
 
 class Passes:
-    """A queue of operations, each on one parameter, that change nothing until `make`.
+    """A queue of operations, each on one parameter, that change nothing until `make`."""
 
-    Attributes:
-        requests: how many operations have been queued by `put`.
-    """
-
-    requests = 0
-    _last: _Alike | None = None
+    #: What the parameter whose pass is being written asks for, while that is only noted.
+    _noted: list[Request] | None = None
+    #: Whether a piece of its pass has been written without the queue.
+    _apart = False
 
     def __init__(self) -> None:
         self._queue: dict[tuple[int, Hashable, int], _Alike] = {}
@@ -86,47 +98,87 @@ class Passes:
         """
         if not (dispatch.launches(theta) and theta.is_contiguous()):
             return False
-        if progress.done:
-            return True
-        beside = beside or {}
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-        noise = (key.seed, key.distribution, key.density)
-        classes = tuple((own, type(value)) for own, value in beside.items())
-        kind = (theta.dtype, theta.device, *noise, indices is None, classes)
-        what = (operation, tuple(sorted(options.items())), kind)
-        place, turn = theta.data_ptr(), 0
-        # Parameters tied by their data are written one after the other.
-        while (alike := self._queue.get((progress.stage, what, turn))) and place in alike.places:
-            turn += 1
-        if alike is None:
-            function = _OPERATIONS[operation] if isinstance(operation, str) else operation
-            alike = self._queue[progress.stage, what, turn] = _Alike(function, options)
-        self.requests, self._last = self.requests + 1, alike
-        if theta.numel():
-            alike.places.add(place)
-        alike.thetas.append(theta)
-        alike.keys.append(key)
-        if indices is not None:
-            alike.indices.append(indices)
-        for own, tensor in beside.items():
-            alike.beside.setdefault(own, []).append(tensor)
-        alike.progress.append(progress)
+        request = Request(operation, theta, key, progress, indices, beside or {}, options)
+        if self._noted is not None:
+            self._noted.append(request)
+        else:
+            self._add(request)
         return True
 
-    def join(self, theta: Tensor, key: NoiseKey, progress: Progress) -> bool:
-        """Queue what was queued last, without anything beside it, on a parameter that is alike,
-        unless it has to be queued by itself."""
-        alike, place = self._last, theta.data_ptr()
-        if alike is None or alike.beside or alike.indices or place in alike.places:
-            return False
-        if progress.begun or not theta.is_contiguous():
-            return False
-        if theta.numel():
-            alike.places.add(place)
-        alike.thetas.append(theta)
-        alike.keys.append(key)
-        alike.progress.append(progress)
-        return True
+    def lead(
+        self, team: Team, progress: TeamProgress, run: Callable[[Site, Progress], None], alike: bool
+    ) -> None:
+        """Write the passes of a team's parameters.
+
+        Args:
+            progress: that of each parameter; where the parameters are alike, the first one's is
+                that of all.
+            run: writes one parameter's pass.
+            alike: whether `run` asks for the same, with the same numbers, of all of them.
+        """
+        if len(team.sites) == 1:
+            run(team.leader, progress[0])
+            return
+        own = self._note(run, team.leader, progress[0])
+        parts = None
+        if alike and own and not self._apart and not team.moved:
+            parts = self._parts(team, own, progress, run)
+        if parts is not None:
+            progress.together = True
+            for request, part in zip(own, parts, strict=True):
+                self._add(request, part)
+            return
+        progress.part()
+        for request in own:
+            self._add(request)
+        for site, others in progress.others():
+            run(site, others)
+
+    def _parts(
+        self,
+        team: Team,
+        own: Sequence[Request],
+        progress: TeamProgress,
+        run: Callable[[Site, Progress], None],
+    ) -> Sequence[Part] | None:
+        """All of a team's parameters, for each operation that its first one has asked for; None if
+        they are not asked for the same."""
+        form = tuple([request.form for request in own])
+        parts: list[Part] | None = team.kept.get(form)
+        if parts is not None and all(map(Part.fits, parts, own)):
+            return parts
+        noted = [own, *(self._note(run, *each) for each in progress.others())]
+        parts = parts_of(noted)
+        if parts is not None:
+            team.kept[form] = parts
+        return parts
+
+    def _note(
+        self, run: Callable[[Site, Progress], None], site: Site, progress: Progress
+    ) -> list[Request]:
+        """What a parameter's pass asks for of the queue."""
+        noted: list[Request] = []
+        self._noted, self._apart = noted, False
+        try:
+            run(site, progress)
+            return noted
+        finally:
+            self._noted = None
+
+    def _add(self, request: Request, part: Part | None = None) -> None:
+        """Queue an operation on a parameter, or on all of a part, unless it has been done."""
+        progress = request.progress
+        if progress.done:
+            return
+        what, turn = request.what, 0
+        places = {place_of(request.theta)} if part is None else part.places
+        # Parameters tied by their data are written one after the other.
+        while (alike := self._queue.get((progress.stage, what, turn))) and alike.has(places):
+            turn += 1
+        if alike is None:
+            alike = self._queue[progress.stage, what, turn] = _Alike(request)
+        alike.add(request, part)
 
     def takes(self, theta: Tensor) -> bool:
         """Whether operations on the parameter are worth a place in the queue."""
@@ -134,6 +186,7 @@ class Passes:
 
     def made_apart(self) -> None:
         """A piece of a pass is about to be written without the queue."""
+        self._apart = True
 
     def make(self) -> None:
         """Do what is queued, one batch for all that are alike; operations on one parameter stay in
@@ -145,4 +198,3 @@ class Passes:
     def clear(self) -> None:
         """Forget what is queued."""
         self._queue.clear()
-        self._last = None

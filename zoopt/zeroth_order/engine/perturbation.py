@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from zoopt.kernels import dispatch
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.factors import side_by_side
 from zoopt.zeroth_order.engine.passes import Passes
-from zoopt.zeroth_order.engine.progress import Progress, count_write
-from zoopt.zeroth_order.engine.sites import Displacement, Site, Sites
+from zoopt.zeroth_order.engine.progress import Progress, TeamProgress, count_write
+from zoopt.zeroth_order.engine.sites import Displacement, Site, Sites, Team
 from zoopt.zeroth_order.engine.uncompiled import uncompiled
 from zoopt.zeroth_order.engine.virtual import Interception, Substitution
 from zoopt.zeroth_order.engine.windows import Moves, Reads, Windows
@@ -49,14 +49,14 @@ class Perturbation:
         self.evaluated = True
         self._virtual = self.sites.virtual
         self._in_place = self.sites.in_place
-        self._copied = [site for site in sites if site.copied]
+        self._copied = self.sites.copied
         self._copies: dict[Tensor, Tensor] = {}
-        self._offset: dict[Tensor, Coefficients] = {}
-        self._flights: dict[Tensor, _Flight] = {}
+        self._offset: dict[Team, Coefficients] = {}
+        self._flights: dict[Team, _Flight] = {}
 
-    def offset(self, site: Site) -> Coefficients:
-        """By how much the parameter stands off theta."""
-        return self._offset.get(site.param, {}) if self._offset else {}
+    def offset(self, team: Team) -> Coefficients:
+        """By how much the parameters stand off theta."""
+        return self._offset.get(team, {})
 
     @contextlib.contextmanager
     def at(self, displacement: Displacement) -> Iterator[None]:
@@ -79,7 +79,7 @@ class Perturbation:
             if not site.direction.thin or not dispatch.launches(site.param):
                 return None
             if not made:
-                made.update(_thin_factors(self.sites.thin, displacement))
+                made.update(_thin_factors(self.sites, displacement))
             return made[id(site.param)]
 
         reads = self.reads(displacement)
@@ -91,8 +91,10 @@ class Perturbation:
             coefficients = displacement(site)
             return site.direction.perturbed(param, coefficients) if coefficients else param
 
-        def perturbed(param: Tensor) -> Tensor:
+        def either(param: Tensor) -> Tensor:
             return reads.take(param) if id(param) in in_windows else perturbed_alone(param)
+
+        perturbed = reads.take if len(in_windows) == len(self._virtual) else either
 
         @OwnArithmetic()
         def perturbed_rows(weight: Tensor, rows: Tensor) -> Tensor:
@@ -106,8 +108,11 @@ class Perturbation:
                 return (weight[rows] + left @ right.T).to(weight.dtype)
             return site.direction.perturbed_rows(weight, rows, coefficients)
 
-        @OwnArithmetic()
         def factors(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+            return made.get(id(weight)) or new_factors(weight)
+
+        @OwnArithmetic()
+        def new_factors(weight: Tensor) -> tuple[Tensor, Tensor] | None:
             site = self._virtual[id(weight)]
             coefficients = displacement(site)
             if not coefficients:
@@ -115,7 +120,8 @@ class Perturbation:
             return together(site) or site.direction.factors(coefficients)
 
         # At theta itself too: modules take the path that they take at theta + a z.
-        with self.substituted(perturbed, perturbed_rows, factors if self.sites.thin else None):
+        thin = factors if self.sites.thin else None
+        with self.intercepted(Substitution(self._virtual, perturbed, perturbed_rows, thin, made)):
             yield
         reads.learn()
 
@@ -154,10 +160,10 @@ class Perturbation:
                 "the model); use perturbation='inplace', or call the model itself"
             )
 
-    def restore(self, sites: Sequence[Site] | None = None) -> None:
+    def restore(self, teams: Sequence[Team] | None = None) -> None:
         """Bring parameters perturbed in place back to theta, these or all."""
         self.put_back()
-        self._move(lambda site: {}, self._in_place if sites is None else sites)
+        self._move(lambda site: {}, self._in_place if teams is None else teams)
 
     def put_back(self) -> None:
         """Bring parameters that move from copies back to theta."""
@@ -165,10 +171,10 @@ class Perturbation:
             param.copy_(theta)
         self._copies = {}
 
-    def forget(self, *sites: Site) -> None:
+    def forget(self, *teams: Team) -> None:
         """The caller has taken the parameters' offsets away itself."""
-        for site in sites if self._offset else ():
-            self._offset.pop(site.param, None)
+        for team in teams:
+            self._offset.pop(team, None)
 
     def release(self) -> None:
         """Let the parameters stand where they are; the caller knows of them."""
@@ -185,7 +191,7 @@ class Perturbation:
             site.direction.add_(site.param, displacement(site))
 
     @OwnArithmetic()
-    def _move(self, displacement: Displacement, sites: Sequence[Site]) -> None:
+    def _move(self, displacement: Displacement, teams: Sequence[Team]) -> None:
         """Bring parameters perturbed in place to a displacement.
 
         If that breaks off, the next move continues where this one was.
@@ -193,75 +199,70 @@ class Perturbation:
         with uninterrupted():
             passes = self._queue()
             flying = []
-            for site in sites:
-                self._land(site)
-                target = displacement(site)
-                change = {draw: -c for draw, c in self.offset(site).items()}
+            for team in teams:
+                self._land(team)
+                target = displacement(team.leader)
+                change = {draw: -c for draw, c in self.offset(team).items()}
                 for draw, c in target.items():
                     change[draw] = change.get(draw, 0.0) + c
                 change = {draw: c for draw, c in change.items() if c}
                 if change:
-                    self._flights[site.param] = _Flight(change, target, Progress(passes))
-                    self._fly(site)
-                    if dispatch.launches(site.param):
-                        flying.append(site)
+                    flight = _Flight(change, target, TeamProgress(team.sites, passes))
+                    self._flights[team] = flight
+                    passes.lead(team, flight.progress, flight.move, True)
+                    if team.launching:
+                        flying.append(team)
                     else:
-                        self._arrive(site)
+                        self._arrive(team)
                 else:
-                    self._offset[site.param] = target
+                    self._offset[team] = target
             passes.make()
-            for site in flying:
-                self._arrive(site)
+            for team in flying:
+                self._arrive(team)
 
-    def _fly(self, site: Site) -> None:
-        """Make the parameter's move, or queue it."""
-        flight = self._flights[site.param]
-        site.direction.add_(site.param, flight.change, progress=flight.progress)
-
-    def _land(self, site: Site) -> None:
-        """Finish the move that the parameter is in."""
-        flight = self._flights.get(site.param)
-        if flight is None:
-            return
-        flight.progress.passes = None
-        self._fly(site)
-        self._arrive(site)
-
-    def _arrive(self, site: Site) -> None:
-        """The parameter's move, if it is in one, has been made."""
-        flight = self._flights.get(site.param)
+    def _land(self, team: Team) -> None:
+        """Finish the move that the parameters are in."""
+        flight = self._flights.get(team)
         if flight is not None:
-            count_write(site.param)
-            self._offset[site.param] = flight.target
-            del self._flights[site.param]
+            flight.progress.finish(flight.move)
+            self._arrive(team)
+
+    def _arrive(self, team: Team) -> None:
+        """The parameters' move, if they are in one, has been made."""
+        flight = self._flights.get(team)
+        if flight is not None:
+            count_write(*team.params)
+            self._offset[team] = flight.target
+            del self._flights[team]
 
 
-def _thin_factors(
-    sites: Iterable[Site], displacement: Displacement
-) -> dict[int, tuple[Tensor, Tensor]]:
+def _thin_factors(sites: Sites, displacement: Displacement) -> dict[int, tuple[Tensor, Tensor]]:
     """L (m, k) and R (n, k) of each matrix whose displacement is L R^T, in its dtype, by its id:
     made together for those of one class and displacement."""
-    alike: dict[Hashable, list[Site]] = {}
-    for site in sites:
-        if dispatch.launches(site.param):
+    alike: dict[Any, list[Team]] = {}
+    for team in sites.teams:
+        site = team.leader
+        if team.launching and site.virtual and site.direction.thin:
             coefficients = tuple(displacement(site).items())
             name = (type(site.direction), coefficients, site.param.dtype, site.param.device)
-            alike.setdefault(name, []).append(site)
-    found = {}
-    for own in alike.values():
-        directions = [site.direction for site in own]
-        pairs = type(directions[0]).pairs_together(
-            directions, displacement(own[0]), own[0].param.dtype
-        )
-        for site, (left, right) in zip(own, pairs, strict=True):
-            found[id(site.param)] = side_by_side(left), side_by_side(right)
+            alike.setdefault(name, []).append(team)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for (kind, coefficients, dtype, _), teams in alike.items():
+        kin, ids = sites.kin(teams)
+        left, right = kind.pairs_together(kin, dict(coefficients), dtype)
+        pairs = zip(map(side_by_side, left), map(side_by_side, right), strict=True)
+        found.update(zip(ids, pairs, strict=True))
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class _Flight:
-    """A move of one parameter: noted before it begins, so that it can be finished."""
+    """A move of a team: noted before it begins, so that it can be finished."""
 
     change: Coefficients
     target: Coefficients
-    progress: Progress
+    progress: TeamProgress
+
+    def move(self, site: Site, progress: Progress) -> None:
+        """Make the move of one parameter, or queue it."""
+        site.direction.add_(site.param, self.change, progress=progress)

@@ -159,8 +159,9 @@ class Evaluation:
                 if self.verify:
                     again = self.rng.evaluate(self.closure)
                     self._compare(*loss_values([loss, again]))
-                self._refuse_gradients()
-                return loss
+            # Outside, where no operator is intercepted: that would take a microsecond a parameter.
+            self._refuse_gradients()
+            return loss
         except BaseException:
             self.perturbation.restore()
             raise

@@ -55,6 +55,8 @@ def operands_of(
 ) -> tuple[Any, Any, Any] | None:
     """x, W and the bias (or None) of a product x W^T or x W, or None for other calls."""
     if func is torch.nn.functional.linear:
+        if not kwargs and len(args) > 1:
+            return args[0], args[1], args[2] if len(args) > 2 else None
         values = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
         return values["input"], values["weight"], values.get("bias")
     if func is torch.addmm and len(args) == 3 and not kwargs:
@@ -63,6 +65,16 @@ def operands_of(
     if func in _MATMULS and len(args) == 2 and not kwargs:
         return args[0], args[1], None
     return None
+
+
+def plus_product(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+    """As `_plus_product`, with factors on a GPU, and with little Python where all is of one dtype:
+    then autocast, which has been on during the product y, has nothing to cast."""
+    if x.dtype == y.dtype == inner.dtype == outer.dtype and x.dim() > 1:
+        rows, out = (x, y) if x.dim() == 2 else (x.flatten(0, -2), y.view(-1, y.shape[-1]))
+        out.addmm_(torch.mm(rows, inner), outer.t())
+        return y
+    return _plus_product(y, x, inner, outer)
 
 
 def _plus_product(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ from zoopt.kernels.operands import contiguous
 
 if TYPE_CHECKING:
     from zoopt.zeroth_order.engine.passes import Passes
+    from zoopt.zeroth_order.engine.sites import Site
 
 #: Bytes at the beginning of a piece by which it is known whether the piece has been written.
 _SAMPLE_BYTES = 1 << 12
@@ -134,6 +135,58 @@ class Progress:
             dense.view(-1)[indices] = self._dense if positions is None else self._dense[positions]
 
 
+class TeamProgress:
+    """How far a pass over the parameters of a team has come.
+
+    Args:
+        sites: the parameters.
+        passes: as for `Progress`.
+
+    Attributes:
+        together: whether they are alike in it: then the first one's progress is that of all.
+    """
+
+    together = False
+
+    def __init__(self, sites: Sequence[Site], passes: Passes | None = None) -> None:
+        self._sites, self._passes = sites, passes
+        self._own: dict[int, Progress] = {}
+
+    def __getitem__(self, number: int) -> Progress:
+        if number not in self._own:
+            self._own[number] = Progress(self._passes)
+        return self._own[number]
+
+    def others(self) -> Iterator[tuple[Site, Progress]]:
+        """All but the first, with their progress."""
+        return ((site, self[number]) for number, site in enumerate(self._sites) if number)
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything may have been written."""
+        return any(own.begun for own in self._own.values())
+
+    def part(self) -> None:
+        """From now on each parameter has its own progress, and has come as far as all had."""
+        if not self.together:
+            return
+        self.together = False
+        for _, own in self.others():
+            first: Progress | None = self[0]
+            while first is not None and first.done:
+                own.finish()
+                first, own = first._next, own.next
+
+    def finish(self, run: Callable[[Site, Progress], None]) -> None:
+        """Make what is left of a pass of one piece, without a queue."""
+        self.part()
+        self._passes = None
+        for own in self._own.values():
+            own.passes = None
+        for number, site in enumerate(self._sites):
+            run(site, self[number])
+
+
 def _sample(piece: Tensor) -> tuple[int, bytes]:
     """What a write changes: autograd's count of writes, and, on the CPU, the first values."""
     values = b""
@@ -145,7 +198,10 @@ def _sample(piece: Tensor) -> tuple[int, bytes]:
 def count_write(*params: Tensor) -> None:
     """Let autograd see that parameters have been written: a graph that needs one as it was is
     refused a backward pass."""
-    torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
+    inference = map(Tensor.is_inference, params)
+    torch.autograd.graph.increment_version(
+        list(params) if not any(inference) else [p for p in params if not p.is_inference()]
+    )
 
 
 class Commit:

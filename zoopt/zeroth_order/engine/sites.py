@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from zoopt.dtypes import Rounding
 from zoopt.kernels import dispatch
+from zoopt.kernels.dispatch import is_fake
+from zoopt.kernels.places import place_of
+from zoopt.lasting import Lasting
 from zoopt.optimizer import Group
 from zoopt.zeroth_order.engine.direction import Coefficients, Direction
 
@@ -36,6 +40,34 @@ class Site:
     def in_place(self) -> bool:
         """Whether it moves by rounded additions."""
         return not (self.virtual or self.copied)
+
+
+@dataclasses.dataclass(eq=False)
+class Team:
+    """Parameters of a group that move alike, each along its own direction: on a GPU those for which
+    one launch can do it. Elsewhere each is a team by itself.
+
+    Attributes:
+        launching: whether operations on them are launches.
+        kept: what is used at each step: by the form of what is asked for in a pass, what it is made
+            of (see `Passes`), and by names what methods keep.
+    """
+
+    sites: tuple[Site, ...]
+    launching: bool
+    kept: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.leader = self.sites[0]
+        self.params = [site.param for site in self.sites]
+        self._places = [place_of(param) for param in self.params] if len(self.sites) > 1 else []
+
+    @property
+    def moved(self) -> bool:
+        """Whether one of several parameters has been moved to other memory."""
+        if is_fake(self.leader.param):
+            return False
+        return list(map(Tensor.data_ptr, self.params)) != self._places
 
 
 #: Where each parameter is to stand, relative to theta: the same for all of a param group.
@@ -64,9 +96,41 @@ class Sites(tuple[Site, ...]):
         return {id(site.param): site for site in self if site.virtual}
 
     @functools.cached_property
-    def in_place(self) -> list[Site]:
+    def teams(self) -> list[Team]:
+        """All of them, in teams. Parameters tied by their data are in different ones, in order."""
+        teams: dict[Hashable, list[Site]] = {}
+        places: dict[Hashable, set[tuple[int, int]]] = {}
+        for i, site in enumerate(self):
+            own, name = site.param, cast("Hashable", i)
+            if dispatch.launches(own) and own.is_contiguous():
+                alike = (type(site.direction), site.direction.kin, site.virtual, site.copied)
+                numbers = (id(site.group), site.rounding, site.zo_eps)
+                turn, kind = 0, (*alike, *numbers, own.dtype, own.device)
+                while (place_of(own), turn) in places.setdefault(kind, set()):
+                    turn += 1
+                places[kind].add((place_of(own), turn))
+                name = (*kind, turn)
+            teams.setdefault(name, []).append(site)
+        return [Team(tuple(own), dispatch.launches(own[0].param)) for own in teams.values()]
+
+    def kin(self, teams: Sequence[Team]) -> tuple[Lasting, list[int]]:
+        """The directions of teams, and the ids of their parameters."""
+        known: dict[Any, tuple[Lasting, list[int]]] = self.__dict__.setdefault("_kin", {})
+        name = tuple(teams)
+        if name not in known:
+            sites = [site for team in teams for site in team.sites]
+            known[name] = Lasting([s.direction for s in sites]), [id(s.param) for s in sites]
+        return known[name]
+
+    @functools.cached_property
+    def in_place(self) -> list[Team]:
         """Those whose parameters move in place."""
-        return [site for site in self if site.in_place]
+        return [team for team in self.teams if team.leader.in_place]
+
+    @functools.cached_property
+    def copied(self) -> list[Site]:
+        """Those whose parameters move from copies."""
+        return [site for site in self if site.copied]
 
     @functools.cached_property
     def windowed(self) -> dict[int, Site]:
@@ -88,11 +152,6 @@ class Sites(tuple[Site, ...]):
     def thin(self) -> list[Site]:
         """The virtual ones whose displacements are products of thin factors."""
         return [site for site in self.virtual.values() if site.direction.thin]
-
-    @functools.cached_property
-    def launching(self) -> list[bool]:
-        """For each, whether operations on its parameter are launches."""
-        return [dispatch.launches(site.param) for site in self]
 
     @functools.cached_property
     def devices(self) -> frozenset[torch.device]:

@@ -90,12 +90,19 @@ class SparseZerothOrder(ZerothOrderOptimizer):
         return placed
 
     def _prepare(self, sites: Sequence[Site]) -> None:
-        moving = [
-            (site.param, site.direction)
-            for site in sites
-            if isinstance(site.direction, SmallMagnitudes) and not site.virtual
-        ]
-        choose_small(moving)
+        if any(group["mask"] == "magnitude" for group in self.param_groups):
+            moving = [
+                (site.param, site.direction)
+                for site in sites
+                if isinstance(site.direction, SmallMagnitudes) and not site.virtual
+            ]
+            choose_small(moving)
+
+    def _release(self, sites: Sequence[Site]) -> None:
+        if any(group["mask"] == "magnitude" for group in self.param_groups):
+            for site in sites:
+                if isinstance(site.direction, SmallMagnitudes):
+                    site.direction.mask = None
 
     def _update_elements(
         self,

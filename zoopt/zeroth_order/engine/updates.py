@@ -12,15 +12,14 @@ from zoopt.warn import warn
 from zoopt.zeroth_order.engine.closure import Closure
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.groups import ZerothOrderGroups
-from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.passes import Passes
 from zoopt.zeroth_order.engine.perturbation import Perturbation
 from zoopt.zeroth_order.engine.probe import (
     PendingProbe,
     StepRecord,
 )
-from zoopt.zeroth_order.engine.progress import Commit, Progress, count_write
-from zoopt.zeroth_order.engine.sites import Site
+from zoopt.zeroth_order.engine.progress import Commit, Progress, TeamProgress, count_write
+from zoopt.zeroth_order.engine.sites import Site, Team
 
 
 def withdrawn(offset: Coefficients, decay: float) -> dict[int, float]:
@@ -82,6 +81,8 @@ class ZerothOrderUpdates(ZerothOrderGroups):
     #: Whether updates along plain noise depend only on losses, hyperparameters and a momentum
     #: buffer, never on the weights' values.
     scripted = False
+    #: Whether updates of parameters of a group that move alike have the same numbers.
+    alike = False
     # A copy, which torch makes without calling __init__, starts from these.
     last_step: StepRecord | None = None
     skipped_probes: int = 0
@@ -107,7 +108,7 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         if perturbation is not None:
             perturbation.put_back()
         passes = self._queue()
-        updates = [(site, Progress(passes)) for site in pending.sites]
+        updates = [(team, TeamProgress(team.sites, passes)) for team in pending.sites.teams]
         commit = Commit(self._tasks(pending, perturbation, updates, passes))
         try:
             commit.run()
@@ -115,7 +116,7 @@ class ZerothOrderUpdates(ZerothOrderGroups):
             if commit.begun and not commit.finished:
                 self._unfinished, self._cut_short = OwnArithmetic()(commit.run), pending
                 if perturbation is not None:
-                    perturbation.restore([site for site, progress in updates if not progress.begun])
+                    perturbation.restore([team for team, progress in updates if not progress.begun])
                     perturbation.release()
             raise
         self._warn_of_skipped(pending)
@@ -124,7 +125,7 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         self,
         pending: PendingProbe,
         perturbation: Perturbation | None,
-        updates: Sequence[tuple[Site, Progress]],
+        updates: Sequence[tuple[Team, TeamProgress]],
         passes: Passes,
     ) -> list[Callable[[], None]]:
         """What the step changes, in order."""
@@ -137,33 +138,39 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         record = self._record(pending, run["step"])
         skipped_probes = self.skipped_probes + pending.skipped
 
-        def offset(site: Site) -> Coefficients:
-            return perturbation.offset(site) if perturbation is not None else {}
+        def queue(team: Team, progress: TeamProgress) -> None:
+            offset = perturbation.offset(team) if perturbation is not None else {}
 
-        def written(*sites: Site) -> None:
-            count_write(*[site.param for site in sites])
+            def update(site: Site, progress: Progress) -> None:
+                self._update(site, pending, offset, progress)
+
+            passes.lead(team, progress, update, self._alike(team))
+
+        def written(*teams: Team) -> None:
+            count_write(*[param for team in teams for param in team.params])
             if perturbation is not None:
-                perturbation.forget(*sites)
+                perturbation.forget(*teams)
 
-        def update_alone(site: Site, progress: Progress) -> None:
-            self._update(site, pending, offset(site), progress)
-            written(site)
+        def update_alone(team: Team, progress: TeamProgress) -> None:
+            queue(team, progress)
+            written(team)
 
         def update_together() -> None:
             # What an interruption has left in the queue knows of offsets that are gone.
             passes.clear()
-            self._queue_updates(pending, [(*each, offset(each[0])) for each in together], passes)
+            for each in together:
+                queue(*each)
             passes.make()
-            written(*[site for site, _ in together])
+            written(*[team for team, _ in together])
 
-        launching = pending.sites.launching
-        together = [each for each, own in zip(updates, launching, strict=True) if own]
-        alone = [each for each, own in zip(updates, launching, strict=True) if not own]
+        together = [each for each in updates if each[0].launching]
+        alone = [each for each in updates if not each[0].launching]
 
         def close() -> None:
             for group, values in groups:
                 group.update(values)
             self.last_step, self.skipped_probes, self._pending = record, skipped_probes, None
+            self._release(pending.sites)
 
         def write_down() -> None:
             if self.recorder is not None:
@@ -172,38 +179,13 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         tasks = [functools.partial(update_alone, *each) for each in alone]
         return [*tasks, *([update_together] if together else []), *further, close, write_down]
 
-    def _queue_updates(
-        self,
-        pending: PendingProbe,
-        updates: Sequence[tuple[Site, Progress, Coefficients]],
-        passes: Passes,
-    ) -> None:
-        """Queue the updates of parameters, with their progress and offsets."""
-        leader: tuple[Site, Coefficients] | None = None
-        for site, progress, offset in updates:
-            if leader is not None and self._follows(site, offset, *leader):
-                assert isinstance(site.direction, Noise)
-                if passes.join(site.param, site.direction.key, progress):
-                    continue
-            requests = passes.requests
-            self._update(site, pending, offset, progress)
-            leader = (site, offset) if passes.requests == requests + 1 else None
+    def _release(self, sites: Sequence[Site]) -> None:
+        """Free what directions have held for a probe that is over."""
 
-    def _follows(
-        self, site: Site, offset: Coefficients, leader: Site, leaders_offset: Coefficients
-    ) -> bool:
-        """Whether the update is certain to be the leader's, on another parameter."""
-        param, other = site.param, leader.param
-        return (
-            self.scripted
-            and site.group is leader.group
-            and type(site.direction) is type(leader.direction) is Noise
-            and offset == leaders_offset
-            and site.rounding == leader.rounding
-            and param.dtype == other.dtype
-            and param.device == other.device
-            and not (self.state and (param in self.state or other in self.state))
-        )
+    def _alike(self, team: Team) -> bool:
+        """Whether the updates of a team's parameters have the same numbers, and differ only by what
+        lies beside the parameters: its first one's then says what all of them are."""
+        return self.alike
 
     def _change_run(self, run: dict[str, int]) -> list[Callable[[], None]]:
         """What the step changes besides the updates; what all groups are to hold goes into `run`,

@@ -9,14 +9,15 @@ low-rank displacement makes no temporary at all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zoopt.zeroth_order.engine.product import displaced_product
+from zoopt.zeroth_order.engine.product import displaced_product, plus_product
 
 #: Attributes that depend on the tensor's elements; all others are metadata.
 _ELEMENT_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
@@ -40,6 +41,7 @@ _WRITES = frozenset(
     }
 )
 _EMBEDDINGS = (torch.nn.functional.embedding, torch.embedding)
+_LOOKUPS = (*_EMBEDDINGS, torch.nn.functional.embedding_bag)
 
 
 _CONTAINERS = (list, tuple)
@@ -52,11 +54,13 @@ class _Use(NamedTuple):
         metadata: it reads no elements.
         writes: it writes to its first argument.
         sets: it sets an attribute.
+        plain: it is none of these, nor an embedding, and reads its arguments as they are.
     """
 
     metadata: bool = False
     writes: bool = False
     sets: bool = False
+    plain: bool = False
 
 
 def _name(func: Callable[..., Any]) -> str:
@@ -72,7 +76,8 @@ def _use(func: Callable[..., Any]) -> _Use:
             return _Use(metadata=attribute not in _ELEMENT_ATTRIBUTES)
         return _Use(writes=attribute == "data", sets=True)
     in_place = name in _WRITES or (name.endswith("_") and not name.startswith("_"))
-    return _Use(metadata=name in _METADATA, writes=in_place)
+    special = in_place or name in _METADATA or func in _LOOKUPS
+    return _Use(metadata=name in _METADATA, writes=in_place, plain=not special)
 
 
 class Interception(TorchFunctionMode):
@@ -174,6 +179,7 @@ class Substitution(Interception):
         perturb_rows: parameter, row numbers -> the perturbed copies of those rows.
         factors: parameter -> the thin factors of its displacement, or None if it has none; None if
             no parameter has any.
+        together: those that have been made together so far, on a GPU, by the parameters' ids.
     """
 
     def __init__(
@@ -182,11 +188,12 @@ class Substitution(Interception):
         perturb: Callable[[Tensor], Tensor],
         perturb_rows: Callable[[Tensor, Tensor], Tensor],
         factors: Callable[[Tensor], tuple[Tensor, Tensor] | None] | None,
+        together: Mapping[int, tuple[Tensor, Tensor]] = MappingProxyType({}),
     ) -> None:
         super().__init__(parameters)
         self._perturb = perturb
         self._perturb_rows = perturb_rows
-        self._factors = factors
+        self._factors, self._together = factors, together
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The function with the registered parameters among its arguments replaced."""
@@ -199,22 +206,42 @@ class Substitution(Interception):
             )
             if product is not None:
                 return product
-        ids, perturb = self._ids, self._perturb
-        values = [
-            perturb(value)
-            if id(value) in ids
-            else self._replace(value)
-            if isinstance(value, _CONTAINERS)
-            else value
-            for value in args
-        ]
-        if not kwargs:
-            return func(*values)
+        values = map(self._replace, args)
         return func(*values, **{name: self._replace(value) for name, value in kwargs.items()})
 
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """As in `Interception`; most operators only have their arguments replaced, with as little
+        Python as possible."""
+        ids = self._ids
+        if kwargs or self._factors is not None or not _use(func).plain:
+            pair = None
+            if func is torch.nn.functional.linear and not kwargs and id(args[0]) not in ids:
+                pair = self._together.get(id(args[1]))
+            if pair is None:
+                return super().__torch_function__(func, types, args, kwargs)
+            self.read = True
+            y = func(*args[:2], *map(self._replace, args[2:]))
+            return plus_product(y, args[0], pair[1], pair[0])
+        values: list[Any] = []
+        for value in args:
+            if id(value) in ids:
+                self.read = True
+                value = self._perturb(value)
+            elif isinstance(value, _CONTAINERS) and self._mentioned(value):
+                self.read = True
+                value = self._replace(value)
+            values.append(value)
+        return func(*values)
+
     def _replace(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._perturb(value) if id(value) in self._ids else value
+        if id(value) in self._ids:
+            return self._perturb(value)
         if isinstance(value, list | tuple):
             items = [self._replace(item) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -128,7 +128,7 @@ def _still(window: Window, moves: Moves) -> bool:
     if window.sites is not moves.all:
         return False
     first, *others = [moves.groups[number] for number in window.groups]
-    places = [param.data_ptr() for param in window.batch.tensors]
+    places = list(map(Tensor.data_ptr, window.batch.tensors))
     return window.places == places and all(other == first for other in others)
 
 
