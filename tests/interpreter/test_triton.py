@@ -108,3 +108,20 @@ def test_rows(density: float, dtype: torch.dtype, distribution: str) -> None:
     key = {"draw": 4, "key": NoiseKey(7, 8, 5, distribution, density)}
     got = kernels.perturb_rows(weight, rows, 0.1, impl="triton", **key)
     assert same_bits(got, kernels.perturb(weight, 0.1, impl="reference", **key)[rows])
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_rows_of_whole_blocks(density: float, distribution: str) -> None:
+    """Rows that begin and end at Philox blocks, and groups of eight that share a row's scale."""
+    weight, rows = torch.randn(20, 256).bfloat16(), torch.tensor([3, 19, 0])
+    scales = torch.randn(20)
+    for offset in (0, 128):
+        own = {"draw": 4, "key": NoiseKey(7, 8, offset, distribution, density)}
+        expected = kernels.perturb(weight, 0.1, impl="reference", **own)[rows]
+        assert same_bits(kernels.perturb_rows(weight, rows, 0.1, impl="triton", **own), expected)
+        shaped = [
+            kernels.perturb(weight, 0.1, row_scale=scales, impl=impl, **own)
+            for impl in ("triton", "reference")
+        ]
+        assert same_bits(*shaped)
