@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.test_kernels_adam import agree
 from zoopt.kernels import NoiseKey, available_impls
 from zoopt.kernels.batch import Batch
+from zoopt.kernels.entries import cpu
 from zoopt.kernels.entries.op import adam_entries_, cover_entries_, sum_entries_
 from zoopt.kernels.entries.operands import OLDEST, Cover, Entries, Sums, corrections
 
@@ -117,8 +118,9 @@ def test_a_batch_is_its_tensors_one_by_one(dtype: torch.dtype, impl: str) -> Non
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9994])
 def test_the_table_of_corrections_is_the_reference(beta: float) -> None:
-    """Of every age, alone or among others: torch's powers of both ways are rounded alike."""
+    """Of every age, alone or among others: torch's powers and numpy's are rounded alike."""
     table, age = corrections(beta, torch.device("cpu")), torch.arange(OLDEST + 1).double()
+    assert torch.equal(table, torch.from_numpy(cpu.corrections(beta)))
     for places in (age, age.flip(0), age[1:], age[::3]):
         expected = (1.0 - beta**places).float()
         assert torch.equal(table[places.long()], expected)

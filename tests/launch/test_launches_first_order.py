@@ -161,7 +161,7 @@ CEILINGS = {
     Variant("lion", "bf16", format="int8", rounding="stochastic"): (59, 48, 88),
     Variant("lerp", "bf16", format="int8", rounding="stochastic"): (48, 37, 80),
     Variant("store", "bf16", format="int8", rounding="stochastic"): (36, 27, 72),
-    Variant("load", "bf16", format="int8"): (30, 20, 64),
+    Variant("load", "bf16", format="int8"): (18, 10, 40),
     Variant("multiply", "bf16"): (19, 8, 56),
     Variant("entries", "bf16", rounding="stochastic"): (250, 180, 128),
     Variant("product", "bf16", rounding="stochastic"): (32, 32, 88),
