@@ -94,15 +94,25 @@ def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
 
 def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """Addresses on the device, int64, for a launch on its current stream. Those of parts of one
-    buffer are copied there once: another buffer of such parts is so many bytes further on.
+    buffer are copied there once: another buffer of such parts is so many bytes further on."""
+    stream = _stream(device)
+    return (
+        _shifted(addresses, device) if stream is None else _addresses_on(stream, addresses, device)
+    )
 
-    They are computed on that stream, so each stream has its own: another one could read them too
-    early. What a CUDA graph captures is computed by its replays, and is of no use outside.
+
+def _stream(device: torch.device) -> int | None:
+    """The stream whose addresses a launch reads; None if they cannot be kept.
+
+    They are computed on the current stream, so each stream has its own: another one could read them
+    too early. What a CUDA graph captures is computed by its replays, and is of no use outside.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _shifted(addresses, device)
-    stream = 0 if interpreting() else triton.runtime.driver.active.get_current_stream(device.index)
-    return _addresses_on(stream, addresses, device)
+        return None
+    if interpreting():
+        return 0
+    stream: int = triton.runtime.driver.active.get_current_stream(device.index)
+    return stream
 
 
 @functools.lru_cache(maxsize=1024)
@@ -184,16 +194,17 @@ def place_of(batch: Batch, blocks: Mapping[bool, int]) -> tuple[dict[str, Any], 
 def on_device(batch: Batch, tensors: Sequence[Tensor]) -> Tensor:
     """The addresses of the batch's own tensors, or of contiguous ones beside them, as `_addresses`;
     looked up once while they stay where they are."""
-    if tensors is batch.tensors:
-        return batch.made(
-            "addresses", lambda: _addresses(batch.addresses, batch.device), placed=True
-        )
+    stream = _stream(batch.device)
+    own = tensors is batch.tensors
+    if stream is None or not (own or isinstance(tensors, Kept)):
+        return _addresses(batch.addresses if own else addresses(tensors), batch.device)
+    name = ("on device", stream)
     if not isinstance(tensors, Kept):
-        return _addresses(addresses(tensors), batch.device)
+        return batch.made(name, lambda: _addresses(batch.addresses, batch.device), placed=True)
     known = tensors.last
-    if "on device" not in known:
-        known["on device"] = _addresses(addresses(tensors), batch.device)
-    found: Tensor = known["on device"]
+    if name not in known:
+        known[name] = _addresses(addresses(tensors), batch.device)
+    found: Tensor = known[name]
     return found
 
 
