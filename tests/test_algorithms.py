@@ -24,6 +24,7 @@ from zoopt.first_order import (
     owlore,
     qgalore,
 )
+from zoopt.first_order.projected.moving_basis import lost_factors, next_basis, rotated
 from zoopt.kernels.adam import reference as adam_reference
 from zoopt.kernels.entries import reference as entries_reference
 from zoopt.kernels.sm3 import reference as sm3_reference
@@ -45,7 +46,7 @@ ELSEWHERE: dict[str, Sequence[Callable[..., Any]]] = {
     "frugal": (frugal.frugal,),
     "galore-adafactor": (adafactor.factored_, adafactor.unfactored_),
     "gradnormlorp": (galore.galore,),
-    "ldadamw": (ldadam.ldadam, ldadam.next_basis, ldadam.rotated, ldadam.lost_factors),
+    "ldadamw": (ldadam.ldadam, next_basis, rotated, lost_factors),
     "owlore": (owlore.outlier_fraction, owlore.sample_layers, galore.galore),
     "qgalore-adamw": (galore.galore, qgalore.agreement, qgalore.settle),
     "adamw": (adam_reference.adamw, adam_reference._quotient),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import zoopt
 from tests.first_order_table import backward, net
 from tests.reference.ldadam_float64 import follow
-from zoopt.first_order.ldadam import next_basis, rotated
 from zoopt.first_order.projected.geometry import Geometry
+from zoopt.first_order.projected.moving_basis import next_basis, rotated
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
 
