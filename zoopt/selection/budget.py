@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +85,17 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        # This imports triton, whose interpreter cannot be chosen afterwards.
+        from torch.utils.flop_counter import flop_registry
+
+        self._counts: dict[Any, Any] = flop_registry
         #: (floating-point operations, address of the result's storage, graph node).
         self.events: list[tuple[int, int, Any]] = []
         self._alive: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
+        count = self._counts.get(func._overloadpacket)
         if count is not None:
             flops = int(count(*args, **(kwargs or {}), out_val=out))
             first = out[0] if isinstance(out, tuple) else out

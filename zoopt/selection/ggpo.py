@@ -216,7 +216,7 @@ class LoRAGGPO(Wrapper):
             for name, own in self._squares.items()
         }
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @opaque
     def _forward(self, module: nn.Module) -> None:
         if module not in self._modules:  # A copy, as of weights' averages, has the hooks too.
             return
