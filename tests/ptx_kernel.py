@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.stub_gpu import stub_gpu
 from tests.ptx import bits, floats, function, prmt
+from zoopt.kernels.operands import settled
 
 Register = Any
 _WARP = 32
@@ -50,7 +51,7 @@ def emulated_gpu(target: str = "sm_90", *, units: int = 0) -> Iterator[None]:
         kernel = compile_(self, *args, grid=grid, warmup=warmup, **kwargs)
         device = triton.runtime.driver.active.get_current_device()
         bound, _, _ = self.device_caches[device][-1](*args, **kwargs)
-        alive = [each for each in gc.get_objects() if type(each) is Tensor]
+        alive = [each for each in gc.get_objects() if type(each) is Tensor and settled(each)]
         with np.errstate(all="ignore"):
             _Kernel(kernel, grid, bound, alive, units).run()
         return kernel
