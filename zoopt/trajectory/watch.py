@@ -53,7 +53,10 @@ class Watch:
     def note(self) -> None:
         """Remember how everything is now."""
         groups = self._optimizer.param_groups
-        self._groups = [{key: _seen(value) for key, value in group.items()} for group in groups]
+        self._groups = [
+            {key: _seen(value) for key, value in group.items() if key not in _APART}
+            for group in groups
+        ]
         self._last_versions = self._versions()
         self._trained = self._trains()
         self._state = {
