@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -142,22 +143,25 @@ class Watch:
         self._sampled = time.monotonic()
         return params
 
-    def _sample(self) -> list[str]:
-        """The elements that are compared, as text: NaN is then equal to itself."""
-        return [repr(_element(own, self._number).item()) for own in self._chosen]
+    def _sample(self) -> list[Any]:
+        """The elements that are compared."""
+        return [_element(own, self._number) for own in self._chosen]
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # Those of inference mode have none.
 
 
-def _element(tensor: Tensor, number: int) -> Tensor:
-    """One of the tensor's elements; others for other numbers."""
+def _element(tensor: Tensor, number: int) -> Any:
+    """One of the tensor's elements, others for other numbers: its bytes, or its value as text. NaN
+    is then equal to itself."""
     at, place = number * 0x9E3779B1 % tensor.numel(), list[int]()
+    if tensor.is_cpu and tensor.is_contiguous():  # A tenth of the time that indexing takes.
+        return ctypes.string_at(tensor.data_ptr() + at * tensor.itemsize, tensor.itemsize)
     for size in reversed(tensor.shape):
         at, i = divmod(at, size)
         place.append(i)
-    return tensor.detach()[tuple(reversed(place))]
+    return repr(tensor.detach()[tuple(reversed(place))].item())
 
 
 def _seen(value: Any) -> Any:
