@@ -20,7 +20,7 @@ from zoopt.distributed.sharding import (
 )
 from zoopt.dtypes import RoundingMode
 from zoopt.first_order.checks import check_gradient, check_shards, check_values
-from zoopt.first_order.known import Crew, KnownStep
+from zoopt.first_order.known import Bucket, KnownStep
 from zoopt.first_order.progress import Mark, Update
 from zoopt.first_order.site import Site, gradient_of, operand, tied_by_data
 from zoopt.interrupts import uninterrupted
@@ -123,31 +123,33 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         """Take the step with the same parameters updated together as in the last one; return
         whether that is right."""
         gradients = None if self._begun else known.gradients()
-        if gradients is None or not self._prepare_due(known.crews, gradients):
+        if gradients is None or not self._prepare_due(known.buckets, gradients):
             self._known = None
             return False
         updated = 0
         try:
             with uninterrupted():
-                for crew, own in zip(known.crews, gradients, strict=True):
-                    self._complete(crew, self._update_together, crew, own)
+                for bucket, own in zip(known.buckets, gradients, strict=True):
+                    self._complete(bucket, self._update_together, bucket, own)
                     updated += 1
                 self._stepped()
         except BaseException:
             self._begun = {}
-            for number, crew in enumerate(known.crews if updated < len(known.crews) else ()):
-                for site in crew:
+            for number, bucket in enumerate(known.buckets if updated < len(known.buckets) else ()):
+                for site in bucket:
                     self._begun[site.name] = Mark(gradient_of(site), done=number < updated)
             raise
         return True
 
-    def _prepare_due(self, crews: Sequence[Crew], gradients: Sequence[Sequence[Tensor]]) -> bool:
+    def _prepare_due(
+        self, buckets: Sequence[Bucket], gradients: Sequence[Sequence[Tensor]]
+    ) -> bool:
         """Prepare the parameters that need it; return whether all can be updated. What has been
         prepared is noted until then."""
         marks = self._begun = {}
-        for crew, grads in zip(crews, gradients, strict=True):
-            for number in self._due(crew):
-                site = dataclasses.replace(crew[number], continues=False)
+        for bucket, grads in zip(buckets, gradients, strict=True):
+            for number in self._due(bucket):
+                site = dataclasses.replace(bucket[number], continues=False)
                 mark = marks[site.name] = Mark(gradient_of(site))
                 mark.prepare(self._prepare, site, grads[number])
         if any(mark.done for mark in marks.values()):
@@ -180,32 +182,32 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
                 continues = site.continues or not is_sharded(site.param)
                 ready.append(dataclasses.replace(site, continues=continues))
         with uninterrupted():
-            crews = self._update_all(ready)
+            buckets = self._update_all(ready)
             self._begun = None
             self._stepped()
         if (
             self.kinds_last
-            and crews is not None
+            and buckets is not None
             and len(ready) == len(sites)
             and self._fusion is None
         ):
-            self._known = KnownStep.of(self.param_groups, self.state, crews)
+            self._known = KnownStep.of(self.param_groups, self.state, buckets)
 
     def _stepped(self) -> None:
         """What follows when a step has been taken, before any signal."""
 
-    def _update_all(self, sites: Sequence[Site]) -> list[Crew] | None:
-        """Update prepared parameters: those of one kind together. Return these crews, if there are
-        no others."""
+    def _update_all(self, sites: Sequence[Site]) -> list[Bucket] | None:
+        """Update prepared parameters, those of one kind together. Return these buckets if they hold
+        all of them."""
         alone, together = self._partition(sites, [gradient_of(site) for site in sites])
         for i in alone:
             self._complete([sites[i]], self._step_param, sites[i], gradient_of(sites[i]))
-        crews = [Crew.of([sites[i] for i in members]) for members in together]
-        for crew in crews:
-            gradients = [operand(gradient_of(site)) for site in crew]
-            self._complete(crew, self._update_together, crew, gradients)
+        buckets = [Bucket.of([sites[i] for i in members]) for members in together]
+        for bucket in buckets:
+            gradients = [operand(gradient_of(site)) for site in bucket]
+            self._complete(bucket, self._update_together, bucket, gradients)
         stacked = any(site.stack is not None for site in sites)
-        return None if alone or stacked or not sites else crews
+        return None if alone or stacked or not sites else buckets
 
     def _partition(
         self, sites: Sequence[Site], gradients: Sequence[Tensor]
@@ -244,7 +246,7 @@ class FirstOrderOptimizer(DeclaredStateOptimizer):
         self._completed(own)
 
     def _completed(self, update: Update) -> None:
-        if isinstance(update.sites, Crew) and not self._begun and update.changes_weights:
+        if isinstance(update.sites, Bucket) and not self._begun and update.changes_weights:
             torch.autograd.graph.increment_version(update.sites.params)
             return
         for site in update.sites:

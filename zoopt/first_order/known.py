@@ -27,8 +27,8 @@ _APART = ("params", "param_names", "lr")
 State = Mapping[Tensor, Mapping[str, Any]]
 
 
-class Crew(Lasting):
-    """Sites of one kind, which one operation updates.
+class Bucket(Lasting):
+    """The sites of parameters of one kind, which one operation updates.
 
     Attributes:
         params: their parameters.
@@ -37,47 +37,52 @@ class Crew(Lasting):
     params: list[Tensor]
 
     @classmethod
-    def of(cls, sites: Sequence[Site]) -> Crew:
-        """A crew of these."""
-        crew = cls(sites)
-        crew.params = [site.param for site in sites]
-        return crew
+    def of(cls, sites: Sequence[Site]) -> Bucket:
+        """A bucket of these."""
+        bucket = cls(sites)
+        bucket.params = [site.param for site in sites]
+        return bucket
 
 
 class KnownStep:
-    """The parameters of a step, each in a crew, and the facts that this follows from."""
+    """The parameters of a step, each in a bucket, and the facts that this follows from."""
 
     def __init__(
-        self, facts: Facts, groups: Sequence[Group], state: State, crews: Sequence[Crew]
+        self, facts: Facts, groups: Sequence[Group], state: State, buckets: Sequence[Bucket]
     ) -> None:
-        self._facts, self._groups, self._state, self.crews = facts, groups, state, crews
+        self._facts, self._groups, self._state, self.buckets = facts, groups, state, buckets
         self._resting = [param for group in groups for param in group["params"]]
-        stepped = {id(param) for crew in crews for param in crew.params}
+        stepped = {id(param) for bucket in buckets for param in bucket.params}
         self._resting = [param for param in self._resting if id(param) not in stepped]
         self._kinds = [
-            (list(map(_shape, crew.params)), _dtype(_grad(crew.params[0]))) for crew in crews
+            (list(map(_shape, bucket.params)), _dtype(_grad(bucket.params[0])))
+            for bucket in buckets
         ]
         self._steps = [
-            [state[param]["step"] for param in crew.params if "step" in state[param]]
-            for crew in crews
+            [state[param]["step"] for param in bucket.params if "step" in state[param]]
+            for bucket in buckets
         ]
 
     @classmethod
-    def of(cls, groups: Sequence[Group], state: State, crews: Sequence[Crew]) -> KnownStep | None:
+    def of(
+        cls, groups: Sequence[Group], state: State, buckets: Sequence[Bucket]
+    ) -> KnownStep | None:
         """What the next step can know; None if it has to look by itself."""
         facts = facts_of(groups, state, _APART, tensors=True)
-        return None if facts is None else cls(facts, groups, state, crews)
+        return None if facts is None else cls(facts, groups, state, buckets)
 
     def gradients(self) -> list[Sequence[Tensor]] | None:
-        """The gradients of each crew's parameters, contiguous; None if this step is another one."""
+        """The gradients of each bucket, contiguous; None if this step is another one."""
         facts = facts_of(self._groups, self._state, _APART, tensors=True)
         if facts is None or not facts.holds(self._facts):
             return None
         if any(grad is not None for grad in map(_grad, self._resting)):
             return None
         found: list[Sequence[Tensor]] = []
-        for crew, (shapes, dtype), steps in zip(self.crews, self._kinds, self._steps, strict=True):
-            gradients = list(map(_grad, crew.params))
+        for bucket, (shapes, dtype), steps in zip(
+            self.buckets, self._kinds, self._steps, strict=True
+        ):
+            gradients = list(map(_grad, bucket.params))
             if not set(map(type, gradients)) <= {Tensor}:
                 return None
             alike = set(map(_layout, gradients)) == {torch.strided}

@@ -32,7 +32,7 @@ from zoopt.zeroth_order.engine.noise import Elementwise, Noise
 from zoopt.zeroth_order.engine.perturbation import PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
-from zoopt.zeroth_order.engine.sites import Site, Team
+from zoopt.zeroth_order.engine.sites import Bucket, Site
 from zoopt.zeroth_order.engine.sparse import SparseZerothOrder
 from zoopt.zeroth_order.engine.window import check_past, check_window, extended, window_steps
 
@@ -248,15 +248,15 @@ class ZOAdam(SparseZerothOrder):
             for _ in whole(state["step"], progress.next):
                 state["step"] += 1
 
-    def _alike(self, team: Team) -> bool:
+    def _alike(self, bucket: Bucket) -> bool:
         """As in `ZerothOrderUpdates`: not where parameters have taken other numbers of steps."""
-        group = team.leader.group
-        if len(team.sites) == 1 or group["state"] != "dense":
+        group = bucket.first.group
+        if len(bucket.sites) == 1 or group["state"] != "dense":
             return True
-        steps = team.kept.get("steps")
+        steps = bucket.kept.get("steps")
         if steps is None:
-            states = [self._state(param, group) for param in team.params]
-            steps = team.kept["steps"] = [state["step"] for state in states]
+            states = [self._state(param, group) for param in bucket.params]
+            steps = bucket.kept["steps"] = [state["step"] for state in states]
         return len(set(map(Tensor.item, steps))) == 1
 
     def _update_window(

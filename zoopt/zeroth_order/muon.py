@@ -32,7 +32,7 @@ from zoopt.zeroth_order.engine.noise import Noise
 from zoopt.zeroth_order.engine.perturbation import Perturbation, PerturbationMode
 from zoopt.zeroth_order.engine.probe import Estimator, PendingProbe
 from zoopt.zeroth_order.engine.progress import Progress
-from zoopt.zeroth_order.engine.sites import Site, Team
+from zoopt.zeroth_order.engine.sites import Bucket, Site
 from zoopt.zeroth_order.engine.updates import withdrawn
 
 #: Elements of matrices that are decomposed together: 64 MiB of float64.
@@ -262,9 +262,9 @@ class ZOMuon(LowRankZerothOrder):
             norms |= {s.param: math.sqrt(e) for s, e in zip(own, squares, strict=True)}
         return norms
 
-    def _alike(self, team: Team) -> bool:
+    def _alike(self, bucket: Bucket) -> bool:
         """As in `ZerothOrderUpdates`: each vector is divided by its own norm."""
-        return isinstance(team.leader.direction, LeftSubspace)
+        return isinstance(bucket.first.direction, LeftSubspace)
 
     def _update(
         self, site: Site, pending: PendingProbe, offset: Coefficients, progress: Progress

@@ -1,8 +1,8 @@
 """Generates the thin factors of many matrices' directions together, with few kernel launches.
 
 On a GPU every operation is a launch. Making the factors one matrix at a time would take most of a
-step. The directions of a team are the same ones at each step, so what does not depend on the draws
-(where factors lie in their buffer, their noise, the tables of a launch) is prepared once.
+step. A bucket has the same directions at each step, so what does not depend on the draws (where
+factors lie in their buffer, their noise, the tables of a launch) is prepared once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Parts of a pass: what is asked for of one parameter, and parameters that are alike in it.
 
-A team of parameters that differ only by their noise and by what lies beside them is asked for the
-same operations at each step. What the operations take of all of them is put together once.
+The parameters of a bucket differ only by their noise and by what lies beside them, and each step
+requests the same operations on them. What these operations take is put together once.
 """
 
 from __future__ import annotations
@@ -91,14 +91,14 @@ class Part:
         for name, value in request.beside.items():
             self._beside.setdefault(name, []).append(value)
 
-    def fits(self, leader: Request) -> bool:
+    def fits(self, first: Request) -> bool:
         """Whether the first one is still the one that is asked for, with the same beside it."""
         own = {name: values[0] for name, values in self._beside.items()}
         return (
-            place_of(self._thetas[0]) == place_of(leader.theta)
-            and self._keys[0] == leader.key
-            and (not self._indices or self._indices[0] is leader.indices)
-            and all(_same(own[name], value) for name, value in leader.beside.items())
+            place_of(self._thetas[0]) == place_of(first.theta)
+            and self._keys[0] == first.key
+            and (not self._indices or self._indices[0] is first.indices)
+            and all(_same(own[name], value) for name, value in first.beside.items())
         )
 
     def with_others(self, others: Sequence[Part]) -> Part:

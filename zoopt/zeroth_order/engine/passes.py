@@ -1,8 +1,8 @@
 """Passes over many parameters that are made together: on a GPU one launch for all that are alike.
 
 Updates and moves are written for one parameter. On a device on which an operation is a launch, they
-are queued here, and made as batches once all have been requested. A team of parameters is led by
-its first one: what that asks for, all are asked for, and nothing is done for each of them.
+are queued here, and made as batches once all have been requested. For a bucket of parameters only
+the first pass is written. Its requests are then made for the whole bucket.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from zoopt.kernels.descent.op import curve_, descend_, turn_
 from zoopt.kernels.noise.key import NoiseKey
 from zoopt.kernels.places import place_of
 from zoopt.zeroth_order.engine.parts import Part, Request, parts_of
-from zoopt.zeroth_order.engine.progress import Progress, TeamProgress
-from zoopt.zeroth_order.engine.sites import Site, Team
+from zoopt.zeroth_order.engine.progress import BucketProgress, Progress
+from zoopt.zeroth_order.engine.sites import Bucket, Site
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "apply": apply_,
@@ -106,10 +106,14 @@ class Passes:
             self._add(request)
         return True
 
-    def lead(
-        self, team: Team, progress: TeamProgress, run: Callable[[Site, Progress], None], alike: bool
+    def put_bucket(
+        self,
+        bucket: Bucket,
+        progress: BucketProgress,
+        run: Callable[[Site, Progress], None],
+        alike: bool,
     ) -> None:
-        """Write the passes of a team's parameters.
+        """Write the passes of a bucket's parameters.
 
         Args:
             progress: that of each parameter; where the parameters are alike, the first one's is
@@ -117,13 +121,13 @@ class Passes:
             run: writes one parameter's pass.
             alike: whether `run` asks for the same, with the same numbers, of all of them.
         """
-        if len(team.sites) == 1:
-            run(team.leader, progress[0])
+        if len(bucket.sites) == 1:
+            run(bucket.first, progress[0])
             return
-        own = self._note(run, team.leader, progress[0])
+        own = self._note(run, bucket.first, progress[0])
         parts = None
-        if alike and own and not self._apart and not team.moved:
-            parts = self._parts(team, own, progress, run)
+        if alike and own and not self._apart and not bucket.moved:
+            parts = self._parts(bucket, own, progress, run)
         if parts is not None:
             progress.together = True
             for request, part in zip(own, parts, strict=True):
@@ -137,21 +141,21 @@ class Passes:
 
     def _parts(
         self,
-        team: Team,
+        bucket: Bucket,
         own: Sequence[Request],
-        progress: TeamProgress,
+        progress: BucketProgress,
         run: Callable[[Site, Progress], None],
     ) -> Sequence[Part] | None:
-        """All of a team's parameters, for each operation that its first one has asked for; None if
-        they are not asked for the same."""
+        """The whole bucket, for each operation that its first parameter requests; None if others
+        request something else."""
         form = tuple([request.form for request in own])
-        parts: list[Part] | None = team.kept.get(form)
+        parts: list[Part] | None = bucket.kept.get(form)
         if parts is not None and all(map(Part.fits, parts, own)):
             return parts
         noted = [own, *(self._note(run, *each) for each in progress.others())]
         parts = parts_of(noted)
         if parts is not None:
-            team.kept[form] = parts
+            bucket.kept[form] = parts
         return parts
 
     def _note(

@@ -19,8 +19,8 @@ from zoopt.kernels import dispatch
 from zoopt.zeroth_order.engine.direction import Coefficients
 from zoopt.zeroth_order.engine.factors import side_by_side
 from zoopt.zeroth_order.engine.passes import Passes
-from zoopt.zeroth_order.engine.progress import Progress, TeamProgress, count_write
-from zoopt.zeroth_order.engine.sites import Displacement, Site, Sites, Team
+from zoopt.zeroth_order.engine.progress import BucketProgress, Progress, count_write
+from zoopt.zeroth_order.engine.sites import Bucket, Displacement, Site, Sites
 from zoopt.zeroth_order.engine.uncompiled import uncompiled
 from zoopt.zeroth_order.engine.virtual import Interception, Substitution
 from zoopt.zeroth_order.engine.windows import Moves, Reads, Windows
@@ -51,12 +51,12 @@ class Perturbation:
         self._in_place = self.sites.in_place
         self._copied = self.sites.copied
         self._copies: dict[Tensor, Tensor] = {}
-        self._offset: dict[Team, Coefficients] = {}
-        self._flights: dict[Team, _Flight] = {}
+        self._offset: dict[Bucket, Coefficients] = {}
+        self._flights: dict[Bucket, _Flight] = {}
 
-    def offset(self, team: Team) -> Coefficients:
+    def offset(self, bucket: Bucket) -> Coefficients:
         """By how much the parameters stand off theta."""
-        return self._offset.get(team, {})
+        return self._offset.get(bucket, {})
 
     @contextlib.contextmanager
     def at(self, displacement: Displacement) -> Iterator[None]:
@@ -160,10 +160,10 @@ class Perturbation:
                 "the model); use perturbation='inplace', or call the model itself"
             )
 
-    def restore(self, teams: Sequence[Team] | None = None) -> None:
+    def restore(self, buckets: Sequence[Bucket] | None = None) -> None:
         """Bring parameters perturbed in place back to theta, these or all."""
         self.put_back()
-        self._move(lambda site: {}, self._in_place if teams is None else teams)
+        self._move(lambda site: {}, self._in_place if buckets is None else buckets)
 
     def put_back(self) -> None:
         """Bring parameters that move from copies back to theta."""
@@ -171,10 +171,10 @@ class Perturbation:
             param.copy_(theta)
         self._copies = {}
 
-    def forget(self, *teams: Team) -> None:
+    def forget(self, *buckets: Bucket) -> None:
         """The caller has taken the parameters' offsets away itself."""
-        for team in teams:
-            self._offset.pop(team, None)
+        for bucket in buckets:
+            self._offset.pop(bucket, None)
 
     def release(self) -> None:
         """Let the parameters stand where they are; the caller knows of them."""
@@ -191,7 +191,7 @@ class Perturbation:
             site.direction.add_(site.param, displacement(site))
 
     @OwnArithmetic()
-    def _move(self, displacement: Displacement, teams: Sequence[Team]) -> None:
+    def _move(self, displacement: Displacement, buckets: Sequence[Bucket]) -> None:
         """Bring parameters perturbed in place to a displacement.
 
         If that breaks off, the next move continues where this one was.
@@ -199,56 +199,56 @@ class Perturbation:
         with uninterrupted():
             passes = self._queue()
             flying = []
-            for team in teams:
-                self._land(team)
-                target = displacement(team.leader)
-                change = {draw: -c for draw, c in self.offset(team).items()}
+            for bucket in buckets:
+                self._land(bucket)
+                target = displacement(bucket.first)
+                change = {draw: -c for draw, c in self.offset(bucket).items()}
                 for draw, c in target.items():
                     change[draw] = change.get(draw, 0.0) + c
                 change = {draw: c for draw, c in change.items() if c}
                 if change:
-                    flight = _Flight(change, target, TeamProgress(team.sites, passes))
-                    self._flights[team] = flight
-                    passes.lead(team, flight.progress, flight.move, True)
-                    if team.launching:
-                        flying.append(team)
+                    flight = _Flight(change, target, BucketProgress(bucket.sites, passes))
+                    self._flights[bucket] = flight
+                    passes.put_bucket(bucket, flight.progress, flight.move, True)
+                    if bucket.launching:
+                        flying.append(bucket)
                     else:
-                        self._arrive(team)
+                        self._arrive(bucket)
                 else:
-                    self._offset[team] = target
+                    self._offset[bucket] = target
             passes.make()
-            for team in flying:
-                self._arrive(team)
+            for bucket in flying:
+                self._arrive(bucket)
 
-    def _land(self, team: Team) -> None:
+    def _land(self, bucket: Bucket) -> None:
         """Finish the move that the parameters are in."""
-        flight = self._flights.get(team)
+        flight = self._flights.get(bucket)
         if flight is not None:
             flight.progress.finish(flight.move)
-            self._arrive(team)
+            self._arrive(bucket)
 
-    def _arrive(self, team: Team) -> None:
+    def _arrive(self, bucket: Bucket) -> None:
         """The parameters' move, if they are in one, has been made."""
-        flight = self._flights.get(team)
+        flight = self._flights.get(bucket)
         if flight is not None:
-            count_write(*team.params)
-            self._offset[team] = flight.target
-            del self._flights[team]
+            count_write(*bucket.params)
+            self._offset[bucket] = flight.target
+            del self._flights[bucket]
 
 
 def _thin_factors(sites: Sites, displacement: Displacement) -> dict[int, tuple[Tensor, Tensor]]:
     """L (m, k) and R (n, k) of each matrix whose displacement is L R^T, in its dtype, by its id:
     made together for those of one class and displacement."""
-    alike: dict[Any, list[Team]] = {}
-    for team in sites.teams:
-        site = team.leader
-        if team.launching and site.virtual and site.direction.thin:
+    alike: dict[Any, list[Bucket]] = {}
+    for bucket in sites.buckets:
+        site = bucket.first
+        if bucket.launching and site.virtual and site.direction.thin:
             coefficients = tuple(displacement(site).items())
             name = (type(site.direction), coefficients, site.param.dtype, site.param.device)
-            alike.setdefault(name, []).append(team)
+            alike.setdefault(name, []).append(bucket)
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for (kind, coefficients, dtype, _), teams in alike.items():
-        kin, ids = sites.kin(teams)
+    for (kind, coefficients, dtype, _), buckets in alike.items():
+        kin, ids = sites.kin(buckets)
         left, right = kind.pairs_together(kin, dict(coefficients), dtype)
         pairs = zip(map(side_by_side, left), map(side_by_side, right), strict=True)
         found.update(zip(ids, pairs, strict=True))
@@ -257,11 +257,11 @@ def _thin_factors(sites: Sites, displacement: Displacement) -> dict[int, tuple[T
 
 @dataclasses.dataclass(frozen=True)
 class _Flight:
-    """A move of a team: noted before it begins, so that it can be finished."""
+    """A move of a bucket: noted before it begins, so that it can be finished."""
 
     change: Coefficients
     target: Coefficients
-    progress: TeamProgress
+    progress: BucketProgress
 
     def move(self, site: Site, progress: Progress) -> None:
         """Make the move of one parameter, or queue it."""

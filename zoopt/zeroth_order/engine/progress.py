@@ -135,8 +135,8 @@ class Progress:
             dense.view(-1)[indices] = self._dense if positions is None else self._dense[positions]
 
 
-class TeamProgress:
-    """How far a pass over the parameters of a team has come.
+class BucketProgress:
+    """How far a pass over the parameters of a bucket has come.
 
     Args:
         sites: the parameters.

@@ -43,9 +43,9 @@ class Site:
 
 
 @dataclasses.dataclass(eq=False)
-class Team:
+class Bucket:
     """Parameters of a group that move alike, each along its own direction: on a GPU those for which
-    one launch can do it. Elsewhere each is a team by itself.
+    one launch can do it. Elsewhere each is a bucket by itself.
 
     Attributes:
         launching: whether operations on them are launches.
@@ -58,14 +58,14 @@ class Team:
     kept: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.leader = self.sites[0]
+        self.first = self.sites[0]
         self.params = [site.param for site in self.sites]
         self._places = [place_of(param) for param in self.params] if len(self.sites) > 1 else []
 
     @property
     def moved(self) -> bool:
         """Whether one of several parameters has been moved to other memory."""
-        if is_fake(self.leader.param):
+        if is_fake(self.first.param):
             return False
         return list(map(Tensor.data_ptr, self.params)) != self._places
 
@@ -96,9 +96,9 @@ class Sites(tuple[Site, ...]):
         return {id(site.param): site for site in self if site.virtual}
 
     @functools.cached_property
-    def teams(self) -> list[Team]:
-        """All of them, in teams. Parameters tied by their data are in different ones, in order."""
-        teams: dict[Hashable, list[Site]] = {}
+    def buckets(self) -> list[Bucket]:
+        """All of them in buckets. Parameters tied by their data are in different ones, in order."""
+        buckets: dict[Hashable, list[Site]] = {}
         places: dict[Hashable, set[tuple[int, int]]] = {}
         for i, site in enumerate(self):
             own, name = site.param, cast("Hashable", i)
@@ -110,22 +110,22 @@ class Sites(tuple[Site, ...]):
                     turn += 1
                 places[kind].add((place_of(own), turn))
                 name = (*kind, turn)
-            teams.setdefault(name, []).append(site)
-        return [Team(tuple(own), dispatch.launches(own[0].param)) for own in teams.values()]
+            buckets.setdefault(name, []).append(site)
+        return [Bucket(tuple(own), dispatch.launches(own[0].param)) for own in buckets.values()]
 
-    def kin(self, teams: Sequence[Team]) -> tuple[Lasting, list[int]]:
-        """The directions of teams, and the ids of their parameters."""
+    def kin(self, buckets: Sequence[Bucket]) -> tuple[Lasting, list[int]]:
+        """The directions of buckets, and the ids of their parameters."""
         known: dict[Any, tuple[Lasting, list[int]]] = self.__dict__.setdefault("_kin", {})
-        name = tuple(teams)
+        name = tuple(buckets)
         if name not in known:
-            sites = [site for team in teams for site in team.sites]
+            sites = [site for bucket in buckets for site in bucket.sites]
             known[name] = Lasting([s.direction for s in sites]), [id(s.param) for s in sites]
         return known[name]
 
     @functools.cached_property
-    def in_place(self) -> list[Team]:
+    def in_place(self) -> list[Bucket]:
         """Those whose parameters move in place."""
-        return [team for team in self.teams if team.leader.in_place]
+        return [bucket for bucket in self.buckets if bucket.first.in_place]
 
     @functools.cached_property
     def copied(self) -> list[Site]:

@@ -18,8 +18,8 @@ from zoopt.zeroth_order.engine.probe import (
     PendingProbe,
     StepRecord,
 )
-from zoopt.zeroth_order.engine.progress import Commit, Progress, TeamProgress, count_write
-from zoopt.zeroth_order.engine.sites import Site, Team
+from zoopt.zeroth_order.engine.progress import BucketProgress, Commit, Progress, count_write
+from zoopt.zeroth_order.engine.sites import Bucket, Site
 
 
 def withdrawn(offset: Coefficients, decay: float) -> dict[int, float]:
@@ -108,7 +108,9 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         if perturbation is not None:
             perturbation.put_back()
         passes = self._queue()
-        updates = [(team, TeamProgress(team.sites, passes)) for team in pending.sites.teams]
+        updates = [
+            (bucket, BucketProgress(bucket.sites, passes)) for bucket in pending.sites.buckets
+        ]
         commit = Commit(self._tasks(pending, perturbation, updates, passes))
         try:
             commit.run()
@@ -116,7 +118,9 @@ class ZerothOrderUpdates(ZerothOrderGroups):
             if commit.begun and not commit.finished:
                 self._unfinished, self._cut_short = OwnArithmetic()(commit.run), pending
                 if perturbation is not None:
-                    perturbation.restore([team for team, progress in updates if not progress.begun])
+                    perturbation.restore(
+                        [bucket for bucket, progress in updates if not progress.begun]
+                    )
                     perturbation.release()
             raise
         self._warn_of_skipped(pending)
@@ -125,7 +129,7 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         self,
         pending: PendingProbe,
         perturbation: Perturbation | None,
-        updates: Sequence[tuple[Team, TeamProgress]],
+        updates: Sequence[tuple[Bucket, BucketProgress]],
         passes: Passes,
     ) -> list[Callable[[], None]]:
         """What the step changes, in order."""
@@ -138,22 +142,22 @@ class ZerothOrderUpdates(ZerothOrderGroups):
         record = self._record(pending, run["step"])
         skipped_probes = self.skipped_probes + pending.skipped
 
-        def queue(team: Team, progress: TeamProgress) -> None:
-            offset = perturbation.offset(team) if perturbation is not None else {}
+        def queue(bucket: Bucket, progress: BucketProgress) -> None:
+            offset = perturbation.offset(bucket) if perturbation is not None else {}
 
             def update(site: Site, progress: Progress) -> None:
                 self._update(site, pending, offset, progress)
 
-            passes.lead(team, progress, update, self._alike(team))
+            passes.put_bucket(bucket, progress, update, self._alike(bucket))
 
-        def written(*teams: Team) -> None:
-            count_write(*[param for team in teams for param in team.params])
+        def written(*buckets: Bucket) -> None:
+            count_write(*[param for bucket in buckets for param in bucket.params])
             if perturbation is not None:
-                perturbation.forget(*teams)
+                perturbation.forget(*buckets)
 
-        def update_alone(team: Team, progress: TeamProgress) -> None:
-            queue(team, progress)
-            written(team)
+        def update_alone(bucket: Bucket, progress: BucketProgress) -> None:
+            queue(bucket, progress)
+            written(bucket)
 
         def update_together() -> None:
             # What an interruption has left in the queue knows of offsets that are gone.
@@ -161,7 +165,7 @@ class ZerothOrderUpdates(ZerothOrderGroups):
             for each in together:
                 queue(*each)
             passes.make()
-            written(*[team for team, _ in together])
+            written(*[bucket for bucket, _ in together])
 
         together = [each for each in updates if each[0].launching]
         alone = [each for each in updates if not each[0].launching]
@@ -182,9 +186,9 @@ class ZerothOrderUpdates(ZerothOrderGroups):
     def _release(self, sites: Sequence[Site]) -> None:
         """Free what directions have held for a probe that is over."""
 
-    def _alike(self, team: Team) -> bool:
-        """Whether the updates of a team's parameters have the same numbers, and differ only by what
-        lies beside the parameters: its first one's then says what all of them are."""
+    def _alike(self, bucket: Bucket) -> bool:
+        """Whether all updates of a bucket have the same numbers, and differ only by what lies
+        beside the parameters. The update of the first one then describes them all."""
         return self.alike
 
     def _change_run(self, run: dict[str, int]) -> list[Callable[[], None]]:
