@@ -290,12 +290,8 @@ def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     if isinstance(tensors, Packed | Placed):
         return tensors.addresses
     if isinstance(tensors, Kept):
-        made = tensors.last
-        if "addresses" not in made:
-            made["addresses"] = tuple([address_of(tensor) for tensor in tensors])
-        found: tuple[int, ...] = made["addresses"]
-        return found
-    return tuple([address_of(tensor) for tensor in tensors])
+        return tensors.once("addresses", lambda: tuple(map(address_of, tensors)))
+    return tuple(map(address_of, tensors))
 
 
 def address_of(tensor: Tensor) -> int:

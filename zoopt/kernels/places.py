@@ -8,13 +8,14 @@ Each question is asked of all tensors by one `map`, which takes 40 ns a tensor.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from zoopt.kernels.dispatch import is_fake
 
+T = TypeVar("T")
 _dtype = operator.attrgetter("dtype")
 #: Addresses, numbers of elements, dtypes, and strides where not all tensors are contiguous.
 Places = tuple[tuple[int, ...], list[int], list[Any], list[Any] | None]
@@ -52,10 +53,14 @@ class Kept(tuple[Tensor, ...]):
             self._places, self._made = places, {}
         return self._made
 
-    @property
-    def last(self) -> dict[Any, Any]:
-        """The same, without a look whether one has moved: for what runs after that."""
-        return self.made() if self._made is None else self._made
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once for them where `made` has last found them: for what runs
+        after that."""
+        made = self.made() if self._made is None else self._made
+        if name not in made:
+            made[name] = make()
+        found: T = made[name]
+        return found
 
 
 class Placed(tuple[Tensor, ...]):

@@ -235,9 +235,5 @@ def _rows(batch: Batch) -> tuple[tuple[tuple[int, int, int], ...], bool, bool]:
 def _are_vectors(batch: Batch, tensors: Sequence[Tensor]) -> bool:
     """Whether all tensors begin at vectors of memory."""
     if isinstance(tensors, Kept):
-        made = tensors.last
-        if "vectors" not in made:
-            made["vectors"] = not any(place % 16 for place in addresses(tensors))
-        found: bool = made["vectors"]
-        return found
+        return tensors.once("vectors", lambda: not any(at % 16 for at in addresses(tensors)))
     return not any(place % 16 for place in batch.addresses_of(tensors))

@@ -201,11 +201,7 @@ def on_device(batch: Batch, tensors: Sequence[Tensor]) -> Tensor:
     name = ("on device", stream)
     if not isinstance(tensors, Kept):
         return batch.made(name, lambda: _addresses(batch.addresses, batch.device), placed=True)
-    known = tensors.last
-    if name not in known:
-        known[name] = _addresses(addresses(tensors), batch.device)
-    found: Tensor = known[name]
-    return found
+    return tensors.once(name, lambda: _addresses(addresses(tensors), batch.device))
 
 
 def launch(
